@@ -1,0 +1,29 @@
+"""What a user can cause. Every message is one line: what was wrong, and what would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class PTConvertError(ValueError):
+    """Base of all errors that a user's input can cause; the command line prints it and exits 2."""
+
+
+class ScheduleError(PTConvertError):
+    """A schedule breaks a rule; the message prints the schedule with the stage marked."""
+
+
+class ConfigError(PTConvertError):
+    """A config.json describes a model that can't be converted."""
+
+
+class CheckpointError(PTConvertError):
+    """A checkpoint's files are missing, damaged, or don't match its config.json."""
+
+
+class SpecError(PTConvertError):
+    """One or more faults of a spec, each a line `file:line: what, and what would be right`."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(self.faults))

@@ -1,0 +1,203 @@
+"""ModelShape: what a config.json says about a model's tensors, and how tracks divide it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptconvert.errors import ConfigError
+from ptconvert.families import FAMILIES, UNSUPPORTED, Cut, Family, TensorRule
+from ptconvert.schedule import MAX_LAYERS
+
+# safetensors' names of the dtypes that are converted, by torch's names and with their bytes.
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+_MAX_SIZE = 2**31
+MAX_HEADS = 65536
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a dense decoder-only transformer; all are counts of elements.
+
+    `dtype` is safetensors' name of the weights' type, None where config.json doesn't say.
+    """
+
+    family: Family
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    neurons: int
+    vocabulary: int
+    tied: bool
+    dtype: str | None
+    rules: tuple[TensorRule, ...]
+
+    @property
+    def query_width(self) -> int:
+        """Rows of q_proj."""
+        return self.heads * self.head_size
+
+    @property
+    def kv_width(self) -> int:
+        """Rows of k_proj and of v_proj."""
+        return self.kv_heads * self.head_size
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Bytes of one element of the residual stream (bf16 where config.json doesn't say)."""
+        return DTYPE_BYTES[self.dtype or "BF16"]
+
+    def size(self, rule: TensorRule) -> tuple[int, ...]:
+        """The shape of a layer's tensor."""
+        return tuple(int(getattr(self, name)) for name in rule.shape)
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of all tensors; a tied lm_head is not among them."""
+        yield "model.embed_tokens.weight", (self.vocabulary, self.width)
+        for i in range(self.layers):
+            for rule in self.rules:
+                yield f"model.layers.{i}.{rule.name}", self.size(rule)
+        yield "model.norm.weight", (self.width,)
+        if not self.tied:
+            yield "lm_head.weight", (self.vocabulary, self.width)
+
+    def indivisible(self, tracks: int) -> str | None:
+        """Why `tracks` can't share this model evenly, and what would do; None if they can."""
+        fits = [n for n in range(1, self.heads + 1) if self._divides(n)]
+        if tracks in fits:
+            return None
+        return (
+            f"{tracks} tracks don't divide {self.heads} heads, {self.kv_heads} KV heads and "
+            f"{self.neurons} FFN neurons; possible are {', '.join(map(str, fits))}"
+        )
+
+    def _divides(self, tracks: int) -> bool:
+        kv_fits = self.kv_heads % tracks == 0 or tracks % self.kv_heads == 0
+        return kv_fits and self.heads % tracks == 0 and self.neurons % tracks == 0
+
+    def span(self, rule: TensorRule, track: int, tracks: int) -> tuple[int, int]:
+        """The part [start, stop) of `rule.axis` that a track owns, in elements.
+
+        Heads and neurons are assigned contiguously. With fewer KV heads than tracks, the tracks
+        whose query heads share a KV head each own that whole head.
+        """
+        if rule.cut is Cut.HEADS:
+            size, unit = self.heads, self.head_size
+        elif rule.cut is Cut.KV_HEADS:
+            size, unit = self.kv_heads, self.head_size
+        elif rule.cut is Cut.NEURONS:
+            size, unit = self.neurons, 1
+        else:
+            return 0, self.size(rule)[rule.axis]
+        start = track * size // tracks
+        count = max(size // tracks, 1)
+        return start * unit, (start + count) * unit
+
+    @staticmethod
+    def from_config(config: Mapping[str, object], where: str = "config.json") -> ModelShape:
+        """Reads a config.json's fields; `where` names it in errors.
+
+        Raises ConfigError, naming the family and the reason, for what can't be converted.
+        """
+        family = _family(config, where)
+        get = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
+
+        def size(key: str, otherwise: int | None = None, most: int = _MAX_SIZE) -> int:
+            value = get.get(key, otherwise)
+            if type(value) is not int or not 1 <= value <= most:
+                was = "is missing" if value is None else f"is {_short(value)}"
+                raise ConfigError(f"{where}: {key} {was}; it must be a whole number, 1 to {most}")
+            return value
+
+        heads, width = size("num_attention_heads", most=MAX_HEADS), size("hidden_size")
+        head_size = size("head_dim", width // heads)
+        dtype = get.get("dtype", get.get("torch_dtype"))
+        if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPES):
+            raise ConfigError(
+                f"{where}: dtype is {_short(dtype)}; the weights must be {' or '.join(DTYPES)}"
+            )
+        shape = ModelShape(
+            family=family,
+            layers=size("num_hidden_layers", most=MAX_LAYERS),
+            width=width,
+            heads=heads,
+            kv_heads=size("num_key_value_heads", heads, most=MAX_HEADS),
+            head_size=head_size,
+            neurons=size("intermediate_size"),
+            vocabulary=size("vocab_size"),
+            tied=get.get("tie_word_embeddings") is True,
+            dtype=DTYPES[dtype] if isinstance(dtype, str) else None,
+            rules=family.layer_rules(get),
+        )
+        if shape.heads % shape.kv_heads:
+            raise ConfigError(
+                f"{where}: {shape.heads} attention heads don't share {shape.kv_heads} KV heads "
+                "evenly; num_key_value_heads must divide num_attention_heads"
+            )
+        return shape
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _family(config: Mapping[str, object], where: str) -> Family:
+    """The family that a config.json names, or ConfigError with the reason why it is refused."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ConfigError(f"{where}: model_type is {_short(model_type)}; it must name a family")
+    if "ptconvert" in config:
+        raise ConfigError(
+            f"{where}: this checkpoint is converted already; `ptconvert transform --to-dense` "
+            "gives back its source"
+        )
+    if config.get("quantization_config") is not None:
+        raise ConfigError(
+            f"{where}: the weights are quantised (quantization_config); convert the unquantised "
+            "checkpoint and quantise the result"
+        )
+    if model_type in UNSUPPORTED:
+        raise ConfigError(f"{where}: {model_type} can't be converted: {UNSUPPORTED[model_type]}")
+    if any(key in config for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise ConfigError(f"{where}: {model_type} with experts can't be converted: MoE layers")
+    family = FAMILIES.get(model_type)
+    supported = ", ".join(FAMILIES)
+    if family is None:
+        raise ConfigError(
+            f"{where}: model_type {_short(model_type)} is not supported; supported are {supported}"
+        )
+    architectures = config.get("architectures")
+    if architectures and architectures != [family.causal_lm]:
+        raise ConfigError(
+            f"{where}: architectures is {_short(architectures)}; only {family.causal_lm} can be "
+            f"converted for {model_type}"
+        )
+    auto_map = config.get("auto_map")
+    if isinstance(auto_map, dict) and any(k.startswith("AutoModel") for k in auto_map):
+        raise ConfigError(
+            f"{where}: the model runs its own code (auto_map), which may not be {model_type}'s; "
+            "only transformers' own classes can be converted"
+        )
+    return family
+
+
+def read_config(path: Path) -> dict[str, object]:
+    """A config.json as a dict. `path` is the file or its directory. Raises ConfigError."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file} is missing; a checkpoint directory has a config.json") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} can't be read: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file} must hold a JSON object, with model_type and the sizes")
+    return config
