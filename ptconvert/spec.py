@@ -23,14 +23,13 @@ from types import MappingProxyType
 
 from ptconvert import presets
 from ptconvert.errors import ScheduleError, SpecError
+from ptconvert.format import DEFERRED_RULES, MAX_TRACKS
 from ptconvert.schedule import MAX_LAYERS, Schedule, Stage, parse_stages
 from ptconvert.shape import ModelShape
 from ptconvert.strict_yaml import Value, YAMLFault, load
 
 FORMAT = 1
-MAX_TRACKS = 1024
 ASSIGNMENTS = ("contiguous",)
-DEFERRED_RULES = ("sum", "mean")
 _RANGE = re.compile(r"([0-9]{1,5})(?:\s*-\s*([0-9]{1,5}))?")
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: reading lazily, writing streamed and atomically, and the hub."""

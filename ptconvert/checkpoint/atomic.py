@@ -1,0 +1,111 @@
+"""A directory that appears whole or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ptconvert.errors import CheckpointError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def check_destination(destination: Path, source: Path, overwrite: bool) -> None:
+    """Raises CheckpointError where a checkpoint can't or must not be written."""
+    real, real_source = destination.resolve(), source.resolve()
+    if real == real_source or real_source in real.parents or real in real_source.parents:
+        raise CheckpointError(f"{destination} and the source {source} must not contain each other")
+    if not real.parent.is_dir():
+        raise CheckpointError(f"{destination}: the directory {real.parent} does not exist")
+    if not os.path.lexists(destination):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{destination} exists; name another, or use --overwrite")
+    if not destination.is_dir() or destination.is_symlink():
+        raise CheckpointError(f"{destination} is not a directory; --overwrite replaces only those")
+    if any(destination.iterdir()) and not (destination / "config.json").is_file():
+        raise CheckpointError(
+            f"{destination} holds no config.json; --overwrite replaces only checkpoints"
+        )
+
+
+@contextmanager
+def new_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling of `destination` to write into; renamed to it when the block ends well.
+
+    It is removed when the block fails, and where a run was killed, by the next run for the same
+    destination. A lock on the directory tells a killed run from one at work.
+    """
+    prefix = f".{destination.name}.ptconvert-"
+    _remove_leftovers(destination.resolve().parent, prefix)
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.resolve().parent))
+    lock = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        for path in temporary.iterdir():
+            _fsync(path)
+        os.fsync(lock)
+        _rename(temporary, destination, overwrite)
+        _fsync(destination.resolve().parent)
+    finally:
+        os.close(lock)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(parent: Path, prefix: str) -> None:
+    for path in parent.glob(f"{glob.escape(prefix)}*"):
+        with suppress(OSError):
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _rename(temporary: Path, destination: Path, overwrite: bool) -> None:
+    """Puts the new directory in place; an old one, if any, takes the temporary's name."""
+    if not os.path.lexists(destination):
+        os.rename(temporary, destination)
+    elif not overwrite:
+        raise CheckpointError(f"{destination} was made by somebody else meanwhile")
+    elif not _exchange(temporary, destination):
+        # No atomic exchange on this file system: step aside first, under a name that no later
+        # run removes, so that a kill between the two renames loses nothing.
+        aside = destination.with_name(f"{destination.name}.replaced-{os.getpid()}")
+        os.rename(destination, aside)
+        os.rename(temporary, destination)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps two directories atomically (Linux's renameat2); False where that isn't possible."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,157 @@
+"""Reading a checkpoint directory: where each tensor's bytes lie, without reading them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ptconvert.errors import CheckpointError
+from ptconvert.shape import DTYPE_BYTES, read_config
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
+_MAX_INDEX_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors file; `offset` counts bytes from the file's beginning."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory as found: its config.json and its tensors, none of them read."""
+
+    path: Path
+    config: Mapping[str, object]
+    tensors: Mapping[str, TensorEntry]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Reads config.json, the index and the safetensors headers of a directory.
+
+    Raises ConfigError or CheckpointError, each one line, for anything that doesn't hold together.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory with a checkpoint")
+    config = read_config(path)
+    tensors: dict[str, TensorEntry] = {}
+    if (path / SINGLE).is_file():
+        tensors = read_header(path / SINGLE)
+    elif (path / INDEX).is_file():
+        weight_map = _read_index(path / INDEX)
+        for file in sorted(set(weight_map.values())):
+            tensors.update(_read_shard(path, file, weight_map))
+    else:
+        raise CheckpointError(_no_weights(path))
+    if not tensors:
+        raise CheckpointError(f"{path}: the safetensors files hold no tensors")
+    return Checkpoint(path, config, tensors)
+
+
+def _no_weights(path: Path) -> str:
+    pickles = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
+    if pickles:
+        return (
+            f"{path} has pickle weights ({pickles[0]}), which can run code when read; rewrite them "
+            "as safetensors: python -c \"from transformers import AutoModelForCausalLM as M; "
+            "M.from_pretrained('SRC', dtype='auto').save_pretrained('OUT')\""
+        )
+    return f"{path} has neither {SINGLE} nor {INDEX}"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The weight map of an index file: tensor name to file name, of this directory only."""
+    try:
+        if path.stat().st_size > _MAX_INDEX_BYTES:
+            raise CheckpointError(f"{path} is larger than {_MAX_INDEX_BYTES} bytes")
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} can't be read as JSON: {error}") from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map from tensor names to file names")
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and file.endswith(".safetensors") and "\0" not in file
+        if not plain or Path(file).name != file or "\\" in file:
+            raise CheckpointError(
+                f"{path}: {name} is in {str(file)[:80]!r}; it must be the name of a .safetensors "
+                "file beside the index"
+            )
+    return weight_map
+
+
+def _read_shard(path: Path, file: str, weight_map: Mapping[str, str]) -> dict[str, TensorEntry]:
+    """A shard's tensors, which must be those that the index puts there."""
+    if not (path / file).is_file():
+        raise CheckpointError(f"{path / file} is missing; {INDEX} names it")
+    entries = read_header(path / file)
+    expected = {name for name, where in weight_map.items() if where == file}
+    for name in sorted(expected - entries.keys()):
+        raise CheckpointError(f"{path / file}: {name} is missing; {INDEX} puts it there")
+    for name in sorted(entries.keys() - expected):
+        where = weight_map.get(name, "no file")
+        raise CheckpointError(f"{path / file}: {name} is there, but {INDEX} puts it in {where}")
+    return entries
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file, in the order in which they lie.
+
+    The safetensors library checks the file (header, offsets without gaps or overlaps, total size);
+    its Python API doesn't give offsets, so they are read from the header it accepted.
+    Raises CheckpointError.
+    """
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length), object_pairs_hook=_unique)
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        what = " ".join(str(error).split())
+        raise CheckpointError(f"{file} is not a readable safetensors file: {what}") from None
+    header.pop("__metadata__", None)
+    entries = [
+        TensorEntry(
+            name=name,
+            file=file,
+            dtype=info["dtype"],
+            shape=tuple(info["shape"]),
+            offset=8 + length + info["data_offsets"][0],
+            nbytes=info["data_offsets"][1] - info["data_offsets"][0],
+        )
+        for name, info in header.items()
+    ]
+    for entry in entries:
+        size = DTYPE_BYTES.get(entry.dtype)
+        if size is not None and entry.nbytes != math.prod(entry.shape) * size:
+            raise CheckpointError(f"{file}: {entry.name}'s size doesn't match its shape")
+    return {e.name: e for e in sorted(entries, key=lambda e: e.offset)}
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("the header has the same name twice")
+    return result

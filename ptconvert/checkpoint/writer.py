@@ -1,0 +1,212 @@
+"""Writing safetensors files piece by piece: memory of one block, whatever the checkpoint's size."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ptconvert.checkpoint.reader import TensorEntry
+from ptconvert.errors import CheckpointError
+from ptconvert.shape import DTYPE_BYTES
+
+BLOCK_BYTES = 1024 * 1024
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor to be written: its file's name in the new directory, and what its header says."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Move:
+    """A part of a source tensor that becomes a part of a target tensor.
+
+    `size` rows (axis 0) or columns (axis 1), from `source_start` to `target_start`; the other
+    axis is taken whole.
+    """
+
+    source: str
+    target: str
+    axis: int
+    source_start: int
+    target_start: int
+    size: int
+
+
+def lay_out(directory: Path, targets: Iterable[Target]) -> dict[str, TensorEntry]:
+    """Creates the files with their headers, at full size; returns where each tensor goes."""
+    by_file: dict[str, list[Target]] = {}
+    for target in targets:
+        by_file.setdefault(target.file, []).append(target)
+    placed: dict[str, TensorEntry] = {}
+    for file, members in by_file.items():
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for t in members:
+            offsets = [offset, offset + t.nbytes]
+            header[t.name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": offsets}
+            offset += t.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        path = directory / file
+        with path.open("xb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + offset)
+        start = 8 + len(text)
+        for t in members:
+            placed[t.name] = TensorEntry(t.name, path, t.dtype, t.shape, start, t.nbytes)
+            start += t.nbytes
+    return placed
+
+
+def copy_moves(
+    sources: Mapping[str, TensorEntry],
+    targets: Mapping[str, TensorEntry],
+    moves: Sequence[Move],
+    progress: Callable[[int], None],
+) -> None:
+    """Carries out all moves and flushes the target files to disk.
+
+    `progress` is called from several threads, with the bytes written since its last call.
+    Raises CheckpointError when a source file ends early, OSError when the disk is full or fails.
+    """
+    stop = threading.Event()
+    with ExitStack() as stack:
+        read = {s.file: os.O_RDONLY for s in sources.values()}
+        write = {t.file: os.O_RDWR for t in targets.values()}
+        handles: dict[Path, int] = {}
+        for path, flags in (read | write).items():
+            handles[path] = os.open(path, flags)
+            stack.callback(os.close, handles[path])
+
+        def carry_out(group: list[Move]) -> None:
+            copy = _copy_rows if group[0].axis == 0 else _copy_columns
+            for nbytes in copy(sources, targets, handles, group):
+                progress(nbytes)
+                if stop.is_set():
+                    return
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            try:
+                list(pool.map(carry_out, _groups(moves)))
+                list(pool.map(os.fsync, [handles[path] for path in write]))
+            except BaseException:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+def _groups(moves: Sequence[Move]) -> list[list[Move]]:
+    """Moves by columns that share their wide tensor go together, the others one by one.
+
+    So each block of a wide tensor is read, or written, once.
+    """
+    uses = Counter(move.source for move in moves)
+    groups: dict[object, list[Move]] = {}
+    for index, move in enumerate(moves):
+        wide = move.source if uses[move.source] > 1 else move.target
+        groups.setdefault(wide if move.axis else index, []).append(move)
+    return list(groups.values())
+
+
+def _copy_rows(
+    sources: Mapping[str, TensorEntry],
+    targets: Mapping[str, TensorEntry],
+    handles: Mapping[Path, int],
+    group: list[Move],
+) -> Iterator[int]:
+    """Copies the rows of one move, which lie together; yields bytes as they are written."""
+    (move,) = group
+    source, target = sources[move.source], targets[move.target]
+    row = source.nbytes // source.shape[0]
+    begin, end = move.source_start * row, (move.source_start + move.size) * row
+    shift = target.offset + move.target_start * row - begin
+    buffer = memoryview(bytearray(min(BLOCK_BYTES, end - begin)))
+    for start in range(begin, end, BLOCK_BYTES):
+        block = buffer[: min(BLOCK_BYTES, end - start)]
+        _read(handles[source.file], block, source, start)
+        _write(handles[target.file], block, start + shift)
+        yield len(block)
+
+
+def _copy_columns(
+    sources: Mapping[str, TensorEntry],
+    targets: Mapping[str, TensorEntry],
+    handles: Mapping[Path, int],
+    group: list[Move],
+) -> Iterator[int]:
+    """Copies columns between one wide tensor and its narrow parts, a block of rows at a time."""
+    read = {m.source: sources[m.source] for m in group}
+    write = {m.target: targets[m.target] for m in group}
+    rows, widest = max((e.shape for e in (*read.values(), *write.values())), key=lambda s: s[1])
+    itemsize = next(iter(read.values())).nbytes // math.prod(next(iter(read.values())).shape)
+    step = max(1, BLOCK_BYTES // (widest * itemsize))
+    buffers = {
+        e.name: np.empty((step, e.shape[1] * itemsize), np.uint8)
+        for e in (*read.values(), *write.values())
+    }
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        for name, source in read.items():
+            block = buffers[name][:count]
+            _read(handles[source.file], memoryview(block).cast("B"), source, first * block.shape[1])
+        for move in group:
+            size, start = move.size * itemsize, move.source_start * itemsize
+            into = move.target_start * itemsize
+            part = buffers[move.source][:count, start : start + size]
+            buffers[move.target][:count, into : into + size] = part
+        for name, target in write.items():
+            block = buffers[name][:count]
+            offset = target.offset + first * block.shape[1]
+            _write(handles[target.file], memoryview(block).cast("B"), offset)
+            yield block.nbytes
+
+
+def _read(handle: int, block: memoryview, source: TensorEntry, start: int) -> None:
+    """Fills a block from `start` bytes into a tensor."""
+    done = 0
+    while done < len(block):
+        count = os.preadv(handle, [block[done:]], source.offset + start + done)
+        if count == 0:
+            raise CheckpointError(f"{source.file} became shorter while {source.name} was read")
+        done += count
+
+
+def _write(handle: int, block: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(block):
+        done += os.pwrite(handle, block[done:], offset + done)
+
+
+def same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
+    """Whether two tensors hold the same bytes."""
+    with a.file.open("rb") as stream_a, b.file.open("rb") as stream_b:
+        stream_a.seek(a.offset)
+        stream_b.seek(b.offset)
+        left = a.nbytes
+        while left > 0:
+            size = min(BLOCK_BYTES, left)
+            if stream_a.read(size) != stream_b.read(size):
+                return False
+            left -= size
+    return a.nbytes == b.nbytes

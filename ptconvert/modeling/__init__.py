@@ -1,0 +1,1 @@
+"""The model: config classes, the executor, and the transformers classes."""

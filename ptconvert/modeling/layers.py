@@ -1,0 +1,135 @@
+"""Layers as the executor calls them: transformers' own decoder layers, dense or cut to tracks."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ptconvert.modeling.executor import PerTrack, Update
+from ptconvert.schedule import Kind
+
+OUTPUT_PROJECTIONS = {Kind.ATTENTION: ("self_attn", "o_proj"), Kind.MLP: ("mlp", "down_proj")}
+
+
+def family_class(config: Any, suffix: str) -> Any:
+    """The class `suffix` (such as DecoderLayer) of the config's family, from transformers."""
+    for base in type(config).__mro__:
+        module = base.__module__
+        if module.startswith("transformers.models."):
+            prefix = base.__name__.removesuffix("Config")
+            modeling = importlib.import_module(module.replace(".configuration_", ".modeling_"))
+            return getattr(modeling, prefix + suffix)
+    raise AssertionError(f"{type(config).__name__} derives from no config of transformers")
+
+
+class TrackConfig:
+    """The family's config as one track sees it: its share of heads and neurons.
+
+    A live view, not a copy, so that a change of the model's config (its attention
+    implementation, say) reaches the tracks.
+    """
+
+    def __init__(self, config: Any, tracks: int) -> None:
+        heads = config.num_attention_heads
+        self._config = config
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.num_attention_heads = heads // tracks
+        self.num_key_value_heads = max(config.num_key_value_heads // tracks, 1)
+        self.intermediate_size = config.intermediate_size // tracks
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_config" not in self.__dict__:
+            raise AttributeError(name)  # so that copying and pickling work
+        return getattr(self._config, name)
+
+
+class BiasApart(nn.Linear):
+    """A Linear that keeps its bias for the caller to add, once, after the all-reduce."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return functional.linear(input, self.weight)
+
+
+class CommonBias(nn.Module):
+    """The output bias of a sublayer that is divided into tracks, which all tracks know."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width))
+
+
+def dense_layer(config: Any, index: int) -> nn.Module:
+    """The family's decoder layer, its output biases set apart from the projections."""
+    layer: nn.Module = family_class(config, "DecoderLayer")(config, index)
+    for block, projection in OUTPUT_PROJECTIONS.values():
+        linear = getattr(getattr(layer, block), projection)
+        if linear.bias is not None:
+            apart = BiasApart(linear.in_features, linear.out_features)
+            setattr(getattr(layer, block), projection, apart)
+    return layer
+
+
+class TrackedLayer(nn.Module):
+    """A layer held as tracks: each a small decoder layer of the family, with its own norms.
+
+    `cache_indices` are the tracks' places in the KV cache.
+    """
+
+    def __init__(self, config: Any, index: int, cache_indices: list[int]) -> None:
+        super().__init__()
+        tracks = len(cache_indices)
+        view = TrackConfig(config, tracks)
+        layer_class = family_class(config, "DecoderLayer")
+        self.tracks = nn.ModuleList(layer_class(view, index) for _ in cache_indices)
+        self.common = nn.ModuleDict()
+        for block, projection in OUTPUT_PROJECTIONS.values():
+            if getattr(getattr(self.tracks[0], block), projection).bias is not None:
+                bias = CommonBias(config.hidden_size)
+                self.common[block] = nn.ModuleDict({projection: bias})
+        for track, cache_index in zip(self.tracks, cache_indices, strict=True):
+            track.self_attn.layer_idx = cache_index
+            for block, projection in OUTPUT_PROJECTIONS.values():
+                getattr(getattr(track, block), projection).register_parameter("bias", None)
+
+
+def run_layer(
+    layer: nn.Module,
+    kind: Kind,
+    view: PerTrack,
+    attention: dict[str, Any],
+    run: Callable[..., torch.Tensor],
+) -> Update:
+    """One sublayer on what each track reads; `attention` are the keywords of self_attn.
+
+    A dense layer runs once, on the stream that all tracks agree on. `run` is run_block, or what
+    calls it under gradient checkpointing.
+    """
+    block, projection = OUTPUT_PROJECTIONS[kind]
+    if isinstance(layer, TrackedLayer):
+        partials = [
+            run(track, kind, view[t % len(view)], attention)
+            for t, track in enumerate(layer.tracks)
+        ]
+        common = layer.common[block][projection].bias if block in layer.common else None
+        return Update(partials, common)
+    assert len(view) == 1, "tracks that differ reached a layer held dense"
+    bias = getattr(getattr(layer, block), projection).bias
+    return Update([run(layer, kind, view[0], attention)], bias)
+
+
+def run_block(
+    layer: Any, kind: Kind, x_BSD: torch.Tensor, attention: dict[str, Any]
+) -> torch.Tensor:
+    """The norm and the attention or MLP of one decoder layer, without the residual connection."""
+    if kind is Kind.MLP:
+        out_BSD: torch.Tensor = layer.mlp(layer.post_attention_layernorm(x_BSD))
+        return out_BSD
+    out_BSD, _ = layer.self_attn(hidden_states=layer.input_layernorm(x_BSD), **attention)
+    return out_BSD
+
+

@@ -1,0 +1,277 @@
+"""The transformers model: embeddings, a schedule over layers, final norm and lm_head.
+
+One implementation for all families; the classes at the end bind it to each family's config.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from ptconvert.format import MODELING_FILE, read_section
+from ptconvert.modeling.config import (
+    PTConvertLlamaConfig,
+    PTConvertMistralConfig,
+    PTConvertQwen2Config,
+    PTConvertQwen3Config,
+)
+from ptconvert.modeling.executor import OneProcess, PerTrack, Update, run_schedule
+from ptconvert.modeling.layers import (
+    TrackedLayer,
+    dense_layer,
+    family_class,
+    run_block,
+    run_layer,
+)
+from ptconvert.schedule import Sublayer
+
+_MASKS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+}
+
+
+def layer_types(config: Any) -> list[str]:
+    """What each layer attends to: full_attention or sliding_attention."""
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        windowed = getattr(config, "sliding_window", None) is not None
+        types = ["sliding_attention" if windowed else "full_attention"] * config.num_hidden_layers
+    return list(types)
+
+
+class PTConvertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """What transformers wants to know about all models of this package."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+class PTConvertModel(PTConvertPreTrainedModel):
+    """The decoder without lm_head, all its tracks in this process."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        section = read_section(vars(config))
+        self.schedule = section.schedule
+        self.track_count = section.tracks
+        self.deferred = section.deferred
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        tracked = self.schedule.track_layers(self.track_count)
+        self._cache_layer_of = list(range(config.num_hidden_layers))
+        layers: list[nn.Module] = []
+        for index in range(config.num_hidden_layers):
+            if index in tracked:
+                layers.append(TrackedLayer(config, index, self._cache_indices(index)))
+            else:
+                layers.append(dense_layer(config, index))
+        self.layers = nn.ModuleList(layers)
+        self.norm = family_class(config, "RMSNorm")(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = family_class(config, "RotaryEmbedding")(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _cache_indices(self, layer: int) -> list[int]:
+        """Places in the KV cache for a layer's tracks: the layer's own, and new ones at the end."""
+        first = len(self._cache_layer_of)
+        self._cache_layer_of += [layer] * (self.track_count - 1)
+        return [layer, *range(first, len(self._cache_layer_of))]
+
+    def _grow(self, cache: Cache) -> None:
+        """Gives a new cache one entry per track, of the kind that transformers chose per layer."""
+        layers = getattr(cache, "layers", [])
+        if 0 < len(layers) < len(self._cache_layer_of):
+            for layer in self._cache_layer_of[len(layers) :]:
+                layers.append(copy.copy(layers[layer]))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As transformers' decoders: ids or embeddings (BS or BSD) in, last hidden state out.
+
+        Raises ValueError when both or neither are given, and for output_hidden_states and
+        output_attentions: with tracks there is no one state per layer.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        for flag in ("output_hidden_states", "output_attentions"):
+            if kwargs.pop(flag, None) or getattr(self.config, flag, False):
+                raise ValueError(f"{flag} is not supported: tracks have no one state per layer")
+        kwargs.pop("return_dict", None)
+        stream_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if not use_cache and past_key_values is not None and self.training:
+            past_key_values = None
+        if past_key_values is not None:
+            self._grow(past_key_values)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(stream_BSD.shape[1], device=stream_BSD.device) + seen
+            position_ids = position_ids.unsqueeze(0)
+        types = layer_types(self.config)
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = {
+                name: _MASKS[name](
+                    config=self.config,
+                    inputs_embeds=stream_BSD,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=position_ids,
+                )
+                for name in set(types)
+            }
+        position_embeddings = self.rotary_emb(stream_BSD, position_ids)
+
+        run: Callable[..., torch.Tensor] = run_block
+        if self.gradient_checkpointing and self.training:
+            run = functools.partial(self._gradient_checkpointing_func, run_block)
+
+        def run_sublayer(sublayer: Sublayer, view: PerTrack) -> Update:
+            attention = dict(
+                kwargs,
+                attention_mask=masks[types[sublayer.layer]],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+            )
+            return run_layer(self.layers[sublayer.layer], sublayer.kind, view, attention, run)
+
+        stream_BSD = run_schedule(
+            self.schedule, stream_BSD, run_sublayer, OneProcess(), self.track_count, self.deferred
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(stream_BSD),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+
+class PTConvertForCausalLM(PTConvertPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A converted causal language model; its config's class decides the family."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = PTConvertModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As transformers' causal models: logits of shape (B, S, vocabulary), loss for labels."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values
+        )
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers', with the modelling file beside it, so that the result opens as this
+        one did with trust_remote_code."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            text = modeling_source()
+            Path(save_directory, MODELING_FILE).write_text(text, encoding="utf-8")
+
+
+def modeling_source() -> str:
+    """The text of the one-file form of this package's model code."""
+    if Path(__file__).name == MODELING_FILE:
+        return Path(__file__).read_text(encoding="utf-8")
+    text: str = importlib.import_module("ptconvert.modeling.export").modeling_source()
+    return text
+
+
+class PTConvertLlamaForCausalLM(PTConvertForCausalLM):
+    """A converted Llama."""
+
+    config_class = PTConvertLlamaConfig
+
+
+class PTConvertMistralForCausalLM(PTConvertForCausalLM):
+    """A converted Mistral."""
+
+    config_class = PTConvertMistralConfig
+
+
+class PTConvertQwen2ForCausalLM(PTConvertForCausalLM):
+    """A converted Qwen2 or Qwen2.5."""
+
+    config_class = PTConvertQwen2Config
+
+
+class PTConvertQwen3ForCausalLM(PTConvertForCausalLM):
+    """A converted Qwen3."""
+
+    config_class = PTConvertQwen3Config
+
+
+CAUSAL_LMS = (
+    PTConvertLlamaForCausalLM,
+    PTConvertMistralForCausalLM,
+    PTConvertQwen2ForCausalLM,
+    PTConvertQwen3ForCausalLM,
+)

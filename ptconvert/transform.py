@@ -1,0 +1,388 @@
+"""The transform: a plan as pure data, and its execution as a streamed rewrite.
+
+    plan_conversion(checkpoint, spec) -> Plan     dense to converted
+    plan_to_dense(checkpoint) -> Plan             and back, bit for bit
+    execute(plan, destination) -> None
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptconvert.card import model_card
+from ptconvert.checkpoint.atomic import check_destination, new_directory
+from ptconvert.checkpoint.reader import INDEX, Checkpoint, TensorEntry
+from ptconvert.checkpoint.writer import Move, Target, copy_moves, lay_out, same_bytes
+from ptconvert.errors import CheckpointError, ConfigError, SpecError
+from ptconvert.families import CARRIED_BUFFERS
+from ptconvert.format import (
+    MODEL_TYPE_PREFIX,
+    MODELING_FILE,
+    REPLACED_KEYS,
+    SECTION,
+    SECTION_FORMAT,
+    read_section,
+)
+from ptconvert.layout import SHARED, DenseTensor, Part, dense_tensors, place, track_stem
+from ptconvert.modeling.export import modeling_source
+from ptconvert.presets import tensor_parallel, to_ladder_layers
+from ptconvert.schedule import Counts, Schedule
+from ptconvert.shape import DTYPE_BYTES, ModelShape
+from ptconvert.spec import Spec, parse_spec
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+SPEC_FILE = "ptconvert.yaml"
+# What goes along untouched: tokenizer, generation config, chat template, licence.
+_CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+_NOT_CARRIED = ("config.json", INDEX)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that an execution does: which tensor parts go where, and the files beside them.
+
+    `replicas` are pairs of source tensors that must hold the same bytes (going to dense).
+    """
+
+    source: Checkpoint
+    shape: ModelShape
+    schedule: Schedule
+    tracks: int
+    targets: tuple[Target, ...]
+    moves: tuple[Move, ...]
+    texts: Mapping[str, str]
+    carried: tuple[Path, ...]
+    to_dense: bool = False
+    replicas: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors to be written."""
+        return sum(t.nbytes for t in self.targets)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes of disk that the result takes, tensors and the files beside them."""
+        texts = sum(len(text.encode()) for text in self.texts.values())
+        headers = 256 * len(self.targets)
+        return self.nbytes + texts + headers + sum(p.stat().st_size for p in self.carried)
+
+    def summary(self) -> dict[str, Any]:
+        """The plan in figures, as `--json` prints it."""
+        tracked = sorted(self.schedule.track_layers(self.tracks))
+        before = Schedule(tensor_parallel(range(self.shape.layers))).counts
+        after = self.schedule.counts
+        if self.to_dense:
+            before, after = after, before
+        per_file: dict[str, int] = {}
+        for target in self.targets:
+            per_file[target.file] = per_file.get(target.file, 0) + target.nbytes
+        return {
+            "model_type": self.shape.family.model_type,
+            "tracks": self.tracks,
+            "schedule": str(self.schedule),
+            "layers": self.shape.layers,
+            "layers_as_tracks": tracked,
+            "tensors_in": len(self.source.tensors),
+            "tensors_out": len(self.targets),
+            "bytes_in": self.source.nbytes,
+            "bytes_out": self.nbytes,
+            "files": per_file,
+            "all_reduces": _counts(before, after, "all_reduces"),
+            "waited_for": _counts(before, after, "waited_for"),
+            "bytes_per_token_per_all_reduce": Counts.bytes_per_token(
+                self.shape.width, self.shape.bytes_per_element
+            ),
+            "bytes_needed": self.needed_bytes,
+        }
+
+
+def _counts(before: Counts, after: Counts, name: str) -> dict[str, int]:
+    return {"before": getattr(before, name), "after": getattr(after, name)}
+
+
+def plan_conversion(
+    checkpoint: Checkpoint,
+    spec: Spec | None,
+    *,
+    source_name: str,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    ladder_layers_config: bool = False,
+) -> Plan:
+    """The plan that converts a dense checkpoint by a spec.
+
+    Without a spec the checkpoint must be of the Ladder authors' format, whose config.json says
+    its schedule. `ladder_layers_config` writes their key beside ours.
+    Raises PTConvertError, one line or one per fault of the spec, before anything is written.
+    """
+    where = str(checkpoint.path / "config.json")
+    shape = ModelShape.from_config(checkpoint.config, where)
+    spec = _spec_for(checkpoint, shape, spec)
+    spec.check(shape)
+    schedule = spec.schedule()
+    tensors = list(dense_tensors(shape, schedule, spec.tracks))
+    dtype, extras = _check_tensors(checkpoint, {t.name: t.shape for t in tensors}, shape)
+    targets, moves = _copied(extras, SHARED)
+    for tensor in tensors:
+        for part in tensor.parts:
+            stem = SHARED if part.track is None else track_stem(part.track, spec.tracks)
+            targets.append(Target(part.name, stem, dtype, tensor.part_shape(part)))
+            size = part.stop - part.start
+            moves.append(Move(tensor.name, part.name, part.axis, part.start, 0, size))
+    placed = place(targets, shard_bytes)
+    config = _converted_config(checkpoint.config, spec, schedule, source_name)
+    if ladder_layers_config:
+        config["ladder_layers"] = _ladder_layers_key(spec, schedule)
+    texts = {
+        "config.json": _json(config),
+        INDEX: _index(placed),
+        SPEC_FILE: spec.text,
+        MODELING_FILE: modeling_source(),
+        "README.md": model_card(checkpoint.path, source_name, spec, schedule, shape),
+    }
+    return Plan(
+        source=checkpoint,
+        shape=shape,
+        schedule=schedule,
+        tracks=spec.tracks,
+        targets=placed,
+        moves=tuple(moves),
+        texts=texts,
+        carried=_carried_files(checkpoint.path, texts),
+    )
+
+
+def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
+    """The plan that undoes a conversion. Raises PTConvertError."""
+    where = str(checkpoint.path / "config.json")
+    if SECTION not in checkpoint.config:
+        raise ConfigError(f"{where} has no {SECTION} section; only converted checkpoints have one")
+    config = {k: v for k, v in checkpoint.config.items() if k not in (SECTION, *REPLACED_KEYS)}
+    section = read_section({"num_hidden_layers": None, **checkpoint.config}, where)
+    config |= section.source
+    shape = ModelShape.from_config(config, where)
+    if reason := shape.indivisible(section.tracks):
+        raise ConfigError(f"{where}: {reason}")
+    tensors = list(dense_tensors(shape, section.schedule, section.tracks))
+    converted = {part.name: t.part_shape(part) for t in tensors for part in t.parts}
+    dtype, extras = _check_tensors(checkpoint, converted, shape)
+    targets, moves = _copied(extras, "model")
+    replicas = []
+    for tensor in tensors:
+        targets.append(Target(tensor.name, "model", dtype, tensor.shape))
+        for part, original in _tiles(tensor):
+            if original is None:
+                start, size = part.start, part.stop - part.start
+                moves.append(Move(part.name, tensor.name, part.axis, 0, start, size))
+            else:
+                replicas.append((original.name, part.name))
+    placed = place(targets, shard_bytes)
+    texts = {"config.json": _json(config)}
+    if len({t.file for t in placed}) > 1:
+        texts[INDEX] = _index(placed)
+    return Plan(
+        source=checkpoint,
+        shape=shape,
+        schedule=section.schedule,
+        tracks=section.tracks,
+        targets=placed,
+        moves=tuple(moves),
+        texts=texts,
+        carried=_carried_files(checkpoint.path, texts),
+        to_dense=True,
+        replicas=tuple(replicas),
+    )
+
+
+def execute(
+    plan: Plan,
+    destination: Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Carries out a plan: `destination` appears whole, or not at all.
+
+    `progress` is called with the bytes written since its last call, from several threads.
+    Raises CheckpointError, one line, where files can't be read or written or the disk is full.
+    """
+    check_destination(destination, plan.source.path, overwrite)
+    free = free_bytes(destination)
+    if free < plan.needed_bytes:
+        raise CheckpointError(_disk_full(plan, destination, free))
+    sources = plan.source.tensors
+    for name, copy in plan.replicas:
+        if not same_bytes(sources[name], sources[copy]):
+            raise CheckpointError(
+                f"{copy} differs from {name}: the tracks were trained since the conversion, and "
+                "no dense tensor can hold both"
+            )
+    try:
+        with new_directory(destination, overwrite) as directory:
+            placed = lay_out(directory, plan.targets)
+            copy_moves(sources, placed, plan.moves, progress)
+            for name, text in plan.texts.items():
+                (directory / name).write_text(text, encoding="utf-8")
+            for path in plan.carried:
+                shutil.copyfile(path, directory / path.name)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CheckpointError(_disk_full(plan, destination, free)) from None
+        raise CheckpointError(f"{error.filename or destination}: {error.strerror}") from None
+
+
+def free_bytes(destination: Path) -> int:
+    """Bytes free where `destination` would be written."""
+    return shutil.disk_usage(destination.resolve().parent).free
+
+
+def _disk_full(plan: Plan, destination: Path, free: int) -> str:
+    return (
+        f"{destination}: the disk is full: {plan.needed_bytes} bytes are needed and {free} were "
+        "free at the start; nothing was written"
+    )
+
+
+def _spec_for(checkpoint: Checkpoint, shape: ModelShape, spec: Spec | None) -> Spec:
+    """The spec given, or the one that a checkpoint of the Ladder authors' format implies."""
+    theirs = checkpoint.config.get("ladder_layers")
+    if spec is not None and theirs is not None:
+        raise SpecError(
+            [
+                f"{spec.name}:1: the source runs ladder already (ladder_layers in its "
+                "config.json); leave --spec out to keep its schedule"
+            ]
+        )
+    if spec is not None:
+        return spec
+    if theirs is None:
+        raise SpecError(["a spec is needed: --spec FILE"])
+    schedule = read_section({**checkpoint.config, "num_hidden_layers": shape.layers}).schedule
+    tracks = max(n for n in range(1, 9) if shape.indivisible(n) is None)
+    text = (
+        "# The schedule that ladder_layers in the source's config.json stands for.\n"
+        f"format: 1\ntracks: {tracks}\nschedule:\n"
+        f'  - layers: 0-{shape.layers - 1}\n    stages: "{schedule}"\n'
+    )
+    return parse_spec(text, SPEC_FILE)
+
+
+def _check_tensors(
+    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], shape: ModelShape
+) -> tuple[str, list[TensorEntry]]:
+    """The dtype of all weights, and the tensors to carry along as they are.
+
+    Raises CheckpointError for tensors missing, unexpected, or of another shape or dtype than
+    config.json says.
+    """
+    extras, faults = [], []
+    dtype = shape.dtype or next((t.dtype for t in checkpoint.tensors.values()), "")
+    for name, size in expected.items():
+        entry = checkpoint.tensors.get(name)
+        if entry is None:
+            faults.append(f"{name} is missing")
+        elif entry.shape != size:
+            faults.append(f"{name} has shape {list(entry.shape)}, not {list(size)}")
+        elif entry.dtype != dtype or dtype not in DTYPE_BYTES:
+            faults.append(f"{name} is {entry.dtype}, not {_dtype_wanted(dtype)}")
+    for name, entry in checkpoint.tensors.items():
+        if name in expected:
+            continue
+        tied_copy = name == "lm_head.weight" and shape.tied
+        if (tied_copy or name.endswith(CARRIED_BUFFERS)) and entry.dtype in DTYPE_BYTES:
+            extras.append(entry)
+        else:
+            faults.append(f"{name} is not a tensor of {shape.family.model_type}")
+    if faults:
+        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointError(
+            f"{checkpoint.path}: the tensors are not those that config.json describes: "
+            f"{'; '.join(faults[:3])}{more}"
+        )
+    return dtype, extras
+
+
+def _dtype_wanted(dtype: str) -> str:
+    return dtype if dtype in DTYPE_BYTES else " or ".join(DTYPE_BYTES)
+
+
+def _copied(extras: list[TensorEntry], stem: str) -> tuple[list[Target], list[Move]]:
+    targets = [Target(e.name, stem, e.dtype, e.shape) for e in extras]
+    return targets, [Move(e.name, e.name, 0, 0, 0, e.shape[0]) for e in extras]
+
+
+def _tiles(tensor: DenseTensor) -> Iterator[tuple[Part, Part | None]]:
+    """Each part, with the earlier part that it repeats or None; those of None tile the axis."""
+    first: dict[tuple[int, int], Part] = {}
+    end = 0
+    for part in tensor.parts:
+        original = first.setdefault((part.start, part.stop), part)
+        if original is part:
+            assert part.start == end, f"{tensor.name}: parts leave a gap or overlap"
+            end = part.stop
+        yield part, None if original is part else original
+    assert end == tensor.shape[tensor.parts[0].axis], f"{tensor.name}: parts end early"
+
+
+def _converted_config(
+    source: Mapping[str, object], spec: Spec, schedule: Schedule, source_name: str
+) -> dict[str, object]:
+    """config.json of the result: every field of the source's, and the `ptconvert` section."""
+    model_type = str(source["model_type"])
+    classes = "PTConvert" + ModelShape.from_config(source).family.causal_lm
+    stem = MODELING_FILE.removesuffix(".py")
+    config_class = classes.replace("ForCausalLM", "Config")
+    return {
+        **source,
+        "model_type": MODEL_TYPE_PREFIX + model_type,
+        "architectures": [classes],
+        "auto_map": {
+            "AutoConfig": f"{stem}.{config_class}",
+            "AutoModelForCausalLM": f"{stem}.{classes}",
+        },
+        SECTION: {
+            "format": SECTION_FORMAT,
+            "tracks": spec.tracks,
+            "schedule": str(schedule),
+            "deferred": spec.deferred,
+            "assignment": spec.assignment,
+            "spec_digest": spec.digest,
+            "source_name": source_name,
+            "source": {key: source[key] for key in REPLACED_KEYS if key in source},
+        },
+    }
+
+
+def _ladder_layers_key(spec: Spec, schedule: Schedule) -> int | list[int]:
+    value = to_ladder_layers(schedule)
+    if value is None:
+        raise SpecError(
+            [
+                f"{spec.name}:1: --ladder-layers-config: the Ladder authors' format knows only "
+                "ladder and tensor_parallel layers"
+            ]
+        )
+    return value
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _index(targets: tuple[Target, ...]) -> str:
+    total = sum(t.nbytes for t in targets)
+    weight_map = {t.name: t.file for t in targets}
+    return _json({"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _carried_files(source: Path, written: Mapping[str, str]) -> tuple[Path, ...]:
+    """The source's small files that go along untouched, less those that the result has its own of."""
+    own = {"config.json", INDEX, SPEC_FILE, MODELING_FILE, *written}
+    found = {path for pattern in _CARRIED for path in source.glob(pattern) if path.is_file()}
+    return tuple(sorted(p for p in found if p.name not in own))
