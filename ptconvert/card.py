@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from ptconvert.presets import tensor_parallel
-from ptconvert.schedule import Counts, Schedule
+from ptconvert.schedule import Schedule
 from ptconvert.shape import ModelShape
 from ptconvert.spec import Spec
 
@@ -29,7 +29,7 @@ def model_card(
         **_licence(source / "README.md"),
     )
     before, after = Schedule(tensor_parallel(range(shape.layers))).counts, schedule.counts
-    carries = Counts.bytes_per_token(shape.width, shape.bytes_per_element)
+    carries = shape.bytes_per_token
     return f"""---
 {data.to_yaml()}
 ---

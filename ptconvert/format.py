@@ -52,7 +52,9 @@ def read_section(config: Mapping[str, Any], where: str = "config.json") -> Secti
     the Ladder authors' key, and is the dense model's where that is absent.
     Raises ConfigError or ScheduleError for a section that this version can't read.
     """
-    layers = config["num_hidden_layers"]
+    layers = config.get("num_hidden_layers")
+    if type(layers) is not int:
+        raise ConfigError(f"{where}: num_hidden_layers must be a whole number")
     section = config.get(SECTION)
     if section is None:
         ladder_layers = config.get("ladder_layers")
@@ -77,3 +79,9 @@ def read_section(config: Mapping[str, Any], where: str = "config.json") -> Secti
             f"{where}: the schedule runs {schedule.layers} layers, the model has {layers}"
         )
     return Section(schedule, tracks, deferred, source)
+
+
+def source_config(config: Mapping[str, Any], section: Section) -> dict[str, Any]:
+    """The source model's config.json, from a converted one's."""
+    kept = {k: v for k, v in config.items() if k not in (SECTION, *REPLACED_KEYS)}
+    return kept | dict(section.source)

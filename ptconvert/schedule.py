@@ -102,15 +102,6 @@ class Counts:
     all_reduces: int
     waited_for: int
 
-    @staticmethod
-    def bytes_per_token(width: int, bytes_per_element: int) -> int:
-        """Bytes that one all-reduce carries for one token: the residual stream's width.
-
-        Partials that wait for the same all-reduce are summed locally first, so how many there
-        are doesn't matter.
-        """
-        return width * bytes_per_element
-
 
 def parse_stages(text: str) -> tuple[Stage, ...]:
     """Reads stages separated by white space, each on its own terms (`Schedule` checks the whole).

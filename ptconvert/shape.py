@@ -48,9 +48,13 @@ class ModelShape:
         return self.kv_heads * self.head_size
 
     @property
-    def bytes_per_element(self) -> int:
-        """Bytes of one element of the residual stream (bf16 where config.json doesn't say)."""
-        return DTYPE_BYTES[self.dtype or "BF16"]
+    def bytes_per_token(self) -> int:
+        """Bytes that one all-reduce carries for one token: the residual stream's width.
+
+        Partials that wait for the same all-reduce are summed locally first, so how many there
+        are doesn't matter. bf16 is assumed where config.json doesn't say.
+        """
+        return self.width * DTYPE_BYTES[self.dtype or "BF16"]
 
     def size(self, rule: TensorRule) -> tuple[int, ...]:
         """The shape of a layer's tensor."""

@@ -81,23 +81,30 @@ class Spec:
 
     def check(self, shape: ModelShape) -> None:
         """Raises SpecError, all faults at once, where the spec doesn't fit a model."""
-        faults = []
-        if reason := shape.indivisible(self.tracks):
-            faults.append(f"{self.name}:{self.tracks_line}: {reason}")
-        for item in self.items:
-            if item.layers.stop > shape.layers:
-                faults.append(
-                    f"{self.name}:{item.line}: layers {_print(item.layers)} exceed the model, "
-                    f"whose layers are 0-{shape.layers - 1}"
-                )
-        if self.layers < shape.layers:
-            missing = range(self.layers, shape.layers)
-            faults.append(
-                f"{self.name}:{self.items[-1].line}: layers {_print(missing)} of the model are "
-                "not in the schedule; every layer must be, exactly once"
-            )
+        reason = shape.indivisible(self.tracks)
+        faults = [f"{self.name}:{self.tracks_line}: {reason}"] if reason else []
+        faults += self._layer_faults(shape.layers)
         if faults:
             raise SpecError(faults)
+
+    def check_layers(self, layers: int) -> None:
+        """Raises SpecError, all faults at once, where the spec doesn't cover a model's layers."""
+        if faults := self._layer_faults(layers):
+            raise SpecError(faults)
+
+    def _layer_faults(self, layers: int) -> list[str]:
+        faults = [
+            f"{self.name}:{item.line}: layers {_print(item.layers)} exceed the model, "
+            f"whose layers are 0-{layers - 1}"
+            for item in self.items
+            if item.layers.stop > layers
+        ]
+        if self.layers < layers:
+            faults.append(
+                f"{self.name}:{self.items[-1].line}: layers {_print(range(self.layers, layers))} "
+                "of the model are not in the schedule; every layer must be, exactly once"
+            )
+        return faults
 
 
 def read_spec(path: Path) -> Spec:

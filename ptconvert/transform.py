@@ -28,6 +28,7 @@ from ptconvert.format import (
     SECTION,
     SECTION_FORMAT,
     read_section,
+    source_config,
 )
 from ptconvert.layout import SHARED, DenseTensor, Part, dense_tensors, place, track_stem
 from ptconvert.modeling.export import modeling_source
@@ -96,9 +97,7 @@ class Plan:
             "files": per_file,
             "all_reduces": _counts(before, after, "all_reduces"),
             "waited_for": _counts(before, after, "waited_for"),
-            "bytes_per_token_per_all_reduce": Counts.bytes_per_token(
-                self.shape.width, self.shape.bytes_per_element
-            ),
+            "bytes_per_token_per_all_reduce": self.shape.bytes_per_token,
             "bytes_needed": self.needed_bytes,
         }
 
@@ -163,9 +162,8 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
     where = str(checkpoint.path / "config.json")
     if SECTION not in checkpoint.config:
         raise ConfigError(f"{where} has no {SECTION} section; only converted checkpoints have one")
-    config = {k: v for k, v in checkpoint.config.items() if k not in (SECTION, *REPLACED_KEYS)}
-    section = read_section({"num_hidden_layers": None, **checkpoint.config}, where)
-    config |= section.source
+    section = read_section(checkpoint.config, where)
+    config = source_config(checkpoint.config, section)
     shape = ModelShape.from_config(config, where)
     if reason := shape.indivisible(section.tracks):
         raise ConfigError(f"{where}: {reason}")

@@ -1,0 +1,260 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from ptconvert import __version__
+from ptconvert.errors import PTConvertError
+from ptconvert.format import read_section, source_config
+from ptconvert.schedule import Schedule
+from ptconvert.shape import ModelShape, read_config
+from ptconvert.spec import read_spec
+
+_SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Commands(click.Group):
+    """A group whose commands end with one line and exit code 2 where the user's input is wrong."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PTConvertError as error:
+            for line in str(error).splitlines():
+                click.echo(f"error: {line}", err=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            click.echo(f"error: {what}", err=True)
+        ctx.exit(2)
+
+
+class ByteSize(click.ParamType[int]):
+    """A size such as 5GB, 500MB or 4GiB."""
+
+    name = "size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([0-9]{1,12})\s*([KMG]I?B)?", str(value).strip().upper())
+        if match is None or int(match[1]) == 0:
+            self.fail(f"{value!r} is not a size such as 5GB, 500MB or 4GiB", param, ctx)
+        return int(match[1]) * _SIZES[match[2] or ""]
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ptconvert")
+def main() -> None:
+    """Convert dense transformer checkpoints into architectures that wait for far fewer all-reduces.
+
+    \b
+    ptconvert show SPEC --model SRC            look at a schedule and what it saves
+    ptconvert transform SRC DST --spec SPEC    write the converted checkpoint
+    ptconvert transform DST BACK --to-dense    undo it, bit for bit
+
+    Exit codes: 0 done, 1 a check failed, 2 the input is wrong.
+    """
+
+
+@main.command()
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.option("--spec", type=click.Path(path_type=Path), help="The YAML spec to convert by.")
+@click.option("--to-dense", is_flag=True, help="Undo a conversion: SRC is a converted checkpoint.")
+@click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace DST if it is a checkpoint.")
+@click.option(
+    "--shard-size", type=ByteSize(), default="5GB", show_default=True, help="Largest file written."
+)
+@click.option("--revision", help="Branch, tag or commit, where SRC is a hub id.")
+@click.option("--push-to-hub", metavar="REPO", help="Upload the result, with a model card.")
+@click.option(
+    "--ladder-layers-config",
+    is_flag=True,
+    help="Also write ladder_layers to config.json, for the Ladder Residual authors' code.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+def transform(
+    source: str,
+    destination: Path,
+    spec: Path | None,
+    to_dense: bool,
+    dry_run: bool,
+    overwrite: bool,
+    shard_size: int,
+    revision: str | None,
+    push_to_hub: str | None,
+    ladder_layers_config: bool,
+    as_json: bool,
+) -> None:
+    """Convert the checkpoint SRC (a directory or a hub id) into DST.
+
+    The rewrite is streamed, so memory stays small whatever the model's size; DST appears whole or
+    not at all. Without --spec, SRC must have ladder_layers in its config.json.
+    """
+    from ptconvert.checkpoint import hub
+    from ptconvert.checkpoint.atomic import check_destination
+    from ptconvert.checkpoint.reader import open_checkpoint
+    from ptconvert.transform import execute, free_bytes, plan_conversion, plan_to_dense
+
+    if to_dense and (spec is not None or ladder_layers_config):
+        raise click.UsageError("--to-dense takes neither --spec nor --ladder-layers-config")
+    read = read_spec(spec) if spec is not None else None
+    checkpoint = open_checkpoint(hub.fetch(source, revision))
+    check_destination(destination, checkpoint.path, overwrite)
+    if to_dense:
+        plan = plan_to_dense(checkpoint, shard_bytes=shard_size)
+    else:
+        name = source if hub.is_hub_id(source) else Path(source).resolve().name
+        plan = plan_conversion(
+            checkpoint,
+            read,
+            source_name=name,
+            shard_bytes=shard_size,
+            ladder_layers_config=ladder_layers_config,
+        )
+    free = free_bytes(destination)
+    figures = {**plan.summary(), "bytes_free": free}
+    if dry_run:
+        _print(figures, as_json, lambda console: _print_plan(console, figures, free))
+        return
+    if push_to_hub:
+        hub.create(push_to_hub)
+    started = time.monotonic()
+    with _progress(plan.nbytes, f"writing {destination.name}") as advance:
+        execute(plan, destination, overwrite=overwrite, progress=advance)
+    figures["seconds"] = time.monotonic() - started
+    figures["destination"] = str(destination)
+    if push_to_hub:
+        figures["commit"] = hub.push(destination, push_to_hub)
+    _print(figures, as_json, lambda console: _print_done(console, figures))
+
+
+@main.command()
+@click.argument("spec", metavar="SPEC", type=click.Path(path_type=Path, exists=True))
+@click.option("--model", metavar="SRC", help="The model: a directory, a config.json or a hub id.")
+@click.option("--layers", type=click.IntRange(1, 4096), help="Its number of layers, instead.")
+@click.option("--revision", help="Branch, tag or commit, where --model is a hub id.")
+@click.option("--json", "as_json", is_flag=True, help="Print the schedule and counts as JSON.")
+def show(
+    spec: Path, model: str | None, layers: int | None, revision: str | None, as_json: bool
+) -> None:
+    """Draw the schedule of SPEC (a spec file, or a converted checkpoint) with its counts.
+
+    A spec is checked against --model, or against a number of --layers.
+    """
+    from ptconvert.render import print_schedule
+
+    shape = _shape(model, revision) if model else None
+    if spec.is_dir():
+        schedule, tracks, shape = _converted(spec)
+    else:
+        read = read_spec(spec)
+        if shape is not None:
+            read.check(shape)
+        elif layers is not None:
+            read.check_layers(layers)
+        else:
+            raise click.UsageError("a spec needs --model SRC or --layers N to be checked against")
+        schedule, tracks = read.schedule(), read.tracks
+    carries = shape.bytes_per_token if shape else None
+    counts = schedule.counts
+    figures = {
+        "schedule": str(schedule),
+        "tracks": tracks,
+        "layers": schedule.layers,
+        "layers_as_tracks": sorted(schedule.track_layers(tracks)),
+        "all_reduces": {"before": 2 * schedule.layers, "after": counts.all_reduces},
+        "waited_for": {"before": 2 * schedule.layers, "after": counts.waited_for},
+        "bytes_per_token_per_all_reduce": carries,
+    }
+    _print(figures, as_json, lambda console: print_schedule(console, schedule, tracks, carries))
+
+
+def _shape(model: str, revision: str | None) -> ModelShape:
+    from ptconvert.checkpoint import hub
+
+    path = hub.fetch_config(model, revision)
+    return ModelShape.from_config(read_config(path), str(path))
+
+
+def _converted(path: Path) -> tuple[Schedule, int, ModelShape]:
+    """The schedule, tracks and source shape of a converted checkpoint."""
+    config = read_config(path)
+    section = read_section(config, str(path / "config.json"))
+    shape = ModelShape.from_config(source_config(config, section), str(path / "config.json"))
+    return section.schedule, section.tracks, shape
+
+
+def _print(figures: dict[str, Any], as_json: bool, show: Callable[[Console], None]) -> None:
+    if as_json:
+        click.echo(json.dumps(figures, indent=2))
+    else:
+        show(Console(highlight=False))
+
+
+def _print_plan(console: Console, figures: dict[str, Any], free: int) -> None:
+    from ptconvert.render import plan_table
+
+    console.print(plan_table(figures, free))
+    console.print("Nothing was written (--dry-run).", style="dim")
+
+
+def _print_done(console: Console, figures: dict[str, Any]) -> None:
+    seconds = max(figures["seconds"], 1e-3)
+    all_reduces, waited = figures["all_reduces"], figures["waited_for"]
+    console.print(
+        f"wrote {figures['destination']}: {decimal(figures['bytes_out'])} in {seconds:.1f} s "
+        f"({decimal(int(figures['bytes_out'] / seconds))}/s); all-reduces per forward pass "
+        f"{all_reduces['before']} → {all_reduces['after']}, waited for {waited['before']} → "
+        f"{waited['after']}",
+        soft_wrap=True,
+    )
+    if "commit" in figures:
+        console.print(f"pushed: {figures['commit']}", soft_wrap=True)
+
+
+@contextmanager
+def _progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar in bytes on a terminal; nothing elsewhere."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    ) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda nbytes: bar.advance(task, nbytes)
+
+
+if __name__ == "__main__":
+    main()

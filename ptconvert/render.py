@@ -1,0 +1,145 @@
+"""What the terminal shows: schedules as diagrams, plans and counts as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from ptconvert.presets import tensor_parallel
+from ptconvert.schedule import Kind, Schedule, Sublayer
+
+_STYLES = {"!": "bold red", "~": "yellow", "^": "cyan", ".": "green", "|": "magenta"}
+_MEANING = {
+    "!": "blocking all-reduce, waited for",
+    "~": "~k overlapped all-reduce, merged k stages later, hidden until then",
+    "^": "^k overlapped all-reduce, merged k stages later, own part seen",
+    ".": "no all-reduce: the track keeps its partial",
+    "|": "side by side with the next",
+}
+_ONE, _DIFFER = "─", "≡"
+
+
+def diagram(schedule: Schedule, tracks: int, width: int) -> RenderableType:
+    """The schedule with layers as columns, and under each sublayer what follows it.
+
+    `width` is the terminal's, in characters; layers that don't fit go into further rows.
+    """
+    cells = _cells(schedule)
+    tracked = schedule.track_layers(tracks)
+    column = 1 + max(len(str(schedule.layers - 1)), *(len(cell) for cell in cells.values()))
+    per_row = max(1, (width - 11) // column)
+    rows: list[RenderableType] = []
+    for first in range(0, schedule.layers, per_row):
+        layers = range(first, min(first + per_row, schedule.layers))
+        rows.append(_row("layer", [(str(i), "dim") for i in layers], column))
+        for label, kind in (("attention", Kind.ATTENTION), ("MLP", Kind.MLP)):
+            texts = [cells[Sublayer(i, kind)] for i in layers]
+            rows.append(_row(label, [(t, _STYLES[t[0]]) for t in texts], column))
+        streams = [(_DIFFER * column if i in tracked else _ONE * column, "dim") for i in layers]
+        rows.append(_row("stream", streams, column))
+        rows.append(Text(""))
+    rows.extend(_legend(cells.values(), bool(tracked), tracks))
+    return Group(*rows)
+
+
+def _cells(schedule: Schedule) -> dict[Sublayer, str]:
+    """What the schedule's text form has after each sublayer: `|` or the stage's ending."""
+    return {
+        sublayer: "|" if sublayer is not stage.sublayers[-1] else str(stage.ending)
+        for stage in schedule.stages
+        for sublayer in stage.sublayers
+    }
+
+
+def _row(label: str, cells: Sequence[tuple[str, str]], column: int) -> Text:
+    row = Text(f"{label:<10}", style="bold", no_wrap=True)
+    for text, style in cells:
+        row.append(f"{text:>{column}}", style=f"not bold {style}")
+    return row
+
+
+def _legend(cells: Sequence[str] | Any, differ: bool, tracks: int) -> Iterator[Text]:
+    used = {cell[0] for cell in cells}
+    for symbol, meaning in _MEANING.items():
+        if symbol in used:
+            yield Text.assemble((f"{symbol}  ", _STYLES[symbol]), (meaning, "dim"))
+    one = f"{_ONE}  the {tracks} tracks' streams agree (held dense)"
+    yield Text(one + (f"   {_DIFFER}  they differ (held per track)" if differ else ""), "dim")
+
+
+def counts_table(schedule: Schedule, bytes_per_token: int | None) -> RenderableType:
+    """All-reduces of the dense model under tensor parallelism and of the schedule."""
+    before, after = Schedule(tensor_parallel(range(schedule.layers))).counts, schedule.counts
+    rows: list[tuple[str, int, int]] = [
+        ("all-reduces per forward pass", before.all_reduces, after.all_reduces),
+        ("of them waited for", before.waited_for, after.waited_for),
+    ]
+    if bytes_per_token is not None:
+        total = "bytes all-reduced per token"
+        each = "bytes per token per all-reduce"
+        rows.append((each, bytes_per_token, bytes_per_token))
+        rows.append(
+            (total, before.all_reduces * bytes_per_token, after.all_reduces * bytes_per_token)
+        )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in ("tensor parallel", "this schedule", "times fewer"):
+        table.add_column(name, justify="right")
+    for label, old, new in rows:
+        table.add_row(label, f"{old:,}", f"{new:,}", "" if old == new else f"{old / new:.1f}")
+    return table
+
+
+def plan_table(summary: Mapping[str, Any], free: int) -> RenderableType:
+    """A plan's figures, as `--dry-run` shows them; `free` is the disk space found, in bytes."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    tracked = summary["layers_as_tracks"]
+    dense = [i for i in range(summary["layers"]) if i not in tracked]
+    held = "; ".join(
+        f"{len(layers)} {kind} ({ranges(layers)})"
+        for kind, layers in (("dense", dense), (f"as {summary['tracks']} tracks", tracked))
+        if layers
+    )
+    table.add_row("layers", held)
+    for label, key in (("all-reduces", "all_reduces"), ("waited for", "waited_for")):
+        table.add_row(label, f"{summary[key]['before']} before, {summary[key]['after']} after")
+    for label, way in (("in", "in"), ("out", "out")):
+        tensors, size = summary[f"tensors_{way}"], decimal(summary[f"bytes_{way}"])
+        table.add_row(label, f"{tensors} tensors, {size}")
+    for file, size in summary["files"].items():
+        table.add_row("", f"{file}  {decimal(size)}")
+    fits = "enough" if free >= summary["bytes_needed"] else "NOT ENOUGH"
+    needed = decimal(summary["bytes_needed"])
+    table.add_row("disk space", f"{needed} needed, {decimal(free)} free: {fits}")
+    return table
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Numbers as ranges: 0-3, 7, 9-11."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in parts)
+
+
+def print_schedule(
+    console: Console, schedule: Schedule, tracks: int, bytes_per_token: int | None
+) -> None:
+    """Diagram, counts and text form."""
+    console.print(diagram(schedule, tracks, console.width))
+    console.print()
+    console.print(counts_table(schedule, bytes_per_token))
+    console.print()
+    console.print(Text(str(schedule)), style="dim", soft_wrap=False)
+
+
