@@ -1,29 +1,69 @@
 """ptconvert: dense transformer checkpoints into Parallel Track and Ladder architectures.
 
-Importing it makes transformers' Auto classes open converted checkpoints. That takes no time until
-transformers itself is imported.
+Importing it makes transformers' Auto classes open converted checkpoints. It imports neither
+transformers nor torch for that, so the command line starts fast and the transform needs neither.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import wrapt
 
 __version__ = "0.1.0"
 
+_CONFIG_NAMES = {
+    "ptconvert_llama": "PTConvertLlamaConfig",
+    "ptconvert_mistral": "PTConvertMistralConfig",
+    "ptconvert_qwen2": "PTConvertQwen2Config",
+    "ptconvert_qwen3": "PTConvertQwen3Config",
+}
 
-@wrapt.when_imported("transformers.models.auto.configuration_auto")  # type: ignore[untyped-decorator]
-def _register_configs(auto: Any) -> None:
-    from ptconvert.modeling.config import CONFIGS
 
-    for config in CONFIGS:
-        auto.AutoConfig.register(config.model_type, config, exist_ok=True)
+def register() -> None:
+    """Registers the config and model classes with transformers' Auto classes.
 
+    Opening a converted checkpoint does this by itself; `AutoModelForCausalLM.from_config` with a
+    config made by hand needs it called.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-@wrapt.when_imported("transformers.models.auto.modeling_auto")  # type: ignore[untyped-decorator]
-def _register_models(auto: Any) -> None:
     from ptconvert.modeling.model import CAUSAL_LMS
 
     for model in CAUSAL_LMS:
-        auto.AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+        AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
+        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+
+
+def _deferred(model_type: str, name: str) -> type:
+    """A stand-in for a config class, which takes its place the first time it is used.
+
+    The class itself can't be imported while transformers is: its modules import each other in
+    circles, and which comes first depends on what the user imports.
+    """
+
+    def real() -> Any:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        register()
+        return CONFIG_MAPPING[model_type]
+
+    methods = {
+        "__new__": lambda _, *args, **kwargs: real()(*args, **kwargs),
+        "from_dict": classmethod(lambda _, *args, **kwargs: real().from_dict(*args, **kwargs)),
+        "from_pretrained": classmethod(
+            lambda _, *args, **kwargs: real().from_pretrained(*args, **kwargs)
+        ),
+        "model_type": model_type,
+        "__module__": __name__,
+    }
+    return type(name, (), methods)
+
+
+def _announce(auto: ModuleType) -> None:
+    for model_type, name in _CONFIG_NAMES.items():
+        auto.CONFIG_MAPPING.register(model_type, _deferred(model_type, name), exist_ok=True)
+
+
+wrapt.register_post_import_hook(_announce, "transformers.models.auto.configuration_auto")

@@ -1,0 +1,136 @@
+"""Shared fixtures: tiny random dense checkpoints of the real model classes, and conversions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.spec import parse_spec
+from ptconvert.transform import execute, plan_conversion
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+FIXTURE = Path(__file__).parents[2] / "shared" / "fixtures" / "stdlib-llama"
+LAYERS = 6
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# Every supported family, and the variants that take another path through the conversion.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama3-rope-tied": ("Llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-mqa": ("Llama", {"num_key_value_heads": 1}),
+    "llama-mha": ("Llama", {"num_key_value_heads": 8}),
+    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 8}),
+    "mistral-window": ("Mistral", {"sliding_window": 5}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-two-kv-tied": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2-window": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+}
+
+MakeDense = Callable[..., Path]
+Convert = Callable[..., Path]
+
+
+def random_model(variant: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """A dense model whose weights are large enough for schedules to matter."""
+    family, settings = VARIANTS[variant]
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **settings, **overrides})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(0.25 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def make_dense(tmp_path_factory: pytest.TempPathFactory) -> MakeDense:
+    """Writes a dense checkpoint of a variant, once per session and settings."""
+    made: dict[str, Path] = {}
+
+    def make(
+        variant: str = "llama",
+        dtype: torch.dtype = torch.float32,
+        max_shard_size: str = "5GB",
+        **overrides: Any,
+    ) -> Path:
+        key = f"{variant} {dtype} {max_shard_size} {sorted(overrides.items())}"
+        if key not in made:
+            path = tmp_path_factory.mktemp(variant)
+            model = random_model(variant, dtype, **overrides)
+            model.save_pretrained(path, max_shard_size=max_shard_size)
+            made[key] = path
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def convert(tmp_path: Path) -> Convert:
+    """Converts a dense checkpoint: items of a schedule in YAML flow form, or all layers' use."""
+
+    def run(source: Path, tracks: int, schedule: str, top: str = "", **options: Any) -> Path:
+        destination = tmp_path / f"converted-{len(list(tmp_path.iterdir()))}"
+        execute(
+            plan_conversion(
+                open_checkpoint(source),
+                parse_spec(spec_text(tracks, schedule, top), "spec.yaml"),
+                source_name=source.name,
+                **options,
+            ),
+            destination,
+        )
+        return destination
+
+    return run
+
+
+def spec_text(tracks: int, schedule: str, top: str = "") -> str:
+    """A spec: `schedule` is one item's keys for all LAYERS layers, or whole items."""
+    items = schedule
+    if "layers:" not in schedule:
+        items = f"  - {{layers: 0-{LAYERS - 1}, {schedule}}}\n"
+    return f"format: 1\ntracks: {tracks}\n{top}schedule:\n{items}"
+
+
+def load(path: Path, **options: Any) -> Any:
+    """Opens a checkpoint in fp32 as a user would."""
+    options = {"dtype": torch.float32, "attn_implementation": "eager", **options}
+    return transformers.AutoModelForCausalLM.from_pretrained(path, **options).eval()

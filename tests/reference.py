@@ -1,0 +1,126 @@
+"""The literal reference: DESIGN's equations over an explicit track axis, on the dense model.
+
+It shares no code with the executor, the schedule or the transform: it reads the schedule's text on
+its own, runs transformers' own dense layers, and splits a sublayer's output into tracks by zeroing
+the heads or neurons of all other tracks before the output projection. Nothing is cached; decoding
+is a forward pass over the whole prefix. Shape suffixes: T track, B batch, S sequence, D width.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+
+@dataclass
+class Flight:
+    """An all-reduce in flight; `left` counts the stages still to run before its merge."""
+
+    left: int
+    sum_BSD: torch.Tensor
+    seen_TBSD: torch.Tensor
+    common_BSD: torch.Tensor
+
+
+def attention_mask(keep_BS: torch.Tensor, window: int | None) -> torch.Tensor:
+    """The additive mask (B, 1, S, S): causal, without padding, at most `window` back."""
+    length = keep_BS.shape[1]
+    query, key = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    allowed = (key <= query)[None] & keep_BS[:, None, :].bool()
+    if window is not None:
+        allowed = allowed & (query - key < window)[None]
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    return mask[:, None]
+
+
+def output_inputs(layer: Any, name: str, x_BSD: torch.Tensor, extra: dict[str, Any]) -> Any:
+    """What reaches the output projection of a dense sublayer, and that projection."""
+    projection = layer.self_attn.o_proj if name == "a" else layer.mlp.down_proj
+    caught = []
+    hook = projection.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    if name == "a":
+        layer.self_attn(hidden_states=layer.input_layernorm(x_BSD), **extra)
+    else:
+        layer.mlp(layer.post_attention_layernorm(x_BSD))
+    hook.remove()
+    return caught[0], projection
+
+
+def sublayer_partials(
+    model: Any, sublayer: str, x_TBSD: torch.Tensor, extra: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each track's partial, and the common term, of a sublayer such as a3."""
+    layer = model.model.layers[int(sublayer[1:])]
+    partials = []
+    tracks = len(x_TBSD)
+    for t in range(tracks):
+        hidden, projection = output_inputs(layer, sublayer[0], x_TBSD[t], extra)
+        own = torch.zeros_like(hidden)
+        share = hidden.shape[-1] // tracks
+        own[..., t * share : (t + 1) * share] = hidden[..., t * share : (t + 1) * share]
+        partials.append(linear(own, projection.weight))
+    bias = projection.bias
+    common = torch.zeros_like(partials[0]) if bias is None else bias.expand_as(partials[0])
+    return torch.stack(partials), common
+
+
+@torch.no_grad()
+def reference_logits(
+    model: Any,
+    schedule: str,
+    tracks: int,
+    ids_BS: torch.Tensor,
+    keep_BS: torch.Tensor | None = None,
+    deferred: str = "sum",
+    common_weight: float = 1.0,
+) -> torch.Tensor:
+    """Logits (B, S, vocabulary) of a dense eager-attention model under a schedule's text.
+
+    `keep_BS` is 0 for padding. `common_weight` is 1; negative controls count biases otherwise.
+    """
+    keep_BS = torch.ones_like(ids_BS) if keep_BS is None else keep_BS
+    base_BSD = model.model.embed_tokens(ids_BS)
+    positions = (keep_BS.cumsum(-1) - 1).clamp(min=0)
+    types = getattr(model.config, "layer_types", None)
+    window = getattr(model.config, "sliding_window", None)
+    waited_TBSD = torch.zeros(tracks, *base_BSD.shape)
+    waited_common = torch.zeros_like(base_BSD)
+    flights: list[Flight] = []
+    for word in schedule.split():
+        match = re.fullmatch(r"([am0-9|]+)([!.~^])(\d*)", word)
+        assert match is not None
+        names, ending, lag = match[1].split("|"), match[2], int(match[3] or 0)
+        x_TBSD = base_BSD + waited_TBSD + sum(f.seen_TBSD for f in flights)
+        own_TBSD, common_BSD = torch.zeros_like(waited_TBSD), waited_common
+        for name in names:
+            index = int(name[1:])
+            sliding = types[index] == "sliding_attention" if types else window is not None
+            extra = {
+                "attention_mask": attention_mask(keep_BS, window if sliding else None),
+                "position_embeddings": model.model.rotary_emb(base_BSD, positions),
+            }
+            partial_TBSD, bias_BSD = sublayer_partials(model, name, x_TBSD, extra)
+            own_TBSD = own_TBSD + partial_TBSD
+            common_BSD = common_BSD + common_weight * bias_BSD
+        for flight in flights:
+            flight.left -= 1
+        pending_TBSD = waited_TBSD + own_TBSD
+        if ending == ".":
+            waited_TBSD, waited_common = pending_TBSD, common_BSD
+        else:
+            weight = 1 / tracks if deferred == "mean" else 1.0
+            sum_BSD = (weight * waited_TBSD + own_TBSD).sum(0)
+            seen = pending_TBSD if ending == "^" else torch.zeros_like(pending_TBSD)
+            flights.append(Flight(lag, sum_BSD, seen, common_BSD))
+            waited_TBSD, waited_common = torch.zeros_like(own_TBSD), torch.zeros_like(base_BSD)
+        for flight in [f for f in flights if f.left == 0]:
+            base_BSD = base_BSD + flight.sum_BSD + flight.common_BSD
+        flights = [f for f in flights if f.left > 0]
+    for flight in flights:
+        base_BSD = base_BSD + flight.sum_BSD + flight.common_BSD
+    logits: torch.Tensor = model.lm_head(model.model.norm(base_BSD))
+    return logits
