@@ -1,0 +1,196 @@
+"""Schedules as text and data: parsing, validation, counts, and where tracks differ."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptconvert.errors import ScheduleError
+from ptconvert.presets import PRESETS, from_ladder_layers, join, parameters, to_ladder_layers
+from ptconvert.schedule import Schedule
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden() -> list[tuple[str, str, str]]:
+    """Rows of golden/presets.txt: preset with parameters, layers, schedule."""
+    lines = (GOLDEN / "presets.txt").read_text().splitlines()
+    rows = [line.split(" | ", 2) for line in lines if line and not line.startswith("#")]
+    return [(preset, layers, text) for preset, layers, text in rows]
+
+
+def schedule_of(description: str, layers: str) -> Schedule:
+    """The schedule of 12 layers: a preset in a range, tensor parallel elsewhere."""
+    name, *pairs = description.split()
+    arguments = {k: int(v) for k, v in (pair.split("=") for pair in pairs)}
+    first, last = map(int, layers.split("-"))
+    parts = []
+    if first:
+        parts.append(("tensor_parallel", PRESETS["tensor_parallel"](range(first))))
+    parts.append((name, PRESETS[name](range(first, last + 1), **arguments)))
+    if last < 11:
+        parts.append(("tensor_parallel", PRESETS["tensor_parallel"](range(last + 1, 12))))
+    return join(parts)
+
+
+@pytest.mark.parametrize(("preset", "layers", "text"), golden())
+def test_presets_give_the_golden_schedules(preset: str, layers: str, text: str) -> None:
+    schedule = schedule_of(preset, layers)
+    assert str(schedule) == text
+    assert Schedule.parse(text) == schedule
+
+
+@pytest.mark.parametrize(
+    ("preset", "layers", "all_reduces", "waited_for"),
+    [
+        # the table of the fixture's README
+        ("tensor_parallel", "0-11", 24, 24),
+        ("ladder", "0-11", 24, 1),
+        ("ladder", "1-11", 24, 2),
+        ("ladder", "6-11", 24, 12),
+        ("parallel_block", "1-11", 13, 13),
+        ("layer_parallel", "2-11", 14, 14),
+        ("sync_point_drop", "1-11", 13, 13),
+        ("delayed delay=2", "1-11", 24, 3),
+        ("parallel_track depth=4", "0-11", 3, 3),
+        ("parallel_track depth=2", "1-11", 8, 8),
+        ("parallel_track depth=4", "1-11", 5, 5),
+        ("parallel_track depth=2 overlap=1", "1-11", 8, 3),
+        # and of DESIGN 2.3, for L = 12
+        ("parallel_block", "0-11", 12, 12),
+        ("layer_parallel", "0-11", 12, 12),
+        ("sync_point_drop", "0-11", 12, 12),
+        ("delayed delay=3", "0-11", 24, 1),
+        ("desync every=4", "0-11", 6, 6),
+        ("parallel_track depth=4 overlap=2", "0-11", 3, 1),
+    ],
+)
+def test_counts(preset: str, layers: str, all_reduces: int, waited_for: int) -> None:
+    counts = schedule_of(preset, layers).counts
+    assert (counts.all_reduces, counts.waited_for) == (all_reduces, waited_for)
+
+
+@pytest.mark.parametrize(
+    ("text", "marked", "why"),
+    [
+        ("a0! m0", ">>m0<<", "is not a stage"),
+        ("a0! m0! b1!", ">>b1!<<", "is not a stage"),
+        ("a0! m00!", ">>m00!<<", "is not a stage"),
+        ("a0~ m0!", ">>a0~<<", "needs a lag"),
+        ("a0^0 m0!", ">>a0^0<<", "needs a lag"),
+        ("a0!2 m0!", ">>a0!2<<", "has a lag"),
+        ("m0! a0!", ">>m0!<<", "runs m0 before a0"),
+        ("a0! m0! a0! m1!", ">>a0!<<", "runs a0 again"),
+        ("a0|a0! m0!", ">>a0|a0!<<", "runs a0 again"),
+        ("a0! m0.", ">>m0.<<", "leaves its partial pending"),
+        ("a0! m0! a5000! m1!", ">>a5000!<<", "is past layer"),
+    ],
+)
+def test_what_breaks_a_rule_is_printed_with_the_stage_marked(
+    text: str, marked: str, why: str
+) -> None:
+    with pytest.raises(ScheduleError, match=why) as error:
+        Schedule.parse(text)
+    assert marked in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "missing"), [("a0! m0! a2! m2!", "a1"), ("a0!", "m0")])
+def test_missing_sublayers_are_named(text: str, missing: str) -> None:
+    with pytest.raises(ScheduleError, match=f"{missing} is missing"):
+        Schedule.parse(text)
+    with pytest.raises(ScheduleError, match="no stages"):
+        Schedule.parse(" ")
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    """Valid schedules: sublayers in order, some side by side, any endings but the last."""
+    names = [f"{kind}{i}" for i in range(draw(st.integers(1, 6))) for kind in "am"]
+    words, stage = [], ""
+    for name in names:
+        stage = f"{stage}|{name}" if stage else name
+        if name == names[-1]:
+            words.append(stage + draw(st.sampled_from(["!", "~1", "^4"])))
+        elif draw(st.booleans()):
+            words.append(stage + draw(st.sampled_from(["!", ".", "~1", "~3", "^1", "^2"])))
+            stage = ""
+    return Schedule.parse(" ".join(words))
+
+
+@given(schedules())
+def test_prints_and_parses_back_to_itself(schedule: Schedule) -> None:
+    assert Schedule.parse(str(schedule)) == schedule
+    assert schedule.counts.waited_for <= schedule.counts.all_reduces <= len(schedule.stages)
+
+
+@given(st.text(alphabet="am0123 |!.~^x\n", max_size=40))
+def test_any_text_parses_or_is_refused(text: str) -> None:
+    try:
+        assert Schedule.parse(str(Schedule.parse(text))) == Schedule.parse(text)
+    except ScheduleError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "tracked"),
+    [
+        ("a0! m0! a1! m1!", []),
+        ("a0~1 m0~1 a1~5 m1!", []),
+        ("a0|m0! a1|m1!", []),
+        ("a0. m0! a1! m1!", [0]),
+        ("a0! m0^1 a1! m1!", [0, 1]),
+        ("a0! m0^2 a1! m1!", [0, 1]),
+        ("a0! m0^1 a1! m1! a2! m2!", [0, 1]),
+        ("a0! m0! a1! m1^3", []),
+        ("a0! m0. a1~1 m1!", [0, 1]),
+    ],
+)
+def test_layers_in_which_tracks_differ(text: str, tracked: list[int]) -> None:
+    schedule = Schedule.parse(text)
+    assert sorted(schedule.track_layers(2)) == tracked
+    assert not schedule.track_layers(1)
+
+
+def test_parameters_come_from_the_presets() -> None:
+    assert parameters("parallel_track") == {"depth": None, "overlap": 0}
+    assert parameters("ladder") == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "starts", "back"),
+    [
+        (2, "a0! m0~1 a1~1 m1~1 a2~1 m2!", 2),
+        ([0, 1, 2], "a0~1 m0~1 a1~1 m1~1 a2~1 m2!", 3),
+        ([1], "a0! m0~1 a1~1 m1! a2! m2!", [1]),
+        ([], "a0! m0! a1! m1! a2! m2!", []),
+    ],
+)
+def test_ladder_layers(value: object, starts: str, back: object) -> None:
+    schedule = from_ladder_layers(value, 3)
+    assert str(schedule) == starts
+    assert to_ladder_layers(schedule) == back
+
+
+@pytest.mark.parametrize("value", [4, -1, True, "2", [3], [0, "1"], {}])
+def test_wrong_ladder_layers_are_refused(value: object) -> None:
+    with pytest.raises(ScheduleError, match="ladder_layers is"):
+        from_ladder_layers(value, 3)
+
+
+def test_other_schedules_have_no_ladder_layers() -> None:
+    assert to_ladder_layers(Schedule.parse("a0. m0!")) is None
+    assert to_ladder_layers(Schedule.parse("a0~1 m0~2 a1! m1!")) is None
+
+
+def test_schedules_and_the_transform_need_no_torch() -> None:
+    code = (
+        "import sys, ptconvert.schedule, ptconvert.spec, ptconvert.transform, ptconvert.cli;"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,96 @@
+"""Config.json as a ModelShape: what is refused and why, and how tracks divide tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ptconvert.errors import ConfigError
+from ptconvert.families import FAMILIES
+from ptconvert.shape import ModelShape, read_config
+
+BASE: dict[str, object] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"model_type": "gemma2"}, "gemma2 can't be converted: it norms each sublayer's output"),
+        ({"model_type": "mixtral"}, "mixtral can't be converted: its layers are mixtures"),
+        ({"model_type": "qwen3_moe"}, "mixtures of experts"),
+        ({"model_type": "gpt2"}, "'gpt2' is not supported; supported are llama, mistral"),
+        ({"model_type": None}, "must name a family"),
+        ({"num_experts": 8}, "with experts can't be converted"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM"),
+        ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "runs its own code"),
+        ({"ptconvert": {}}, "converted already"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"torch_dtype": "int8"}, "the weights must be bfloat16"),
+        ({"num_key_value_heads": 3}, "don't share 3 KV heads evenly"),
+    ],
+)
+def test_refused_by_name_with_the_reason(changed: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as error:
+        ModelShape.from_config({**BASE, **changed})
+    assert "\n" not in str(error.value)
+
+
+def test_defaults() -> None:
+    config = {k: v for k, v in BASE.items() if k != "num_key_value_heads"}
+    assert ModelShape.from_config(config).kv_heads == 8
+    assert ModelShape.from_config(BASE).head_size == 8
+    qwen3 = {**BASE, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    assert ModelShape.from_config(qwen3).head_size == 128
+
+
+@pytest.mark.parametrize(("tracks", "fits"), [(1, True), (2, True), (4, True), (3, False)])
+def test_divisibility(tracks: int, fits: bool) -> None:
+    assert (ModelShape.from_config(BASE).indivisible(tracks) is None) == fits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tracks", [1, 2, 4, 8])
+def test_spans_tile_each_tensor_or_repeat_it(family: str, tracks: int) -> None:
+    config = {**BASE, "model_type": family, "architectures": None, "attention_bias": True}
+    shape = ModelShape.from_config(config)
+    for rule in shape.rules:
+        spans = sorted({shape.span(rule, t, tracks) for t in range(tracks)})
+        assert spans[0][0] == 0 and spans[-1][1] == shape.size(rule)[rule.axis]
+        assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+
+
+def test_query_heads_stay_with_their_kv_head() -> None:
+    shape = ModelShape.from_config(BASE)
+    rules = {r.name: r for r in shape.rules}
+    for tracks in (2, 4, 8):
+        for t in range(tracks):
+            queries = shape.span(rules["self_attn.q_proj.weight"], t, tracks)
+            keys = shape.span(rules["self_attn.k_proj.weight"], t, tracks)
+            group = shape.query_width // shape.kv_heads
+            wanted = queries[0] // group, (queries[1] - 1) // group
+            assert (keys[0] // shape.head_size, (keys[1] - 1) // shape.head_size) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"a": ' * 20_000])
+def test_unreadable_configs(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError):
+        read_config(tmp_path)
+    with pytest.raises(ConfigError, match="is missing"):
+        read_config(tmp_path / "other.json")
