@@ -74,7 +74,9 @@ def train(stream: torch.Tensor, steps: int, seed: int) -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config)
     peak = 4e-3
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=peak, weight_decay=0.1, betas=(0.9, 0.95), fused=True
+    )
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.1)
     for ids in track(batches(stream, steps, seed), "training", total=steps):
         loss = model(input_ids=ids, labels=ids).loss
@@ -108,7 +110,9 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     size = sum(p.numel() for p in model.parameters())
-    print(f"{arguments.out}: {size / 1e6:.1f} M parameters, held-out loss {loss:.2f} nats per token")
+    print(
+        f"{arguments.out}: {size / 1e6:.1f} M parameters, held-out loss {loss:.2f} nats per token"
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -15,18 +16,24 @@ _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 def model_card(
-    source: Path, source_name: str, spec: Spec, schedule: Schedule, shape: ModelShape
+    source: Path,
+    source_name: str,
+    name: str,
+    spec: Spec,
+    schedule: Schedule,
+    shape: ModelShape,
 ) -> str:
     """The text of README.md: source, schedule, all-reduces before and after, and the spec.
 
-    The licence is the source card's; `source_name` is a hub id or a directory's name.
+    The licence is the source card's; `source_name` and `name`, of the result, are hub ids or
+    directories' names.
     """
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["ptconvert", "parallel-track" if schedule.track_layers(spec.tracks) else "ladder"],
         base_model=source_name if source_name.count("/") == 1 else None,
-        **_licence(source / "README.md"),
+        **cast(Any, _licence(source / "README.md")),
     )
     before, after = Schedule(tensor_parallel(range(shape.layers))).counts, schedule.counts
     carries = shape.bytes_per_token
@@ -53,7 +60,7 @@ source) where the loss matters.
 import ptconvert
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("THIS")
+model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 
 ## Schedule

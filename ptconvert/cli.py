@@ -39,15 +39,15 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except PTConvertError as error:
-            for line in str(error).splitlines():
-                click.echo(f"error: {line}", err=True)
         except BrokenPipeError:
             raise
+        except PTConvertError as error:
+            lines = str(error).splitlines()
         except OSError as error:
-            what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-            click.echo(f"error: {what}", err=True)
-        ctx.exit(2)
+            lines = [f"{error.filename}: {error.strerror}" if error.filename else str(error)]
+        for line in lines:
+            click.echo(f"error: {line}", err=True)
+        return ctx.exit(2)
 
 
 class ByteSize(click.ParamType[int]):
@@ -55,9 +55,7 @@ class ByteSize(click.ParamType[int]):
 
     name = "size"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"([0-9]{1,12})\s*([KMG]I?B)?", str(value).strip().upper())
@@ -117,23 +115,27 @@ def transform(
     not at all. Without --spec, SRC must have ladder_layers in its config.json.
     """
     from ptconvert.checkpoint import hub
-    from ptconvert.checkpoint.atomic import check_destination
+    from ptconvert.checkpoint.atomic import check_apart, check_destination
     from ptconvert.checkpoint.reader import open_checkpoint
     from ptconvert.transform import execute, free_bytes, plan_conversion, plan_to_dense
 
-    if to_dense and (spec is not None or ladder_layers_config):
-        raise click.UsageError("--to-dense takes neither --spec nor --ladder-layers-config")
+    if to_dense and (spec is not None or ladder_layers_config or push_to_hub):
+        raise click.UsageError(
+            "--to-dense takes none of --spec, --ladder-layers-config and --push-to-hub"
+        )
     read = read_spec(spec) if spec is not None else None
+    check_destination(destination, overwrite)
     checkpoint = open_checkpoint(hub.fetch(source, revision))
-    check_destination(destination, checkpoint.path, overwrite)
+    check_apart(destination, checkpoint.path)
     if to_dense:
         plan = plan_to_dense(checkpoint, shard_bytes=shard_size)
     else:
-        name = source if hub.is_hub_id(source) else Path(source).resolve().name
+        source_name = source if hub.is_hub_id(source) else Path(source).resolve().name
         plan = plan_conversion(
             checkpoint,
             read,
-            source_name=name,
+            source_name=source_name,
+            name=push_to_hub or destination.name,
             shard_bytes=shard_size,
             ladder_layers_config=ladder_layers_config,
         )
@@ -143,7 +145,7 @@ def transform(
         _print(figures, as_json, lambda console: _print_plan(console, figures, free))
         return
     if push_to_hub:
-        hub.create(push_to_hub)
+        push_to_hub = hub.create(push_to_hub)
     started = time.monotonic()
     with _progress(plan.nbytes, f"writing {destination.name}") as advance:
         execute(plan, destination, overwrite=overwrite, progress=advance)

@@ -1,15 +1,15 @@
 """What a converted checkpoint's config.json says about its conversion: the `ptconvert` section.
 
-    "ptconvert": {
-      "format": 1,               the version of this section
-      "tracks": 8,
-      "schedule": "a0! m0! ...", the resolved schedule's text form
-      "deferred": "sum",
-      "assignment": "contiguous",
-      "spec_digest": "sha256:...",
-      "source_name": "meta-llama/Llama-3.1-8B",
-      "source": {...}            what the conversion replaced in the source's config.json
-    }
+"ptconvert": {
+  "format": 1,               the version of this section
+  "tracks": 8,
+  "schedule": "a0! m0! ...", the resolved schedule's text form
+  "deferred": "sum",
+  "assignment": "contiguous",
+  "spec_digest": "sha256:...",
+  "source_name": "meta-llama/Llama-3.1-8B",
+  "source": {...}            what the conversion replaced in the source's config.json
+}
 """
 
 from __future__ import annotations

@@ -141,5 +141,3 @@ def print_schedule(
     console.print(counts_table(schedule, bytes_per_token))
     console.print()
     console.print(Text(str(schedule)), style="dim", soft_wrap=False)
-
-

@@ -26,7 +26,7 @@ from ptconvert.errors import ScheduleError, SpecError
 from ptconvert.format import DEFERRED_RULES, MAX_TRACKS
 from ptconvert.schedule import MAX_LAYERS, Schedule, Stage, parse_stages
 from ptconvert.shape import ModelShape
-from ptconvert.strict_yaml import Value, YAMLFault, load
+from ptconvert.strict_yaml import Value, YAMLError, load
 
 FORMAT = 1
 ASSIGNMENTS = ("contiguous",)
@@ -122,8 +122,8 @@ def parse_spec(text: str, name: str) -> Spec:
     """Reads and checks a spec's text; `name` stands in its errors. Raises SpecError."""
     try:
         root, duplicates = load(text)
-    except YAMLFault as fault:
-        raise SpecError([f"{name}:{fault.line}: {fault}"]) from None
+    except YAMLError as error:
+        raise SpecError([f"{name}:{error.line}: {error}"]) from None
     reader = _Reader(name)
     for fault in duplicates:
         reader.fault(fault.line, str(fault))
@@ -296,5 +296,3 @@ def _print(layers: range) -> str:
 def _list(numbers: set[int]) -> str:
     ordered = sorted(numbers)
     return ", ".join(map(str, ordered[:8])) + (", ..." if len(ordered) > 8 else "")
-
-

@@ -11,7 +11,7 @@ MAX_BYTES = 256 * 1024
 MAX_DEPTH = 16
 
 
-class YAMLFault(ValueError):
+class YAMLError(ValueError):
     """YAML that is not accepted, and the line (from 1) where it stands."""
 
     def __init__(self, line: int, what: str) -> None:
@@ -44,26 +44,26 @@ class Value:
         return "a mapping" if isinstance(self.data, dict) else "a list"
 
 
-def load(text: str) -> tuple[Value, list[YAMLFault]]:
+def load(text: str) -> tuple[Value, list[YAMLError]]:
     """Reads one YAML document; returns its root and the duplicate keys found.
 
-    Raises YAMLFault for what can't be read at all, or is refused (tags, anchors, aliases, more
+    Raises YAMLError for what can't be read at all, or is refused (tags, anchors, aliases, more
     than MAX_BYTES or MAX_DEPTH).
     """
     if len(text.encode("utf-8", "replace")) > MAX_BYTES:
-        raise YAMLFault(1, f"the file is larger than {MAX_BYTES // 1024} KiB, the most allowed")
+        raise YAMLError(1, f"the file is larger than {MAX_BYTES // 1024} KiB, the most allowed")
     try:
         _check_events(yaml.parse(text, Loader=yaml.SafeLoader))
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = " ".join(filter(None, (error.context, error.problem)))
-        raise YAMLFault(mark.line + 1 if mark else 1, f"not valid YAML: {what}") from None
-    except yaml.YAMLError as error:
-        raise YAMLFault(1, f"not valid YAML: {' '.join(str(error).split())}") from None
+        raise YAMLError(mark.line + 1 if mark else 1, f"not valid YAML: {what}") from None
+    except yaml.error.YAMLError as error:
+        raise YAMLError(1, f"not valid YAML: {' '.join(str(error).split())}") from None
     if root is None:
-        raise YAMLFault(1, "the file is empty")
-    duplicates: list[YAMLFault] = []
+        raise YAMLError(1, "the file is empty")
+    duplicates: list[YAMLError] = []
     return _value(root, duplicates), duplicates
 
 
@@ -72,18 +72,18 @@ def _check_events(events: Iterator[yaml.Event]) -> None:
     for event in events:
         line = event.start_mark.line + 1 if event.start_mark else 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise YAMLFault(line, "anchors and aliases are not allowed; write the value out")
-        if getattr(event, "tag", None):
-            raise YAMLFault(line, f"the tag {event.tag} is not allowed; write a plain value")
+            raise YAMLError(line, "anchors and aliases are not allowed; write the value out")
+        if tag := getattr(event, "tag", None):
+            raise YAMLError(line, f"the tag {tag} is not allowed; write a plain value")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
-                raise YAMLFault(line, f"nested deeper than {MAX_DEPTH}, the most allowed")
+                raise YAMLError(line, f"nested deeper than {MAX_DEPTH}, the most allowed")
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
 
 
-def _value(node: yaml.Node, duplicates: list[YAMLFault]) -> Value:
+def _value(node: yaml.Node, duplicates: list[YAMLError]) -> Value:
     line = node.start_mark.line + 1
     if isinstance(node, yaml.ScalarNode):
         return Value(node.value, line, quoted=node.style is not None)
@@ -93,11 +93,11 @@ def _value(node: yaml.Node, duplicates: list[YAMLFault]) -> Value:
     for key_node, value_node in node.value:
         key_line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            raise YAMLFault(key_line, "a key must be a plain word")
+            raise YAMLError(key_line, "a key must be a plain word")
         if key_node.value in mapping:
             first = mapping[key_node.value][0]
             what = f"{key_node.value} stands twice (first on line {first}); keep one"
-            duplicates.append(YAMLFault(key_line, what))
+            duplicates.append(YAMLError(key_line, what))
             continue
         mapping[key_node.value] = key_line, _value(value_node, duplicates)
     return Value(mapping, line)

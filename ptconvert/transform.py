@@ -1,8 +1,8 @@
 """The transform: a plan as pure data, and its execution as a streamed rewrite.
 
-    plan_conversion(checkpoint, spec) -> Plan     dense to converted
-    plan_to_dense(checkpoint) -> Plan             and back, bit for bit
-    execute(plan, destination) -> None
+plan_conversion(checkpoint, spec) -> Plan     dense to converted
+plan_to_dense(checkpoint) -> Plan             and back, bit for bit
+execute(plan, destination) -> None
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ptconvert.card import model_card
-from ptconvert.checkpoint.atomic import check_destination, new_directory
+from ptconvert.checkpoint.atomic import check_apart, check_destination, new_directory
 from ptconvert.checkpoint.reader import INDEX, Checkpoint, TensorEntry
 from ptconvert.checkpoint.writer import Move, Target, copy_moves, lay_out, same_bytes
 from ptconvert.errors import CheckpointError, ConfigError, SpecError
@@ -111,13 +111,15 @@ def plan_conversion(
     spec: Spec | None,
     *,
     source_name: str,
+    name: str = "DST",
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     ladder_layers_config: bool = False,
 ) -> Plan:
     """The plan that converts a dense checkpoint by a spec.
 
     Without a spec the checkpoint must be of the Ladder authors' format, whose config.json says
-    its schedule. `ladder_layers_config` writes their key beside ours.
+    its schedule. `name` is what the model card calls the result: its directory or repository.
+    `ladder_layers_config` writes their key beside ours.
     Raises PTConvertError, one line or one per fault of the spec, before anything is written.
     """
     where = str(checkpoint.path / "config.json")
@@ -143,7 +145,7 @@ def plan_conversion(
         INDEX: _index(placed),
         SPEC_FILE: spec.text,
         MODELING_FILE: modeling_source(),
-        "README.md": model_card(checkpoint.path, source_name, spec, schedule, shape),
+        "README.md": model_card(checkpoint.path, source_name, name, spec, schedule, shape),
     }
     return Plan(
         source=checkpoint,
@@ -203,14 +205,15 @@ def execute(
     destination: Path,
     *,
     overwrite: bool = False,
-    progress: Callable[[int], None] = lambda nbytes: None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Carries out a plan: `destination` appears whole, or not at all.
 
     `progress` is called with the bytes written since its last call, from several threads.
     Raises CheckpointError, one line, where files can't be read or written or the disk is full.
     """
-    check_destination(destination, plan.source.path, overwrite)
+    check_destination(destination, overwrite)
+    check_apart(destination, plan.source.path)
     free = free_bytes(destination)
     if free < plan.needed_bytes:
         raise CheckpointError(_disk_full(plan, destination, free))
@@ -380,7 +383,7 @@ def _index(targets: tuple[Target, ...]) -> str:
 
 
 def _carried_files(source: Path, written: Mapping[str, str]) -> tuple[Path, ...]:
-    """The source's small files that go along untouched, less those that the result has its own of."""
+    """The source's small files that go along untouched, less those that are written anew."""
     own = {"config.json", INDEX, SPEC_FILE, MODELING_FILE, *written}
     found = {path for pattern in _CARRIED for path in source.glob(pattern) if path.is_file()}
     return tuple(sorted(p for p in found if p.name not in own))

@@ -18,12 +18,15 @@ from torch.nn.functional import linear
 
 @dataclass
 class Flight:
-    """An all-reduce in flight; `left` counts the stages still to run before its merge."""
+    """An all-reduce in flight; `left` counts the stages still to run before its merge.
+
+    `total` and `common` are BSD, `seen` is TBSD.
+    """
 
     left: int
-    sum_BSD: torch.Tensor
-    seen_TBSD: torch.Tensor
-    common_BSD: torch.Tensor
+    total: torch.Tensor
+    seen: torch.Tensor
+    common: torch.Tensor
 
 
 def attention_mask(keep_BS: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -94,7 +97,7 @@ def reference_logits(
         match = re.fullmatch(r"([am0-9|]+)([!.~^])(\d*)", word)
         assert match is not None
         names, ending, lag = match[1].split("|"), match[2], int(match[3] or 0)
-        x_TBSD = base_BSD + waited_TBSD + sum(f.seen_TBSD for f in flights)
+        x_TBSD = base_BSD + waited_TBSD + sum(f.seen for f in flights)
         own_TBSD, common_BSD = torch.zeros_like(waited_TBSD), waited_common
         for name in names:
             index = int(name[1:])
@@ -118,9 +121,9 @@ def reference_logits(
             flights.append(Flight(lag, sum_BSD, seen, common_BSD))
             waited_TBSD, waited_common = torch.zeros_like(own_TBSD), torch.zeros_like(base_BSD)
         for flight in [f for f in flights if f.left == 0]:
-            base_BSD = base_BSD + flight.sum_BSD + flight.common_BSD
+            base_BSD = base_BSD + flight.total + flight.common
         flights = [f for f in flights if f.left > 0]
     for flight in flights:
-        base_BSD = base_BSD + flight.sum_BSD + flight.common_BSD
+        base_BSD = base_BSD + flight.total + flight.common
     logits: torch.Tensor = model.lm_head(model.model.norm(base_BSD))
     return logits

@@ -34,9 +34,7 @@ SCHEDULES = {
     "track-then-ladder": (
         "  - {layers: 0-2, use: parallel_track, depth: 3}\n  - {layers: 3-5, use: ladder}\n"
     ),
-    "mixed": (
-        '  - {layers: 0-5, stages: "a0! m0^2 a1|a2~1 m1. m2~2 a3|m3^3 a4. m4! a5~9 m5^7"}\n'
-    ),
+    "mixed": ('  - {layers: 0-5, stages: "a0! m0^2 a1|a2~1 m1. m2~2 a3|m3^3 a4. m4! a5~9 m5^7"}\n'),
 }
 SAME_FOR_EVERY_N = ("tensor_parallel", "parallel_block", "layer_parallel", "ladder", "ladder-last")
 DENSE_FOR_ONE_TRACK = ("sync_point_drop", "delayed-3", "desync-3", "track-4", "track-2-overlap-1")
@@ -277,9 +275,7 @@ def test_attention_implementation_reaches_the_tracks(
     assert copy.deepcopy(track).config.num_attention_heads == 2
 
 
-def test_what_tracks_have_no_answer_to_is_refused(
-    make_dense: MakeDense, convert: Convert
-) -> None:
+def test_what_tracks_have_no_answer_to_is_refused(make_dense: MakeDense, convert: Convert) -> None:
     model = load(convert(make_dense("llama"), 4, SCHEDULES["track-4"]))
     ids_BS, _ = left_padded()
     with pytest.raises(ValueError, match="output_hidden_states"):
@@ -288,9 +284,7 @@ def test_what_tracks_have_no_answer_to_is_refused(
         model()
 
 
-def test_ladder_authors_checkpoint_opens_as_ladder(
-    make_dense: MakeDense, convert: Convert
-) -> None:
+def test_ladder_authors_checkpoint_opens_as_ladder(make_dense: MakeDense, convert: Convert) -> None:
     from ptconvert.modeling.model import PTConvertLlamaForCausalLM
 
     theirs = make_dense("llama", ladder_layers=3)
@@ -300,5 +294,3 @@ def test_ladder_authors_checkpoint_opens_as_ladder(
     ids_BS, keep_BS = left_padded()
     a, b = (step_logits(m, ids_BS, keep_BS, 12) for m in (model, ours))
     assert difference(a, b, keep_BS) < TOLERANCE
-
-

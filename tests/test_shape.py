@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_spans_tile_each_tensor_or_repeat_it(family: str, tracks: int) -> None:
     for rule in shape.rules:
         spans = sorted({shape.span(rule, t, tracks) for t in range(tracks)})
         assert spans[0][0] == 0 and spans[-1][1] == shape.size(rule)[rule.axis]
-        assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in pairwise(spans))
 
 
 def test_query_heads_stay_with_their_kv_head() -> None:

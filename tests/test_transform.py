@@ -79,7 +79,8 @@ def test_shards_in_and_out_and_dtype_kept(
     again = back(converted, tmp_path / "back", shard_bytes=30_000)
     assert same(tensors(again), tensors(source))
     assert torch.equal(
-        load(again)(torch.tensor([[3, 4, 5]])).logits, load(source)(torch.tensor([[3, 4, 5]])).logits
+        load(again)(torch.tensor([[3, 4, 5]])).logits,
+        load(source)(torch.tensor([[3, 4, 5]])).logits,
     )
 
 
@@ -332,7 +333,7 @@ def test_too_little_space_is_found_before_writing(
 
 
 def test_a_really_full_disk(make_dense: MakeDense, tmp_path: Path) -> None:
-    """A file system of 64 KiB; free space is hidden from the check, so that writing hits the end."""
+    """A file system of 64 KiB; the check for free space is misled, so that writing hits the end."""
     mount = tmp_path / "small"
     mount.mkdir()
     done = subprocess.run(
@@ -434,7 +435,8 @@ def test_a_run_at_work_keeps_its_directory(tmp_path: Path) -> None:
 
 
 def test_progress_counts_every_byte(make_dense: MakeDense, tmp_path: Path) -> None:
-    plan, seen = conversion(make_dense("llama")), []
+    plan = conversion(make_dense("llama"))
+    seen: list[int] = []
     execute(plan, tmp_path / "out", progress=seen.append)
     assert sum(seen) == plan.nbytes == sum(plan.summary()["files"].values())
     files = (tmp_path / "out").iterdir()

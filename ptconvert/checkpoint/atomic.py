@@ -18,11 +18,16 @@ from ptconvert.errors import CheckpointError
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def check_destination(destination: Path, source: Path, overwrite: bool) -> None:
-    """Raises CheckpointError where a checkpoint can't or must not be written."""
+def check_apart(destination: Path, source: Path) -> None:
+    """Raises CheckpointError where writing the destination would touch the source."""
     real, real_source = destination.resolve(), source.resolve()
     if real == real_source or real_source in real.parents or real in real_source.parents:
         raise CheckpointError(f"{destination} and the source {source} must not contain each other")
+
+
+def check_destination(destination: Path, overwrite: bool) -> None:
+    """Raises CheckpointError where a checkpoint can't or must not be written."""
+    real = destination.resolve()
     if not real.parent.is_dir():
         raise CheckpointError(f"{destination}: the directory {real.parent} does not exist")
     if not os.path.lexists(destination):
@@ -78,15 +83,15 @@ def _remove_leftovers(parent: Path, prefix: str) -> None:
 def _rename(temporary: Path, destination: Path, overwrite: bool) -> None:
     """Puts the new directory in place; an old one, if any, takes the temporary's name."""
     if not os.path.lexists(destination):
-        os.rename(temporary, destination)
+        temporary.rename(destination)
     elif not overwrite:
         raise CheckpointError(f"{destination} was made by somebody else meanwhile")
     elif not _exchange(temporary, destination):
         # No atomic exchange on this file system: step aside first, under a name that no later
         # run removes, so that a kill between the two renames loses nothing.
         aside = destination.with_name(f"{destination.name}.replaced-{os.getpid()}")
-        os.rename(destination, aside)
-        os.rename(temporary, destination)
+        destination.rename(aside)
+        temporary.rename(destination)
         shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
-    HTTPError,
+    HfHubHTTPError,
     HFValidationError,
+    HTTPError,  # the HTTP library's own, whichever it is
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    disable_progress_bars,
+    validate_repo_id,
+)
 
 from ptconvert.errors import CheckpointError
 
-# Weights under transformers' own names (not a vendor's second copy of them), and the small files.
-_WEIGHTS = ("model.safetensors", "model-[0-9]*.safetensors")
+# Weights under transformers' own names (not a vendor's second copy of them) and under ours.
+_WEIGHTS = (
+    "model.safetensors",
+    "model-[0-9]*.safetensors",
+    "shared.safetensors",
+    "shared-[0-9]*.safetensors",
+    "track-[0-9]*.safetensors",
+)
 _SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md")
+_SECONDS = 20  # until a hub that doesn't answer counts as out of reach
 
 
 def is_hub_id(source: str) -> bool:
@@ -48,39 +62,80 @@ def fetch(source: str, revision: str | None) -> Path:
         if revision is not None:
             raise CheckpointError(f"--revision {revision}: {source} is a directory, not a hub id")
         return Path(source)
-    with _one_line(source, revision):
-        patterns = [*_WEIGHTS, *_SMALL]
-        path = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-        if not any(path.glob("*.safetensors")):
-            files = HfApi().list_repo_files(source, revision=revision)
-            pickles = [f for f in files if f.endswith((".bin", ".pth", ".pt"))]
-            has = f"only pickle weights ({pickles[0]})" if pickles else "no model weights"
-            raise CheckpointError(
-                f"{source} has {has}, not safetensors; save it with transformers' "
-                "save_pretrained, which writes safetensors, and convert that"
-            )
-    return path
+    return _download(source, revision, [*_WEIGHTS, *_SMALL], weights=True)
 
 
 def fetch_config(source: str, revision: str | None) -> Path:
     """The config.json of a directory, a file given as such, or a hub repository."""
     if is_hub_id(source):
-        with _one_line(source, revision):
-            return Path(hf_hub_download(source, "config.json", revision=revision))
+        return _download(source, revision, ["config.json"])
     return Path(source)
 
 
-def create(repo: str) -> None:
-    """Makes sure that a hub repository exists and may be written. Raises CheckpointError."""
+def _download(
+    source: str, revision: str | None, patterns: list[str], weights: bool = False
+) -> Path:
+    """The directory of a repository's files that match, from the cache where the hub is away."""
+    with _one_line(source, revision):
+        files = _list_files(source, revision)
+        if (
+            weights
+            and files is not None
+            and not any(fnmatch(f, w) for f in files for w in _WEIGHTS)
+        ):
+            pickles = [f for f in files if f.endswith((".bin", ".pth", ".pt"))]
+            has = f"only pickle weights ({pickles[0]})" if pickles else "no weights in safetensors"
+            raise CheckpointError(
+                f"{source} has {has}; save it with transformers' save_pretrained, which writes "
+                "safetensors, and convert that"
+            )
+        if files is not None and "config.json" not in files:
+            raise CheckpointError(f"{source} has no config.json, so it is not a transformers model")
+        return Path(
+            snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns="*/*",
+                local_files_only=files is None,
+            )
+        )
+
+
+def _list_files(source: str, revision: str | None) -> list[str] | None:
+    """A repository's files; None where the hub is out of reach.
+
+    snapshot_download would ask the same, but without a time limit.
+    """
+    try:
+        info = HfApi().model_info(source, revision=revision, timeout=_SECONDS)
+    except HfHubHTTPError as error:
+        if error.response.status_code < 500:
+            raise
+        return None
+    except (HTTPError, OfflineModeIsEnabled):
+        return None
+    return [f.rfilename for f in info.siblings or ()]
+
+
+def create(repo: str) -> str:
+    """Makes sure that a hub repository exists and may be written; returns its whole id.
+
+    Raises CheckpointError.
+    """
     with _one_line(repo, None):
-        HfApi().create_repo(repo, exist_ok=True)
+        return HfApi().create_repo(repo, exist_ok=True).repo_id
 
 
 def push(directory: Path, repo: str) -> str:
     """Uploads a checkpoint; returns the commit's address. Raises CheckpointError."""
     with _one_line(repo, None):
         commit = HfApi().upload_folder(
-            repo_id=repo, folder_path=directory, commit_message="Converted by ptconvert"
+            repo_id=repo,
+            folder_path=directory,
+            commit_message="Converted by ptconvert",
+            # Weights of an earlier push would be loaded instead of these, or beside them.
+            delete_patterns=["model*.safetensors*", "shared*.safetensors", "track-*.safetensors"],
         )
     return str(commit.commit_url)
 
@@ -88,8 +143,12 @@ def push(directory: Path, repo: str) -> str:
 @contextmanager
 def _one_line(repo: str, revision: str | None) -> Iterator[None]:
     """Turns what can go wrong with the hub into one line each."""
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         yield
+    except CheckpointError:
+        raise
     except GatedRepoError:
         raise CheckpointError(
             f"{repo} is gated: accept its terms on the hub and log in with `hf auth login`"
@@ -104,6 +163,8 @@ def _one_line(repo: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError(
             f"{repo} can't be downloaded and is not in the cache: the hub is out of reach"
         ) from None
-    except (HTTPError, HFValidationError, OSError) as error:
-        what = " ".join(str(error).split())[:300]
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        # An upload's RuntimeError names only the file; its cause says what the hub answered.
+        cause = f" {error.__cause__}" if isinstance(error, RuntimeError) else ""
+        what = " ".join(f"{error}{cause}".split())[:300]
         raise CheckpointError(f"{repo}: the hub refused or failed: {what}") from None

@@ -72,7 +72,7 @@ def _no_weights(path: Path) -> str:
     if pickles:
         return (
             f"{path} has pickle weights ({pickles[0]}), which can run code when read; rewrite them "
-            "as safetensors: python -c \"from transformers import AutoModelForCausalLM as M; "
+            'as safetensors: python -c "from transformers import AutoModelForCausalLM as M; '
             "M.from_pretrained('SRC', dtype='auto').save_pretrained('OUT')\""
         )
     return f"{path} has neither {SINGLE} nor {INDEX}"

@@ -83,7 +83,7 @@ def copy_moves(
     sources: Mapping[str, TensorEntry],
     targets: Mapping[str, TensorEntry],
     moves: Sequence[Move],
-    progress: Callable[[int], None],
+    progress: Callable[[int], object],
 ) -> None:
     """Carries out all moves and flushes the target files to disk.
 
@@ -169,7 +169,7 @@ def _copy_columns(
         count = min(step, rows - first)
         for name, source in read.items():
             block = buffers[name][:count]
-            _read(handles[source.file], memoryview(block).cast("B"), source, first * block.shape[1])
+            _read(handles[source.file], block.data.cast("B"), source, first * block.shape[1])
         for move in group:
             size, start = move.size * itemsize, move.source_start * itemsize
             into = move.target_start * itemsize
@@ -178,7 +178,7 @@ def _copy_columns(
         for name, target in write.items():
             block = buffers[name][:count]
             offset = target.offset + first * block.shape[1]
-            _write(handles[target.file], memoryview(block).cast("B"), offset)
+            _write(handles[target.file], block.data.cast("B"), offset)
             yield block.nbytes
 
 

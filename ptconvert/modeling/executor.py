@@ -110,7 +110,7 @@ def run_schedule(
                 reduced = Update([p / tracks for p in waiting.partials]) + own
             local_BSD = functools.reduce(operator.add, reduced.partials)
             if stage.ending.merge is Merge.BLOCKING:
-                wait = functools.partial(_given, communicator.all_reduce(local_BSD))
+                wait = _already(communicator.all_reduce(local_BSD))
             else:
                 wait = communicator.start_all_reduce(local_BSD)
             seen = pending.partials if stage.ending.merge is Merge.OWN_SEEN else None
@@ -122,8 +122,8 @@ def run_schedule(
     return base_BSD
 
 
-def _given(reduced_BSD: torch.Tensor) -> torch.Tensor:
-    return reduced_BSD
+def _already(reduced_BSD: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: reduced_BSD
 
 
 def _add(a: PerTrack, b: PerTrack) -> PerTrack:

@@ -19,7 +19,7 @@ MODULES = (
     "modeling/layers.py",
     "modeling/model.py",
 )
-_HEAD = '''"""Model code of a checkpoint converted by ptconvert, for transformers' trust_remote_code.
+_HEAD = '''"""Model code of a checkpoint converted by ptconvert, for trust_remote_code.
 
 Generated from the ptconvert package, which takes its place where it is installed. Licence:
 Apache-2.0.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -92,9 +92,17 @@ class TrackedLayer(nn.Module):
                 bias = CommonBias(config.hidden_size)
                 self.common[block] = nn.ModuleDict({projection: bias})
         for track, cache_index in zip(self.tracks, cache_indices, strict=True):
-            track.self_attn.layer_idx = cache_index
+            cast(Any, track).self_attn.layer_idx = cache_index
             for block, projection in OUTPUT_PROJECTIONS.values():
                 getattr(getattr(track, block), projection).register_parameter("bias", None)
+
+    def common_bias(self, kind: Kind) -> torch.Tensor | None:
+        """The output bias of the attention or the MLP, which all tracks know."""
+        block, projection = OUTPUT_PROJECTIONS[kind]
+        if block not in self.common:
+            return None
+        bias: torch.Tensor = cast(Any, self.common[block])[projection].bias
+        return bias
 
 
 def run_layer(
@@ -109,15 +117,13 @@ def run_layer(
     A dense layer runs once, on the stream that all tracks agree on. `run` is run_block, or what
     calls it under gradient checkpointing.
     """
-    block, projection = OUTPUT_PROJECTIONS[kind]
     if isinstance(layer, TrackedLayer):
         partials = [
-            run(track, kind, view[t % len(view)], attention)
-            for t, track in enumerate(layer.tracks)
+            run(track, kind, view[t % len(view)], attention) for t, track in enumerate(layer.tracks)
         ]
-        common = layer.common[block][projection].bias if block in layer.common else None
-        return Update(partials, common)
+        return Update(partials, layer.common_bias(kind))
     assert len(view) == 1, "tracks that differ reached a layer held dense"
+    block, projection = OUTPUT_PROJECTIONS[kind]
     bias = getattr(getattr(layer, block), projection).bias
     return Update([run(layer, kind, view[0], attention)], bias)
 
@@ -131,5 +137,3 @@ def run_block(
         return out_BSD
     out_BSD, _ = layer.self_attn(hidden_states=layer.input_layernorm(x_BSD), **attention)
     return out_BSD
-
-

@@ -10,7 +10,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -57,8 +57,8 @@ class PTConvertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -185,7 +185,7 @@ class PTConvertModel(PTConvertPreTrainedModel):
 class PTConvertForCausalLM(PTConvertPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A converted causal language model; its config's class decides the family."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -1,0 +1,145 @@
+"""The command line: what people and machines see, and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import MakeDense, spec_text
+from safetensors.torch import load_file
+
+from ptconvert import __version__
+from ptconvert.cli import main
+
+SPEC = spec_text(4, "use: parallel_track, depth: 2")
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    path = tmp_path / "spec.yaml"
+    path.write_text(SPEC)
+    return path
+
+
+def run(*arguments: object, code: int = 0) -> tuple[str, str]:
+    """Runs a command; returns stdout and stderr."""
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result.stdout, result.stderr
+
+
+def test_help_and_version() -> None:
+    out, _ = run("--help")
+    assert "ptconvert transform SRC DST --spec SPEC" in out and "Exit codes" in out
+    for command in ("transform", "show"):
+        assert "Usage:" in run(command, "--help")[0]
+    version = [sys.executable, "-m", "ptconvert", "--version"]
+    assert __version__ in subprocess.run(version, capture_output=True, text=True, check=True).stdout
+
+
+def test_transform_and_back(make_dense: MakeDense, spec: Path, tmp_path: Path) -> None:
+    source = make_dense("llama")
+    out, err = run("transform", source, tmp_path / "out", "--spec", spec)
+    assert out.count("\n") == 1 and "12 → 3" in out and err == ""
+    out, _ = run("transform", tmp_path / "out", tmp_path / "back", "--to-dense", "--json")
+    figures = json.loads(out)
+    assert figures["all_reduces"] == {"before": 3, "after": 12}
+    a, b = (load_file(p / "model.safetensors") for p in (source, tmp_path / "back"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_dry_run_writes_nothing(make_dense: MakeDense, spec: Path, tmp_path: Path) -> None:
+    arguments = ("transform", make_dense("llama"), tmp_path / "out", "--spec", spec, "--dry-run")
+    out, _ = run(*arguments)
+    for what in ("6 as 4 tracks (0-5)", "12 before, 3 after", "57 tensors", "enough", "free"):
+        assert what in out
+    figures = json.loads(run(*arguments, "--json")[0])
+    assert figures["layers_as_tracks"] == [0, 1, 2, 3, 4, 5] and figures["bytes_free"] > 0
+    assert [p.name for p in tmp_path.iterdir()] == ["spec.yaml"]
+
+
+def test_errors_are_lines_with_exit_code_2(
+    make_dense: MakeDense, spec: Path, tmp_path: Path
+) -> None:
+    source, out = make_dense("llama"), tmp_path / "out"
+    _, err = run("transform", tmp_path / "none", out, "--spec", spec, code=2)
+    assert err.startswith("error: ") and err.count("\n") == 1
+    spec.write_text(SPEC.replace("tracks: 4", "tracks: 5").replace("0-5", "0-6"))
+    _, err = run("transform", source, out, "--spec", spec, code=2)
+    assert [line.split(":")[:3] for line in err.splitlines()] == [
+        ["error", f" {spec}", "2"],
+        ["error", f" {spec}", "4"],
+    ]
+    run("transform", source, out, code=2)
+    run("transform", source, out, "--spec", spec, "--to-dense", code=2)
+    run("transform", source, out, "--spec", spec, "--shard-size", "5 parsecs", code=2)
+    run("transform", source, out, "--spec", tmp_path / "none.yaml", code=2)
+    run("transform", source, out, "--spec", spec, "--revision", "main", code=2)
+    assert not out.exists()
+
+
+def test_an_unreadable_file_is_one_line(
+    make_dense: MakeDense, spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root every file can be read, so reading is made to fail."""
+    real = os.open
+
+    def refuse(path: str, *arguments: int, **options: int) -> int:
+        if str(path).endswith("model.safetensors") and "out" not in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    _, err = run("transform", make_dense("llama"), tmp_path / "out", "--spec", spec, code=2)
+    assert "Permission denied" in err and err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["spec.yaml"]
+
+
+def test_show_draws_the_schedule(make_dense: MakeDense, spec: Path, tmp_path: Path) -> None:
+    out, _ = run("show", spec, "--layers", 6)
+    assert "layer      0 1 2 3 4 5" in out
+    assert "attention  . . . . . ." in out
+    assert "MLP        . ! . ! . !" in out
+    assert re.search(r"all-reduces per forward pass +12 +3 +4.0", out)
+    out, _ = run("show", spec, "--model", make_dense("llama"))
+    assert re.search(r"bytes per token per all-reduce +128 +128", out)
+    figures = json.loads(run("show", spec, "--layers", 6, "--json")[0])
+    assert figures["waited_for"] == {"before": 12, "after": 3}
+    run("transform", make_dense("llama"), tmp_path / "out", "--spec", spec)
+    assert run("show", tmp_path / "out")[0].startswith("layer")
+    _, err = run("show", spec, "--layers", 5, code=2)
+    assert f"{spec}:4: layers 0-5 exceed the model" in err
+    run("show", spec, code=2)
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_wide_schedules_wrap(columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    spec = tmp_path / "s.yaml"
+    text = SPEC.replace("0-5", "0-79").replace("depth: 2", "depth: 2, overlap: 10")
+    spec.write_text(text)
+    out, _ = run("show", spec, "--layers", 80)
+    assert max(map(len, out.splitlines())) <= columns
+    row = " ".join(line[10:] for line in out.splitlines() if line.startswith("layer "))
+    assert row.split() == [str(i) for i in range(80)]
+
+
+def test_a_progress_bar_on_a_terminal(make_dense: MakeDense, spec: Path, tmp_path: Path) -> None:
+    main_end, terminal = pty.openpty()
+    arguments = ["transform", make_dense("llama"), tmp_path / "out", "--spec", spec]
+    command = [sys.executable, "-m", "ptconvert", *map(str, arguments)]
+    done = subprocess.run(
+        command, stderr=terminal, stdout=subprocess.PIPE, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(terminal)
+    assert done.returncode == 0
+    assert b"writing out" in os.read(main_end, 65536)
+    os.close(main_end)

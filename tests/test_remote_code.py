@@ -1,0 +1,100 @@
+"""Opening a converted checkpoint: with ptconvert imported, and without it by trust_remote_code."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Convert, MakeDense, load
+
+from ptconvert.modeling.export import modeling_source
+
+IDS = [[3, 4, 5, 6, 7]]
+# Runs where ptconvert can't be imported; prints the class's module and saves logits.
+REMOTE = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "ptconvert":
+            raise ImportError("ptconvert is blocked")
+sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoModelForCausalLM
+source, saved, logits = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(
+    source, trust_remote_code=True, dtype=torch.float32, attn_implementation="eager")
+ids = torch.tensor([[3, 4, 5, 6, 7]])
+model.save_pretrained(saved)
+again = AutoModelForCausalLM.from_pretrained(
+    saved, trust_remote_code=True, dtype=torch.float32, attn_implementation="eager")
+assert torch.equal(model(ids).logits, again(ids).logits)
+assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 8)
+torch.save(model(ids).logits, logits)
+print(type(model).__module__)
+"""
+
+
+@pytest.mark.parametrize("variant", ["llama-biases", "qwen3"])
+def test_opens_without_ptconvert(
+    variant: str, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    converted = convert(make_dense(variant), 4, "use: parallel_track, depth: 2")
+    arguments = [converted, tmp_path / "saved", tmp_path / "logits.pt"]
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", REMOTE, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "transformers_modules" in done.stdout
+    with torch.no_grad():
+        expected = load(converted)(torch.tensor(IDS)).logits
+        for found in (
+            torch.load(tmp_path / "logits.pt"),
+            load(tmp_path / "saved")(torch.tensor(IDS)).logits,
+        ):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+ORDERS = [
+    "import ptconvert; from transformers import AutoModelForCausalLM as Auto",
+    "import ptconvert, transformers; Auto = transformers.AutoModelForCausalLM",
+    "from transformers import AutoModelForCausalLM as Auto; import ptconvert",
+    "import transformers.modeling_utils, ptconvert; "
+    "from transformers import AutoModelForCausalLM as Auto",
+    "import ptconvert; from transformers import AutoConfig; AutoConfig.from_pretrained(path); "
+    "from transformers import AutoModelForCausalLM as Auto",
+    "import ptconvert; from transformers import LlamaForCausalLM, AutoModelForCausalLM as Auto",
+    "import ptconvert.modeling.model; from transformers import AutoModelForCausalLM as Auto",
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_opens_whatever_is_imported_first(
+    order: str, make_dense: MakeDense, convert: Convert
+) -> None:
+    path = convert(make_dense("llama"), 4, "use: parallel_track, depth: 2")
+    code = (
+        f"path = {str(path)!r}\n{order}\n"
+        "assert type(Auto.from_pretrained(path)).__module__ == 'ptconvert.modeling.model'"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_one_file_form_defines_each_name_once() -> None:
+    tree = ast.parse(modeling_source())
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    names = [n.name for n in tree.body if isinstance(n, kinds)]
+    names += [
+        t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets
+        if isinstance(t, ast.Name)
+    ]  # fmt: skip
+    assert len(names) == len(set(names))
+    assert "from ptconvert" not in modeling_source()
