@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -109,6 +110,12 @@ def files(directory: Path) -> Files:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+def written(directory: Path) -> Files:
+    """A result's files, the name by which its model card calls it taken out."""
+    card = re.sub(rb'from_pretrained\("[^"]+"\)', b"", (directory / "README.md").read_bytes())
+    return {**files(directory), "README.md": card}
+
+
 def tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Every tensor's dtype, shape and bytes."""
     found: dict[str, np.ndarray[Any, Any]] = {}
@@ -136,7 +143,7 @@ def test_a_hub_id_converts_like_a_directory(
     check_done(run("transform", str(dense), "local", "--spec", "spec.yaml"))
     assert hub.requests == []
     check_done(run("transform", DENSE, "dst", "--spec", "spec.yaml", "--revision", "v1"))
-    local, remote = files(tmp_path / "local"), files(tmp_path / "dst")
+    local, remote = written(tmp_path / "local"), written(tmp_path / "dst")
     assert SMALL.keys() <= remote.keys()
     # They differ by the source's name alone, which only a hub id makes a base model.
     base, hub_id, name = f"base_model: {DENSE}\n".encode(), DENSE.encode(), dense.name.encode()
@@ -149,7 +156,7 @@ def test_a_cached_checkpoint_needs_no_hub(run: Run, nowhere: str, tmp_path: Path
     arguments = ("--spec", "spec.yaml", "--revision", "v1")
     check_done(run("transform", DENSE, "first", *arguments))
     check_done(run("transform", DENSE, "second", *arguments, HF_ENDPOINT=nowhere))
-    assert files(tmp_path / "first") == files(tmp_path / "second")
+    assert written(tmp_path / "first") == written(tmp_path / "second")
 
 
 @pytest.mark.parametrize("weights", ["pytorch_model.bin", "consolidated.00.pth"])
@@ -220,6 +227,14 @@ def test_a_second_push_replaces_the_first(
     assert pushed == files(tmp_path / "dst")
 
 
+def test_a_push_over_a_dense_model_leaves_none_of_its_weights(
+    hub: HubStandIn, run: Run, dense: Path, tmp_path: Path
+) -> None:
+    hub.repos[PUSHED] = {"main": {"model.safetensors": b"old"}}
+    check_done(run("transform", str(dense), "dst", "--spec", "spec.yaml", "--push-to-hub", PUSHED))
+    assert hub.repos[PUSHED]["main"] == files(tmp_path / "dst")
+
+
 def check_card(card: str) -> None:
     """The card states the source, the schedule, the all-reduces before and after, and the spec."""
     _, front_matter, text = card.split("---\n", 2)
@@ -248,7 +263,7 @@ def test_a_push_that_fails_leaves_the_result(
     hub.forbidden = (step,)
     arguments = (str(dense), "dst", "--spec", "spec.yaml", "--push-to-hub", PUSHED)
     check_refused(run("transform", *arguments), PUSHED)
-    assert files(tmp_path / "dst") == files(tmp_path / "whole")
+    assert written(tmp_path / "dst") == written(tmp_path / "whole")
     assert hub.repos[PUSHED]["main"] == {}
 
 
