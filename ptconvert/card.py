@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
 
 from ptconvert.presets import tensor_parallel
 from ptconvert.schedule import Schedule
@@ -28,17 +27,18 @@ def model_card(
     The licence is the source card's; `source_name` and `name`, of the result, are hub ids or
     directories' names.
     """
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["ptconvert", "parallel-track" if schedule.track_layers(spec.tracks) else "ladder"],
-        base_model=source_name if source_name.count("/") == 1 else None,
-        **cast(Any, _licence(source / "README.md")),
-    )
+    metadata: dict[str, object] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["ptconvert"],
+        **_licence(source / "README.md"),
+    }
+    if "/" in source_name:
+        metadata["base_model"] = source_name
     before, after = Schedule(tensor_parallel(range(shape.layers))).counts, schedule.counts
     carries = shape.bytes_per_token
     return f"""---
-{data.to_yaml()}
+{yaml.safe_dump(metadata, sort_keys=False).rstrip()}
 ---
 
 # {source_name.split("/")[-1]}, converted by ptconvert
@@ -80,8 +80,9 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 def _licence(card: Path) -> dict[str, str]:
     """The licence fields of the source's model card, if it has one that can be read."""
     try:
-        data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except (OSError, ValueError):
+        parts = card.read_text(encoding="utf-8").split("---\n", 2)
+        metadata = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
-    found = {key: data.get(key) for key in _LICENCE_KEYS}
-    return {key: value for key, value in found.items() if isinstance(value, str)}
+    found = metadata if isinstance(metadata, dict) else {}
+    return {key: found[key] for key in _LICENCE_KEYS if isinstance(found.get(key), str)}

@@ -114,9 +114,9 @@ def transform(
     The rewrite is streamed, so memory stays small whatever the model's size; DST appears whole or
     not at all. Without --spec, SRC must have ladder_layers in its config.json.
     """
-    from ptconvert.checkpoint import hub
     from ptconvert.checkpoint.atomic import check_apart, check_destination
     from ptconvert.checkpoint.reader import open_checkpoint
+    from ptconvert.checkpoint.source import is_hub_id, locate
     from ptconvert.transform import execute, free_bytes, plan_conversion, plan_to_dense
 
     if to_dense and (spec is not None or ladder_layers_config or push_to_hub):
@@ -125,12 +125,12 @@ def transform(
         )
     read = read_spec(spec) if spec is not None else None
     check_destination(destination, overwrite)
-    checkpoint = open_checkpoint(hub.fetch(source, revision))
+    checkpoint = open_checkpoint(locate(source, revision))
     check_apart(destination, checkpoint.path)
     if to_dense:
         plan = plan_to_dense(checkpoint, shard_bytes=shard_size)
     else:
-        source_name = source if hub.is_hub_id(source) else Path(source).resolve().name
+        source_name = source if is_hub_id(source) else Path(source).resolve().name
         plan = plan_conversion(
             checkpoint,
             read,
@@ -145,6 +145,8 @@ def transform(
         _print(figures, as_json, lambda console: _print_plan(console, figures, free))
         return
     if push_to_hub:
+        from ptconvert.checkpoint import hub
+
         push_to_hub = hub.create(push_to_hub)
     started = time.monotonic()
     with _progress(plan.nbytes, f"writing {destination.name}") as advance:
@@ -198,9 +200,9 @@ def show(
 
 
 def _shape(model: str, revision: str | None) -> ModelShape:
-    from ptconvert.checkpoint import hub
+    from ptconvert.checkpoint.source import locate
 
-    path = hub.fetch_config(model, revision)
+    path = locate(model, revision, config_only=True)
     return ModelShape.from_config(read_config(path), str(path))
 
 

@@ -12,17 +12,13 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,  # the HTTP library's own, whichever it is
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import (  # type: ignore[attr-defined]
-    disable_progress_bars,
-    validate_repo_id,
-)
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from ptconvert.errors import CheckpointError
 
@@ -38,38 +34,17 @@ _SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NO
 _SECONDS = 20  # until a hub that doesn't answer counts as out of reach
 
 
-def is_hub_id(source: str) -> bool:
-    """Whether a source names a hub repository: `org/name`, with no directory of that name."""
-    if Path(source).exists():
-        return False
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return False
-    return source.count("/") == 1 and not source.startswith((".", "~"))
+def fetch(repo: str, revision: str | None) -> Path:
+    """Downloads a repository's safetensors, tokenizer and config files; returns their directory.
 
-
-def fetch(source: str, revision: str | None) -> Path:
-    """The directory of a checkpoint: the one given, or a hub repository's download.
-
-    Only safetensors, tokenizer and config files are downloaded. Raises CheckpointError.
+    Raises CheckpointError.
     """
-    if not is_hub_id(source):
-        if not Path(source).is_dir():
-            raise CheckpointError(
-                f"{source} is neither a directory nor a hub id such as meta-llama/Llama-3.1-8B"
-            )
-        if revision is not None:
-            raise CheckpointError(f"--revision {revision}: {source} is a directory, not a hub id")
-        return Path(source)
-    return _download(source, revision, [*_WEIGHTS, *_SMALL], weights=True)
+    return _download(repo, revision, [*_WEIGHTS, *_SMALL], weights=True)
 
 
-def fetch_config(source: str, revision: str | None) -> Path:
-    """The config.json of a directory, a file given as such, or a hub repository."""
-    if is_hub_id(source):
-        return _download(source, revision, ["config.json"])
-    return Path(source)
+def fetch_config(repo: str, revision: str | None) -> Path:
+    """The same, of config.json alone."""
+    return _download(repo, revision, ["config.json"])
 
 
 def _download(
