@@ -10,7 +10,8 @@ say() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
 if [ ! -f "$out/source/config.json" ]; then
     say "Train a small Llama on this Python's standard library (about a minute)"
     mkdir -p "$out"
-    python examples/tiny_llama.py "$out/source"
+    python examples/tiny_llama.py "$out/source.partial"
+    mv "$out/source.partial" "$out/source"
 fi
 
 for kind in parallel-track ladder; do

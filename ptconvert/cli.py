@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +22,9 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -37,8 +43,16 @@ class Commands(click.Group):
     """A group whose commands end with one line and exit code 2 where the user's input is wrong."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # diagrams, where the locale can't draw
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)  # so that it cleans up, as Ctrl-C does
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            return ctx.exit(130)
         except BrokenPipeError:
             raise
         except PTConvertError as error:
@@ -50,7 +64,11 @@ class Commands(click.Group):
         return ctx.exit(2)
 
 
-class ByteSize(click.ParamType[int]):
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+class ByteSize(click.ParamType):  # type: ignore[type-arg]
     """A size such as 5GB, 500MB or 4GiB."""
 
     name = "size"
@@ -72,6 +90,7 @@ def main() -> None:
     \b
     ptconvert show SPEC --model SRC            look at a schedule and what it saves
     ptconvert transform SRC DST --spec SPEC    write the converted checkpoint
+    ptconvert verify DST --ranks R             run it on R ranks and check what it promises
     ptconvert transform DST BACK --to-dense    undo it, bit for bit
 
     Exit codes: 0 done, 1 a check failed, 2 the input is wrong.
@@ -117,7 +136,13 @@ def transform(
     from ptconvert.checkpoint.atomic import check_apart, check_destination
     from ptconvert.checkpoint.reader import open_checkpoint
     from ptconvert.checkpoint.source import is_hub_id, locate
-    from ptconvert.transform import execute, free_bytes, plan_conversion, plan_to_dense
+    from ptconvert.transform import (
+        check_replicas,
+        execute,
+        free_bytes,
+        plan_conversion,
+        plan_to_dense,
+    )
 
     if to_dense and (spec is not None or ladder_layers_config or push_to_hub):
         raise click.UsageError(
@@ -125,6 +150,10 @@ def transform(
         )
     read = read_spec(spec) if spec is not None else None
     check_destination(destination, overwrite)
+    if push_to_hub:
+        from ptconvert.checkpoint import hub
+
+        push_to_hub = hub.whole_id(push_to_hub)
     checkpoint = open_checkpoint(locate(source, revision))
     check_apart(destination, checkpoint.path)
     if to_dense:
@@ -142,12 +171,11 @@ def transform(
     free = free_bytes(destination)
     figures = {**plan.summary(), "bytes_free": free}
     if dry_run:
+        check_replicas(plan)
         _print(figures, as_json, lambda console: _print_plan(console, figures, free))
         return
     if push_to_hub:
-        from ptconvert.checkpoint import hub
-
-        push_to_hub = hub.create(push_to_hub)
+        hub.create(push_to_hub)
     started = time.monotonic()
     with _progress(plan.nbytes, f"writing {destination.name}") as advance:
         execute(plan, destination, overwrite=overwrite, progress=advance)
@@ -173,6 +201,10 @@ def show(
     """
     from ptconvert.render import print_schedule
 
+    if sum(given is not None for given in (model, layers)) != (0 if spec.is_dir() else 1):
+        raise click.UsageError(
+            "a spec needs --model SRC or --layers N to be checked against; a checkpoint, neither"
+        )
     shape = _shape(model, revision) if model else None
     if spec.is_dir():
         schedule, tracks, shape = _converted(spec)
@@ -182,8 +214,6 @@ def show(
             read.check(shape)
         elif layers is not None:
             read.check_layers(layers)
-        else:
-            raise click.UsageError("a spec needs --model SRC or --layers N to be checked against")
         schedule, tracks = read.schedule(), read.tracks
     carries = shape.bytes_per_token if shape else None
     counts = schedule.counts
@@ -197,6 +227,80 @@ def show(
         "bytes_per_token_per_all_reduce": carries,
     }
     _print(figures, as_json, lambda console: print_schedule(console, schedule, tracks, carries))
+
+
+@main.command()
+@click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
+@click.option(
+    "--ranks", type=click.IntRange(1), help="Processes to run on; must divide the tracks."
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is.")
+@click.option("--backend", type=click.Choice(["gloo", "nccl"]), help="Default: the best that fits.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What to compute in.",
+)
+@click.option("--prompt-tokens", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(2), default=8, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Timed passes of each schedule.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=600.0,
+    show_default=True,
+    help="Seconds until ranks that are not done are ended.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write rank 0's Chrome/Perfetto trace, with stages named.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also write the whole report as JSON; - is standard output.",
+)
+def verify(checkpoint: Path, ranks: int | None, json_file: Path | None, **options: Any) -> None:
+    """Run the converted checkpoint CKPT on real ranks and check what it promises.
+
+    Counts every all-reduce by two independent means, compares logits and greedy tokens with the
+    single-process model, measures how far overlapped all-reduces are hidden, and times it against
+    the same weights under tensor parallelism. Under torchrun it joins the ranks that are there.
+    """
+    from ptconvert.render import print_report
+    from ptconvert.verify import Settings, default_device, verify
+
+    options["device"] = options["device"] or default_device()
+    ranks = int(os.environ.get("WORLD_SIZE", 0)) or ranks
+    if ranks is None:
+        raise click.UsageError("give the number of processes: --ranks R")
+    with _waiting(f"verifying on {ranks} ranks"):
+        report = verify(checkpoint, Settings(ranks=ranks, **options))
+    if report is None:
+        return
+    text = json.dumps(report.to_json(), indent=2)
+    if json_file == Path("-"):
+        click.echo(text)
+    else:
+        if json_file is not None:
+            json_file.write_text(text + "\n", encoding="utf-8")
+        print_report(Console(highlight=False, markup=False), report)
+    if not report.ok:
+        raise SystemExit(1)
 
 
 def _shape(model: str, revision: str | None) -> ModelShape:
@@ -218,7 +322,7 @@ def _print(figures: dict[str, Any], as_json: bool, show: Callable[[Console], Non
     if as_json:
         click.echo(json.dumps(figures, indent=2))
     else:
-        show(Console(highlight=False))
+        show(Console(highlight=False, markup=False))
 
 
 def _print_plan(console: Console, figures: dict[str, Any], free: int) -> None:
@@ -243,11 +347,22 @@ def _print_done(console: Console, figures: dict[str, Any]) -> None:
 
 
 @contextmanager
+def _waiting(label: str) -> Iterator[None]:
+    """A spinner with the time gone by on a terminal; nothing elsewhere."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    quiet = not sys.stderr.isatty()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
+        bar.add_task(label, total=None)
+        yield
+
+
+@contextmanager
 def _progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
     """A progress bar in bytes on a terminal; nothing elsewhere."""
     console = Console(stderr=True)
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 
 class PTConvertError(ValueError):
-    """Base of all errors that a user's input can cause; the command line prints it and exits 2."""
+    """Base of all errors that a user's input can cause; the command line prints it and exits 2.
+
+    Control characters, which names and values of a hostile file may have, are printed escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_printable(message))
 
 
 class ScheduleError(PTConvertError):
@@ -25,5 +31,10 @@ class SpecError(PTConvertError):
     """One or more faults of a spec, each a line `file:line: what, and what would be right`."""
 
     def __init__(self, faults: Sequence[str]) -> None:
-        self.faults = tuple(faults)
-        super().__init__("\n".join(self.faults))
+        self.faults = tuple(_printable(fault) for fault in faults)
+        ValueError.__init__(self, "\n".join(self.faults))
+
+
+def _printable(text: str) -> str:
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(escaped)

@@ -48,7 +48,8 @@ def dense_tensors(shape: ModelShape, schedule: Schedule, tracks: int) -> Iterato
     """Every tensor of the dense model with its parts.
 
     Layers in which tracks never differ keep their tensors as they are. The others become
-    `model.layers.{i}.tracks.{t}.…` and, for output biases, `model.layers.{i}.common.…`.
+    `model.layers.{i}.tracks.{t}.self_attn.…` and, for output biases,
+    `model.layers.{i}.common.o_proj_bias` and `….down_proj_bias`.
     """
     tracked = schedule.track_layers(tracks)
     rules = {f"model.layers.{i}.{r.name}": (i, r) for i in tracked for r in shape.rules}
@@ -58,7 +59,7 @@ def dense_tensors(shape: ModelShape, schedule: Schedule, tracks: int) -> Iterato
             continue
         layer, rule = rules[name]
         if rule.cut is Cut.COMMON:
-            common = f"model.layers.{layer}.common.{rule.name}"
+            common = f"model.layers.{layer}.common.{'_'.join(rule.name.split('.')[1:])}"
             yield DenseTensor(name, size, (Part(common, None, 0, 0, size[0]),))
             continue
         parts = tuple(

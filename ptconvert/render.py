@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
@@ -12,6 +13,9 @@ from rich.text import Text
 
 from ptconvert.presets import tensor_parallel
 from ptconvert.schedule import Kind, Schedule, Sublayer
+
+if TYPE_CHECKING:  # it imports torch, which the other commands do without
+    from ptconvert.verify import Report
 
 _STYLES = {"!": "bold red", "~": "yellow", "^": "cyan", ".": "green", "|": "magenta"}
 _MEANING = {
@@ -141,3 +145,53 @@ def print_schedule(
     console.print(counts_table(schedule, bytes_per_token))
     console.print()
     console.print(Text(str(schedule)), style="dim", soft_wrap=False)
+
+
+def print_report(console: Console, report: Report) -> None:
+    """A verification: failures if any, checks, and the schedule against tensor parallelism."""
+    for failure in report.failures:
+        console.print(Text(f"rank {failure.rank}: {failure.why}", style="bold red"))
+        if failure.trace:
+            console.print(Text(failure.trace, style="dim"))
+    checks = Table(box=None, pad_edge=False, show_header=False)
+    for check in report.checks:
+        mark = Text("ok", "green") if check.ok else Text("FAILED", "bold red")
+        checks.add_row(mark, check.name, Text(check.seen, style="" if check.ok else "bold"))
+    if report.checks:
+        console.print(checks)
+    if report.figures:
+        console.print()
+        console.print(_comparison_table(report.figures))
+    for note in report.notes:
+        console.print(Text(f"note: {note}", style="yellow"))
+    other = report.figures.get("other_communication")
+    if other:
+        console.print(Text(f"other communication in the steps: {other}", style="yellow"))
+    verdict = Text("all checks hold", "bold green") if report.ok else Text("FAILED", "bold red")
+    console.print(verdict)
+
+
+def _comparison_table(figures: Mapping[str, Any]) -> RenderableType:
+    compared = figures["comparison"]
+    ours, base = compared["schedule"], compared["baseline"]
+    title = (
+        f"{figures['ranks']} ranks, {figures['backend']}, {figures['dtype']}, batch "
+        f"{figures['batch']}, {figures['prompt_tokens']} + {figures['new_tokens']} tokens"
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    table.add_column("")
+    for name in ("tensor parallel", "this schedule", "times fewer / faster"):
+        table.add_column(name, justify="right")
+    for label, key in (
+        ("all-reduces per forward pass", "all_reduces"),
+        ("bytes all-reduced per token", "bytes_per_token"),
+    ):
+        table.add_row(label, f"{base[key]:,}", f"{ours[key]:,}", f"{base[key] / ours[key]:.1f}")
+    for label, kind in (("prefill, ms", "prefill"), ("decode step, ms", "decode")):
+        spread = compared["speed_up"][kind]
+        before, after = (
+            f"{statistics.median(x['seconds'][kind]) * 1000:.2f}" for x in (base, ours)
+        )
+        ratio = f"{spread['median']:.2f} ({spread['least']:.2f}-{spread['most']:.2f})"
+        table.add_row(label, before, after, ratio)
+    return table

@@ -134,8 +134,7 @@ def parse_spec(text: str, name: str) -> Spec:
     deferred = reader.choice(top.get("deferred"), "deferred", DEFERRED_RULES)
     assignment = reader.choice(top.get("assignment"), "assignment", ASSIGNMENTS)
     items = reader.items(top.get("schedule"), root.line)
-    if not reader.faults:
-        reader.check_coverage(items)
+    reader.check_coverage(items)
     if reader.faults:
         raise SpecError([f"{name}:{line}: {what}" for line, what in sorted(reader.faults)])
     spec = Spec(name, tracks, tuple(items), deferred, assignment, text, tracks_line)
@@ -153,6 +152,7 @@ class _Reader:
     def __init__(self, name: str) -> None:
         self.name = name
         self.faults: list[tuple[int, str]] = []
+        self.gaps_known = True  # until a range can't be read
 
     def fault(self, line: int, what: str) -> None:
         self.faults.append((line, what))
@@ -199,9 +199,9 @@ class _Reader:
         return [item for item in items if item is not None]
 
     def _item(self, value: Value) -> Item | None:
-        faults_before = len(self.faults)
         if not isinstance(value.data, dict):
             self.fault(value.line, f"this item is {value}; it must have layers and use (or stages)")
+            self.gaps_known = False
             return None
         use_line, use = value.data.get("use", (value.line, None))
         preset = use.data if use is not None else None
@@ -216,7 +216,8 @@ class _Reader:
         layers = self._layers(value)
         numbers = self._parameters(value, str(preset), takes)
         stages = self._stages(value, layers) if use is None else ()
-        if len(self.faults) > faults_before or layers is None:
+        if layers is None:
+            self.gaps_known = False
             return None
         name = str(preset) if known else None
         return Item(layers, value.line, name, MappingProxyType(numbers), stages)
@@ -275,7 +276,7 @@ class _Reader:
     def check_coverage(self, items: list[Item]) -> None:
         """Faults for ranges that overlap, leave gaps or are out of order."""
         expected = 0
-        for item in items:
+        for item in items if self.gaps_known else []:
             if item.layers.start < expected:
                 what = (
                     f"layers {_print(item.layers)} come again or out of order; "

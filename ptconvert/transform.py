@@ -17,7 +17,7 @@ from typing import Any
 
 from ptconvert.card import model_card
 from ptconvert.checkpoint.atomic import check_apart, check_destination, new_directory
-from ptconvert.checkpoint.reader import INDEX, Checkpoint, TensorEntry
+from ptconvert.checkpoint.reader import CHAT_TEMPLATES, INDEX, Checkpoint, TensorEntry
 from ptconvert.checkpoint.writer import Move, Target, copy_moves, lay_out, same_bytes
 from ptconvert.errors import CheckpointError, ConfigError, SpecError
 from ptconvert.families import CARRIED_BUFFERS
@@ -40,8 +40,10 @@ from ptconvert.spec import Spec, parse_spec
 DEFAULT_SHARD_BYTES = 5 * 10**9
 SPEC_FILE = "ptconvert.yaml"
 # What goes along untouched: tokenizer, generation config, chat template, licence.
-_CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
-_NOT_CARRIED = ("config.json", INDEX)
+_CARRIED = (
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"),
+    f"{CHAT_TEMPLATES}/*.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -217,13 +219,8 @@ def execute(
     free = free_bytes(destination)
     if free < plan.needed_bytes:
         raise CheckpointError(_disk_full(plan, destination, free))
+    check_replicas(plan)
     sources = plan.source.tensors
-    for name, copy in plan.replicas:
-        if not same_bytes(sources[name], sources[copy]):
-            raise CheckpointError(
-                f"{copy} differs from {name}: the tracks were trained since the conversion, and "
-                "no dense tensor can hold both"
-            )
     try:
         with new_directory(destination, overwrite) as directory:
             placed = lay_out(directory, plan.targets)
@@ -231,11 +228,24 @@ def execute(
             for name, text in plan.texts.items():
                 (directory / name).write_text(text, encoding="utf-8")
             for path in plan.carried:
-                shutil.copyfile(path, directory / path.name)
+                target = directory / path.relative_to(plan.source.path)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CheckpointError(_disk_full(plan, destination, free)) from None
         raise CheckpointError(f"{error.filename or destination}: {error.strerror}") from None
+
+
+def check_replicas(plan: Plan) -> None:
+    """Raises CheckpointError where copies that must become one tensor differ (going to dense)."""
+    sources = plan.source.tensors
+    for name, copy in plan.replicas:
+        if not same_bytes(sources[name], sources[copy]):
+            raise CheckpointError(
+                f"{copy} differs from {name}: the tracks were trained since the conversion, and "
+                "no dense tensor can hold both"
+            )
 
 
 def free_bytes(destination: Path) -> int:
@@ -264,7 +274,7 @@ def _spec_for(checkpoint: Checkpoint, shape: ModelShape, spec: Spec | None) -> S
         return spec
     if theirs is None:
         raise SpecError(["a spec is needed: --spec FILE"])
-    schedule = read_section({**checkpoint.config, "num_hidden_layers": shape.layers}).schedule
+    schedule = read_section(checkpoint.config).schedule
     tracks = max(n for n in range(1, 9) if shape.indivisible(n) is None)
     text = (
         "# The schedule that ladder_layers in the source's config.json stands for.\n"
@@ -295,8 +305,10 @@ def _check_tensors(
     for name, entry in checkpoint.tensors.items():
         if name in expected:
             continue
-        tied_copy = name == "lm_head.weight" and shape.tied
-        if (tied_copy or name.endswith(CARRIED_BUFFERS)) and entry.dtype in DTYPE_BYTES:
+        embeddings = (shape.vocabulary, shape.width)
+        tied_copy = name == "lm_head.weight" and shape.tied and entry.shape == embeddings
+        buffer = name.endswith(CARRIED_BUFFERS) and entry.nbytes > 0 and entry.shape
+        if (tied_copy or buffer) and entry.dtype in DTYPE_BYTES:
             extras.append(entry)
         else:
             faults.append(f"{name} is not a tensor of {shape.family.model_type}")
@@ -373,7 +385,7 @@ def _ladder_layers_key(spec: Spec, schedule: Schedule) -> int | list[int]:
 
 
 def _json(value: object) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(value, indent=2) + "\n"
 
 
 def _index(targets: tuple[Target, ...]) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import VARIANTS, Convert, MakeDense, load
 from reference import reference_logits
+from transformers import StaticCache
 
 TOLERANCE = 1e-4
 REST = "  - {{layers: 0-{0}, use: tensor_parallel}}\n  - {{layers: {1}-5, {2}}}\n"
@@ -208,19 +209,43 @@ def test_generate_equals_greedy_reference(
     assert torch.equal(new, ids_BS)
 
 
-@pytest.mark.parametrize("cache", [None, "static", "offloaded-beams"])
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen2-window"])
+@pytest.mark.parametrize("cache", [None, "static", "beams", "own"])
 def test_generate_with_every_cache(
-    cache: str | None, make_dense: MakeDense, convert: Convert
+    cache: str | None, variant: str, make_dense: MakeDense, convert: Convert
 ) -> None:
-    model = load(convert(make_dense("mistral-window"), 4, SCHEDULES["mixed"]))
+    model = load(convert(make_dense(variant), 4, SCHEDULES["mixed"]))
     ids_BS, keep_BS = left_padded()
     settings: dict[str, Any] = {"attention_mask": keep_BS, "max_new_tokens": 8, "do_sample": False}
-    if cache == "offloaded-beams":
+    if cache == "beams":
         settings["num_beams"] = 3
-        cache = None
     expected = model.generate(ids_BS, use_cache=False, **settings)
-    found = model.generate(ids_BS, cache_implementation=cache, **settings)
-    assert torch.equal(found, expected)
+    if cache == "static":
+        settings["cache_implementation"] = "static"
+    if cache == "own":
+        settings["past_key_values"] = StaticCache(config=model.config, max_cache_len=100)
+    assert torch.equal(model.generate(ids_BS, **settings), expected)
+
+
+def test_keys_that_a_family_does_not_know_change_nothing(
+    make_dense: MakeDense, convert: Convert
+) -> None:
+    stray = {"sliding_window": 4, "layer_types": ["sliding_attention"] * 6}
+    source = make_dense("llama", **stray)
+    ids_BS, keep_BS = left_padded()
+    found = step_logits(load(convert(source, 4, "use: ladder")), ids_BS, keep_BS, 12)
+    expected = step_logits(
+        load(convert(make_dense("llama"), 4, "use: ladder")), ids_BS, keep_BS, 12
+    )
+    assert difference(found, expected, keep_BS) < TOLERANCE
+
+
+def test_compiles(make_dense: MakeDense, convert: Convert) -> None:
+    model = load(convert(make_dense("llama-biases"), 4, SCHEDULES["mixed"]))
+    ids_BS, _ = left_padded()
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids_BS).logits, model(ids_BS).logits)
 
 
 def test_gradients_reach_every_parameter_and_match_with_checkpointing(
@@ -248,7 +273,7 @@ def test_one_training_step_moves_tracks_apart(make_dense: MakeDense, convert: Co
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(input_ids=ids_BS, attention_mask=keep_BS, labels=ids_BS).loss.backward()
     optimizer.step()
-    norms = [t.input_layernorm.weight for t in model.model.layers[1].tracks]
+    norms = [t.input_layernorm.weight for t in model.model.layers[1].tracks.values()]
     assert not torch.equal(norms[0], norms[1])
 
 
@@ -269,7 +294,7 @@ def test_attention_implementation_reaches_the_tracks(
     ids_BS, keep_BS = left_padded()
     eager = step_logits(model, ids_BS, keep_BS, 7)
     model.set_attn_implementation("sdpa")
-    track = model.model.layers[0].tracks[0].self_attn
+    track = model.model.layers[0].tracks["0"].self_attn
     assert track.config._attn_implementation == "sdpa"
     assert difference(step_logits(model, ids_BS, keep_BS, 7), eager, keep_BS) < TOLERANCE
     assert copy.deepcopy(track).config.num_attention_heads == 2

@@ -22,7 +22,8 @@ from ptconvert.transform import execute, plan_conversion, plan_to_dense
 GOOD_SPEC = spec_text(4, "use: parallel_track, depth: 2")
 HOSTILE = st.sampled_from(
     ["../x.safetensors", "/tmp/x.safetensors", "a/b.safetensors", "..", "", "\0", "x" * 300, "ü",
-     "model.safetensors", "gone.safetensors", "..\\x.safetensors", "./model.safetensors"]
+     "model.safetensors", "gone.safetensors", "..\\x.safetensors", "./model.safetensors",
+     "\ud800", "a\nb", "\x1b[31m"]
 )  # fmt: skip
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | HOSTILE,
@@ -56,7 +57,7 @@ def attempt(source: Path, spec: str, to_dense: bool = False) -> None:
         )
         execute(plan, root / "out")
     except PTConvertError as error:
-        assert str(error).strip()
+        assert str(error).strip() and str(error).isprintable()
         assert snapshot(root) == before
         assert not (root / "out").exists()
     else:

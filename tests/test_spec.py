@@ -112,6 +112,16 @@ def test_all_faults_are_reported_at_once() -> None:
     assert [f.split(":")[1] for f in faults(text)] == ["2", "3", "10", "13"]
 
 
+def test_gaps_are_reported_beside_other_faults() -> None:
+    text = GOOD.replace("tracks: 4", "tracks: x").replace("layers: 0-1", "layers: 0")
+    assert [f.split(":")[1] for f in faults(text)] == ["2", "8"]
+
+
+def test_control_characters_are_escaped() -> None:
+    (found,) = faults(GOOD.replace("deferred: mean", 'deferred: "sum\\nerror: \\e[31m"'))
+    assert "\\x1b[31m" in found and found.isprintable()
+
+
 def test_alias_bombs_are_refused_quickly() -> None:
     bomb = "a: &a [x,x]\n" + "".join(
         f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)},*{chr(97 + i)}]\n" for i in range(20)

@@ -92,7 +92,8 @@ def test_tracks_reassemble_to_the_source(make_dense: MakeDense, convert: Convert
         for name in [n for n in source if n.startswith(f"model.layers.{layer}.")]:
             rest = name.removeprefix(f"model.layers.{layer}.")
             if rest in ("self_attn.o_proj.bias", "mlp.down_proj.bias"):
-                assert torch.equal(found[f"model.layers.{layer}.common.{rest}"], source[name])
+                common = "_".join(rest.split(".")[1:])
+                assert torch.equal(found[f"model.layers.{layer}.common.{common}"], source[name])
                 continue
             parts = [found[f"model.layers.{layer}.tracks.{t}.{rest}"] for t in range(4)]
             if "norm" in rest:
@@ -145,6 +146,8 @@ def test_files_that_go_along_untouched(
     source = tmp_path / "with-files"
     shutil.copytree(make_dense("llama"), source)
     carried = ["tokenizer.json", "chat_template.jinja", "merges.txt", "tokenizer.model", "LICENSE"]
+    carried.append("additional_chat_templates/tools.jinja")
+    (source / "additional_chat_templates").mkdir()
     for name in carried:
         (source / name).write_bytes(name.encode())
     for name in ("train.py", "optimizer.bin"):
@@ -238,6 +241,7 @@ def no_config(source: Path) -> None:
 
 
 NORM = "model.norm.weight"
+BUFFER = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
 
 @pytest.mark.parametrize(
@@ -248,6 +252,10 @@ NORM = "model.norm.weight"
         (with_tensor(NORM, torch.ones(32).half()), "is F16, not F32"),
         (with_tensor(NORM, torch.ones(32, dtype=torch.int8)), "is I8, not F32"),
         (with_tensor("score.weight", torch.ones(2)), "score.weight is not a tensor of llama"),
+        (with_tensor("a\nb", torch.ones(2)), r"a\\nb is not a tensor of llama"),
+        (with_tensor(BUFFER, torch.tensor(1.0)), "inv_freq is not a tensor"),
+        (with_tensor(BUFFER, torch.ones(0)), "inv_freq is not a tensor"),
+        (with_tensor("lm_head.weight", torch.ones(3, 32)), "has shape"),
         (with_index({NORM: "../../etc/x.safetensors"}), "must be the name of a"),
         (with_index({NORM: "/etc/x.safetensors"}), "must be the name of a"),
         (with_index({NORM: "x.bin"}), "must be the name of a"),
@@ -273,6 +281,30 @@ def test_bad_sources_are_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_without_atomic_exchange_a_failed_rename_restores_the_old(
+    make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, out = conversion(make_dense("llama")), tmp_path / "out"
+    out.mkdir()
+    for name, content in OLD.items():
+        (out / name).write_bytes(content)
+    monkeypatch.setattr("ptconvert.checkpoint.atomic._exchange", lambda *_: False)
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.startswith(".out.ptconvert-"):
+            raise OSError(errno.EBUSY, "busy", str(target))
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(CheckpointError, match="busy"):
+            execute(plan, out, overwrite=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == OLD
+    execute(plan, out, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and len(list(out.iterdir())) > 5
+
+
 def conversion(source: Path) -> Any:
     spec = parse_spec(spec_text(4, TRACKED), "s")
     return plan_conversion(open_checkpoint(source), spec, source_name="x")
@@ -287,9 +319,18 @@ def test_existing_destinations(make_dense: MakeDense, tmp_path: Path) -> None:
     execute(plan, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "old").exists()
     (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "thesis.txt").write_text("x")
+    for name in ("thesis.txt", "config.json"):
+        (tmp_path / "precious" / name).write_text("{}")
+        with pytest.raises(CheckpointError, match="replaces only checkpoints"):
+            execute(plan, tmp_path / "precious", overwrite=True)
+    (tmp_path / "precious" / "model.safetensors").write_text("x")
+    (tmp_path / "precious" / "checkpoint-100").mkdir()
     with pytest.raises(CheckpointError, match="replaces only checkpoints"):
         execute(plan, tmp_path / "precious", overwrite=True)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        execute(plan, tmp_path / "loop")
+    (tmp_path / "loop").unlink()
     with pytest.raises(CheckpointError, match="must not contain each other"):
         execute(plan, plan.source.path, overwrite=True)
     with pytest.raises(CheckpointError, match="must not contain each other"):
@@ -381,6 +422,9 @@ print(calls)
 """
 
 
+OLD = {"config.json": b"old", "model.safetensors": b"old"}
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_at_any_moment_it_leaves_all_or_nothing(
     overwrite: bool, make_dense: MakeDense, tmp_path: Path
@@ -397,7 +441,8 @@ def test_killed_at_any_moment_it_leaves_all_or_nothing(
 
     def old() -> None:
         destination.mkdir()
-        (destination / "config.json").write_text("old")
+        for name in OLD:
+            (destination / name).write_bytes(OLD[name])
 
     if overwrite:
         old()
@@ -414,7 +459,7 @@ def test_killed_at_any_moment_it_leaves_all_or_nothing(
         assert run(stop).returncode == -signal.SIGKILL
         if destination.exists():
             found = {p.name: p.read_bytes() for p in destination.iterdir()}
-            assert found == expected or (overwrite and found == {"config.json": b"old"})
+            assert found == expected or (overwrite and found == OLD)
         else:
             assert not overwrite
         assert {p.name: p.read_bytes() for p in source.iterdir()} == before

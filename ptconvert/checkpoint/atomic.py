@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ptconvert.checkpoint.reader import CHAT_TEMPLATES, INDEX
 from ptconvert.errors import CheckpointError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -20,26 +21,40 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 def check_apart(destination: Path, source: Path) -> None:
     """Raises CheckpointError where writing the destination would touch the source."""
-    real, real_source = destination.resolve(), source.resolve()
+    real, real_source = _real(destination), _real(source)
     if real == real_source or real_source in real.parents or real in real_source.parents:
         raise CheckpointError(f"{destination} and the source {source} must not contain each other")
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
     """Raises CheckpointError where a checkpoint can't or must not be written."""
-    real = destination.resolve()
+    real = _real(destination)
     if not real.parent.is_dir():
         raise CheckpointError(f"{destination}: the directory {real.parent} does not exist")
+    if os.path.ismount(real):
+        raise CheckpointError(f"{destination} is a mount point; name a directory inside it")
     if not os.path.lexists(destination):
         return
     if not overwrite:
         raise CheckpointError(f"{destination} exists; name another, or use --overwrite")
     if not destination.is_dir() or destination.is_symlink():
         raise CheckpointError(f"{destination} is not a directory; --overwrite replaces only those")
-    if any(destination.iterdir()) and not (destination / "config.json").is_file():
+    if any(destination.iterdir()) and not _is_checkpoint(destination):
         raise CheckpointError(
-            f"{destination} holds no config.json; --overwrite replaces only checkpoints"
+            f"{destination} holds more or other than a checkpoint (config.json and safetensors, no "
+            "directories); --overwrite replaces only checkpoints"
         )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a directory is what this package or transformers writes, and nothing more."""
+    weights = any((path / name).is_file() for name in ("model.safetensors", INDEX))
+    directories = {p.name for p in path.iterdir() if p.is_dir()} - {CHAT_TEMPLATES}
+    return (path / "config.json").is_file() and weights and not directories
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike Path.resolve, it has an answer for a symlink loop
 
 
 @contextmanager
@@ -49,9 +64,10 @@ def new_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
     It is removed when the block fails, and where a run was killed, by the next run for the same
     destination. A lock on the directory tells a killed run from one at work.
     """
+    destination = _real(destination)
     prefix = f".{destination.name}.ptconvert-"
-    _remove_leftovers(destination.resolve().parent, prefix)
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.resolve().parent))
+    _remove_leftovers(destination.parent, prefix)
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
     lock = os.open(temporary, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -63,7 +79,7 @@ def new_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
             _fsync(path)
         os.fsync(lock)
         _rename(temporary, destination, overwrite)
-        _fsync(destination.resolve().parent)
+        _fsync(destination.parent)
     finally:
         os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -91,7 +107,11 @@ def _rename(temporary: Path, destination: Path, overwrite: bool) -> None:
         # run removes, so that a kill between the two renames loses nothing.
         aside = destination.with_name(f"{destination.name}.replaced-{os.getpid()}")
         destination.rename(aside)
-        temporary.rename(destination)
+        try:
+            temporary.rename(destination)
+        except BaseException:
+            aside.rename(destination)
+            raise
         shutil.rmtree(aside, ignore_errors=True)
 
 

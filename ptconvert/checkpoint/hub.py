@@ -20,6 +20,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
+from ptconvert.checkpoint.reader import CHAT_TEMPLATES
 from ptconvert.errors import CheckpointError
 
 # Weights under transformers' own names (not a vendor's second copy of them) and under ours.
@@ -30,7 +31,10 @@ _WEIGHTS = (
     "shared-[0-9]*.safetensors",
     "track-[0-9]*.safetensors",
 )
-_SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md")
+_SMALL = (
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"),
+    f"{CHAT_TEMPLATES}/*.jinja",
+)
 _SECONDS = 20  # until a hub that doesn't answer counts as out of reach
 
 
@@ -66,15 +70,20 @@ def _download(
             )
         if files is not None and "config.json" not in files:
             raise CheckpointError(f"{source} has no config.json, so it is not a transformers model")
+        # Exact names, since a pattern such as *.json matches in subdirectories, too.
+        chosen = [f for f in files or () if any(_matches(f, p) for p in patterns)]
         return Path(
             snapshot_download(
                 source,
                 revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns="*/*",
+                allow_patterns=chosen or patterns,
                 local_files_only=files is None,
             )
         )
+
+
+def _matches(file: str, pattern: str) -> bool:
+    return file.count("/") == pattern.count("/") and fnmatch(file, pattern)
 
 
 def _list_files(source: str, revision: str | None) -> list[str] | None:
@@ -93,13 +102,18 @@ def _list_files(source: str, revision: str | None) -> list[str] | None:
     return [f.rfilename for f in info.siblings or ()]
 
 
-def create(repo: str) -> str:
-    """Makes sure that a hub repository exists and may be written; returns its whole id.
-
-    Raises CheckpointError.
-    """
+def whole_id(repo: str) -> str:
+    """A repository's id with its namespace: the user's own, where it has none."""
+    if "/" in repo:
+        return repo
     with _one_line(repo, None):
-        return HfApi().create_repo(repo, exist_ok=True).repo_id
+        return f"{HfApi().whoami()['name']}/{repo}"
+
+
+def create(repo: str) -> None:
+    """Makes sure that a hub repository exists and may be written. Raises CheckpointError."""
+    with _one_line(repo, None):
+        HfApi().create_repo(repo, exist_ok=True)
 
 
 def push(directory: Path, repo: str) -> str:
@@ -132,11 +146,13 @@ def _one_line(repo: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError(f"{repo} has no revision {revision}") from None
     except RepositoryNotFoundError:
         raise CheckpointError(
-            f"{repo} is not on the hub, or is private: check the name, or `hf auth login`"
+            f"{repo} is not on the hub, or is private (check the name, or `hf auth login`); nor is "
+            "there a directory of that name here"
         ) from None
     except LocalEntryNotFoundError:
         raise CheckpointError(
-            f"{repo} can't be downloaded and is not in the cache: the hub is out of reach"
+            f"{repo} can't be downloaded and is not in the cache: the hub is out of reach; nor is "
+            "there a directory of that name here"
         ) from None
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         # An upload's RuntimeError names only the file; its cause says what the hub answered.

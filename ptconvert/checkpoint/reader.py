@@ -15,6 +15,7 @@ from ptconvert.shape import DTYPE_BYTES, read_config
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CHAT_TEMPLATES = "additional_chat_templates"
 _PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
 _MAX_INDEX_BYTES = 64 * 1024 * 1024
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -95,6 +96,7 @@ def copy_moves(
         read = {s.file: os.O_RDONLY for s in sources.values()}
         write = {t.file: os.O_RDWR for t in targets.values()}
         handles: dict[Path, int] = {}
+        _allow_open_files(len(read | write))
         for path, flags in (read | write).items():
             handles[path] = os.open(path, flags)
             stack.callback(os.close, handles[path])
@@ -114,6 +116,14 @@ def copy_moves(
                 stop.set()
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises this process's own limit of open files, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 128
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
 
 
 def _groups(moves: Sequence[Move]) -> list[list[Move]]:

@@ -21,7 +21,7 @@ from ptconvert.schedule import Merge, Schedule, Sublayer
 PerTrack = list[torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: torch.compile can't rebuild frozen dataclasses
 class Update:
     """What sublayers contribute to the residual stream.
 
@@ -63,7 +63,7 @@ class OneProcess:
         return lambda: partial_BSD
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _InFlight:
     """An all-reduce that was launched; `seen` is what each track sees of it before its merge."""
 
@@ -84,16 +84,20 @@ def run_schedule(
     communicator: Communicator,
     tracks: int,
     deferred: str = "sum",
+    entered: Callable[[int], object] | None = None,
 ) -> torch.Tensor:
     """Runs every stage of a schedule on the embedded tokens; returns the merged stream, BSD.
 
     `run_sublayer` gives a sublayer's Update for its input. `tracks` is n over all processes.
     `deferred` is "sum", which keeps a dense model's meaning, or "mean": partials that waited
     since an earlier stage are merged with weight 1/n (the Desync rule, arXiv 2501.06589).
+    `entered` is called with each stage's index as it begins.
     """
     waiting: Update | None = None
     in_flight: list[_InFlight] = []
     for index, stage in enumerate(schedule.stages):
+        if entered is not None:
+            entered(index)
         view = [base_BSD]
         if waiting is not None:
             view = _add(view, waiting.partials)

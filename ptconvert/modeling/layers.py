@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,6 +49,22 @@ class TrackConfig:
         return getattr(self._config, name)
 
 
+@dataclass(frozen=True)
+class Placement:
+    """The part of a model that a process holds: its share of the tracks, as rank of `ranks`.
+
+    Layers held dense are cut among ranks as tensor parallelism cuts them.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+
+    def local_tracks(self, tracks: int) -> range:
+        """The tracks of this rank; `ranks` must divide `tracks`."""
+        share = tracks // self.ranks
+        return range(self.rank * share, (self.rank + 1) * share)
+
+
 class BiasApart(nn.Linear):
     """A Linear that keeps its bias for the caller to add, once, after the all-reduce."""
 
@@ -55,17 +72,10 @@ class BiasApart(nn.Linear):
         return functional.linear(input, self.weight)
 
 
-class CommonBias(nn.Module):
-    """The output bias of a sublayer that is divided into tracks, which all tracks know."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(width))
-
-
-def dense_layer(config: Any, index: int) -> nn.Module:
-    """The family's decoder layer, its output biases set apart from the projections."""
-    layer: nn.Module = family_class(config, "DecoderLayer")(config, index)
+def dense_layer(config: Any, index: int, ranks: int = 1) -> nn.Module:
+    """The family's decoder layer, or one rank's cut, its output biases set apart."""
+    own = config if ranks == 1 else TrackConfig(config, ranks)
+    layer: nn.Module = family_class(config, "DecoderLayer")(own, index)
     for block, projection in OUTPUT_PROJECTIONS.values():
         linear = getattr(getattr(layer, block), projection)
         if linear.bias is not None:
@@ -77,32 +87,31 @@ def dense_layer(config: Any, index: int) -> nn.Module:
 class TrackedLayer(nn.Module):
     """A layer held as tracks: each a small decoder layer of the family, with its own norms.
 
-    `cache_indices` are the tracks' places in the KV cache.
+    `cache_indices` gives the local tracks' places in the KV cache; `tracks` counts all tracks.
     """
 
-    def __init__(self, config: Any, index: int, cache_indices: list[int]) -> None:
+    def __init__(
+        self, config: Any, index: int, tracks: int, cache_indices: Mapping[int, int]
+    ) -> None:
         super().__init__()
-        tracks = len(cache_indices)
         view = TrackConfig(config, tracks)
         layer_class = family_class(config, "DecoderLayer")
-        self.tracks = nn.ModuleList(layer_class(view, index) for _ in cache_indices)
-        self.common = nn.ModuleDict()
+        self.tracks = nn.ModuleDict({str(t): layer_class(view, index) for t in cache_indices})
+        self.common = nn.ParameterDict()  # output biases, which all tracks know
+        first = next(iter(self.tracks.values()))
         for block, projection in OUTPUT_PROJECTIONS.values():
-            if getattr(getattr(self.tracks[0], block), projection).bias is not None:
-                bias = CommonBias(config.hidden_size)
-                self.common[block] = nn.ModuleDict({projection: bias})
-        for track, cache_index in zip(self.tracks, cache_indices, strict=True):
-            cast(Any, track).self_attn.layer_idx = cache_index
+            if getattr(getattr(first, block), projection).bias is not None:
+                bias = nn.Parameter(torch.zeros(config.hidden_size))
+                self.common[f"{projection}_bias"] = bias
+        for t, cache_index in cache_indices.items():
+            track: Any = self.tracks[str(t)]
+            track.self_attn.layer_idx = cache_index
             for block, projection in OUTPUT_PROJECTIONS.values():
                 getattr(getattr(track, block), projection).register_parameter("bias", None)
 
     def common_bias(self, kind: Kind) -> torch.Tensor | None:
         """The output bias of the attention or the MLP, which all tracks know."""
-        block, projection = OUTPUT_PROJECTIONS[kind]
-        if block not in self.common:
-            return None
-        bias: torch.Tensor = cast(Any, self.common[block])[projection].bias
-        return bias
+        return self.common.get(f"{OUTPUT_PROJECTIONS[kind][1]}_bias", None)
 
 
 def run_layer(
@@ -119,7 +128,8 @@ def run_layer(
     """
     if isinstance(layer, TrackedLayer):
         partials = [
-            run(track, kind, view[t % len(view)], attention) for t, track in enumerate(layer.tracks)
+            run(track, kind, view[t % len(view)], attention)
+            for t, track in enumerate(layer.tracks.values())
         ]
         return Update(partials, layer.common_bias(kind))
     assert len(view) == 1, "tracks that differ reached a layer held dense"

@@ -27,8 +27,15 @@ from ptconvert.modeling.config import (
     PTConvertQwen2Config,
     PTConvertQwen3Config,
 )
-from ptconvert.modeling.executor import OneProcess, PerTrack, Update, run_schedule
+from ptconvert.modeling.executor import (
+    Communicator,
+    OneProcess,
+    PerTrack,
+    Update,
+    run_schedule,
+)
 from ptconvert.modeling.layers import (
+    Placement,
     TrackedLayer,
     dense_layer,
     family_class,
@@ -37,6 +44,7 @@ from ptconvert.modeling.layers import (
 )
 from ptconvert.schedule import Sublayer
 
+WHOLE = Placement()
 _MASKS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
@@ -45,11 +53,12 @@ _MASKS = {
 
 def layer_types(config: Any) -> list[str]:
     """What each layer attends to: full_attention or sliding_attention."""
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        windowed = getattr(config, "sliding_window", None) is not None
-        types = ["sliding_attention" if windowed else "full_attention"] * config.num_hidden_layers
-    return list(types)
+    # Only what the family's config class has counts: any key of a config.json becomes an attribute.
+    family = type(config)
+    if hasattr(family, "layer_types"):
+        return list(config.layer_types)
+    windowed = hasattr(family, "sliding_window") and config.sliding_window is not None
+    return ["sliding_attention" if windowed else "full_attention"] * config.num_hidden_layers
 
 
 class PTConvertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
@@ -66,10 +75,21 @@ class PTConvertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
 
 class PTConvertModel(PTConvertPreTrainedModel):
-    """The decoder without lm_head, all its tracks in this process."""
+    """The decoder without lm_head: all its tracks, or those of one rank.
 
-    def __init__(self, config: Any) -> None:
+    A rank's model gets the communicator that sums over ranks; `entered` is called with each
+    stage's index when it begins, for whoever wants to know where a forward pass stands.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        placement: Placement = WHOLE,
+        communicator: Communicator | None = None,
+    ) -> None:
         super().__init__(config)
+        self.communicator = OneProcess() if communicator is None else communicator
+        self.entered: Callable[[int], object] | None = None
         section = read_section(vars(config))
         self.schedule = section.schedule
         self.track_count = section.tracks
@@ -80,27 +100,51 @@ class PTConvertModel(PTConvertPreTrainedModel):
         layers: list[nn.Module] = []
         for index in range(config.num_hidden_layers):
             if index in tracked:
-                layers.append(TrackedLayer(config, index, self._cache_indices(index)))
+                local = placement.local_tracks(self.track_count)
+                places = self._cache_indices(index, local)
+                layers.append(TrackedLayer(config, index, self.track_count, places))
             else:
-                layers.append(dense_layer(config, index))
+                layers.append(dense_layer(config, index, placement.ranks))
         self.layers = nn.ModuleList(layers)
         self.norm = family_class(config, "RMSNorm")(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = family_class(config, "RotaryEmbedding")(config=config)
+        self._layer_types = layer_types(config)
         self.gradient_checkpointing = False
         self.post_init()
 
-    def _cache_indices(self, layer: int) -> list[int]:
+    def _cache_indices(self, layer: int, tracks: range) -> dict[int, int]:
         """Places in the KV cache for a layer's tracks: the layer's own, and new ones at the end."""
         first = len(self._cache_layer_of)
-        self._cache_layer_of += [layer] * (self.track_count - 1)
-        return [layer, *range(first, len(self._cache_layer_of))]
+        self._cache_layer_of += [layer] * (len(tracks) - 1)
+        return dict(zip(tracks, [layer, *range(first, len(self._cache_layer_of))], strict=True))
 
     def _grow(self, cache: Cache) -> None:
         """Gives a new cache one entry per track, of the kind that transformers chose per layer."""
         layers = getattr(cache, "layers", [])
         if 0 < len(layers) < len(self._cache_layer_of):
             for layer in self._cache_layer_of[len(layers) :]:
-                layers.append(copy.copy(layers[layer]))
+                layers.append(copy.deepcopy(layers[layer]))
+
+    def _masks(
+        self,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        stream_BSD: torch.Tensor,
+        cache: Cache | None,
+        position_ids: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """The attention mask of each kind of layer; `generate` may have made them already."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        return {
+            name: _MASKS[name](
+                config=self.config,
+                inputs_embeds=stream_BSD,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                position_ids=position_ids,
+            )
+            for name in set(self._layer_types)
+        }
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -143,19 +187,7 @@ class PTConvertModel(PTConvertPreTrainedModel):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(stream_BSD.shape[1], device=stream_BSD.device) + seen
             position_ids = position_ids.unsqueeze(0)
-        types = layer_types(self.config)
-        masks = attention_mask
-        if not isinstance(masks, dict):
-            masks = {
-                name: _MASKS[name](
-                    config=self.config,
-                    inputs_embeds=stream_BSD,
-                    attention_mask=attention_mask,
-                    past_key_values=past_key_values,
-                    position_ids=position_ids,
-                )
-                for name in set(types)
-            }
+        masks = self._masks(attention_mask, stream_BSD, past_key_values, position_ids)
         position_embeddings = self.rotary_emb(stream_BSD, position_ids)
 
         run: Callable[..., torch.Tensor] = run_block
@@ -165,7 +197,7 @@ class PTConvertModel(PTConvertPreTrainedModel):
         def run_sublayer(sublayer: Sublayer, view: PerTrack) -> Update:
             attention = dict(
                 kwargs,
-                attention_mask=masks[types[sublayer.layer]],
+                attention_mask=masks[self._layer_types[sublayer.layer]],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -174,7 +206,13 @@ class PTConvertModel(PTConvertPreTrainedModel):
             return run_layer(self.layers[sublayer.layer], sublayer.kind, view, attention, run)
 
         stream_BSD = run_schedule(
-            self.schedule, stream_BSD, run_sublayer, OneProcess(), self.track_count, self.deferred
+            self.schedule,
+            stream_BSD,
+            run_sublayer,
+            self.communicator,
+            self.track_count,
+            self.deferred,
+            self.entered,
         )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(stream_BSD),
@@ -187,9 +225,14 @@ class PTConvertForCausalLM(PTConvertPreTrainedModel, GenerationMixin):  # type: 
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        placement: Placement = WHOLE,
+        communicator: Communicator | None = None,
+    ) -> None:
         super().__init__(config)
-        self.model = PTConvertModel(config)
+        self.model = PTConvertModel(config, placement, communicator)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

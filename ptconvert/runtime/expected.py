@@ -1,0 +1,122 @@
+"""What a schedule promises about the all-reduces of ranks, and where ranks part from it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ptconvert.presets import tensor_parallel
+from ptconvert.runtime.communicator import Event, stages_of
+from ptconvert.runtime.counters import ALL_REDUCE
+from ptconvert.runtime.launch import RankFailure, RanksFailed
+from ptconvert.schedule import Merge, Schedule
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a schedule promises about the all-reduces of each step."""
+
+    schedule: Schedule
+    width: int
+    dtype: torch.dtype
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def dtype_name(self) -> str:
+        """As the profiler and the flight recorder print it."""
+        names = {torch.float32: "float", torch.float16: "half"}
+        return names.get(self.dtype, str(self.dtype).removeprefix("torch."))
+
+    def shape(self, step: str) -> tuple[int, int, int]:
+        """What an all-reduce of a step carries: batch, tokens, width."""
+        tokens = self.prompt_tokens if step == "prefill" else 1
+        return self.batch, tokens, self.width
+
+    def steps(self) -> list[str]:
+        """The names of a pass's steps."""
+        return ["prefill", *(f"decode {i}" for i in range(1, self.new_tokens))]
+
+    def all_reduces(self) -> list[tuple[str, bool]]:
+        """Each all-reduce of a step: its stage as printed, and whether it is asynchronous."""
+        return [
+            (f"stage {i + 1} {stage}", stage.ending.merge is not Merge.BLOCKING)
+            for i, stage in enumerate(self.schedule.stages)
+            if self.schedule.merged_after(i) is not None
+        ]
+
+    def departure(self, step: str, seen: Sequence[dict[str, Any]]) -> str | None:
+        """The first stage at which collectives seen in a step part from the schedule's."""
+        reduces = [c for c in seen if c["op"] == ALL_REDUCE]
+        promised = self.all_reduces()
+        for index, (stage, asynchronous) in enumerate(promised):
+            if index >= len(reduces):
+                return f"{step}, {stage}: no all-reduce ({len(reduces)} of {len(promised)})"
+            found = reduces[index]
+            if tuple(found["shape"]) != self.shape(step) or found["dtype"] != self.dtype_name:
+                sent = "x".join(map(str, found["shape"]))
+                wanted = "x".join(map(str, self.shape(step)))
+                return (
+                    f"{step}, {stage}: all-reduced {sent} {found['dtype']}, "
+                    f"not {wanted} {self.dtype_name}"
+                )
+            if found["asynchronous"] not in (None, asynchronous):
+                kind = "blocking" if asynchronous else "asynchronous"
+                return f"{step}, {stage}: the all-reduce was {kind}"
+        if len(reduces) > len(promised):
+            return f"{step}: {len(reduces)} all-reduces, the schedule has {len(promised)}"
+        return None
+
+
+def with_departures(error: RanksFailed, expected: Expected) -> list[RankFailure]:
+    """The failures, with where each rank stood, and first those that left the schedule."""
+    found = []
+    for failure in error.failures:
+        events = error.journals.get(failure.rank, [])
+        why = f"{failure.why}; stood at {_stood(events, expected)}"
+        found.append(replace(failure, why=why))
+    for rank, events in sorted(error.journals.items()):
+        if left := _left_schedule(events, expected):
+            found.insert(0, RankFailure(rank, f"left the schedule: {left}", "", victim=False))
+    return found
+
+
+def _stood(events: Sequence[Event], expected: Expected) -> str:
+    passes = [e.text for e in events if e.kind == "pass"]
+    since = list(itertools.takewhile(lambda e: e.kind != "pass", reversed(events)))
+    stages = [e.text for e in since if e.kind == "stage"]
+    where = passes[-1] if passes else "its start"
+    return f"{where}, {_stage(stages[0], where, expected)}" if stages else where
+
+
+def _stage(index: str, where: str, expected: Expected) -> str:
+    return f"stage {int(index) + 1} {_schedule_of(where, expected).stages[int(index)]}"
+
+
+def _schedule_of(where: str, expected: Expected) -> Schedule:
+    """The schedule that a pass of this name ran."""
+    if "baseline" in where:
+        return Schedule(tensor_parallel(range(expected.schedule.layers)))
+    return expected.schedule
+
+
+def _left_schedule(events: Sequence[Event], expected: Expected) -> str | None:
+    """The first stage at which a rank's journal parts from the schedule, if it does."""
+    stages = list(stages_of(list(events)))
+    dtype = str(expected.dtype).removeprefix("torch.")
+    for number, (where, index, reduces) in enumerate(stages):
+        schedule = _schedule_of(where, expected)
+        step = "prefill" if where.endswith("prefill") else "decode"
+        shape = "x".join(map(str, expected.shape(step)))
+        promised = [f"{shape} {dtype}"] * (schedule.merged_after(int(index)) is not None)
+        unfinished = number == len(stages) - 1 and len(reduces) < len(promised)
+        if reduces != promised and not unfinished:
+            sent, wanted = ", ".join(reduces) or "nothing", ", ".join(promised) or "nothing"
+            stage = _stage(index, where, expected)
+            return f"{where}, {stage}: it all-reduced {sent}, the schedule says {wanted}"
+    return None

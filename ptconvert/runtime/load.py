@@ -1,0 +1,124 @@
+"""Loading one rank's part of a checkpoint: its own bytes, and no others."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+import ptconvert
+from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint
+from ptconvert.errors import CheckpointError
+from ptconvert.families import TensorRule
+from ptconvert.format import read_section, source_config
+from ptconvert.modeling.executor import Communicator
+from ptconvert.modeling.layers import Placement, family_class
+from ptconvert.modeling.model import CAUSAL_LMS
+from ptconvert.shape import ModelShape
+
+_TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def shape_of(checkpoint: Checkpoint) -> ModelShape:
+    """The shape of a converted checkpoint's source. Raises ConfigError."""
+    where = str(checkpoint.path / "config.json")
+    section = read_section(checkpoint.config, where)
+    return ModelShape.from_config(source_config(checkpoint.config, section), where)
+
+
+def rank_bytes(checkpoint: Checkpoint, placement: Placement) -> int:
+    """Bytes of the tensors that a rank reads."""
+    rules = _dense_rules(checkpoint)
+    shape, tracks = shape_of(checkpoint), read_section(checkpoint.config).tracks
+    others = set(range(tracks)) - set(placement.local_tracks(tracks))
+    total = 0
+    for name, entry in checkpoint.tensors.items():
+        if any(f".tracks.{t}." in name for t in others):
+            continue
+        size = entry.nbytes
+        if rule := rules.get(name):
+            start, stop = shape.span(rule, placement.rank, placement.ranks)
+            size = size * (stop - start) // entry.shape[rule.axis]
+        total += size
+    return total
+
+
+def load_rank(
+    path: Path,
+    placement: Placement,
+    communicator: Communicator,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """The model of one rank, in eval mode, each tensor read once from where it lies.
+
+    `dtype` is the checkpoint's own where it isn't given. Raises PTConvertError for a checkpoint
+    that doesn't hold together.
+    """
+    ptconvert.register()
+    checkpoint = open_checkpoint(path)
+    shape, rules = shape_of(checkpoint), _dense_rules(checkpoint)
+    config = AutoConfig.from_pretrained(path)
+    model_class = next(m for m in CAUSAL_LMS if isinstance(config, m.config_class))
+    with torch.device("meta"):
+        model = model_class(config, placement, communicator)
+    model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        entry = checkpoint.tensors.get(name)
+        if entry is None:
+            raise CheckpointError(f"{path}: {name} is missing")
+        part = (0, 0, entry.shape[0])
+        if rule := rules.get(name):
+            part = (rule.axis, *shape.span(rule, placement.rank, placement.ranks))
+        tensor = read_part(entry, *part)
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(f"{path}: {name} has shape {list(entry.shape)}")
+        _set(model, name, nn.Parameter(tensor if dtype is None else tensor.to(dtype)))
+    # The rotary tables are computed, not stored, so they were left behind on the meta device.
+    model.model.rotary_emb = family_class(config, "RotaryEmbedding")(config=config)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.to(device).eval()
+
+
+def _dense_rules(checkpoint: Checkpoint) -> dict[str, TensorRule]:
+    """The tensors of layers held dense, which are cut among ranks."""
+    shape = shape_of(checkpoint)
+    return {
+        f"model.layers.{i}.{rule.name}": rule for i in range(shape.layers) for rule in shape.rules
+    }
+
+
+def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, parameter)
+
+
+def read_part(entry: TensorEntry, axis: int, start: int, stop: int) -> torch.Tensor:
+    """[start, stop) of one axis of a stored tensor, reading no byte outside of it."""
+    rows, row = entry.shape[0], entry.nbytes // entry.shape[0]
+    if axis == 0:
+        first, pieces, size = start * row, 1, (stop - start) * row
+    else:
+        item = row // entry.shape[1]
+        first, pieces, size = start * item, rows, (stop - start) * item
+    buffer = bytearray(pieces * size)
+    view = memoryview(buffer)
+    handle = os.open(entry.file, os.O_RDONLY)
+    try:
+        for piece in range(pieces):
+            at = entry.offset + first + piece * row
+            block = view[piece * size : (piece + 1) * size]
+            while block:
+                count = os.preadv(handle, [block], at)
+                if count == 0:
+                    raise CheckpointError(f"{entry.file} ends before {entry.name} does")
+                block, at = block[count:], at + count
+    finally:
+        os.close(handle)
+    shape = [stop - start if a == axis else s for a, s in enumerate(entry.shape)]
+    return torch.frombuffer(buffer, dtype=_TORCH[entry.dtype]).view(shape)

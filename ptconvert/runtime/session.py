@@ -1,0 +1,232 @@
+"""What each rank does under verify: a counted pass, a profiled pass, and timed passes.
+
+A pass is a prefill and greedy decode steps with a KV cache, on random token ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from ptconvert.modeling.executor import Communicator
+from ptconvert.modeling.layers import Placement
+from ptconvert.presets import tensor_parallel
+from ptconvert.runtime.communicator import ProcessGroupCommunicator
+from ptconvert.runtime.counters import FlightRecorder, Profile
+from ptconvert.runtime.launch import Rank
+from ptconvert.runtime.load import load_rank
+from ptconvert.schedule import Schedule
+
+WARM_UP = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """A verification, as every rank gets it. `wrap` lets tests put faults into a rank."""
+
+    checkpoint: Path
+    dtype: torch.dtype
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+    seed: int
+    repeats: int
+    trace: Path | None = None
+    wrap: Callable[[Communicator, int], Communicator] | None = None
+
+
+def prompt(job: Job, vocabulary: int) -> torch.Tensor:
+    """The token ids of every pass, (batch, prompt tokens)."""
+    generator = torch.Generator().manual_seed(job.seed)
+    return torch.randint(vocabulary, (job.batch, job.prompt_tokens), generator=generator)
+
+
+@torch.inference_mode()
+def greedy_steps(
+    model: Any, ids_BS: torch.Tensor, new_tokens: int
+) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """The steps of a pass: name, and the function that runs it and returns logits (B, S, V)."""
+    state: dict[str, Any] = {"ids": ids_BS.to(model.device), "cache": None}
+
+    def step() -> torch.Tensor:
+        with torch.inference_mode():
+            out = model(input_ids=state["ids"], past_key_values=state["cache"], use_cache=True)
+        state.update(cache=out.past_key_values, ids=out.logits[:, -1:].argmax(-1))
+        logits: torch.Tensor = out.logits
+        return logits
+
+    for index in range(new_tokens):
+        yield ("prefill" if index == 0 else f"decode {index}"), step
+
+
+def run_rank(job: Job, rank: Rank) -> dict[str, Any]:
+    """Everything that one rank does and found; JSON but for nothing."""
+    torch.manual_seed(job.seed)
+    if rank.device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // rank.ranks))
+    communicator: Communicator = ProcessGroupCommunicator(None, rank.journal)
+    if job.wrap is not None:
+        communicator = job.wrap(communicator, rank.rank)
+    rank.journal.write("pass", "loading")
+    placement = Placement(rank.rank, rank.ranks)
+    model = load_rank(job.checkpoint, placement, communicator, job.dtype, rank.device)
+    schedule = model.model.schedule
+    baseline = Schedule(tensor_parallel(range(schedule.layers)))
+    ids_BS = prompt(job, model.config.vocab_size)
+    counted, tokens, logits = _counted_pass(model, ids_BS, job, rank)
+    profiled, transfers = _profiled_pass(model, ids_BS, job, rank)
+    model.model.schedule = baseline
+    baseline_counted, _, _ = _counted_pass(model, ids_BS, job, rank, name="baseline")
+    times = _timed_passes(model, {"schedule": schedule, "baseline": baseline}, ids_BS, job, rank)
+    # The journal has served; what follows communicates no more.
+    found = {
+        "rank": rank.rank,
+        "counted": counted,
+        "profiled": profiled,
+        "baseline": baseline_counted,
+        "transfers": transfers,
+        "tokens": tokens,
+        "logits_digest": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
+        "times": times,
+        "device": str(rank.device),
+    }
+    if rank.rank == 0:
+        model.model.schedule = schedule
+        del model
+        found["reference"] = _against_one_process(job, ids_BS, logits, tokens, rank.device)
+    return found
+
+
+def _counted_pass(
+    model: Any, ids_BS: torch.Tensor, job: Job, rank: Rank, name: str = "counted"
+) -> tuple[dict[str, Any], list[list[int]], torch.Tensor]:
+    """Collectives per step from the flight recorder; greedy tokens; logits of all positions."""
+    recorder = FlightRecorder(rank.backend)
+    model.model.entered = lambda index: rank.journal.write("stage", index)
+    steps: dict[str, Any] = {}
+    found: list[torch.Tensor] = []
+    for step_name, step in greedy_steps(model, ids_BS, job.new_tokens):
+        rank.journal.write("pass", f"{name} {step_name}")
+        mark = recorder.mark()
+        found.append(step().float().cpu())
+        steps[step_name] = [asdict(c) for c in recorder.since(mark)]
+    tokens = torch.stack([logits[:, -1].argmax(-1) for logits in found], dim=1)
+    return steps, tokens.tolist(), torch.cat(found, dim=1)
+
+
+def _profiled_pass(
+    model: Any, ids_BS: torch.Tensor, job: Job, rank: Rank
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Collectives per step from the profiler, and how far asynchronous ones were hidden."""
+    activities = [ProfilerActivity.CPU]
+    if rank.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    stages = model.model.schedule.stages
+    with contextlib.ExitStack() as stack, profile(activities=activities, record_shapes=True) as p:
+
+        def entered(index: int) -> None:
+            stack.close()
+            rank.journal.write("stage", index)
+            stack.enter_context(record_function(f"stage {index + 1} {stages[index]}"))
+
+        model.model.entered = entered
+        for step_name, step in greedy_steps(model, ids_BS, job.new_tokens):
+            rank.journal.write("pass", f"profiled {step_name}")
+            with record_function(f"step {step_name}"):
+                step()
+                stack.close()
+    model.model.entered = None
+    with _trace_file(job, rank) as trace:
+        p.export_chrome_trace(str(trace))
+        seen = Profile(trace)
+        steps = {name: [asdict(c) for c in cs] for name, cs in seen.collectives().items()}
+        transfers = [asdict(t) | {"share": t.share} for t in seen.transfers()]
+    return steps, transfers
+
+
+@contextmanager
+def _trace_file(job: Job, rank: Rank) -> Iterator[Path]:
+    """Rank 0's trace goes where the user wants it, the others' nowhere."""
+    with tempfile.TemporaryDirectory() as directory:
+        keep = job.trace if rank.rank == 0 else None
+        yield keep or Path(directory) / "trace.json"
+
+
+def _timed_passes(
+    model: Any, schedules: dict[str, Schedule], ids_BS: torch.Tensor, job: Job, rank: Rank
+) -> dict[str, Any]:
+    """Seconds of the prefill and of a decode step (mean over a pass), schedules alternating."""
+    times: dict[str, Any] = {name: {"prefill": [], "decode": []} for name in schedules}
+    for repeat in range(WARM_UP + job.repeats):
+        for name, schedule in schedules.items():
+            model.model.schedule = schedule
+            rank.journal.write("pass", f"timed {name}")
+            dist.barrier()
+            seconds = []
+            for _, step in greedy_steps(model, ids_BS, job.new_tokens):
+                started = time.perf_counter()
+                step()
+                if rank.device.type == "cuda":
+                    torch.cuda.synchronize(rank.device)
+                seconds.append(time.perf_counter() - started)
+            if repeat >= WARM_UP:
+                times[name]["prefill"].append(seconds[0])
+                if seconds[1:]:
+                    times[name]["decode"].append(sum(seconds[1:]) / len(seconds[1:]))
+    return times
+
+
+def _against_one_process(
+    job: Job, ids_BS: torch.Tensor, logits: torch.Tensor, tokens: list[list[int]], device: Any
+) -> dict[str, Any]:
+    """The largest difference to the single-process model, fed the tokens that the ranks chose."""
+    transformers.utils.logging.disable_progress_bar()
+    model = (
+        transformers.AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype=job.dtype)
+        .to(device)
+        .eval()
+    )
+    full = torch.cat([ids_BS, torch.tensor(tokens)[:, :-1]], dim=1).to(device)
+    with torch.inference_mode():
+        expected = model(full).logits.float().cpu()
+        noise = 0.0
+        if job.dtype != torch.float32:
+            noise = max(
+                float((_reordered(model, seed)(full).logits.float().cpu() - expected).abs().max())
+                for seed in range(4)
+            )
+    return {
+        "difference": float((logits - expected).abs().max()),
+        "noise": noise,
+        "tokens_agree": bool(
+            torch.equal(expected[:, job.prompt_tokens - 1 :].argmax(-1), torch.tensor(tokens))
+        ),
+    }
+
+
+def _reordered(model: Any, seed: int) -> Any:
+    """The same function with FFN neurons in another order, so that sums round differently."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.model.layers:
+        for own in layer.tracks.values() if hasattr(layer, "tracks") else [layer]:
+            mlp = own.mlp
+            order = torch.randperm(mlp.down_proj.in_features, generator=generator)
+            order = order.to(mlp.down_proj.weight.device)
+            mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, order].contiguous()
+            for projection in (mlp.gate_proj, mlp.up_proj):
+                projection.weight.data = projection.weight.data[order]
+                if projection.bias is not None:
+                    projection.bias.data = projection.bias.data[order]
+    return model
