@@ -27,6 +27,7 @@ SECTION = "ptconvert"
 SECTION_FORMAT = 1
 MODEL_TYPE_PREFIX = "ptconvert_"
 MODELING_FILE = "modeling_ptconvert.py"
+SPEC_FILE = "ptconvert.yaml"
 DEFERRED_RULES = ("sum", "mean")
 MAX_TRACKS = 1024
 # The keys of config.json that a conversion writes; `--to-dense` restores or removes them.

@@ -27,6 +27,7 @@ from ptconvert.format import (
     REPLACED_KEYS,
     SECTION,
     SECTION_FORMAT,
+    SPEC_FILE,
     read_section,
     source_config,
 )
@@ -38,7 +39,6 @@ from ptconvert.shape import DTYPE_BYTES, ModelShape
 from ptconvert.spec import Spec, parse_spec
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-SPEC_FILE = "ptconvert.yaml"
 # What goes along untouched: tokenizer, generation config, chat template, licence.
 _CARRIED = (
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"),

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.errors import CheckpointError
-from ptconvert.format import SECTION, read_section
+from ptconvert.format import SECTION, SPEC_FILE, Section, read_section
 from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement
 from ptconvert.runtime.counters import ALL_REDUCE
@@ -24,6 +24,7 @@ from ptconvert.runtime.launch import RankFailure, RanksFailed, join, launch, und
 from ptconvert.runtime.load import rank_bytes, shape_of
 from ptconvert.runtime.session import Job, run_rank
 from ptconvert.shape import DTYPES, ModelShape
+from ptconvert.spec import read_spec
 
 FP32_TOLERANCE = 1e-4
 NOISE_FACTOR = 4.0  # of the largest difference that reordering sums makes
@@ -98,6 +99,7 @@ def verify(
         read_section(checkpoint.config, str(path / "config.json")),
         shape_of(checkpoint),
     )
+    as_converted = _as_converted(path, section)
     backend, notes = _backend(settings)
     dtype = _dtype(settings, shape)
     _check_ranks(checkpoint, settings, dtype)
@@ -129,8 +131,22 @@ def verify(
         try:
             results = launch(run_rank, job, settings.ranks, backend, device, timeout)
         except RanksFailed as error:
-            return Report((), failures=tuple(with_departures(error, expected)), notes=notes)
-    return _report(results, expected, backend, notes)
+            failures = tuple(with_departures(error, expected))
+            return Report(as_converted, failures=failures, notes=notes)
+    checks = (*as_converted, *_checks(results, expected))
+    return Report(checks, _figures(results, expected, backend), notes=notes)
+
+
+def _as_converted(path: Path, section: Section) -> tuple[Check, ...]:
+    """Whether the schedule is still that of the spec beside it; nothing where there is no spec."""
+    file = path / SPEC_FILE
+    if not file.is_file():
+        return ()
+    spec = read_spec(file)
+    same = spec.schedule() == section.schedule and spec.tracks == section.tracks
+    same = same and spec.deferred == section.deferred
+    seen = f"as in {SPEC_FILE}" if same else f"config.json and {SPEC_FILE} differ"
+    return (Check("schedule as converted", same, seen),)
 
 
 def default_device() -> str:
@@ -194,37 +210,34 @@ def _available_bytes() -> int:
     return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
 
 
-def _report(
-    results: list[dict[str, Any]], expected: Expected, backend: str, notes: tuple[str, ...]
-) -> Report:
+def _checks(results: list[dict[str, Any]], expected: Expected) -> list[Check]:
     checks = [*_count_checks(results, expected), *_answer_checks(results, expected)]
     overlap = _overlap(results)
-    if overlap["asynchronous"]:
-        share, exposed = overlap["share"], overlap["exposed"]
+    if overlap["asynchronous"] and len(results) > 1:  # one rank has nothing to transfer
         seen = (
-            f"{share:.0%} of their transfer time ran under computation; "
-            f"{exposed} of {overlap['asynchronous']} exposed"
+            f"{overlap['share']:.0%} of their transfer time ran under computation; "
+            f"{overlap['exposed']} of {overlap['asynchronous']} exposed"
         )
-        checks.append(Check("asynchronous all-reduces overlap", share > 0, seen))
-    return Report(
-        tuple(checks),
-        {
-            "schedule": str(expected.schedule),
-            "ranks": len(results),
-            "backend": backend,
-            "devices": [r["device"] for r in results],
-            "dtype": str(expected.dtype).removeprefix("torch."),
-            "batch": expected.batch,
-            "prompt_tokens": expected.prompt_tokens,
-            "new_tokens": expected.new_tokens,
-            "comparison": _comparison(results, expected),
-            "other_communication": _other(results),
-            "overlap": overlap,
-            "reference": results[0]["reference"],
-            "ranks_results": [{k: r[k] for k in ("counted", "profiled")} for r in results],
-        },
-        notes=notes,
-    )
+        checks.append(Check("asynchronous all-reduces overlap", overlap["share"] > 0, seen))
+    return checks
+
+
+def _figures(results: list[dict[str, Any]], expected: Expected, backend: str) -> dict[str, Any]:
+    return {
+        "schedule": str(expected.schedule),
+        "ranks": len(results),
+        "backend": backend,
+        "devices": [r["device"] for r in results],
+        "dtype": str(expected.dtype).removeprefix("torch."),
+        "batch": expected.batch,
+        "prompt_tokens": expected.prompt_tokens,
+        "new_tokens": expected.new_tokens,
+        "comparison": _comparison(results, expected),
+        "other_communication": _other(results),
+        "overlap": _overlap(results),
+        "reference": results[0]["reference"],
+        "seen_by_rank": [{k: r[k] for k in ("counted", "profiled")} for r in results],
+    }
 
 
 def _count_checks(results: list[dict[str, Any]], expected: Expected) -> list[Check]:

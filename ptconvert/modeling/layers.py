@@ -111,7 +111,8 @@ class TrackedLayer(nn.Module):
 
     def common_bias(self, kind: Kind) -> torch.Tensor | None:
         """The output bias of the attention or the MLP, which all tracks know."""
-        return self.common.get(f"{OUTPUT_PROJECTIONS[kind][1]}_bias", None)
+        bias: torch.Tensor | None = self.common.get(f"{OUTPUT_PROJECTIONS[kind][1]}_bias", None)
+        return bias
 
 
 def run_layer(

@@ -5,6 +5,7 @@ Two means that share no code with the executor, nor with each other.
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 from dataclasses import dataclass
@@ -82,101 +83,89 @@ class Profile:
 
     def __init__(self, trace: Path) -> None:
         events = json.loads(trace.read_text())["traceEvents"]
-        self._events = sorted((e for e in events if e.get("ph") == "X"), key=lambda e: e["ts"])
-        self._launches = self._named("c10d::allreduce_")
-
-    def _named(self, name: str) -> list[dict[str, Any]]:
-        return [e for e in self._events if e["name"] == name]
+        events = sorted((e for e in events if e.get("ph") == "X"), key=lambda e: float(e["ts"]))
+        self._calls = [
+            e for e in events if e["name"].startswith("c10d::") and e.get("cat") == "cpu_op"
+        ]
+        self._launches = [e for e in self._calls if e["name"] == "c10d::allreduce_"]
+        kernels = [e for e in events if e.get("cat") == "kernel"]
+        reduces = [e for e in kernels if "nccl" in e["name"] and "AllReduce" in e["name"]]
+        # The all-reduces themselves, in launch order: NCCL's as kernels, gloo's on a thread.
+        self._transfers = reduces or [e for e in events if e["name"] == "gloo:all_reduce"]
+        streams = {e.get("tid") for e in reduces}
+        main_thread = {e.get("tid") for e in self._launches}
+        self._computing = _merged(
+            [e for e in kernels if e.get("tid") not in streams]
+            if reduces
+            else [e for e in events if e.get("tid") in main_thread and e["name"][:6] == "aten::"]
+        )
+        self._marks = {
+            kind: [e for e in events if e["name"].startswith(f"{kind} ")]
+            for kind in ("step", "stage")
+        }
 
     def _inside(self, event: dict[str, Any], kind: str) -> str:
         """The name of the last step or stage that began before an event."""
-        begun = [
-            e["name"]
-            for e in self._events
-            if e["name"].startswith(kind + " ") and e["ts"] <= event["ts"]
-        ]
-        return begun[-1].removeprefix(kind + " ") if begun else ""
+        marks = self._marks[kind]
+        index = bisect.bisect_right(marks, event["ts"], key=lambda e: float(e["ts"])) - 1
+        return str(marks[index]["name"]).removeprefix(f"{kind} ") if index >= 0 else ""
 
     def collectives(self) -> dict[str, list[Collective]]:
         """The all-reduces launched in each step, and the other collectives by their c10d name."""
+        transfers = iter(self._transfers)
         found: dict[str, list[Collective]] = {}
-        for event in self._events:
-            name = event["name"]
-            if not name.startswith("c10d::") or event.get("cat") != "cpu_op":
-                continue
+        for event in self._calls:
             arguments = event["args"]
-            reduce = name == "c10d::allreduce_"
-            shape: list[Any] = arguments["Input Dims"][0] if reduce else []
-            found.setdefault(self._inside(event, "step"), []).append(
-                Collective(
-                    op=ALL_REDUCE if reduce else name.removeprefix("c10d::").rstrip("_"),
-                    shape=tuple(shape[0]) if shape else (),
-                    dtype=_tensor_list_dtype(self._transfer_of(event)) if reduce else "",
-                    asynchronous=arguments["Concrete Inputs"][4] == "True" if reduce else None,
+            if event["name"] == "c10d::allreduce_":
+                shapes = arguments["Input Dims"][0]
+                collective = Collective(
+                    op=ALL_REDUCE,
+                    shape=tuple(shapes[0]) if shapes else (),
+                    dtype=_dtype(next(transfers, {})),
+                    asynchronous=arguments["Concrete Inputs"][4] == "True",
                 )
-            )
+            else:
+                name = event["name"].removeprefix("c10d::").rstrip("_")
+                collective = Collective(name, (), "", None)
+            found.setdefault(self._inside(event, "step"), []).append(collective)
         return found
-
-    def _transfers(self) -> list[dict[str, Any]]:
-        """The all-reduces themselves: gloo's on a thread, NCCL's as kernels, in launch order."""
-        kernels = [
-            e
-            for e in self._events
-            if e.get("cat") == "kernel" and "nccl" in e["name"] and "AllReduce" in e["name"]
-        ]
-        return kernels or self._named("gloo:all_reduce")
-
-    def _transfer_of(self, launch: dict[str, Any]) -> dict[str, Any]:
-        transfers = self._transfers()
-        index = next(i for i, e in enumerate(self._launches) if e is launch)
-        return transfers[index] if index < len(transfers) else {}
 
     def transfers(self) -> list[Transfer]:
         """Each asynchronous all-reduce with the part of it that ran under computation."""
-        transfers = self._transfers()
-        if len(transfers) != len(self._launches):
+        if len(self._transfers) != len(self._launches):
             return []
         found = []
-        for launch, transfer in zip(self._launches, transfers, strict=True):
-            if launch["args"]["Concrete Inputs"][4] != "True":
-                continue
-            start, end = transfer["ts"], transfer["ts"] + transfer["dur"]
-            hidden = _covered(start, end, self._computing(transfer, launch))
-            found.append(Transfer(self._inside(launch, "stage"), start, end, hidden))
+        for launch, transfer in zip(self._launches, self._transfers, strict=True):
+            if launch["args"]["Concrete Inputs"][4] == "True":
+                start, end = transfer["ts"], transfer["ts"] + transfer["dur"]
+                hidden = _covered(start, end, self._computing)
+                found.append(Transfer(self._inside(launch, "stage"), start, end, hidden))
         return found
 
-    def _computing(
-        self, transfer: dict[str, Any], launch: dict[str, Any]
-    ) -> list[tuple[float, float]]:
-        """When this rank computed: kernels of other streams, else operators of the main thread."""
-        if transfer.get("cat") == "kernel":
-            chosen = [
-                e
-                for e in self._events
-                if e.get("cat") == "kernel" and e.get("tid") != transfer.get("tid")
-            ]
+
+def _merged(events: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """The times that events, sorted by their beginning, cover together: disjoint, in order."""
+    merged: list[tuple[float, float]] = []
+    for event in events:
+        start, end = event["ts"], event["ts"] + event["dur"]
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], end)
         else:
-            chosen = [
-                e
-                for e in self._events
-                if e.get("tid") == launch["tid"] and e["name"].startswith("aten::")
-            ]
-        return [(e["ts"], e["ts"] + e["dur"]) for e in chosen]
-
-
-def _tensor_list_dtype(transfer: dict[str, Any]) -> str:
-    """The dtype of a transfer; c10d's own event says only that it got a list of tensors."""
-    names = {"c10::bfloat16": "bfloat16", "c10::half": "half"}
-    types = transfer.get("args", {}).get("Input type") or [""]
-    return names.get(str(types[0]).lower(), str(types[0]).lower())
+            merged.append((start, end))
+    return merged
 
 
 def _covered(start: float, end: float, intervals: list[tuple[float, float]]) -> float:
-    """The length of [start, end] that the intervals cover together."""
-    total, reached = 0.0, start
-    for a, b in sorted(intervals):
-        a, b = max(a, reached), min(b, end)
-        if b > a:
-            total += b - a
-            reached = b
+    """The length of [start, end] that disjoint intervals, in order, cover."""
+    total = 0.0
+    for a, b in intervals[max(bisect.bisect(intervals, (start,)) - 1, 0) :]:
+        if a >= end:
+            break
+        total += max(0.0, min(b, end) - max(a, start))
     return total
+
+
+def _dtype(transfer: dict[str, Any]) -> str:
+    """The dtype of a transfer; c10d's own event says only that it got a list of tensors."""
+    types = transfer.get("args", {}).get("Input type") or [""]
+    return str(types[0]).lower().removeprefix("c10::")

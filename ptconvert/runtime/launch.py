@@ -137,17 +137,21 @@ def _failure(
     raised, output = directory / f"error.{rank}", directory / f"output.{rank}"
     trace = raised.read_text() if raised.exists() else ""
     if rank in late and not trace:
-        return RankFailure(rank, "did not finish in time", _tail(output), victim=False)
+        return RankFailure(rank, "did not finish in time", _stack(output), victim=False)
     if trace:
         why = trace.strip().splitlines()[-1]
         return RankFailure(rank, why, _last(trace), any(w in why for w in _VICTIM))
     code = process.exitcode or 0
     why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return RankFailure(rank, why, _tail(output), victim=False)
+    return RankFailure(rank, why, _stack(output), victim=False)
 
 
-def _tail(path: Path) -> str:
-    return _last(path.read_text(errors="replace")) if path.exists() else ""
+def _stack(path: Path) -> str:
+    """Where a rank stood, as faulthandler printed it last: innermost call first, so its head."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    heads = [i for i, line in enumerate(lines) if "most recent call first" in line]
+    begin = heads[-1] if heads else max(0, len(lines) - _TRACE_LINES)
+    return "\n".join(lines[begin : begin + _TRACE_LINES])
 
 
 def _last(trace: str) -> str:

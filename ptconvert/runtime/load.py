@@ -69,6 +69,8 @@ def load_rank(
     model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
         entry = checkpoint.tensors.get(name)
+        if entry is None and name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         if entry is None:
             raise CheckpointError(f"{path}: {name} is missing")
         part = (0, 0, entry.shape[0])
