@@ -69,7 +69,7 @@ PRESETS = {
 }
 PROMPT_TOKENS, NEW_TOKENS = 16, 8
 LIMIT_SECONDS = 180.0  # of one run on 2 ranks
-TABLE_WIDTH = 120  # where there is no terminal
+TABLE_WIDTH = 150  # where there is no terminal
 TUN = Path("/dev/net/tun")
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 PR_SET_TIMERSLACK = 29
@@ -211,11 +211,14 @@ def on_ranks(link: Link, what: str, arguments: Sequence[str | Path], directory: 
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    bad = [rank for rank, code in enumerate(codes) if code != 0]
-    if bad:
-        tail = outputs[bad[0]].read_text(errors="replace").strip()[-2000:]
-        ended = "did not end in time" if codes[bad[0]] is None else f"exit code {codes[bad[0]]}"
-        raise Failed(f"{what}: rank {bad[0]}: {ended}\n{tail}")
+    if any(code != 0 for code in codes):
+        raise Failed("\n".join([what, *map(how_it_ended, outputs, codes)]))
+
+
+def how_it_ended(output: Path, code: int | None) -> str:
+    """A rank's exit code and the last that it said."""
+    ended = "was still running" if code is None else f"exit code {code}"
+    return f"rank {output.suffix[1:]}: {ended}\n{output.read_text(errors='replace')[-2000:]}"
 
 
 def wait_for(running: list[subprocess.Popen[bytes]]) -> list[int | None]:

@@ -72,7 +72,7 @@ def greedy_steps(
 
 
 def run_rank(job: Job, rank: Rank) -> dict[str, Any]:
-    """Everything that one rank does and found; JSON but for nothing."""
+    """Everything that one rank does; what it found, as JSON types."""
     torch.manual_seed(job.seed)
     if rank.device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // rank.ranks))
@@ -90,7 +90,6 @@ def run_rank(job: Job, rank: Rank) -> dict[str, Any]:
     model.model.schedule = baseline
     baseline_counted, _, _ = _counted_pass(model, ids_BS, job, rank, name="baseline")
     times = _timed_passes(model, {"schedule": schedule, "baseline": baseline}, ids_BS, job, rank)
-    # The journal has served; what follows communicates no more.
     found = {
         "rank": rank.rank,
         "counted": counted,
@@ -102,9 +101,8 @@ def run_rank(job: Job, rank: Rank) -> dict[str, Any]:
         "times": times,
         "device": str(rank.device),
     }
+    del model  # the single-process model takes its place in memory
     if rank.rank == 0:
-        model.model.schedule = schedule
-        del model
         found["reference"] = _against_one_process(job, ids_BS, logits, tokens, rank.device)
     return found
 
