@@ -282,10 +282,15 @@ def verify(checkpoint: Path, ranks: int | None, json_file: Path | None, **option
     the same weights under tensor parallelism. Under torchrun it joins the ranks that are there.
     """
     from ptconvert.render import print_report
+    from ptconvert.runtime.launch import under_torchrun
     from ptconvert.verify import Settings, default_device, verify
 
+    for file in (options["trace"], json_file):
+        if file is not None and not file.resolve().parent.is_dir():
+            raise click.UsageError(f"{file}: the directory {file.resolve().parent} does not exist")
     options["device"] = options["device"] or default_device()
-    ranks = int(os.environ.get("WORLD_SIZE", 0)) or ranks
+    if under_torchrun():
+        ranks = int(os.environ["WORLD_SIZE"])
     if ranks is None:
         raise click.UsageError("give the number of processes: --ranks R")
     with _waiting(f"verifying on {ranks} ranks"):

@@ -44,6 +44,7 @@ class Section:
     tracks: int
     deferred: str
     source: Mapping[str, object]
+    spec_digest: object = None
 
 
 def read_section(config: Mapping[str, Any], where: str = "config.json") -> Section:
@@ -79,7 +80,7 @@ def read_section(config: Mapping[str, Any], where: str = "config.json") -> Secti
         raise ConfigError(
             f"{where}: the schedule runs {schedule.layers} layers, the model has {layers}"
         )
-    return Section(schedule, tracks, deferred, source)
+    return Section(schedule, tracks, deferred, source, section.get("spec_digest"))
 
 
 def source_config(config: Mapping[str, Any], section: Section) -> dict[str, Any]:

@@ -186,7 +186,12 @@ def _comparison_table(figures: Mapping[str, Any]) -> RenderableType:
         ("all-reduces per forward pass", "all_reduces"),
         ("bytes all-reduced per token", "bytes_per_token"),
     ):
-        table.add_row(label, f"{base[key]:,}", f"{ours[key]:,}", f"{base[key] / ours[key]:.1f}")
+        table.add_row(
+            label,
+            f"{base[key]:,}",
+            f"{ours[key]:,}",
+            f"{base[key] / ours[key]:.1f}" if ours[key] else "-",
+        )
     for label, kind in (("prefill, ms", "prefill"), ("decode step, ms", "decode")):
         spread = compared["speed_up"][kind]
         before, after = (

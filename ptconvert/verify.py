@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 from collections import Counter
@@ -101,6 +102,8 @@ def verify(
     )
     as_converted = _as_converted(path, section)
     backend, notes = _backend(settings)
+    if not as_converted:
+        notes = (*notes, f"no {SPEC_FILE} here to compare the schedule with")
     dtype = _dtype(settings, shape)
     _check_ranks(checkpoint, settings, dtype)
     job = Job(
@@ -123,28 +126,30 @@ def verify(
         settings.new_tokens,
     )
     device, timeout = settings.device, settings.timeout
-    if under_torchrun():
-        results = join(run_rank, job, backend, device, timeout)
-        if not results:
-            return None
-    else:
-        try:
+    try:
+        if under_torchrun():
+            results = join(run_rank, job, backend, device, timeout)
+        else:
             results = launch(run_rank, job, settings.ranks, backend, device, timeout)
-        except RanksFailed as error:
-            failures = tuple(with_departures(error, expected))
-            return Report(as_converted, failures=failures, notes=notes)
+    except RanksFailed as error:
+        if error.wrong_input is not None:
+            raise CheckpointError(error.wrong_input) from None
+        failures = tuple(with_departures(error, expected))
+        return Report(as_converted, failures=failures, notes=notes)
+    if not results:
+        return None
     checks = (*as_converted, *_checks(results, expected))
     return Report(checks, _figures(results, expected, backend), notes=notes)
 
 
 def _as_converted(path: Path, section: Section) -> tuple[Check, ...]:
-    """Whether the schedule is still that of the spec beside it; nothing where there is no spec."""
+    """Whether the schedule is still that of the spec that it was converted by."""
     file = path / SPEC_FILE
     if not file.is_file():
-        return ()
+        return ()  # as after save_pretrained; a note says so
     spec = read_spec(file)
     same = spec.schedule() == section.schedule and spec.tracks == section.tracks
-    same = same and spec.deferred == section.deferred
+    same = same and spec.deferred == section.deferred and spec.digest == section.spec_digest
     seen = f"as in {SPEC_FILE}" if same else f"config.json and {SPEC_FILE} differ"
     return (Check("schedule as converted", same, seen),)
 
@@ -192,12 +197,12 @@ def _check_ranks(checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype)
     most = checkpoint.config.get("max_position_embeddings")
     if isinstance(most, int) and longest > most:
         raise CheckpointError(f"{longest} tokens are more than the model's {most} positions")
-    if settings.device != "cpu" or under_torchrun():
+    if under_torchrun():
         return
     scale = torch.empty((), dtype=dtype).element_size() / (shape.bytes_per_token // shape.width)
     held = sum(rank_bytes(checkpoint, Placement(r, ranks)) for r in range(ranks))
     needed = int(scale * (held + checkpoint.nbytes)) + ranks * _PROCESS_BYTES
-    free = _available_bytes()
+    free = _available_bytes(settings.device)
     if needed > free:
         raise CheckpointError(
             f"--ranks {ranks} needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
@@ -205,20 +210,31 @@ def _check_ranks(checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype)
         )
 
 
-def _available_bytes() -> int:
+def _available_bytes(device: str) -> int:
+    """Memory that can be had: of all GPUs, or of this machine within its control group's limit."""
+    if device == "cuda":
+        return sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
     lines = Path("/proc/meminfo").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no such group, or its limit is "max"
+        limit = int((group / "memory.max").read_text())
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    return free
 
 
 def _checks(results: list[dict[str, Any]], expected: Expected) -> list[Check]:
     checks = [*_count_checks(results, expected), *_answer_checks(results, expected)]
     overlap = _overlap(results)
-    if overlap["asynchronous"] and len(results) > 1:  # one rank has nothing to transfer
+    steps = len(expected.steps()) * len(results)
+    promised = sum(overlapped for _, overlapped in expected.all_reduces()) * steps
+    if promised and len(results) > 1:  # one rank has nothing to transfer
         seen = (
             f"{overlap['share']:.0%} of their transfer time ran under computation; "
             f"{overlap['exposed']} of {overlap['asynchronous']} exposed"
         )
-        checks.append(Check("asynchronous all-reduces overlap", overlap["share"] > 0, seen))
+        ok = overlap["asynchronous"] == promised and overlap["share"] > 0
+        checks.append(Check("asynchronous all-reduces overlap", ok, seen))
     return checks
 
 
@@ -304,11 +320,15 @@ def _overlap(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Over all ranks' asynchronous all-reduces: how much of them ran under computation."""
     transfers = [t for r in results for t in r["transfers"]]
     total = sum(t["end"] - t["start"] for t in transfers)
+    hidden: dict[str, float] = {}
+    for t in transfers:
+        hidden[t["stage"]] = hidden.get(t["stage"], 0.0) + t["hidden"]
     return {
         "asynchronous": len(transfers),
         "share": sum(t["hidden"] for t in transfers) / total if total else 0.0,
         "exposed": sum(t["share"] < EXPOSED_BELOW for t in transfers),
         "exposed_below": EXPOSED_BELOW,
+        "hidden_by_stage": hidden,
     }
 
 
@@ -324,18 +344,18 @@ def _comparison(results: list[dict[str, Any]], expected: Expected) -> dict[str, 
     A step takes as long as its slowest rank. Ratios are taken repeat by repeat, since the two
     alternate.
     """
-    itemsize = torch.empty((), dtype=expected.dtype).element_size()
     found: dict[str, Any] = {}
     for name, means in (("schedule", "counted"), ("baseline", "baseline")):
         step = results[0][means]
-        count = {kind: len(_reduces(step, kind)) for kind in expected.steps()[:2]}
+        reduces = _reduces(step, "prefill")
+        tokens = expected.batch * expected.prompt_tokens
         times = {
             kind: [max(r) for r in zip(*(x["times"][name][kind] for x in results), strict=True)]
             for kind in ("prefill", "decode")
         }
         found[name] = {
-            "all_reduces": count["prefill"],
-            "bytes_per_token": count["prefill"] * expected.width * itemsize,
+            "all_reduces": len(reduces),
+            "bytes_per_token": sum(c["nbytes"] for c in reduces) // tokens,
             "seconds": times,
         }
     found["speed_up"] = {

@@ -247,7 +247,7 @@ def test_negative_control_a_sync_dropped_by_all(make_dense: MakeDense, convert: 
     assert (
         "all-reduces by the flight recorder: rank 0, prefill, stage 12 m5!: no all-reduce" in text
     )
-    assert "all-reduces by the profiler: rank 0, prefill" in text
+    assert "by the profiler: rank 0, prefill, stage 3 a1!: 0 all-reduces, not 1" in text
     assert "logits of the single-process model: largest difference" in text
 
 
@@ -274,6 +274,39 @@ def test_negative_control_a_schedule_changed_after_conversion(
     assert "schedule as converted: config.json and ptconvert.yaml differ" in tell(
         verify(path, replace(SETTINGS, ranks=1))
     )
+
+
+class LateFault(Faulty):
+    """The same fault in a timed pass, long after what is counted."""
+
+    def all_reduce(self, partial_BSD: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == 80:  # 12 in each of 6 counted and profiled steps
+            return self.fault(self.inner, partial_BSD)
+        return self.inner.all_reduce(partial_BSD)
+
+
+def late_on_rank_one(inner: Communicator, rank: int) -> Communicator:
+    return LateFault(inner, raises) if rank == 1 else inner
+
+
+def test_a_fault_in_a_timed_pass_blames_nobody_else(
+    make_dense: MakeDense, convert: Convert
+) -> None:
+    path = convert(make_dense("llama"), 2, "use: tensor_parallel")
+    report = verify(path, replace(SETTINGS, timeout=30), late_on_rank_one)
+    assert tell(report).startswith("rank 1: RuntimeError: out of luck; stood at timed schedule")
+    assert report is not None and "left the schedule" not in tell(report)
+
+
+def test_a_damaged_checkpoint_is_wrong_input(make_dense: MakeDense, convert: Convert) -> None:
+    path = convert(make_dense("llama"), 2, "use: parallel_track, depth: 2")
+    config = json.loads((path / "config.json").read_text())
+    config["intermediate_size"] //= 2
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="has shape") as error:
+        verify(path, SETTINGS)
+    assert "\n" not in str(error.value)
 
 
 def test_bf16_is_held_to_what_reordering_sums_changes(
@@ -304,7 +337,7 @@ def test_wrong_input(make_dense: MakeDense, convert: Convert) -> None:
     with pytest.raises(CheckpointError, match="is not converted"):
         verify(make_dense("llama"), SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ptconvert.verify._available_bytes", lambda: 10**9)
+        patch.setattr("ptconvert.verify._available_bytes", lambda _: 10**9)
         with pytest.raises(CheckpointError, match=r"needs about 2\.0 GB of memory, 1\.0 GB are"):
             verify(path, replace(SETTINGS, ranks=4))
 

@@ -20,12 +20,17 @@ _BYTES = {"float": 4, "half": 2, "bfloat16": 2, "double": 8}
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective that a rank took part in; `asynchronous` is None where it isn't known."""
+    """One collective that a rank took part in.
+
+    `asynchronous` and `stage`, as printed in the schedule, are None where they aren't known;
+    `dtype` is empty then.
+    """
 
     op: str
     shape: tuple[int, ...]
     dtype: str
     asynchronous: bool | None
+    stage: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +101,7 @@ class Profile:
         main_thread = {e.get("tid") for e in self._launches}
         self._computing = _merged(
             [e for e in kernels if e.get("tid") not in streams]
-            if reduces
+            if kernels
             else [e for e in events if e.get("tid") in main_thread and e["name"][:6] == "aten::"]
         )
         self._marks = {
@@ -123,6 +128,7 @@ class Profile:
                     shape=tuple(shapes[0]) if shapes else (),
                     dtype=_dtype(next(transfers, {})),
                     asynchronous=arguments["Concrete Inputs"][4] == "True",
+                    stage=self._inside(event, "stage"),
                 )
             else:
                 name = event["name"].removeprefix("c10d::").rstrip("_")
@@ -167,5 +173,6 @@ def _covered(start: float, end: float, intervals: list[tuple[float, float]]) -> 
 
 def _dtype(transfer: dict[str, Any]) -> str:
     """The dtype of a transfer; c10d's own event says only that it got a list of tensors."""
-    types = transfer.get("args", {}).get("Input type") or [""]
+    arguments = transfer.get("args", {})
+    types = arguments.get("Input type") or [arguments.get("dtype", "")]
     return str(types[0]).lower().removeprefix("c10::")

@@ -51,25 +51,40 @@ class Expected:
         ]
 
     def departure(self, step: str, seen: Sequence[dict[str, Any]]) -> str | None:
-        """The first stage at which collectives seen in a step part from the schedule's."""
+        """The first stage at which collectives seen in a step part from the schedule's.
+
+        The profiler knows the stage of each; the flight recorder only their order, so that a
+        missing one shows at the end.
+        """
         reduces = [c for c in seen if c["op"] == ALL_REDUCE]
-        promised = self.all_reduces()
-        for index, (stage, asynchronous) in enumerate(promised):
-            if index >= len(reduces):
-                return f"{step}, {stage}: no all-reduce ({len(reduces)} of {len(promised)})"
-            found = reduces[index]
-            if tuple(found["shape"]) != self.shape(step) or found["dtype"] != self.dtype_name:
-                sent = "x".join(map(str, found["shape"]))
-                wanted = "x".join(map(str, self.shape(step)))
-                return (
-                    f"{step}, {stage}: all-reduced {sent} {found['dtype']}, "
-                    f"not {wanted} {self.dtype_name}"
-                )
-            if found["asynchronous"] not in (None, asynchronous):
-                kind = "blocking" if asynchronous else "asynchronous"
-                return f"{step}, {stage}: the all-reduce was {kind}"
+        promised = dict(self.all_reduces())
+        if reduces and all(c["stage"] is not None for c in reduces):
+            for number, each in enumerate(self.schedule.stages, 1):
+                stage = f"stage {number} {each}"
+                here = [c for c in reduces if f"stage {c['stage']}" == stage]
+                if len(here) != (stage in promised):
+                    return f"{step}, {stage}: {len(here)} all-reduces, not {int(stage in promised)}"
+                if here and (wrong := self._wrong(here[0], step, promised[stage])):
+                    return f"{step}, {stage}: {wrong}"
+            return None
+        for (stage, asynchronous), one in zip(promised.items(), reduces, strict=False):
+            if wrong := self._wrong(one, step, asynchronous):
+                return f"{step}, {stage}: {wrong}"
+        if len(reduces) < len(promised):
+            stage = list(promised)[len(reduces)]
+            return f"{step}, {stage}: no all-reduce ({len(reduces)} of {len(promised)})"
         if len(reduces) > len(promised):
             return f"{step}: {len(reduces)} all-reduces, the schedule has {len(promised)}"
+        return None
+
+    def _wrong(self, one: dict[str, Any], step: str, asynchronous: bool) -> str | None:
+        """What is wrong with an all-reduce of a step; what isn't known of it is not compared."""
+        dtype_fits = one["dtype"] in ("", self.dtype_name)
+        if tuple(one["shape"]) != self.shape(step) or not dtype_fits:
+            sent, wanted = ("x".join(map(str, s)) for s in (one["shape"], self.shape(step)))
+            return f"all-reduced {sent} {one['dtype']}, not {wanted} {self.dtype_name}"
+        if one["asynchronous"] not in (None, asynchronous):
+            return f"the all-reduce was {'blocking' if asynchronous else 'asynchronous'}"
         return None
 
 

@@ -2,7 +2,8 @@
 
 `launch` starts R processes on this machine; `join` makes this process one of the ranks that
 torchrun started. Either way every rank runs the same function and its results come back in rank
-order; what goes wrong ends as RanksFailed, with each failed rank, where it stood and its traceback.
+order; what goes wrong ends as RanksFailed, with each failed rank that is known here (under torchrun
+each process knows itself), where it stood and its traceback.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,6 +33,7 @@ from ptconvert.runtime.communicator import Journal
 _GRACE_SECONDS = 3.0
 _TRACE_LINES = 12
 # Torch's words for a peer that is gone or silent: such a rank is a victim, not the cause.
+_INPUT_ERROR = re.compile(r"ptconvert\.errors\.\w+: ")
 _VICTIM = ("closed by peer", "timed out", "Timed out", "timeout", "Connection reset", "Broken pipe")
 
 
@@ -56,10 +59,16 @@ class RankFailure:
 
 
 class RanksFailed(Exception):  # noqa: N818  # it reads as what happened
-    """At least one rank failed; the failures, the likely cause first, and the ranks' journals."""
+    """At least one rank failed; the failures, the likely cause first, and the ranks' journals.
+
+    `wrong_input` is the message where all that ranks raised were errors of the user's input.
+    """
 
     def __init__(self, failures: list[RankFailure], directory: Path) -> None:
-        self.failures = failures
+        self.failures = sorted(failures, key=lambda f: (f.victim, f.rank))
+        causes = [f.why for f in self.failures if not f.victim]
+        inputs = all(_INPUT_ERROR.match(why) for why in causes) and bool(causes)
+        self.wrong_input = _INPUT_ERROR.sub("", causes[0]) if inputs else None
         self.journals = {
             int(path.suffix[1:]): Journal.read(path) for path in directory.glob("journal.*")
         }
@@ -95,8 +104,11 @@ def launch(
         finally:
             _end(started)
         failures = [f for r, p in enumerate(started) if (f := _failure(r, p, late, directory))]
+        if any(f.rank not in late and not f.victim for f in failures):
+            # then those ended while still at work were only waiting, or would have been
+            failures = [_ended(f) if f.rank in late else f for f in failures]
         if failures:
-            raise RanksFailed(sorted(failures, key=lambda f: (f.victim, f.rank)), directory)
+            raise RanksFailed(failures, directory)
         return [json.loads((directory / f"result.{r}").read_text()) for r in range(ranks)]
 
 
@@ -146,6 +158,10 @@ def _failure(
     return RankFailure(rank, why, _stack(output), victim=False)
 
 
+def _ended(failure: RankFailure) -> RankFailure:
+    return replace(failure, why="ended, since another rank failed", victim=True)
+
+
 def _stack(path: Path) -> str:
     """Where a rank stood, as faulthandler printed it last: innermost call first, so its head."""
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
@@ -175,6 +191,8 @@ def _rank_main(
             os.dup2(output.fileno(), stream)
         faulthandler.enable(output, all_threads=False)
         faulthandler.register(signal.SIGUSR1, output, all_threads=False)
+        # where the parent is killed, too, nobody else would end this process
+        faulthandler.dump_traceback_later(timeout + 30, exit=True, file=output)
         try:
             dist.init_process_group(
                 backend,
@@ -186,8 +204,6 @@ def _rank_main(
             journal = Journal(directory / f"journal.{rank}")
             result = work(job, Rank(rank, ranks, backend, _device(device, rank), journal))
             (directory / f"result.{rank}").write_text(json.dumps(result))
-            # nobody leaves while others may still need a connection
-            dist.barrier()
             dist.destroy_process_group()
         except BaseException:
             (directory / f"error.{rank}").write_text(traceback.format_exc())
@@ -212,7 +228,13 @@ def join(work: Work, job: Any, backend: str, device: str, timeout: float) -> lis
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout / 2))
     with tempfile.TemporaryDirectory(prefix="ptconvert-ranks-") as name:
         journal = Journal(Path(name) / f"journal.{rank}")
-        result = work(job, Rank(rank, ranks, backend, _device(device, local), journal))
+        try:
+            result = work(job, Rank(rank, ranks, backend, _device(device, local), journal))
+        except Exception as error:
+            why = traceback.format_exception_only(error)[-1].strip()
+            victim = any(word in why for word in _VICTIM)
+            failure = RankFailure(rank, why, _last(traceback.format_exc()), victim)
+            raise RanksFailed([failure], Path(name)) from None
     results: list[dict[str, Any]] = [{}] * ranks
     dist.all_gather_object(results, result)
     dist.destroy_process_group()

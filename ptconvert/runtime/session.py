@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,19 +53,20 @@ def prompt(job: Job, vocabulary: int) -> torch.Tensor:
     return torch.randint(vocabulary, (job.batch, job.prompt_tokens), generator=generator)
 
 
-@torch.inference_mode()
 def greedy_steps(
     model: Any, ids_BS: torch.Tensor, new_tokens: int
-) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """The steps of a pass: name, and the function that runs it and returns logits (B, S, V)."""
+) -> Iterator[tuple[str, Callable[[], tuple[torch.Tensor, torch.Tensor]]]]:
+    """The steps of a pass: name, and the function that runs it.
+
+    It returns logits (B, S, V) and the tokens chosen (B, 1), which the next step is fed.
+    """
     state: dict[str, Any] = {"ids": ids_BS.to(model.device), "cache": None}
 
-    def step() -> torch.Tensor:
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
         with torch.inference_mode():
             out = model(input_ids=state["ids"], past_key_values=state["cache"], use_cache=True)
-        state.update(cache=out.past_key_values, ids=out.logits[:, -1:].argmax(-1))
-        logits: torch.Tensor = out.logits
-        return logits
+            state.update(cache=out.past_key_values, ids=out.logits[:, -1:].argmax(-1))
+        return out.logits, state["ids"]
 
     for index in range(new_tokens):
         yield ("prefill" if index == 0 else f"decode {index}"), step
@@ -101,8 +102,10 @@ def run_rank(job: Job, rank: Rank) -> dict[str, Any]:
         "times": times,
         "device": str(rank.device),
     }
+    dist.barrier()  # nobody leaves while a peer may still need a connection
     del model  # the single-process model takes its place in memory
     if rank.rank == 0:
+        rank.journal.write("pass", "the single-process model")
         found["reference"] = _against_one_process(job, ids_BS, logits, tokens, rank.device)
     return found
 
@@ -115,13 +118,15 @@ def _counted_pass(
     model.model.entered = lambda index: rank.journal.write("stage", index)
     steps: dict[str, Any] = {}
     found: list[torch.Tensor] = []
+    chosen: list[torch.Tensor] = []
     for step_name, step in greedy_steps(model, ids_BS, job.new_tokens):
         rank.journal.write("pass", f"{name} {step_name}")
         mark = recorder.mark()
-        found.append(step().float().cpu())
-        steps[step_name] = [asdict(c) for c in recorder.since(mark)]
-    tokens = torch.stack([logits[:, -1].argmax(-1) for logits in found], dim=1)
-    return steps, tokens.tolist(), torch.cat(found, dim=1)
+        logits, tokens = step()
+        steps[step_name] = [asdict(c) | {"nbytes": c.nbytes} for c in recorder.since(mark)]
+        found.append(logits.float().cpu())
+        chosen.append(tokens.cpu())
+    return steps, torch.cat(chosen, dim=1).tolist(), torch.cat(found, dim=1)
 
 
 def _profiled_pass(
@@ -146,20 +151,15 @@ def _profiled_pass(
                 step()
                 stack.close()
     model.model.entered = None
-    with _trace_file(job, rank) as trace:
+    with tempfile.TemporaryDirectory() as directory:
+        trace = Path(directory) / "trace.json"
         p.export_chrome_trace(str(trace))
+        if job.trace is not None and rank.rank == 0:
+            shutil.copyfile(trace, job.trace)
         seen = Profile(trace)
         steps = {name: [asdict(c) for c in cs] for name, cs in seen.collectives().items()}
         transfers = [asdict(t) | {"share": t.share} for t in seen.transfers()]
     return steps, transfers
-
-
-@contextmanager
-def _trace_file(job: Job, rank: Rank) -> Iterator[Path]:
-    """Rank 0's trace goes where the user wants it, the others' nowhere."""
-    with tempfile.TemporaryDirectory() as directory:
-        keep = job.trace if rank.rank == 0 else None
-        yield keep or Path(directory) / "trace.json"
 
 
 def _timed_passes(
@@ -170,10 +170,11 @@ def _timed_passes(
     for repeat in range(WARM_UP + job.repeats):
         for name, schedule in schedules.items():
             model.model.schedule = schedule
-            rank.journal.write("pass", f"timed {name}")
+            rank.journal.write("pass", f"timed {name} barrier")
             dist.barrier()
             seconds = []
-            for _, step in greedy_steps(model, ids_BS, job.new_tokens):
+            for step_name, step in greedy_steps(model, ids_BS, job.new_tokens):
+                rank.journal.write("pass", f"timed {name} {step_name}")
                 started = time.perf_counter()
                 step()
                 if rank.device.type == "cuda":
