@@ -108,7 +108,7 @@ def test_each_rank_reads_only_its_own_bytes(make_dense: MakeDense, convert: Conv
     checkpoint = open_checkpoint(path)
     headers = 40_000  # config.json, the index and the files' headers, read to find the tensors
     for ranks in (2, 4):
-        read = [r["bytes"] for r in launch(load_and_measure, path, ranks, "gloo", "cpu", 60)]
+        read = [r["bytes"] for r in launch(load_and_measure, path, ranks, "gloo", "cpu", 200)]
         for rank, count in enumerate(read):
             own = rank_bytes(checkpoint, Placement(rank, ranks))
             assert own <= count < own + headers + 80_000
@@ -213,8 +213,8 @@ def test_faults_are_found_and_named_in_time(
 ) -> None:
     path = convert(make_dense("llama"), 2, "use: tensor_parallel")
     started = time.monotonic()
-    report = verify(path, replace(SETTINGS, timeout=30), OnRankOne(fault))
-    assert time.monotonic() - started < 40
+    report = verify(path, SETTINGS, OnRankOne(fault))
+    assert time.monotonic() - started < SETTINGS.timeout + 10
     text = tell(report)
     assert all(part in text for part in told), text
     assert report is not None and all(f.rank == 1 for f in report.failures[:1])
@@ -294,7 +294,7 @@ def test_a_fault_in_a_timed_pass_blames_nobody_else(
     make_dense: MakeDense, convert: Convert
 ) -> None:
     path = convert(make_dense("llama"), 2, "use: tensor_parallel")
-    report = verify(path, replace(SETTINGS, timeout=30), late_on_rank_one)
+    report = verify(path, SETTINGS, late_on_rank_one)
     assert tell(report).startswith("rank 1: RuntimeError: out of luck; stood at timed schedule")
     assert report is not None and "left the schedule" not in tell(report)
 
@@ -364,7 +364,7 @@ def test_under_torchrun(make_dense: MakeDense, convert: Convert) -> None:
     path = convert(make_dense("llama"), 2, "use: parallel_track, depth: 2")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *launcher, "-m", "ptconvert", "verify", str(path), "--json", "-"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     start = done.stdout.index("{")
     figures, _ = json.JSONDecoder().raw_decode(done.stdout[start:])
