@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from ptconvert.presets import tensor_parallel
+from ptconvert.presets import dense_schedule
 from ptconvert.schedule import Schedule
 from ptconvert.shape import ModelShape
 from ptconvert.spec import Spec
@@ -35,7 +35,7 @@ def model_card(
     }
     if "/" in source_name:
         metadata["base_model"] = source_name
-    before, after = Schedule(tensor_parallel(range(shape.layers))).counts, schedule.counts
+    before, after = dense_schedule(shape.layers).counts, schedule.counts
     carries = shape.bytes_per_token
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).rstrip()}

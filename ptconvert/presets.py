@@ -116,6 +116,11 @@ def join(parts: Iterable[tuple[str | None, Sequence[Stage]]]) -> Schedule:
     return Schedule(tuple(stages))
 
 
+def dense_schedule(layers: int) -> Schedule:
+    """The schedule of the dense model, which every other is compared with."""
+    return Schedule(tensor_parallel(range(layers)))
+
+
 def from_ladder_layers(ladder_layers: object, layers: int) -> Schedule:
     """The schedule of the Ladder authors' checkpoints, from `ladder_layers` in their config.json.
 

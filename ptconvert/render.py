@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from ptconvert.presets import tensor_parallel
+from ptconvert.presets import dense_schedule
 from ptconvert.schedule import Kind, Schedule, Sublayer
 
 if TYPE_CHECKING:  # it imports torch, which the other commands do without
@@ -78,7 +78,7 @@ def _legend(cells: Sequence[str] | Any, differ: bool, tracks: int) -> Iterator[T
 
 def counts_table(schedule: Schedule, bytes_per_token: int | None) -> RenderableType:
     """All-reduces of the dense model under tensor parallelism and of the schedule."""
-    before, after = Schedule(tensor_parallel(range(schedule.layers))).counts, schedule.counts
+    before, after = dense_schedule(schedule.layers).counts, schedule.counts
     rows: list[tuple[str, int, int]] = [
         ("all-reduces per forward pass", before.all_reduces, after.all_reduces),
         ("of them waited for", before.waited_for, after.waited_for),
@@ -114,9 +114,9 @@ def plan_table(summary: Mapping[str, Any], free: int) -> RenderableType:
     table.add_row("layers", held)
     for label, key in (("all-reduces", "all_reduces"), ("waited for", "waited_for")):
         table.add_row(label, f"{summary[key]['before']} before, {summary[key]['after']} after")
-    for label, way in (("in", "in"), ("out", "out")):
+    for way in ("in", "out"):
         tensors, size = summary[f"tensors_{way}"], decimal(summary[f"bytes_{way}"])
-        table.add_row(label, f"{tensors} tensors, {size}")
+        table.add_row(way, f"{tensors} tensors, {size}")
     for file, size in summary["files"].items():
         table.add_row("", f"{file}  {decimal(size)}")
     fits = "enough" if free >= summary["bytes_needed"] else "NOT ENOUGH"

@@ -17,7 +17,7 @@ from typing import Any
 
 from ptconvert.card import model_card
 from ptconvert.checkpoint.atomic import check_apart, check_destination, new_directory
-from ptconvert.checkpoint.reader import CHAT_TEMPLATES, INDEX, Checkpoint, TensorEntry
+from ptconvert.checkpoint.reader import INDEX, SMALL_FILES, Checkpoint, TensorEntry
 from ptconvert.checkpoint.writer import Move, Target, copy_moves, lay_out, same_bytes
 from ptconvert.errors import CheckpointError, ConfigError, SpecError
 from ptconvert.families import CARRIED_BUFFERS
@@ -33,17 +33,12 @@ from ptconvert.format import (
 )
 from ptconvert.layout import SHARED, DenseTensor, Part, dense_tensors, place, track_stem
 from ptconvert.modeling.export import modeling_source
-from ptconvert.presets import tensor_parallel, to_ladder_layers
+from ptconvert.presets import dense_schedule, to_ladder_layers
 from ptconvert.schedule import Counts, Schedule
 from ptconvert.shape import DTYPE_BYTES, ModelShape
 from ptconvert.spec import Spec, parse_spec
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-# What goes along untouched: tokenizer, generation config, chat template, licence.
-_CARRIED = (
-    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"),
-    f"{CHAT_TEMPLATES}/*.jinja",
-)
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ class Plan:
     def summary(self) -> dict[str, Any]:
         """The plan in figures, as `--json` prints it."""
         tracked = sorted(self.schedule.track_layers(self.tracks))
-        before = Schedule(tensor_parallel(range(self.shape.layers))).counts
+        before = dense_schedule(self.shape.layers).counts
         after = self.schedule.counts
         if self.to_dense:
             before, after = after, before
@@ -139,7 +134,7 @@ def plan_conversion(
             size = part.stop - part.start
             moves.append(Move(tensor.name, part.name, part.axis, part.start, 0, size))
     placed = place(targets, shard_bytes)
-    config = _converted_config(checkpoint.config, spec, schedule, source_name)
+    config = _converted_config(checkpoint.config, shape, spec, schedule, source_name)
     if ladder_layers_config:
         config["ladder_layers"] = _ladder_layers_key(spec, schedule)
     texts = {
@@ -344,16 +339,19 @@ def _tiles(tensor: DenseTensor) -> Iterator[tuple[Part, Part | None]]:
 
 
 def _converted_config(
-    source: Mapping[str, object], spec: Spec, schedule: Schedule, source_name: str
+    source: Mapping[str, object],
+    shape: ModelShape,
+    spec: Spec,
+    schedule: Schedule,
+    source_name: str,
 ) -> dict[str, object]:
     """config.json of the result: every field of the source's, and the `ptconvert` section."""
-    model_type = str(source["model_type"])
-    classes = "PTConvert" + ModelShape.from_config(source).family.causal_lm
+    classes = "PTConvert" + shape.family.causal_lm
     stem = MODELING_FILE.removesuffix(".py")
     config_class = classes.replace("ForCausalLM", "Config")
     return {
         **source,
-        "model_type": MODEL_TYPE_PREFIX + model_type,
+        "model_type": MODEL_TYPE_PREFIX + shape.family.model_type,
         "architectures": [classes],
         "auto_map": {
             "AutoConfig": f"{stem}.{config_class}",
@@ -397,5 +395,5 @@ def _index(targets: tuple[Target, ...]) -> str:
 def _carried_files(source: Path, written: Mapping[str, str]) -> tuple[Path, ...]:
     """The source's small files that go along untouched, less those that are written anew."""
     own = {"config.json", INDEX, SPEC_FILE, MODELING_FILE, *written}
-    found = {path for pattern in _CARRIED for path in source.glob(pattern) if path.is_file()}
+    found = {path for pattern in SMALL_FILES for path in source.glob(pattern) if path.is_file()}
     return tuple(sorted(p for p in found if p.name not in own))

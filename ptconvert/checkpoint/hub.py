@@ -20,7 +20,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-from ptconvert.checkpoint.reader import CHAT_TEMPLATES
+from ptconvert.checkpoint.reader import SMALL_FILES
 from ptconvert.errors import CheckpointError
 
 # Weights under transformers' own names (not a vendor's second copy of them) and under ours.
@@ -31,10 +31,6 @@ _WEIGHTS = (
     "shared-[0-9]*.safetensors",
     "track-[0-9]*.safetensors",
 )
-_SMALL = (
-    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md"),
-    f"{CHAT_TEMPLATES}/*.jinja",
-)
 _SECONDS = 20  # until a hub that doesn't answer counts as out of reach
 
 
@@ -43,7 +39,7 @@ def fetch(repo: str, revision: str | None) -> Path:
 
     Raises CheckpointError.
     """
-    return _download(repo, revision, [*_WEIGHTS, *_SMALL], weights=True)
+    return _download(repo, revision, [*_WEIGHTS, *SMALL_FILES, "README.md"], weights=True)
 
 
 def fetch_config(repo: str, revision: str | None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,11 @@ from ptconvert.shape import DTYPE_BYTES, read_config
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CHAT_TEMPLATES = "additional_chat_templates"
+# What goes along with a model's weights: tokenizer, generation config, chat template, licence.
+SMALL_FILES = (
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"),
+    f"{CHAT_TEMPLATES}/*.jinja",
+)
 _PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
 _MAX_INDEX_BYTES = 64 * 1024 * 1024
 
@@ -156,3 +162,13 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(result) != len(pairs):
         raise ValueError("the header has the same name twice")
     return result
+
+
+def read_into(handle: int, block: memoryview, source: TensorEntry, start: int) -> None:
+    """Fills a block from `start` bytes into a tensor; CheckpointError where the file ends."""
+    done = 0
+    while done < len(block):
+        count = os.preadv(handle, [block[done:]], source.offset + start + done)
+        if count == 0:
+            raise CheckpointError(f"{source.file} became shorter while {source.name} was read")
+        done += count

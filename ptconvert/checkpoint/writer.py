@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ptconvert.checkpoint.reader import TensorEntry
-from ptconvert.errors import CheckpointError
+from ptconvert.checkpoint.reader import TensorEntry, read_into
 from ptconvert.shape import DTYPE_BYTES
 
 BLOCK_BYTES = 1024 * 1024
@@ -154,7 +153,7 @@ def _copy_rows(
     buffer = memoryview(bytearray(min(BLOCK_BYTES, end - begin)))
     for start in range(begin, end, BLOCK_BYTES):
         block = buffer[: min(BLOCK_BYTES, end - start)]
-        _read(handles[source.file], block, source, start)
+        read_into(handles[source.file], block, source, start)
         _write(handles[target.file], block, start + shift)
         yield len(block)
 
@@ -179,7 +178,7 @@ def _copy_columns(
         count = min(step, rows - first)
         for name, source in read.items():
             block = buffers[name][:count]
-            _read(handles[source.file], block.data.cast("B"), source, first * block.shape[1])
+            read_into(handles[source.file], block.data.cast("B"), source, first * block.shape[1])
         for move in group:
             size, start = move.size * itemsize, move.source_start * itemsize
             into = move.target_start * itemsize
@@ -190,16 +189,6 @@ def _copy_columns(
             offset = target.offset + first * block.shape[1]
             _write(handles[target.file], block.data.cast("B"), offset)
             yield block.nbytes
-
-
-def _read(handle: int, block: memoryview, source: TensorEntry, start: int) -> None:
-    """Fills a block from `start` bytes into a tensor."""
-    done = 0
-    while done < len(block):
-        count = os.preadv(handle, [block[done:]], source.offset + start + done)
-        if count == 0:
-            raise CheckpointError(f"{source.file} became shorter while {source.name} was read")
-        done += count
 
 
 def _write(handle: int, block: memoryview, offset: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ptconvert.presets import tensor_parallel
+from ptconvert.presets import dense_schedule
 from ptconvert.runtime.communicator import Event, stages_of
 from ptconvert.runtime.counters import ALL_REDUCE
 from ptconvert.runtime.launch import RankFailure, RanksFailed
@@ -116,7 +116,7 @@ def _stage(index: str, where: str, expected: Expected) -> str:
 def _schedule_of(where: str, expected: Expected) -> Schedule:
     """The schedule that a pass of this name ran."""
     if "baseline" in where:
-        return Schedule(tensor_parallel(range(expected.schedule.layers)))
+        return dense_schedule(expected.schedule.layers)
     return expected.schedule
 
 

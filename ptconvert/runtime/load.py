@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig
 
 import ptconvert
-from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint
+from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint, read_into
 from ptconvert.errors import CheckpointError
 from ptconvert.families import TensorRule
 from ptconvert.format import read_section, source_config
@@ -32,8 +32,8 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
 
 def rank_bytes(checkpoint: Checkpoint, placement: Placement) -> int:
     """Bytes of the tensors that a rank reads."""
-    rules = _dense_rules(checkpoint)
     shape, tracks = shape_of(checkpoint), read_section(checkpoint.config).tracks
+    rules = _dense_rules(shape)
     others = set(range(tracks)) - set(placement.local_tracks(tracks))
     total = 0
     for name, entry in checkpoint.tensors.items():
@@ -61,7 +61,8 @@ def load_rank(
     """
     ptconvert.register()
     checkpoint = open_checkpoint(path)
-    shape, rules = shape_of(checkpoint), _dense_rules(checkpoint)
+    shape = shape_of(checkpoint)
+    rules = _dense_rules(shape)
     config = AutoConfig.from_pretrained(path)
     model_class = next(m for m in CAUSAL_LMS if isinstance(config, m.config_class))
     with torch.device("meta"):
@@ -87,9 +88,8 @@ def load_rank(
     return model.to(device).eval()
 
 
-def _dense_rules(checkpoint: Checkpoint) -> dict[str, TensorRule]:
+def _dense_rules(shape: ModelShape) -> dict[str, TensorRule]:
     """The tensors of layers held dense, which are cut among ranks."""
-    shape = shape_of(checkpoint)
     return {
         f"model.layers.{i}.{rule.name}": rule for i in range(shape.layers) for rule in shape.rules
     }
@@ -113,13 +113,8 @@ def read_part(entry: TensorEntry, axis: int, start: int, stop: int) -> torch.Ten
     handle = os.open(entry.file, os.O_RDONLY)
     try:
         for piece in range(pieces):
-            at = entry.offset + first + piece * row
             block = view[piece * size : (piece + 1) * size]
-            while block:
-                count = os.preadv(handle, [block], at)
-                if count == 0:
-                    raise CheckpointError(f"{entry.file} ends before {entry.name} does")
-                block, at = block[count:], at + count
+            read_into(handle, block, entry, first + piece * row)
     finally:
         os.close(handle)
     shape = [stop - start if a == axis else s for a, s in enumerate(entry.shape)]

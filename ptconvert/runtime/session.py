@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement
-from ptconvert.presets import tensor_parallel
+from ptconvert.presets import dense_schedule
 from ptconvert.runtime.communicator import ProcessGroupCommunicator
 from ptconvert.runtime.counters import FlightRecorder, Profile
 from ptconvert.runtime.launch import Rank
@@ -84,7 +84,7 @@ def run_rank(job: Job, rank: Rank) -> dict[str, Any]:
     placement = Placement(rank.rank, rank.ranks)
     model = load_rank(job.checkpoint, placement, communicator, job.dtype, rank.device)
     schedule = model.model.schedule
-    baseline = Schedule(tensor_parallel(range(schedule.layers)))
+    baseline = dense_schedule(schedule.layers)
     ids_BS = prompt(job, model.config.vocab_size)
     counted, tokens, logits = _counted_pass(model, ids_BS, job, rank)
     profiled, transfers = _profiled_pass(model, ids_BS, job, rank)
