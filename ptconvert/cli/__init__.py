@@ -1,0 +1,30 @@
+"""The command line: parse, call, print. One module for each command."""
+
+from __future__ import annotations
+
+import click
+
+from ptconvert import __version__
+from ptconvert.cli.common import Commands
+from ptconvert.cli.show import show
+from ptconvert.cli.transform import transform
+from ptconvert.cli.verify import verify
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ptconvert")
+def main() -> None:
+    """Convert dense transformer checkpoints into architectures that wait for far fewer all-reduces.
+
+    \b
+    ptconvert show SPEC --model SRC            look at a schedule and what it saves
+    ptconvert transform SRC DST --spec SPEC    write the converted checkpoint
+    ptconvert verify DST --ranks R             run it on R ranks and check what it promises
+    ptconvert transform DST BACK --to-dense    undo it, bit for bit
+
+    Exit codes: 0 done, 1 a check failed, 2 the input is wrong.
+    """
+
+
+for command in (transform, show, verify):
+    main.add_command(command)

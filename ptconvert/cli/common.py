@@ -1,0 +1,117 @@
+"""What the commands share: errors as one line, sizes, progress, output."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from ptconvert.errors import PTConvertError
+from ptconvert.shape import ModelShape, read_config
+
+_SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Commands(click.Group):
+    """A group whose commands end with one line and exit code 2 where the user's input is wrong."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # diagrams, where the locale can't draw
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)  # so that it cleans up, as Ctrl-C does
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            return ctx.exit(130)
+        except BrokenPipeError:
+            raise
+        except PTConvertError as error:
+            lines = str(error).splitlines()
+        except OSError as error:
+            lines = [f"{error.filename}: {error.strerror}" if error.filename else str(error)]
+        for line in lines:
+            click.echo(f"error: {line}", err=True)
+        return ctx.exit(2)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+class ByteSize(click.ParamType):  # type: ignore[type-arg]
+    """A size such as 5GB, 500MB or 4GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([0-9]{1,12})\s*([KMG]I?B)?", str(value).strip().upper())
+        if match is None or int(match[1]) == 0:
+            self.fail(f"{value!r} is not a size such as 5GB, 500MB or 4GiB", param, ctx)
+        return int(match[1]) * _SIZES[match[2] or ""]
+
+
+def model_shape(model: str, revision: str | None) -> ModelShape:
+    from ptconvert.checkpoint.source import locate
+
+    path = locate(model, revision, config_only=True)
+    return ModelShape.from_config(read_config(path), str(path))
+
+
+def print_figures(figures: dict[str, Any], as_json: bool, show: Callable[[Console], None]) -> None:
+    if as_json:
+        click.echo(json.dumps(figures, indent=2))
+    else:
+        show(Console(highlight=False, markup=False))
+
+
+@contextmanager
+def waiting(label: str) -> Iterator[None]:
+    """A spinner with the time gone by on a terminal; nothing elsewhere."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    quiet = not sys.stderr.isatty()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
+        bar.add_task(label, total=None)
+        yield
+
+
+@contextmanager
+def byte_progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar in bytes on a terminal; nothing elsewhere."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    ) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda nbytes: bar.advance(task, nbytes)

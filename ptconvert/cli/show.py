@@ -1,0 +1,66 @@
+"""`ptconvert show`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ptconvert.cli.common import model_shape, print_figures
+from ptconvert.format import read_section, source_config
+from ptconvert.schedule import Schedule
+from ptconvert.shape import ModelShape, read_config
+from ptconvert.spec import read_spec
+
+
+@click.command()
+@click.argument("spec", metavar="SPEC", type=click.Path(path_type=Path, exists=True))
+@click.option("--model", metavar="SRC", help="The model: a directory, a config.json or a hub id.")
+@click.option("--layers", type=click.IntRange(1, 4096), help="Its number of layers, instead.")
+@click.option("--revision", help="Branch, tag or commit, where --model is a hub id.")
+@click.option("--json", "as_json", is_flag=True, help="Print the schedule and counts as JSON.")
+def show(
+    spec: Path, model: str | None, layers: int | None, revision: str | None, as_json: bool
+) -> None:
+    """Draw the schedule of SPEC (a spec file, or a converted checkpoint) with its counts.
+
+    A spec is checked against --model, or against a number of --layers.
+    """
+    from ptconvert.render import print_schedule
+
+    if sum(given is not None for given in (model, layers)) != (0 if spec.is_dir() else 1):
+        raise click.UsageError(
+            "a spec needs --model SRC or --layers N to be checked against; a checkpoint, neither"
+        )
+    shape = model_shape(model, revision) if model else None
+    if spec.is_dir():
+        schedule, tracks, shape = _converted(spec)
+    else:
+        read = read_spec(spec)
+        if shape is not None:
+            read.check(shape)
+        elif layers is not None:
+            read.check_layers(layers)
+        schedule, tracks = read.schedule(), read.tracks
+    carries = shape.bytes_per_token if shape else None
+    counts = schedule.counts
+    figures = {
+        "schedule": str(schedule),
+        "tracks": tracks,
+        "layers": schedule.layers,
+        "layers_as_tracks": sorted(schedule.track_layers(tracks)),
+        "all_reduces": {"before": 2 * schedule.layers, "after": counts.all_reduces},
+        "waited_for": {"before": 2 * schedule.layers, "after": counts.waited_for},
+        "bytes_per_token_per_all_reduce": carries,
+    }
+    print_figures(
+        figures, as_json, lambda console: print_schedule(console, schedule, tracks, carries)
+    )
+
+
+def _converted(path: Path) -> tuple[Schedule, int, ModelShape]:
+    """The schedule, tracks and source shape of a converted checkpoint."""
+    config = read_config(path)
+    section = read_section(config, str(path / "config.json"))
+    shape = ModelShape.from_config(source_config(config, section), str(path / "config.json"))
+    return section.schedule, section.tracks, shape
