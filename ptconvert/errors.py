@@ -27,6 +27,10 @@ class CheckpointError(PTConvertError):
     """A checkpoint's files are missing, damaged, or don't match its config.json."""
 
 
+class EvaluationError(PTConvertError):
+    """A model can't be scored as asked: a task, its data, a text or the memory is missing."""
+
+
 class SpecError(PTConvertError):
     """One or more faults of a spec, each a line `file:line: what, and what would be right`."""
 

@@ -121,6 +121,14 @@ def dense_schedule(layers: int) -> Schedule:
     return Schedule(tensor_parallel(range(layers)))
 
 
+def with_only(schedule: Schedule, block: range) -> Schedule:
+    """The dense schedule with one of `schedule.blocks()` in place of the same sublayers."""
+    positions = [s.position for i in block for s in schedule.stages[i].sublayers]
+    dense = dense_schedule(schedule.layers).stages
+    before, after = dense[: min(positions)], dense[max(positions) + 1 :]
+    return Schedule(before + schedule.stages[block.start : block.stop] + after)
+
+
 def from_ladder_layers(ladder_layers: object, layers: int) -> Schedule:
     """The schedule of the Ladder authors' checkpoints, from `ladder_layers` in their config.json.
 

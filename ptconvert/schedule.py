@@ -58,12 +58,17 @@ class Merge(enum.Enum):
         return self in (Merge.HIDDEN, Merge.OWN_SEEN)
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Sublayer:
     """The attention or the MLP of one layer."""
 
     layer: int
     kind: Kind
+
+    @property
+    def position(self) -> int:
+        """Its place among the dense model's 2L sublayers, which run one after the other."""
+        return 2 * self.layer + (self.kind is Kind.MLP)
 
     def __str__(self) -> str:
         return f"{self.kind.value}{self.layer}"
@@ -225,6 +230,24 @@ class Schedule:
                 if keeps_own:
                     own_seen.append(merged)
             yield stage, reads_own or keeps_own
+
+    def blocks(self) -> Iterator[range]:
+        """Stages in the shortest runs that can be exchanged for the dense model's.
+
+        At both ends of a run all tracks agree on one stream (nothing is pending or in flight), and
+        the sublayers run so far are just those that the dense model has run at some point.
+        """
+        first, run, furthest, merged_by = 0, 0, -1, -1
+        for index, stage in enumerate(self.stages):
+            run += len(stage.sublayers)
+            furthest = max(furthest, *(sublayer.position for sublayer in stage.sublayers))
+            merged = self.merged_after(index)
+            if merged is None:
+                continue
+            merged_by = max(merged_by, merged)
+            if merged_by <= index and run == furthest + 1:
+                yield range(first, index + 1)
+                first = index + 1
 
     def track_layers(self, tracks: int) -> frozenset[int]:
         """The layers in which tracks differ, and which a checkpoint therefore holds per track."""

@@ -6,6 +6,7 @@ import click
 
 from ptconvert import __version__
 from ptconvert.cli.common import Commands
+from ptconvert.cli.evaluate import evaluate
 from ptconvert.cli.show import show
 from ptconvert.cli.transform import transform
 from ptconvert.cli.verify import verify
@@ -20,11 +21,12 @@ def main() -> None:
     ptconvert show SPEC --model SRC            look at a schedule and what it saves
     ptconvert transform SRC DST --spec SPEC    write the converted checkpoint
     ptconvert verify DST --ranks R             run it on R ranks and check what it promises
+    ptconvert eval DST --baseline SRC          score both, and say whether the difference is real
     ptconvert transform DST BACK --to-dense    undo it, bit for bit
 
     Exit codes: 0 done, 1 a check failed, 2 the input is wrong.
     """
 
 
-for command in (transform, show, verify):
+for command in (transform, show, verify, evaluate):
     main.add_command(command)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TextColumn,
@@ -115,3 +116,32 @@ def byte_progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
     ) as bar:
         task = bar.add_task(label, total=total)
         yield lambda nbytes: bar.advance(task, nbytes)
+
+
+@contextmanager
+def step_progress() -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar for the step at hand, on a terminal: told the step, how much is done and of how many.
+
+    A total of None shows that something goes on.
+    """
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    ) as bar:
+        current, shown = bar.add_task("", total=None), ""
+
+        def advance(step: str, done: int, total: int | None) -> None:
+            nonlocal current, shown
+            if step != shown:
+                bar.remove_task(current)
+                current, shown = bar.add_task(step, total=total), step
+            bar.update(current, completed=done, total=total)
+
+        yield advance

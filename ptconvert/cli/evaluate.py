@@ -1,0 +1,242 @@
+"""`ptconvert eval`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from ptconvert.checkpoint.source import is_hub_id, locate
+from ptconvert.cli.common import step_progress
+from ptconvert.errors import EvaluationError
+
+if TYPE_CHECKING:  # they import torch
+    from ptconvert.evaluate.report import Report, Text
+
+
+class _BatchSize(click.ParamType):  # type: ignore[type-arg]
+    """`auto` (None) or a number of sequences."""
+
+    name = "auto|N"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        if value is None or value == "auto":
+            return None
+        if str(value).isdecimal() and 0 < int(value) <= 65_536:
+            return int(value)
+        return self.fail(f"{value!r} is neither auto nor a number of sequences", param, ctx)
+
+
+@click.command("eval")
+@click.argument("checkpoint", metavar="[CKPT]", required=False)
+@click.option("--baseline", metavar="SRC", help="The source model: a directory or a hub id.")
+@click.option("--tasks", metavar="A,B,...", help="lm-eval tasks; without it, see below.")
+@click.option(
+    "--include-path",
+    "include_paths",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A directory with lm-eval tasks of your own (YAML); may be given again.",
+)
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Measure the divergence from --baseline on this text; may be given again.",
+)
+@click.option("--window", type=click.IntRange(1), help="Tokens in a window of the text. [1024]")
+@click.option(
+    "--windows", type=click.IntRange(1), help="Windows, evenly over the text. [all, at most 64]"
+)
+@click.option(
+    "--make-tasks",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write two lm-eval tasks made from --text: perplexity, and cloze questions.",
+)
+@click.option(
+    "--limit",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Documents per task; below 1, the share of them.",
+)
+@click.option("--num-fewshot", type=click.IntRange(0), help="Examples in each prompt.")
+@click.option("--batch-size", type=_BatchSize(), default="auto", show_default=True)
+@click.option("--apply-chat-template", is_flag=True, help="Prompt as a chat.")
+@click.option("--device", metavar="NAME", help="Default: cuda where there is.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="What to compute in; auto is what is stored.",
+)
+@click.option("--seed", type=click.IntRange(0), help="[lm-eval's own]")
+@click.option("--revision", help="Branch, tag or commit, where --baseline is a hub id.")
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where answers are kept. [~/.cache/ptconvert]",
+)
+@click.option(
+    "--html",
+    "html_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also write the report as one self-contained page.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def evaluate(
+    checkpoint: str | None,
+    baseline: str | None,
+    tasks: str | None,
+    include_paths: tuple[Path, ...],
+    texts: tuple[Path, ...],
+    make_tasks: Path | None,
+    html_file: Path | None,
+    as_json: bool,
+    revision: str | None,
+    cache: Path | None,
+    device: str | None,
+    window: int | None,
+    windows: int | None,
+    **options: Any,
+) -> None:
+    """Score the checkpoint CKPT and its source, and say whether the difference is real.
+
+    Both models answer the same documents of lm-eval's tasks; intervals and p-values are of paired
+    tests. --text compares the models' predictions on your own text, which is the most sensitive
+    and needs no task. Without --tasks, --text alone measures just that; else it is gsm8k, ifeval
+    and wikitext, which show the damage of such conversions (multiple choice hides it).
+
+    --make-tasks DIR --text FILE writes two tasks; with CKPT, they are scored at once.
+    """
+    _need_lm_eval()
+    # Our own progress is shown, not that of every library below.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from ptconvert.evaluate.report import Text
+    from ptconvert.evaluate.tasks import DEFAULT_TASKS
+    from ptconvert.evaluate.tasks import make_tasks as write_tasks
+
+    if make_tasks is not None and not texts:
+        raise click.UsageError("--make-tasks needs a text to make them from: --text FILE")
+    if checkpoint is None and make_tasks is None:
+        raise click.UsageError("give the checkpoint to score: ptconvert eval CKPT --baseline SRC")
+    if html_file is not None and not html_file.resolve().parent.is_dir():
+        raise click.UsageError(f"{html_file}: its directory does not exist")
+    if (window or windows) and not texts:
+        raise click.UsageError("--window and --windows are for --text FILE")
+    names = tuple(dict.fromkeys(t.strip() for t in (tasks or "").split(",") if t.strip()))
+    if make_tasks is not None:
+        made = write_tasks(make_tasks, texts, options["seed"] or 0)
+        include_paths = (*include_paths, make_tasks)
+        names = names or made
+        if checkpoint is None:
+            click.echo(f"wrote {', '.join(made)} to {make_tasks}; use them with")
+            click.echo(f"  --include-path {make_tasks} --tasks {','.join(made)}")
+            return
+    if not names and not texts:
+        names = DEFAULT_TASKS
+    if not names and baseline is None:
+        raise click.UsageError("--text measures the divergence from a source: give --baseline SRC")
+    assert checkpoint is not None
+    report = _run(
+        checkpoint,
+        baseline,
+        revision,
+        dict(options, tasks=names, include_path=include_paths, device=_device(device)),
+        Text(texts, window, windows) if texts and baseline else None,
+        cache,
+    )
+    if html_file is not None:
+        from ptconvert.evaluate.page import evaluation_page
+
+        html_file.write_text(evaluation_page(report), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2))
+    else:
+        from ptconvert.evaluate.terminal import print_evaluation
+
+        print_evaluation(Console(highlight=False, markup=False, width=_width()), report)
+        if html_file is not None:
+            click.echo(f"wrote {html_file}")
+
+
+def _run(
+    checkpoint: str,
+    baseline: str | None,
+    revision: str | None,
+    options: dict[str, Any],
+    text: Text | None,
+    cache: Path | None,
+) -> Report:
+    from ptconvert.evaluate.harness import Settings, cache_directory
+    from ptconvert.evaluate.report import evaluate
+
+    cache = cache or cache_directory()
+    with step_progress() as progress:
+        progress(f"finding {checkpoint}", 0, None)
+        found = locate(checkpoint, None)
+        source = locate(baseline, revision) if baseline is not None else None
+        names = tuple(
+            name if name is None or is_hub_id(name) else Path(name).resolve().name
+            for name in (checkpoint, baseline)
+        )
+        try:
+            return evaluate(
+                found,
+                source,
+                Settings(**options),
+                text,
+                cache,
+                progress,
+                (names[0] or "", names[1]),
+            )
+        except KeyboardInterrupt:
+            if options["tasks"]:
+                click.echo(
+                    f"the answers so far are kept in {cache}; the same command goes on from there",
+                    err=True,
+                )
+            raise
+
+
+def _width() -> int | None:
+    """The terminal's own width; into a file or a pipe, enough for a table in one piece."""
+    return None if sys.stdout.isatty() else 120
+
+
+def _need_lm_eval() -> None:
+    missing = [name for name in ("lm_eval", "accelerate", "scipy") if not _is_installed(name)]
+    if missing:
+        raise EvaluationError(
+            f"eval needs {', '.join(missing)}, not installed here: pip install 'ptconvert[eval]'"
+        )
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _device(name: str | None) -> str:
+    """The device asked for, or the best there is. Raises EvaluationError where it isn't there."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        what = (str(error).splitlines() or [""])[0]
+        raise EvaluationError(f"--device {name}: torch can't use it: {what}") from error
+    return name

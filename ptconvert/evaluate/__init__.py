@@ -1,0 +1,1 @@
+"""What a conversion cost in quality: lm-eval tasks and divergence, against the source model."""

@@ -1,0 +1,313 @@
+"""How far a converted model's predictions are from its source's, on the user's own text.
+
+The most sensitive measure of a conversion, and it needs no task data. Shapes: N windows, T tokens
+in each, V vocabulary, D residual stream width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from ptconvert.errors import EvaluationError
+from ptconvert.evaluate.models import BatchSize, Progress
+from ptconvert.evaluate.statistics import (
+    RESAMPLES,
+    Difference,
+    Estimate,
+    Floats,
+    compare,
+    estimate,
+    mean_over,
+)
+from ptconvert.presets import dense_schedule, with_only
+from ptconvert.schedule import Schedule
+
+DEFAULT_LENGTH = 1024
+DEFAULT_WINDOWS = 64
+# Windows of the measurement by block: it runs the model once per block, and between blocks the
+# differences are large.
+BLOCK_WINDOWS = 8
+_FIRST_BUCKET = 8  # tokens; each further one is as long as all before it
+_LOGITS_AT_ONCE = 1 << 24  # 64 MiB of fp32 for each of the few copies that KL needs
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Pieces of a text: token ids (N, T + 1), whose T first tokens predict the T last ones."""
+
+    ids: torch.Tensor
+    step: int
+    tokens: int  # of the whole text
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[1] - 1
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether windows share tokens, which makes intervals over them too narrow."""
+        return len(self.ids) > 1 and self.step < self.length
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """Two models on the same tokens. Losses and KL are in nats per token."""
+
+    source_loss: Estimate
+    converted_loss: Estimate
+    loss: Difference
+    kl: Estimate  # KL(source || converted)
+    agreement: Estimate  # the share of tokens for which both models' first choice is the same
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The positions first..last of a window, counted from 0."""
+
+    first: int
+    last: int
+    closeness: Closeness
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of the schedule, converted alone: every other sublayer is all-reduced at once."""
+
+    stages: str
+    first_layer: int
+    last_layer: int
+    waited_before: int
+    waited_after: int
+    closeness: Closeness
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """All of it: over the text, by position in the window, and by block of the schedule."""
+
+    texts: tuple[str, ...]
+    tokens: int
+    windows: int
+    length: int
+    overlapping: bool
+    whole: Closeness
+    by_position: tuple[Bucket, ...]
+    by_block: tuple[Block, ...]
+    block_windows: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What was measured at each token: four arrays (N, T)."""
+
+    source_loss: Floats
+    converted_loss: Floats
+    kl: Floats
+    agree: Floats
+
+    def closeness(self, seed: int, positions: slice = slice(None)) -> Closeness:
+        """Means over the windows' positions, with intervals over windows."""
+        windows = len(self.kl)
+        source, converted, kl, agree = (
+            mean_over(values[:, positions].mean(axis=1))
+            for values in (self.source_loss, self.converted_loss, self.kl, self.agree)
+        )
+        return Closeness(
+            source_loss=estimate(source, windows, RESAMPLES, seed),
+            converted_loss=estimate(converted, windows, RESAMPLES, seed),
+            loss=compare(source, converted, windows, RESAMPLES, seed),
+            kl=estimate(kl, windows, RESAMPLES, seed),
+            agreement=estimate(agree, windows, RESAMPLES, seed),
+        )
+
+
+def read_windows(
+    texts: Sequence[Path], tokenizer: Any, length: int | None, count: int | None, longest: int
+) -> Windows:
+    """Cuts texts into windows: tokenized one by one, each preceded by the beginning-of-sequence
+    token (end-of-sequence where the tokenizer has none), joined, and cut at even steps.
+
+    `length` defaults to 1024 tokens, or less where the model or the text is shorter, `count` to as
+    many windows as don't overlap, at most 64. `longest` is the model's number of positions.
+    Raises EvaluationError for a text that is no text, or too short.
+    """
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids: list[int] = []
+    for path in texts:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise EvaluationError(f"{path}: is not a text in UTF-8") from error
+        ids += [] if first is None else [first]
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if length is not None and length > longest:
+        raise EvaluationError(f"--window {length}: the model has {longest} positions")
+    if len(ids) < 2 or (length is not None and len(ids) < length + 1):
+        wanted = f"--window {length} needs {length + 1}" if length else "at least 2 are needed"
+        raise EvaluationError(f"the text has {len(ids)} tokens; {wanted}")
+    length = min(DEFAULT_LENGTH, longest, len(ids) - 1) if length is None else length
+    if count is None:
+        count = max(1, min(DEFAULT_WINDOWS, (len(ids) - 1) // length))
+    step = (len(ids) - length - 1) // count
+    if count > 1 and step == 0:
+        raise EvaluationError(
+            f"--windows {count}: the text has {len(ids)} tokens, too few for so many windows of "
+            f"{length}"
+        )
+    starts = range(0, step * count, step) if step else [0]
+    rows = [ids[start : start + length + 1] for start in starts]
+    return Windows(torch.tensor(rows), step, len(ids))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The source model's predictions, kept as final hidden states (N, T, D) on the CPU and the
+    output head: the source needn't stay in memory beside the converted model."""
+
+    hidden: torch.Tensor
+    head: Any
+
+
+@torch.inference_mode()
+def reference(model: Any, windows: Windows, batch: BatchSize, progress: Progress) -> Reference:
+    """Runs the source model over the windows once."""
+    hidden = [h_BTD.cpu() for _, h_BTD in _hidden(model, windows.ids, batch, progress, "source")]
+    return Reference(torch.cat(hidden), model.get_output_embeddings())
+
+
+@torch.inference_mode()
+def measure(
+    model: Any,
+    source: Reference,
+    windows: Windows,
+    batch: BatchSize,
+    progress: Progress,
+    step: str = "converted",
+    every: int = 1,
+) -> Tokens:
+    """Runs a model over the windows (each `every`-th) and compares it with the source, per token.
+
+    Logits are compared in fp32. Raises EvaluationError where the vocabularies differ.
+    """
+    ids, kept = windows.ids[::every], source.hidden[::every]
+    head = model.get_output_embeddings()
+    if head.weight.shape[0] != source.head.weight.shape[0]:
+        raise EvaluationError(
+            f"the source's vocabulary has {source.head.weight.shape[0]} tokens, the converted "
+            f"model's {head.weight.shape[0]}; --baseline must be the model that was converted"
+        )
+    results: list[Floats] = []
+    for rows, hidden_BTD in _hidden(model, ids, batch, progress, step):
+        results.append(
+            _compared(source.head, kept[rows], head, hidden_BTD, ids[rows, 1:].to(model.device))
+        )
+    return Tokens(*np.concatenate(results, axis=1))
+
+
+def _hidden(
+    model: Any, ids: torch.Tensor, batch: BatchSize, progress: Progress, step: str
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Windows that fit in memory at once, and the model's final hidden states for them."""
+    label, done = f"divergence: {step}", 0
+    while done < len(ids):
+        progress(label, done, len(ids))
+
+        def run(size: int, first: int = done) -> tuple[slice, torch.Tensor]:
+            rows = slice(first, first + size)
+            inputs = ids[rows, :-1].to(model.device)
+            return rows, model.get_decoder()(inputs, use_cache=False).last_hidden_state
+
+        rows, hidden_BTD = batch.fitting(run)
+        yield rows, hidden_BTD
+        done += len(hidden_BTD)
+    progress(label, done, len(ids))
+
+
+def _compared(
+    source_head: Any,
+    source_BTD: torch.Tensor,
+    head: Any,
+    hidden_BTD: torch.Tensor,
+    target_BT: torch.Tensor,
+) -> Floats:
+    """Source's loss, this model's loss, KL and agreement of each token: (4, B, T)."""
+    at_once = max(1, _LOGITS_AT_ONCE // source_head.weight.shape[0])
+    flat = torch.empty(4, target_BT.numel(), dtype=torch.float32)
+    pieces = zip(
+        torch.split(source_BTD.flatten(0, 1), at_once),
+        torch.split(hidden_BTD.flatten(0, 1), at_once),
+        torch.split(target_BT.flatten(), at_once),
+        strict=True,
+    )
+    done = 0
+    for source_PD, hidden_PD, target_P in pieces:
+        logp_PV = source_head(source_PD.to(hidden_PD.device)).float().log_softmax(-1)
+        logq_PV = head(hidden_PD).float().log_softmax(-1)
+        kl_P = functional.kl_div(logq_PV, logp_PV, reduction="none", log_target=True).sum(-1)
+        rows = torch.stack(
+            [
+                functional.nll_loss(logp_PV, target_P, reduction="none"),
+                functional.nll_loss(logq_PV, target_P, reduction="none"),
+                kl_P,
+                (logp_PV.argmax(-1) == logq_PV.argmax(-1)).float(),
+            ]
+        )
+        flat[:, done : done + len(target_P)] = rows.cpu()
+        done += len(target_P)
+    return flat.view(4, *target_BT.shape).double().numpy()
+
+
+def by_position(tokens: Tokens, seed: int) -> Iterator[Bucket]:
+    """Closeness by position in the window, in buckets that double: 0-7, 8-15, 16-31, ..."""
+    length = tokens.kl.shape[1]
+    first, last = 0, min(_FIRST_BUCKET, length)
+    while first < length:
+        yield Bucket(first, last - 1, tokens.closeness(seed, slice(first, last)))
+        first, last = last, min(2 * last, length)
+
+
+def by_block(
+    model: Any,
+    schedule: Schedule,
+    source: Reference,
+    windows: Windows,
+    batch: BatchSize,
+    progress: Progress,
+    seed: int,
+) -> tuple[tuple[Block, ...], int]:
+    """What each block of the schedule costs by itself, all else run as the dense model does.
+
+    Returns the blocks that aren't dense, and on how many windows they were measured.
+    """
+    every = math.ceil(len(windows.ids) / BLOCK_WINDOWS)
+    dense = dense_schedule(schedule.layers)
+    converted = [b for b in schedule.blocks() if with_only(schedule, b) != dense]
+    blocks = []
+    for number, block in enumerate(converted, 1):
+        stages = schedule.stages[block.start : block.stop]
+        sublayers = [s for stage in stages for s in stage.sublayers]
+        model.model.schedule = with_only(schedule, block)
+        try:
+            step = f"block {number} of {len(converted)}"
+            tokens = measure(model, source, windows, batch, progress, step, every)
+        finally:
+            model.model.schedule = schedule
+        blocks.append(
+            Block(
+                stages=" ".join(map(str, stages)),
+                first_layer=min(s.layer for s in sublayers),
+                last_layer=max(s.layer for s in sublayers),
+                waited_before=len(sublayers),
+                waited_after=sum(schedule.merged_after(i) == i for i in block),
+                closeness=tokens.closeness(seed),
+            )
+        )
+    return tuple(blocks), len(range(0, len(windows.ids), every))

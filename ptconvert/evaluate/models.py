@@ -1,0 +1,130 @@
+"""The models to be scored: opening them, naming their content, and batches that fit in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ptconvert
+from ptconvert.checkpoint.reader import SMALL_FILES, Checkpoint
+from ptconvert.errors import CheckpointError, EvaluationError
+from ptconvert.format import SECTION, read_section
+from ptconvert.modeling.model import PTConvertLlamaForCausalLM
+from ptconvert.presets import dense_schedule
+from ptconvert.schedule import Schedule
+
+T = TypeVar("T")
+# Told how far a long step has come: the step, how much is done, and of how much (None: unknown).
+Progress = Callable[[str, int, int | None], None]
+
+# What `--batch-size auto` begins with; it halves when memory runs out. More than this gains
+# little: on a CPU the cores are busy with less, and on a GPU the model's own layers are.
+_FIRST_BATCH = {"cpu": 8}
+_FIRST_BATCH_ELSEWHERE = 64
+
+
+def schedule_of(checkpoint: Checkpoint) -> Schedule:
+    """What a checkpoint's forward pass does, converted or not. Raises ConfigError."""
+    return read_section(checkpoint.config, str(checkpoint.path / "config.json")).schedule
+
+
+def is_dense(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is a dense model's, with nothing of ptconvert or Ladder in it."""
+    schedule = schedule_of(checkpoint)
+    return SECTION not in checkpoint.config and schedule == dense_schedule(schedule.layers)
+
+
+def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
+    """A checkpoint's model, ready to score: on its device, in evaluation mode.
+
+    `dtype` is torch's name of one, or `auto` for the one stored. A converted checkpoint and one
+    with the Ladder authors' `ladder_layers` open with their schedule, any other as transformers
+    opens it. Raises CheckpointError.
+    """
+    ptconvert.register()
+    opened: Any = AutoModelForCausalLM
+    if not is_dense(checkpoint) and SECTION not in checkpoint.config:
+        opened = PTConvertLlamaForCausalLM
+    try:
+        model = opened.from_pretrained(checkpoint.path, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint.path}: {first_line(error)}") from error
+    return model.to(device).eval()
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer beside a model. Raises CheckpointError."""
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: no tokenizer can be opened, which scoring needs: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, cut to a line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def content_digest(checkpoint: Checkpoint, progress: Progress) -> str:
+    """SHA-256 over everything that decides a model's answers: its weights, config and tokenizer.
+
+    Two directories with the same content have the same digest, wherever they lie.
+    """
+    path = checkpoint.path
+    files = {t.file for t in checkpoint.tensors.values()}
+    files.update(f for pattern in SMALL_FILES for f in path.glob(pattern) if f.is_file())
+    total = sum(f.stat().st_size for f in files)
+    done = 0
+    digest = hashlib.sha256()
+
+    def one(file: Path) -> str:
+        nonlocal done
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        done += file.stat().st_size
+        progress(f"reading {path.name}", done, total)
+        return found
+
+    ordered = sorted(files)
+    with ThreadPoolExecutor(2) as pool:
+        for file, found in zip(ordered, pool.map(one, ordered), strict=True):
+            digest.update(f"{file.relative_to(path)}\0{found}\0".encode())
+    return digest.hexdigest()
+
+
+class BatchSize:
+    """How many sequences go through the model at once: it halves when memory runs out."""
+
+    def __init__(self, asked: int | None, device: str) -> None:
+        """`asked` None means automatic."""
+        automatic = _FIRST_BATCH.get(torch.device(device).type, _FIRST_BATCH_ELSEWHERE)
+        self.size = automatic if asked is None else asked
+
+    def fitting(self, run: Callable[[int], T]) -> T:
+        """`run` of the first batch size, from this one down, that fits; later calls begin with it.
+
+        Raises EvaluationError when a single sequence doesn't fit.
+        """
+        while True:
+            try:
+                return run(self.size)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                if self.size == 1:
+                    raise EvaluationError(
+                        "out of memory even with one sequence at a time; a smaller --dtype, a "
+                        "shorter --window or another --device may fit"
+                    ) from error
+            self.size //= 2
+            clear_device_cache(garbage_collection=True)

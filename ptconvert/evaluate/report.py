@@ -1,0 +1,285 @@
+"""The evaluation as a whole: what is run, in what order, and the report it gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
+from ptconvert.errors import EvaluationError
+from ptconvert.evaluate import divergence, harness, statistics, tasks
+from ptconvert.evaluate.divergence import Divergence
+from ptconvert.evaluate.harness import GroupOfTasks, Metric, Scores, Settings, Task
+from ptconvert.evaluate.models import (
+    BatchSize,
+    Progress,
+    content_digest,
+    is_dense,
+    open_model,
+    open_tokenizer,
+    schedule_of,
+)
+from ptconvert.evaluate.statistics import Difference, Estimate, Seed
+
+SIGNIFICANT = 1 - statistics.CONFIDENCE
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text for the divergence, and how it is cut into windows of tokens."""
+
+    paths: tuple[Path, ...]
+    length: int | None = None
+    windows: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one task, or of a group of tasks, for both models.
+
+    `stderr` are lm-eval's own, of each model alone; `difference` is converted less source.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    group: bool
+    version: str
+    fewshot: int
+    documents: int
+    higher_is_better: bool | None
+    source: Estimate | None
+    converted: Estimate
+    source_stderr: float | None
+    converted_stderr: float | None
+    difference: Difference | None
+
+    @property
+    def verdict(self) -> str:
+        """better, worse, no difference found, or nothing where there is none to judge."""
+        if self.difference is None or self.difference.p_value is None:
+            return ""
+        if self.difference.p_value >= SIGNIFICANT or self.difference.value == 0:
+            return "no difference found"
+        if self.higher_is_better is None:
+            return "differs"
+        return "better" if (self.difference.value > 0) == self.higher_is_better else "worse"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `ptconvert eval` found."""
+
+    checkpoint: str
+    baseline: str | None
+    schedule: str
+    tracks: int
+    settings: Settings
+    digests: dict[str, str]
+    rows: tuple[Row, ...]
+    divergence: Divergence | None
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data; bootstrap distributions are left out."""
+        plain: dict[str, Any] = _plain(self)
+        for row, found in zip(plain["rows"], self.rows, strict=True):
+            row["verdict"] = found.verdict
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = (f.name for f in dataclasses.fields(value))
+        return {n: _plain(getattr(value, n)) for n in names if n != "distribution"}
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def evaluate(
+    checkpoint: Path,
+    baseline: Path | None,
+    settings: Settings,
+    text: Text | None,
+    cache: Path,
+    progress: Progress,
+    names: tuple[str, str | None] | None = None,
+) -> Report:
+    """Scores a converted checkpoint, beside its source where `baseline` is given.
+
+    Tasks run if `settings` names any, the divergence if there is a `text` (and a baseline). One
+    model at a time is in memory. Answers are kept in `cache` as they come, of both models, so a
+    run that was interrupted goes on where it was, and the next conversion of the same source finds
+    the source's. `names` are what the report calls the models. Raises PTConvertError.
+    """
+    found = open_checkpoint(checkpoint)
+    source = open_checkpoint(baseline) if baseline is not None else None
+    if text is not None and source is None:
+        raise EvaluationError("the divergence is from a source model: give it as --baseline SRC")
+    models = {"converted": found, **({"source": source} if source is not None else {})}
+    digests: dict[str, str] = {}
+    notes: list[str] = []
+    rows: list[Row] = []
+    if settings.tasks:
+        digests = {label: content_digest(model, progress) for label, model in models.items()}
+        scores = {
+            label: harness.score(
+                lambda model=model: _opened(model, settings),  # type: ignore[misc]
+                settings,
+                harness.cache_file(cache, digests[label], settings),
+                f"{label} model",
+                progress,
+            )
+            for label, model in reversed(models.items())  # the source first
+        }
+        rows = list(_rows(scores.get("source"), scores["converted"], settings.seed or 0))
+        notes += _notes(scores["converted"], settings, rows)
+    apart = None
+    if text is not None and source is not None:
+        apart = _divergence(source, found, text, settings, progress)
+        if apart.overlapping:
+            notes.append(
+                "windows of the text overlap, so the intervals of the divergence are too narrow; "
+                "ask for fewer --windows or a shorter --window"
+            )
+    config: Any = found.config.get("ptconvert") or {}
+    return Report(
+        checkpoint=names[0] if names else str(checkpoint),
+        baseline=names[1] if names else str(baseline) if baseline else None,
+        schedule=str(schedule_of(found)),
+        tracks=int(config.get("tracks", 1)),
+        settings=settings,
+        digests=digests,
+        rows=tuple(rows),
+        divergence=apart,
+        notes=tuple(notes),
+    )
+
+
+def _opened(checkpoint: Checkpoint, settings: Settings) -> tuple[Any, Any]:
+    model = open_model(checkpoint, settings.dtype, settings.device)
+    return model, open_tokenizer(checkpoint)
+
+
+def _divergence(
+    source: Checkpoint, found: Checkpoint, text: Text, settings: Settings, progress: Progress
+) -> Divergence:
+    """Both models on the text, one after the other."""
+    seed = settings.seed or 0
+    tokenizer = open_tokenizer(source)
+    longest = int(str(source.config.get("max_position_embeddings", 2048)))
+    windows = divergence.read_windows(text.paths, tokenizer, text.length, text.windows, longest)
+    batch = BatchSize(settings.batch_size, settings.device)
+    progress("divergence: opening the source", 0, None)
+    model = open_model(source, settings.dtype, settings.device)
+    reference = divergence.reference(model, windows, batch, progress)
+    del model
+    progress("divergence: opening the converted model", 0, None)
+    model = open_model(found, settings.dtype, settings.device)
+    tokens = divergence.measure(model, reference, windows, batch, progress)
+    blocks: tuple[divergence.Block, ...] = ()
+    block_windows = 0
+    if not is_dense(found):
+        blocks, block_windows = divergence.by_block(
+            model, schedule_of(found), reference, windows, batch, progress, seed
+        )
+    return Divergence(
+        texts=tuple(path.name for path in text.paths),
+        tokens=windows.tokens,
+        windows=len(windows.ids),
+        length=windows.length,
+        overlapping=windows.overlapping,
+        whole=tokens.closeness(seed),
+        by_position=tuple(divergence.by_position(tokens, seed)),
+        by_block=blocks,
+        block_windows=block_windows,
+    )
+
+
+def _notes(scores: Scores, settings: Settings, rows: Sequence[Row]) -> Iterator[str]:
+    if tasks.hides_damage([task.output_type for task in scores.tasks]):
+        yield tasks.MULTIPLE_CHOICE_WARNING
+    if settings.limit is not None:
+        yield (
+            f"--limit {settings.limit:g}: not the whole task was answered, so scores aren't "
+            "comparable with published ones"
+        )
+    tested = sum(row.difference is not None for row in rows)
+    if tested > 10:
+        yield (
+            f"{tested} differences are tested, each by itself: about {tested * SIGNIFICANT:.0f} of "
+            f"them would come out as significant (p < {SIGNIFICANT:.2f}) by chance alone"
+        )
+
+
+def _rows(source: Scores | None, converted: Scores, seed: int) -> Iterator[Row]:
+    """One row per metric of a task, and after the tasks one per metric of a group."""
+    rows: dict[tuple[str, str, str], Row] = {}
+    for number, task in enumerate(converted.tasks):
+        other = source.tasks[number] if source is not None else None
+        for place, metric in enumerate(task.metrics):
+            before = other.metrics[place] if other is not None else None
+            row = _row(task, metric, before, (seed, number))
+            rows[task.name, metric.name, metric.filter] = row
+            yield row
+    for group in converted.groups:
+        yield _group_row(group, [rows[name, group.metric, group.filter] for name in group.tasks])
+
+
+def _group_row(group: GroupOfTasks, members: Sequence[Row]) -> Row:
+    """A group's mean over its tasks, weighted as lm-eval does: by their documents, or alike."""
+    sizes = [row.documents if group.by_size else 1 for row in members]
+    weights = [size / sum(sizes) for size in sizes]
+    sources = [row.source for row in members if row.source is not None]
+    differences = [row.difference for row in members if row.difference is not None]
+    paired = len(differences) == len(members)
+    return Row(
+        task=group.name,
+        metric=group.metric,
+        filter=group.filter,
+        group=True,
+        version=members[0].version,
+        fewshot=members[0].fewshot,
+        documents=sum(row.documents for row in members),
+        higher_is_better=members[0].higher_is_better,
+        source=statistics.weighted_sum(sources, weights) if paired else None,
+        converted=statistics.weighted_sum([row.converted for row in members], weights),
+        source_stderr=None,
+        converted_stderr=None,
+        difference=statistics.weighted_difference(differences, weights) if paired else None,
+    )
+
+
+def _row(task: Task, metric: Metric, source: Metric | None, seed: Seed) -> Row:
+    documents = len(metric.values)
+    over, resamples = statistics.over_documents(metric.values, metric.aggregate)
+    before = difference = None
+    if source is not None:
+        assert source.documents == metric.documents, "lm-eval gave the models different documents"
+        other, _ = statistics.over_documents(source.values, source.aggregate)
+        before = statistics.estimate(other, documents, resamples, seed)
+        difference = statistics.compare(other, over, documents, resamples, seed)
+        if statistics.is_right_or_wrong((*source.values, *metric.values)):
+            p_value = statistics.mcnemar(source.values, metric.values)
+            difference = dataclasses.replace(difference, p_value=p_value, test="McNemar")
+    return Row(
+        task=task.name,
+        metric=metric.name,
+        filter=metric.filter,
+        group=False,
+        version=task.version,
+        fewshot=task.fewshot,
+        documents=documents,
+        higher_is_better=metric.higher_is_better,
+        source=before,
+        converted=statistics.estimate(over, documents, resamples, seed),
+        source_stderr=source.stderr if source is not None else None,
+        converted_stderr=metric.stderr,
+        difference=difference,
+    )

@@ -1,0 +1,171 @@
+"""The evaluation on a terminal: tables of tasks and of the divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ptconvert.evaluate.divergence import Closeness, Divergence
+from ptconvert.evaluate.report import SIGNIFICANT, Report, Row
+from ptconvert.evaluate.statistics import Estimate
+
+_STYLES = {"worse": "bold red", "better": "bold green", "no difference found": "dim"}
+
+
+def print_evaluation(console: Console, report: Report) -> None:
+    """Prints the report: tasks, divergence, notes."""
+    against = f" against {report.baseline}" if report.baseline else ""
+    console.print(Text(f"{report.checkpoint}{against}", style="bold"))
+    if report.rows:
+        console.print(tasks_table(report.rows))
+    if report.divergence is not None:
+        _print_divergence(console, report.divergence)
+    for note in report.notes:
+        console.print(Text(f"note: {note}", style="yellow"))
+
+
+def tasks_table(rows: tuple[Row, ...]) -> Table:
+    """One row per metric: both models, their difference, its interval and p-value."""
+    paired = any(row.difference is not None for row in rows)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("task")
+    table.add_column("metric")
+    names = ["documents", *(["source"] if paired else []), "converted"]
+    names += ["difference", "95% interval", "p"] if paired else ["95% interval"]
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    shown = ""
+    for row in rows:
+        arrow = {True: " ↑", False: " ↓", None: ""}[row.higher_is_better]
+        name = row.metric + (f" ({row.filter})" if row.filter != "none" else "") + arrow
+        cells = [row.task if row.task != shown else "", name, f"{row.documents:,}"]
+        shown = row.task
+        if row.source is not None and row.difference is not None:
+            cells += [number(row.source.value), number(row.converted.value)]
+            cells += [signed(row.difference.value), between(row.difference, signed)]
+            cells += [p_value(row.difference.p_value)]
+        else:
+            cells += [number(row.converted.value), between(row.converted, number)]
+        verdict = Text(row.verdict, style=_STYLES.get(row.verdict, ""))
+        table.add_row(*cells, verdict, style="bold" if row.group else "")
+    return table
+
+
+def _print_divergence(console: Console, found: Divergence) -> None:
+    console.print()
+    console.print(
+        Text(
+            f"divergence on {text_names(found.texts)}: {found.windows} windows of {found.length} "
+            f"tokens (of {found.tokens:,}); losses and KL in nats per token",
+            style="bold",
+        ),
+        soft_wrap=True,
+    )
+    console.print(_whole_table(found.whole))
+    console.print()
+    by_position = _closeness_table("position", "same first choice")
+    for bucket in found.by_position:
+        place = f"{bucket.first}-{bucket.last}" if bucket.last > bucket.first else f"{bucket.first}"
+        agree = f"{bucket.closeness.agreement.value:.1%}"
+        by_position.add_row(place, *_closeness_cells(bucket.closeness), agree)
+    console.print(by_position)
+    if found.by_block:
+        console.print()
+        alone = "each block of the schedule converted alone, the rest dense"
+        console.print(
+            Text(f"{alone} ({found.block_windows} windows):", style="bold"), soft_wrap=True
+        )
+        by_block = _closeness_table("stages", "waited for")
+        for block in found.by_block:
+            waits = f"{block.waited_before} → {block.waited_after}"
+            stages = shortened(block.stages, 30)
+            by_block.add_row(stages, *_closeness_cells(block.closeness), waits)
+        console.print(by_block)
+
+
+def _whole_table(found: Closeness) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in ("value", "95% interval", "p"):
+        table.add_column(name, justify="right")
+    for label, one in (
+        ("loss, source", found.source_loss),
+        ("loss, converted", found.converted_loss),
+    ):
+        perplexity = f"perplexity {math.exp(min(one.value, 700)):.4g}"
+        table.add_row(f"{label} ({perplexity})", f"{one.value:.4f}", between(one, number))
+    loss = found.loss
+    table.add_row(
+        "loss, difference", signed(loss.value), between(loss, signed), p_value(loss.p_value)
+    )
+    table.add_row("KL(source || converted)", number(found.kl.value), between(found.kl, number))
+    table.add_row(
+        "same first choice", f"{found.agreement.value:.2%}", between(found.agreement, _share)
+    )
+    return table
+
+
+def _closeness_table(first: str, last: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first, no_wrap=True)
+    for name in ("loss", "95% interval", "KL", "95% interval", last):
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _closeness_cells(found: Closeness) -> Iterator[str]:
+    yield signed(found.loss.value)
+    yield between(found.loss, signed)
+    yield number(found.kl.value)
+    yield between(found.kl, number)
+
+
+def text_names(texts: tuple[str, ...]) -> str:
+    """The names of a few texts, or how many there are."""
+    return ", ".join(texts) if len(texts) <= 3 else f"{len(texts)} files"
+
+
+def number(value: float) -> str:
+    """A score with as many decimals as its size makes worth reading."""
+    size = abs(value)
+    if size >= 1e5:
+        return f"{value:.3g}"
+    return f"{value:.4f}" if size < 10 else f"{value:,.2f}"
+
+
+def signed(value: float) -> str:
+    """The same, always with its sign."""
+    return f"{'+' if value >= 0 else '-'}{number(abs(value))}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.2%}"
+
+
+def between(found: Estimate, form: object) -> str:
+    """An interval, or a dash where a single document gives none."""
+    assert callable(form)
+    return (
+        "-" if found.interval is None else f"{form(found.interval[0])} … {form(found.interval[1])}"
+    )
+
+
+def p_value(value: float | None) -> str:
+    """A p-value, marked where it is below 5%."""
+    if value is None:
+        return "-"
+    text = "<0.001" if value < 0.001 else f"{value:.3f}"
+    return f"{text} *" if value < SIGNIFICANT else f"{text}  "
+
+
+def shortened(text: str, width: int) -> str:
+    """A text of at most `width` characters, its middle left out."""
+    if len(text) <= width:
+        return text
+    half = (width - 3) // 2
+    return f"{text[:half]} … {text[-half:]}"
