@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # it imports torch, which the other commands do without
     from ptconvert.verify import Report
 
 _STYLES = {"!": "bold red", "~": "yellow", "^": "cyan", ".": "green", "|": "magenta"}
-_MEANING = {
+MEANING = {
     "!": "blocking all-reduce, waited for",
     "~": "~k overlapped all-reduce, merged k stages later, hidden until then",
     "^": "^k overlapped all-reduce, merged k stages later, own part seen",
@@ -33,7 +33,7 @@ def diagram(schedule: Schedule, tracks: int, width: int) -> RenderableType:
 
     `width` is the terminal's, in characters; layers that don't fit go into further rows.
     """
-    cells = _cells(schedule)
+    cells = endings(schedule)
     tracked = schedule.track_layers(tracks)
     column = 1 + max(len(str(schedule.layers - 1)), *(len(cell) for cell in cells.values()))
     per_row = max(1, (width - 11) // column)
@@ -51,7 +51,7 @@ def diagram(schedule: Schedule, tracks: int, width: int) -> RenderableType:
     return Group(*rows)
 
 
-def _cells(schedule: Schedule) -> dict[Sublayer, str]:
+def endings(schedule: Schedule) -> dict[Sublayer, str]:
     """What the schedule's text form has after each sublayer: `|` or the stage's ending."""
     return {
         sublayer: "|" if sublayer is not stage.sublayers[-1] else str(stage.ending)
@@ -69,7 +69,7 @@ def _row(label: str, cells: Sequence[tuple[str, str]], column: int) -> Text:
 
 def _legend(cells: Sequence[str] | Any, differ: bool, tracks: int) -> Iterator[Text]:
     used = {cell[0] for cell in cells}
-    for symbol, meaning in _MEANING.items():
+    for symbol, meaning in MEANING.items():
         if symbol in used:
             yield Text.assemble((f"{symbol}  ", _STYLES[symbol]), (meaning, "dim"))
     one = f"{_ONE}  the {tracks} tracks' streams agree (held dense)"

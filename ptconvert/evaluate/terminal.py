@@ -32,18 +32,17 @@ def tasks_table(rows: tuple[Row, ...]) -> Table:
     """One row per metric: both models, their difference, its interval and p-value."""
     paired = any(row.difference is not None for row in rows)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("task")
-    table.add_column("metric")
-    names = ["documents", *(["source"] if paired else []), "converted"]
+    table.add_column("task", no_wrap=True)
+    table.add_column("metric", no_wrap=True)
+    names = ["docs", *(["source"] if paired else []), "converted"]
     names += ["difference", "95% interval", "p"] if paired else ["95% interval"]
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     shown = ""
     for row in rows:
-        arrow = {True: " ↑", False: " ↓", None: ""}[row.higher_is_better]
-        name = row.metric + (f" ({row.filter})" if row.filter != "none" else "") + arrow
-        cells = [row.task if row.task != shown else "", name, f"{row.documents:,}"]
+        name = row.task if row.task != shown else ""
+        cells = [name, metric_name(row), f"{row.documents:,}"]
         shown = row.task
         if row.source is not None and row.difference is not None:
             cells += [number(row.source.value), number(row.converted.value)]
@@ -51,9 +50,20 @@ def tasks_table(rows: tuple[Row, ...]) -> Table:
             cells += [p_value(row.difference.p_value)]
         else:
             cells += [number(row.converted.value), between(row.converted, number)]
-        verdict = Text(row.verdict, style=_STYLES.get(row.verdict, ""))
+        verdict = Text(short_verdict(row), style=_STYLES.get(row.verdict, ""))
         table.add_row(*cells, verdict, style="bold" if row.group else "")
     return table
+
+
+def metric_name(row: Row) -> str:
+    """A metric, lm-eval's filter of the answers where there is one, and which way is better."""
+    arrow = {True: " ↑", False: " ↓", None: ""}[row.higher_is_better]
+    return row.metric + (f" ({row.filter})" if row.filter != "none" else "") + arrow
+
+
+def short_verdict(row: Row) -> str:
+    """The verdict in the width of a column."""
+    return {"no difference found": "none found"}.get(row.verdict, row.verdict)
 
 
 def _print_divergence(console: Console, found: Divergence) -> None:
@@ -133,8 +143,8 @@ def text_names(texts: tuple[str, ...]) -> str:
 def number(value: float) -> str:
     """A score with as many decimals as its size makes worth reading."""
     size = abs(value)
-    if size >= 1e5:
-        return f"{value:.3g}"
+    if size >= 1e4:
+        return f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
     return f"{value:.4f}" if size < 10 else f"{value:,.2f}"
 
 
