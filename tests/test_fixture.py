@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURE, Convert, load
-from transformers import AutoTokenizer
+from conftest import FIXTURE, Convert
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.checkpoint.writer import same_bytes
+from ptconvert.evaluate.divergence import Reference, Windows, measure, read_windows, reference
+from ptconvert.evaluate.harness import Settings
+from ptconvert.evaluate.models import BatchSize, open_model, open_tokenizer
+from ptconvert.evaluate.report import evaluate
+from ptconvert.evaluate.tasks import CLOZE_TASK, make_tasks
 from ptconvert.transform import execute, plan_to_dense
 
 pytestmark = pytest.mark.skipif(
@@ -21,31 +27,45 @@ pytestmark = pytest.mark.skipif(
 WINDOWS, LENGTH = 24, 256
 
 
+# A task whose metric is a mean, for which lm-eval has a standard error.
+NEXT_LINE = """
+task: next_line
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {questions}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{context}}}}"
+doc_to_target: "{{{{choices[answer]}}}}"
+target_delimiter: ""
+process_results: !function loss.per_character
+metric_list: [{{metric: loss, aggregation: mean, higher_is_better: false}}]
+"""
+LOSS = """
+def per_character(doc, results):
+    return {"loss": -results[0][0] / len(doc["choices"][doc["answer"]])}
+"""
+
+
+def quiet(*_: object) -> None:
+    """No progress."""
+
+
 @pytest.fixture(scope="module")
-def windows() -> torch.Tensor:
-    """The README's protocol: WINDOWS windows of LENGTH + 1 tokens, evenly over the dev files."""
-    tokenizer = AutoTokenizer.from_pretrained(FIXTURE / "model")
+def dev() -> tuple[Path, ...]:
+    """The dev files, in the README's order."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    ids: list[int] = []
-    for name in json.loads((FIXTURE / "splits.json").read_text())["dev"]:
-        text = (stdlib / name).read_text(encoding="utf-8")
-        ids += [0, *tokenizer.backend_tokenizer.encode(text).ids]
-    step = (len(ids) - LENGTH - 1) // WINDOWS
-    return torch.tensor([ids[i * step : i * step + LENGTH + 1] for i in range(WINDOWS)])
+    return tuple(stdlib / n for n in json.loads((FIXTURE / "splits.json").read_text())["dev"])
 
 
-@torch.no_grad()
-def dev_loss(path: Path, windows: torch.Tensor) -> float:
-    """Mean loss in nats per token, in fp32."""
+@pytest.fixture(scope="module")
+def source(dev: tuple[Path, ...]) -> Iterator[tuple[Windows, Reference]]:
+    """The README's windows, and the source model's predictions on them in fp32."""
+    checkpoint = open_checkpoint(FIXTURE / "model")
     torch.set_num_threads(2)
-    model = load(path, attn_implementation="sdpa")
-    total = 0.0
-    for batch in torch.split(windows, 6):
-        logits = model(batch[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        total += float(loss) * len(batch) / WINDOWS
+    windows = read_windows(dev, open_tokenizer(checkpoint), LENGTH, WINDOWS, LENGTH)
+    model = open_model(checkpoint, "float32", "cpu")
+    yield windows, reference(model, windows, BatchSize(None, "cpu"), quiet)
     torch.set_num_threads(1)
-    return total
 
 
 def layers(first: int, use: str) -> str:
@@ -71,11 +91,42 @@ def layers(first: int, use: str) -> str:
     ],
 )
 def test_dev_loss_agrees_with_the_readme(
-    first: int, use: str, two: float, four: float, windows: torch.Tensor, convert: Convert
+    first: int,
+    use: str,
+    two: float,
+    four: float,
+    source: tuple[Windows, Reference],
+    convert: Convert,
 ) -> None:
+    """By eval's own divergence: `--text` with the dev files, --window 256 --windows 24."""
+    windows, predictions = source
     for tracks, expected in ((2, two), (4, four)):
-        converted = convert(FIXTURE / "model", tracks, layers(first, use))
-        assert dev_loss(converted, windows) == pytest.approx(expected, abs=1e-4)
+        converted = open_checkpoint(convert(FIXTURE / "model", tracks, layers(first, use)))
+        model = open_model(converted, "float32", "cpu")
+        tokens = measure(model, predictions, windows, BatchSize(None, "cpu"), quiet)
+        assert tokens.source_loss.mean() == pytest.approx(2.7025, abs=1e-4)
+        assert tokens.converted_loss.mean() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_paired_test_finds_what_unpaired_errors_hide(
+    dev: tuple[Path, ...], convert: Convert, tmp_path: Path
+) -> None:
+    """ladder in layers 6-11 costs 0.02 nats; between documents losses differ by far more."""
+    make_tasks(tmp_path / "tasks", dev, 0)
+    questions = tmp_path / "tasks" / f"{CLOZE_TASK}.jsonl"
+    (tmp_path / "tasks" / "next_line.yaml").write_text(NEXT_LINE.format(questions=questions))
+    (tmp_path / "tasks" / "loss.py").write_text(LOSS)
+    asked = Settings(("next_line",), (tmp_path / "tasks",), limit=120, dtype="float32")
+    converted = convert(FIXTURE / "model", 4, layers(6, "ladder"))
+    torch.set_num_threads(2)
+    (row,) = evaluate(converted, FIXTURE / "model", asked, None, tmp_path / "cache", quiet).rows
+    torch.set_num_threads(1)
+    assert row.source_stderr is not None and row.converted_stderr is not None
+    assert row.source is not None and row.difference is not None
+    apart = abs(row.converted.value - row.source.value)
+    assert apart < 1.96 * math.hypot(row.source_stderr, row.converted_stderr)
+    assert row.difference.p_value is not None and row.difference.p_value < 0.05
+    assert row.verdict == "worse"
 
 
 def test_round_trip_bit_for_bit(convert: Convert, tmp_path: Path) -> None:

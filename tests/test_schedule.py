@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptconvert.errors import ScheduleError
-from ptconvert.presets import PRESETS, from_ladder_layers, join, parameters, to_ladder_layers
+from ptconvert.presets import (
+    PRESETS,
+    dense_schedule,
+    from_ladder_layers,
+    join,
+    parameters,
+    to_ladder_layers,
+    with_only,
+)
 from ptconvert.schedule import Schedule
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -127,6 +135,19 @@ def schedules(draw: st.DrawFn) -> Schedule:
 def test_prints_and_parses_back_to_itself(schedule: Schedule) -> None:
     assert Schedule.parse(str(schedule)) == schedule
     assert schedule.counts.waited_for <= schedule.counts.all_reduces <= len(schedule.stages)
+
+
+@given(schedules())
+def test_blocks_cover_a_schedule_and_can_be_exchanged(schedule: Schedule) -> None:
+    blocks = list(schedule.blocks())
+    assert [i for block in blocks for i in block] == list(range(len(schedule.stages)))
+    for block in blocks:
+        alone = with_only(schedule, block)
+        stages = schedule.stages[block.start : block.stop]
+        assert alone.layers == schedule.layers
+        assert str(alone).find(" ".join(map(str, stages))) >= 0
+    if all(with_only(schedule, b) == dense_schedule(schedule.layers) for b in blocks):
+        assert schedule == dense_schedule(schedule.layers)
 
 
 @given(st.text(alphabet="am0123 |!.~^x\n", max_size=40))

@@ -107,8 +107,8 @@ class _FittingHFLM(HFLM):  # type: ignore[misc]
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         def run(size: int) -> Any:
-            size = min(size, override_bs or size)
-            return HFLM._loglikelihood_tokens(self, requests, True, override_bs=size)
+            self.batch_size_per_gpu = size
+            return HFLM._loglikelihood_tokens(self, requests, True, override_bs)
 
         answers: list[tuple[float, bool]] = self.batch.fitting(run)
         return answers
