@@ -10,7 +10,7 @@ say() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
 if [ ! -f "$out/source/config.json" ]; then
     say "Train a small Llama on this Python's standard library (about a minute)"
     mkdir -p "$out"
-    python examples/tiny_llama.py "$out/source.partial"
+    python examples/tiny_llama.py "$out/source.partial" --held-out "$out/held-out.txt"
     mv "$out/source.partial" "$out/source"
 fi
 
@@ -28,4 +28,10 @@ done
 for kind in parallel-track ladder; do
     say "Verify $out/$kind on 2 ranks"
     ptconvert verify "$out/$kind" --ranks 2
+done
+
+for kind in parallel-track ladder; do
+    say "Evaluate $out/$kind against its source, on text that was never trained on"
+    ptconvert eval "$out/$kind" --baseline "$out/source" --text "$out/held-out.txt" \
+        --make-tasks "$out/tasks" --limit 100 --cache "$out/cache" --html "$out/$kind.html"
 done

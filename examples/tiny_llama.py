@@ -1,9 +1,10 @@
 """Trains a small Llama on this Python's own standard library, in about a minute on two cores.
 
-    python examples/tiny_llama.py OUT [--steps N] [--seed N]
+    python examples/tiny_llama.py OUT [--steps N] [--seed N] [--held-out FILE]
 
 Writes a Hugging Face checkpoint with a byte-level BPE tokenizer: 1.3 M parameters, 8 layers, 8
-heads on 4 KV heads. Small, but trained: conversions hurt it as they hurt real models.
+heads on 4 KV heads. Small, but trained: conversions hurt it as they hurt real models. FILE gets
+the text that it was never trained on, to evaluate it with.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--held-out", type=Path)
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     files = stdlib_files()
@@ -118,6 +120,9 @@ def main() -> None:
     loss = held_out_loss(model, encode(tokenizer, files[::HELD_OUT]))
     model.to(torch.bfloat16).save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
+    if arguments.held_out is not None:
+        texts = (f.read_text(encoding="utf-8", errors="ignore") for f in files[::HELD_OUT])
+        arguments.held_out.write_text("".join(texts), encoding="utf-8")
     size = sum(p.numel() for p in model.parameters())
     print(
         f"{arguments.out}: {size / 1e6:.1f} M parameters, held-out loss {loss:.2f} nats per token"
