@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lm_eval
+import lm_eval.evaluator
 from huggingface_hub.errors import HfHubHTTPError
 from lm_eval.api.metrics import mean
 from lm_eval.api.model import LM
@@ -269,13 +271,16 @@ def _manager(settings: Settings) -> _Tasks:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval prints and logs; standard output is for results."""
+    """lm-eval prints and logs, and asks git where there may be none; standard output is ours."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", return_value=None),
+        ):
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
