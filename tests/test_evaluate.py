@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ import torch
 import yaml
 from click.testing import CliRunner
 from conftest import Convert, MakeDense, load
+from lm_eval.api.metrics import mean
 from lm_eval.tasks import TaskManager
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -26,8 +30,8 @@ import ptconvert
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
 from ptconvert.errors import EvaluationError
-from ptconvert.evaluate import divergence, harness, report, tasks
-from ptconvert.evaluate.harness import Settings
+from ptconvert.evaluate import divergence, lm, report, tasks
+from ptconvert.evaluate.harness import Metric, Scores, Settings, Task
 from ptconvert.evaluate.models import BatchSize, open_model, open_tokenizer
 from ptconvert.evaluate.report import Text, evaluate
 
@@ -104,13 +108,7 @@ def test_tensor_parallel_answers_just_as_its_source(
     same = convert(source, 4, "use: tensor_parallel")
     other = convert(source, 4, "use: parallel_track, depth: 2")
     scores = {
-        path: harness.score(
-            lambda path=path: report._opened(open_checkpoint(path), settings),  # type: ignore[misc]
-            settings,
-            tmp_path / path.name,
-            "",
-            quiet,
-        )
+        path: report._scored("", open_checkpoint(path), str(path), settings, tmp_path, quiet)
         for path in (source, same, other)
     }
     values = {
@@ -121,7 +119,7 @@ def test_tensor_parallel_answers_just_as_its_source(
     assert values[other] != values[source]  # the check can fail
     found = evaluate(same, source, settings, None, tmp_path / "cache", quiet)
     differences = [row.difference for row in found.rows if row.difference is not None]
-    assert len(differences) == len(found.rows) == 6
+    assert len(differences) == len(found.rows) == 5
     assert {(d.value, d.p_value) for d in differences} == {(0.0, 1.0)}
 
 
@@ -142,7 +140,7 @@ def test_source_scores_are_those_of_lm_evals_own_backend(
             include_path=[str(p) for p in settings.include_path], include_defaults=False
         ),
     )["results"]
-    assert len(found.rows) == 6
+    assert len(found.rows) == 5
     for row in found.rows:
         assert row.source is not None and row.source.interval is not None
         expected = theirs[row.task][f"{row.metric},{row.filter}"]
@@ -258,7 +256,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     source: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, answered = tmp_path / "cache", list[str]()
-    real = harness._Unopened.add_partial
+    real = lm.UnopenedLM.add_partial
 
     def counting(self: Any, kind: str, request: Any, answer: Any) -> None:
         if answered and answered[-1] == "stop":
@@ -269,7 +267,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
         if len(answered) == 11:
             answered.append("stop")
 
-    monkeypatch.setattr(harness._Unopened, "add_partial", counting)
+    monkeypatch.setattr(lm.UnopenedLM, "add_partial", counting)
     with pytest.raises(KeyboardInterrupt):
         evaluate(source, None, settings, None, cache, quiet)
     assert len(answered) == 11
@@ -305,7 +303,71 @@ def test_batches_shrink_when_memory_runs_out(
         evaluate(source, None, settings, None, tmp_path / "three", quiet)
 
 
+def test_one_model_at_a_time_is_in_memory(
+    source: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    others: list[int] = []
+
+    def watching(checkpoint: Any, dtype: str, device: str) -> Any:
+        others.append(len(alive))
+        model = open_model(checkpoint, dtype, device)
+        alive.add(model)
+        return model
+
+    monkeypatch.setattr(report, "open_model", watching)
+    asked = Settings((tasks.CLOZE_TASK,), settings.include_path, limit=2, dtype="float32")
+    other = shutil.copytree(source, tmp_path / "other")
+    (other / "generation_config.json").write_text("{}")  # another model, to be answered anew
+    evaluate(other, source, asked, Text(TEXTS, 32, 4), tmp_path / "cache", quiet)
+    assert others == [0, 0, 0, 0] and not alive
+
+
+def test_metrics_are_paired_by_name_and_document() -> None:
+    def metric(name: str, documents: tuple[str, ...], *values: float) -> Metric:
+        return Metric(name, "none", 0.0, None, True, documents, values, mean)
+
+    one, two = ("0:a", "1:b"), ("0:a", "1:c")
+    source = Task("t", "1", "generate_until", 0, (metric("b", one, 5, 5), metric("c", one, 1, 2)))
+    ours = Task("t", "1", "generate_until", 0, (metric("a", one, 1, 1), metric("c", two, 1, 2)))
+    rows = list(report._rows(Scores((source,), (), 1), Scores((ours,), (), 1), 0))
+    assert [(row.metric, row.source, row.unpaired) for row in rows] == [
+        ("a", None, True),
+        ("c", None, True),
+    ]
+    (same,) = report._rows(
+        Scores((source,), (), 1),
+        Scores((dataclasses.replace(source, metrics=source.metrics[1:]),), (), 1),
+        0,
+    )
+    assert same.source is not None and same.source.value == 1.5 and not same.unpaired
+
+
 # The divergence
+
+
+@pytest.mark.parametrize("characters", [200, 990, 6_350, 7_000])
+def test_windows_do_not_overlap_unless_asked(characters: int, source: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("x" * characters)
+    tokenizer = open_tokenizer(open_checkpoint(source))
+    windows = divergence.read_windows([text], tokenizer, 99, None, 512)
+    assert not windows.overlapping and len(windows.ids) <= divergence.DEFAULT_WINDOWS
+    assert len(windows.ids) >= min(64, characters // 99 - 1)
+    assert windows.ids.shape[1] == 100
+
+
+def test_outputs_that_are_not_finite_are_said(source: Path, tmp_path: Path, run: Answers) -> None:
+    broken = shutil.copytree(source, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["lm_head.weight"][:] = float("nan")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    page = tmp_path / "r.html"
+    arguments = [broken, "--baseline", source, "--text", TEXTS[0], "--window", 32, "--html", page]
+    done = run(*arguments)
+    assert done.exit_code == 0 and "not all finite" in done.stdout and page.exists(), done.output
+    found = json.loads(run(*arguments, "--json").stdout)
+    assert found["divergence"]["whole"]["kl"]["value"] is None
 
 
 def test_a_model_and_itself_do_not_diverge(source: Path, convert: Convert, tmp_path: Path) -> None:
@@ -426,10 +488,10 @@ def test_the_whole_command(source: Path, convert: Convert, run: Answers, tmp_pat
     converted, page = convert(source, 4, "use: parallel_track, depth: 2"), tmp_path / "r.html"
     texts = [x for path in TEXTS for x in ("--text", path)]
     arguments = [converted, "--baseline", source, *texts, "--window", 64, "--windows", 8]
-    arguments += ["--make-tasks", tmp_path / "made", "--limit", 4, "--dtype", "float32"]
+    arguments += ["--make-tasks", tmp_path / "made", "--limit", 6, "--dtype", "float32"]
     done = run(*arguments, "--html", page)
     assert done.exit_code == 0, done.output
-    for word in (*MADE, "KL(source || converted)", "a0. m0. a1. m1!", "--limit 4"):
+    for word in (*MADE, "KL(source || converted)", "a0. m0. a1. m1!", "--limit 6"):
         assert word in done.stdout, word
     html = page.read_text()
     assert "<script" not in html and not re.search(r"(src|href)\s*=", html)
@@ -460,6 +522,16 @@ def test_a_ladder_checkpoint_of_its_authors_is_scored_as_ladder(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["{src}", "--tasks", "text_cloze", "--include-path", "{own}", "--apply-chat-template"],
+            "lm-eval can't run it on this model: ValueError",
+        ),
+        (["{src}", "--tasks", "long", "--include-path", "{long}"], "must be less than model's max"),
+        (["{src}", "--make-tasks", "{theirs}", "--text", "{text}"], "not of --make-tasks"),
+        (
+            ["{damaged}", "--tasks", "text_cloze", "--include-path", "{own}"],
+            "missing tensor lm_head",
+        ),
         (["{src}", "--tasks", "no_such_task"], "there is no task 'no_such_task'"),
         (["{src}"], "gsm8k, ifeval, wikitext: "),
         (["{src}", "--tasks", "gsm8k"], "data is neither here nor can the hub be reached"),
@@ -476,7 +548,10 @@ def test_a_ladder_checkpoint_of_its_authors_is_scored_as_ladder(
         (["--make-tasks", "{dir}", "--text", "{short}"], "too short to make tasks of"),
         (["{bare}", "--tasks", "text_cloze", "--include-path", "{own}"], "no tokenizer can be"),
         (["{bare}", "--baseline", "{bare}", "--text", "{text}"], "no tokenizer can be opened"),
-        (["{src}", "--tasks", "x", "--html", "{dir}/no/r.html"], "does not exist"),
+        (
+            ["{src}", "--tasks", "x", "--html", "{dir}/no/r.html"],
+            "isn't there or can't be written to",
+        ),
         (["{other}", "--baseline", "{src}", "--text", "{text}"], "vocabulary has 260 tokens"),
     ],
 )
@@ -495,6 +570,19 @@ def test_what_a_user_gets_wrong_is_one_line(
     names = {"src": source, "bare": make_dense(), "text": TEXTS[0], "dir": tmp_path / "dir"}
     names |= {name: tmp_path / name for name in ("binary", "empty", "short")}
     names["own"] = own_tasks
+    names |= {name: tmp_path / name for name in ("long", "theirs", "damaged")}
+    shutil.copytree(own_tasks, tmp_path / "long")
+    text = (own_tasks / "continue.yaml").read_text()
+    text = text.replace("max_gen_toks: 8", "max_gen_toks: 600").replace(
+        "task: continue", "task: long"
+    )
+    (tmp_path / "long" / "continue.yaml").write_text(text)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "text_cloze.yaml").write_text("task: text_cloze\n")
+    shutil.copytree(source, tmp_path / "damaged")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
     names["other"] = make_dense(vocab_size=280, max_position_embeddings=512)
     done = run(*(argument.format(**names) for argument in arguments))
     assert done.exit_code == 2 and message in done.output, done.output

@@ -81,6 +81,9 @@ class _BatchSize(click.ParamType):  # type: ignore[type-arg]
     help="What to compute in; auto is what is stored.",
 )
 @click.option("--seed", type=click.IntRange(0), help="[lm-eval's own]")
+@click.option(
+    "--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run what a model writes."
+)
 @click.option("--revision", help="Branch, tag or commit, where --baseline is a hub id.")
 @click.option(
     "--cache",
@@ -132,8 +135,8 @@ def evaluate(
         raise click.UsageError("--make-tasks needs a text to make them from: --text FILE")
     if checkpoint is None and make_tasks is None:
         raise click.UsageError("give the checkpoint to score: ptconvert eval CKPT --baseline SRC")
-    if html_file is not None and not html_file.resolve().parent.is_dir():
-        raise click.UsageError(f"{html_file}: its directory does not exist")
+    if html_file is not None and not os.access(html_file.resolve().parent, os.W_OK):
+        raise click.UsageError(f"{html_file}: its directory isn't there or can't be written to")
     if (window or windows) and not texts:
         raise click.UsageError("--window and --windows are for --text FILE")
     names = tuple(dict.fromkeys(t.strip() for t in (tasks or "").split(",") if t.strip()))
@@ -142,8 +145,11 @@ def evaluate(
         include_paths = (*include_paths, make_tasks)
         names = names or made
         if checkpoint is None:
-            click.echo(f"wrote {', '.join(made)} to {make_tasks}; use them with")
-            click.echo(f"  --include-path {make_tasks} --tasks {','.join(made)}")
+            if as_json:
+                click.echo(json.dumps({"include_path": str(make_tasks), "tasks": made}))
+            else:
+                click.echo(f"wrote {', '.join(made)} to {make_tasks}; use them with")
+                click.echo(f"  --include-path {make_tasks} --tasks {','.join(made)}")
             return
     if not names and not texts:
         names = DEFAULT_TASKS
@@ -158,18 +164,17 @@ def evaluate(
         Text(texts, window, windows) if texts and baseline else None,
         cache,
     )
-    if html_file is not None:
-        from ptconvert.evaluate.page import evaluation_page
-
-        html_file.write_text(evaluation_page(report), encoding="utf-8")
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
     else:
         from ptconvert.evaluate.terminal import print_evaluation
 
         print_evaluation(Console(highlight=False, markup=False, width=_width()), report)
-        if html_file is not None:
-            click.echo(f"wrote {html_file}")
+    if html_file is not None:
+        from ptconvert.evaluate.page import evaluation_page
+
+        html_file.write_text(evaluation_page(report), encoding="utf-8")
+        click.echo(f"wrote {html_file}", err=True)
 
 
 def _run(

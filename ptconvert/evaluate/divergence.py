@@ -27,6 +27,7 @@ from ptconvert.evaluate.statistics import (
     estimate,
     mean_over,
 )
+from ptconvert.evaluate.tasks import read_text
 from ptconvert.presets import dense_schedule, with_only
 from ptconvert.schedule import Schedule
 
@@ -142,12 +143,8 @@ def read_windows(
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids: list[int] = []
     for path in texts:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise EvaluationError(f"{path}: is not a text in UTF-8") from error
         ids += [] if first is None else [first]
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
     if length is not None and length > longest:
         raise EvaluationError(f"--window {length}: the model has {longest} positions")
     if len(ids) < 2 or (length is not None and len(ids) < length + 1):
@@ -155,7 +152,7 @@ def read_windows(
         raise EvaluationError(f"the text has {len(ids)} tokens; {wanted}")
     length = min(DEFAULT_LENGTH, longest, len(ids) - 1) if length is None else length
     if count is None:
-        count = max(1, min(DEFAULT_WINDOWS, (len(ids) - 1) // length))
+        count = max(1, min(DEFAULT_WINDOWS, (len(ids) - length - 1) // length))
     step = (len(ids) - length - 1) // count
     if count > 1 and step == 0:
         raise EvaluationError(
@@ -195,15 +192,10 @@ def measure(
 ) -> Tokens:
     """Runs a model over the windows (each `every`-th) and compares it with the source, per token.
 
-    Logits are compared in fp32. Raises EvaluationError where the vocabularies differ.
+    Logits are compared in fp32; the vocabularies are the same.
     """
     ids, kept = windows.ids[::every], source.hidden[::every]
     head = model.get_output_embeddings()
-    if head.weight.shape[0] != source.head.weight.shape[0]:
-        raise EvaluationError(
-            f"the source's vocabulary has {source.head.weight.shape[0]} tokens, the converted "
-            f"model's {head.weight.shape[0]}; --baseline must be the model that was converted"
-        )
     results: list[Floats] = []
     for rows, hidden_BTD in _hidden(model, ids, batch, progress, step):
         results.append(

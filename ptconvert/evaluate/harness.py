@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import logging
 import os
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,22 +15,25 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import jinja2
 import lm_eval
 import lm_eval.evaluator
+import yaml
 from huggingface_hub.errors import HfHubHTTPError
 from lm_eval.api.metrics import mean
-from lm_eval.api.model import LM
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from ptconvert import __version__
-from ptconvert.errors import EvaluationError
+from ptconvert.errors import EvaluationError, PTConvertError
+from ptconvert.evaluate.lm import FittingHFLM, UnopenedLM
 from ptconvert.evaluate.models import BatchSize, Progress, first_line
 
-# Rolling requests are saved when a call of lm-eval's is through with them: so, few per call.
-_ROLLING_AT_ONCE = 16
 # For lm-eval's own standard errors of metrics other than means, which are only shown.
 _LM_EVAL_RESAMPLES = 1_000
+_TASKS_FAULTS = (
+    *(OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError),
+    *(ArithmeticError, NotImplementedError, jinja2.TemplateError, yaml.YAMLError),
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Settings:
     device: str = "cpu"
     dtype: str = "auto"
     seed: int | None = None
+    confirm_run_unsafe_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,99 +100,13 @@ class Scores:
     batch_size: int
 
 
-class _FittingHFLM(HFLM):  # type: ignore[misc]
-    """lm-eval's model for transformers, with batches that halve when memory runs out."""
-
-    def __init__(self, model: Any, tokenizer: Any, batch: BatchSize) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch.size)
-        self.batch = batch
-
-    def _loglikelihood_tokens(
-        self,
-        requests: list[Any],
-        disable_tqdm: bool = False,  # noqa: ARG002  (the name is lm-eval's)
-        override_bs: int | None = None,
-    ) -> list[tuple[float, bool]]:
-        def run(size: int) -> Any:
-            self.batch_size_per_gpu = size
-            return HFLM._loglikelihood_tokens(self, requests, True, override_bs)
-
-        answers: list[tuple[float, bool]] = self.batch.fitting(run)
-        return answers
-
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        answers: list[float] = []
-        for first in range(0, len(requests), _ROLLING_AT_ONCE):
-            some = requests[first : first + _ROLLING_AT_ONCE]
-            answers += super().loglikelihood_rolling(some, disable_tqdm)
-        return answers
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        def run(size: int) -> Any:
-            self.batch_size_per_gpu = size
-            return HFLM.generate_until(self, requests, disable_tqdm)
-
-        answers: list[str] = self.batch.fitting(run)
-        return answers
-
-
-class _Unopened(LM):  # type: ignore[misc]
-    """A model that is opened when a request isn't in the cache, and not before."""
-
-    def __init__(self, build: Callable[[], _FittingHFLM], label: str, progress: Progress) -> None:
-        super().__init__()
-        self._build, self._label, self._progress = build, label, progress
-        self._lm: _FittingHFLM | None = None
-        self._done = self._total = 0
-
-    @property
-    def lm(self) -> _FittingHFLM:
-        if self._lm is None:
-            self._progress(f"{self._label}: opening the model", 0, None)
-            self._lm = self._build()
-            self._lm.set_cache_hook(self)
-        return self._lm
-
-    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
-        """lm-eval's call for each answer: it goes into the cache, and progress is told."""
-        self.cache_hook.add_partial(kind, request, answer)
-        self._done += 1
-        self._progress(self._label, min(self._done, self._total), self._total)
-
-    def _run(self, kind: str, requests: list[Any]) -> Any:
-        lm = self.lm
-        self._done, self._total = 0, len(requests)
-        self._progress(self._label, 0, self._total)
-        return getattr(lm, kind)(requests, disable_tqdm=True)
-
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        answers: list[tuple[float, bool]] = self._run("loglikelihood", requests)
-        return answers
-
-    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        answers: list[float] = self._run("loglikelihood_rolling", requests)
-        return answers
-
-    def generate_until(self, requests: list[Any]) -> list[str]:
-        answers: list[str] = self._run("generate_until", requests)
-        return answers
-
-    def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
-        return str(self.lm.apply_chat_template(*args, **kwargs))
-
-    @property
-    def tokenizer_name(self) -> str:
-        return str(self.lm.tokenizer_name)
-
-
 class _Tasks(TaskManager):  # type: ignore[misc]
     """lm-eval's task manager, which remembers what it loaded: metrics' functions are there."""
 
     loaded: Mapping[str, Any]
 
     def load(self, names: Any) -> Any:
-        with _explained(names):
-            self.loaded = super().load(names)
+        self.loaded = super().load(names)
         return self.loaded
 
 
@@ -211,7 +130,8 @@ def cache_file(cache: Path, model_digest: str, settings: Settings) -> Path:
 
 
 def score(
-    build: Callable[[], tuple[Any, Any]],
+    build: Callable[[], Any],
+    tokenizer: Any,
     settings: Settings,
     answers: Path,
     label: str,
@@ -219,32 +139,34 @@ def score(
 ) -> Scores:
     """Scores one model on all tasks with lm-eval's `simple_evaluate`.
 
-    `build` opens the model and its tokenizer; it isn't called when all answers are in the cache,
-    whose file is `answers`. Raises EvaluationError for tasks that aren't there or can't be loaded.
+    `build` opens the model; it isn't called when all answers are in the cache, whose file is
+    `answers`, and the model is let go of at the end. Raises EvaluationError for tasks that aren't
+    there, can't be loaded, or don't work with this model.
     """
     batch = BatchSize(settings.batch_size, settings.device)
-    lm = _Unopened(lambda: _FittingHFLM(*build(), batch), label, progress)
+    lm = UnopenedLM(lambda tok: FittingHFLM(build(), tok, batch), tokenizer, label, progress)
     progress(f"{label}: loading tasks", 0, None)
+    names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    seeds = {} if settings.seed is None else dict.fromkeys(names, settings.seed)
     with _quiet():
         manager = _manager(settings)
-        seed = settings.seed
-        names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         try:
-            results = lm_eval.simple_evaluate(
-                model=lm,
-                tasks=list(settings.tasks),
-                task_manager=manager,
-                num_fewshot=settings.num_fewshot,
-                limit=settings.limit,
-                apply_chat_template=settings.apply_chat_template,
-                use_cache=str(answers),
-                bootstrap_iters=_LM_EVAL_RESAMPLES,
-                log_samples=True,
-                **({} if seed is None else dict.fromkeys(names, seed)),
-            )
+            with _explained(settings.tasks, answers):
+                results = lm_eval.simple_evaluate(
+                    model=lm,
+                    tasks=_named(settings.tasks, manager),
+                    task_manager=manager,
+                    num_fewshot=settings.num_fewshot,
+                    limit=settings.limit,
+                    apply_chat_template=settings.apply_chat_template,
+                    use_cache=str(answers),
+                    bootstrap_iters=_LM_EVAL_RESAMPLES,
+                    log_samples=True,
+                    confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
+                    **seeds,
+                )
         finally:
-            if getattr(lm.cache_hook, "dbdict", None) is not None:
-                lm.cache_hook.dbdict.close()  # what was answered so far is on disk
+            lm.close()
     tasks = tuple(
         _task(name, manager.loaded["tasks"][name], results) for name in results["samples"]
     )
@@ -256,17 +178,28 @@ def _manager(settings: Settings) -> _Tasks:
     paths = [str(path) for path in settings.include_path]
     if paths:
         local = _Tasks(include_path=paths, include_defaults=False)
-        if all(name in local.all_tasks for name in settings.tasks):
+        if all(_matching(name, local) for name in settings.tasks):
             return local
     manager = _Tasks(include_path=paths or None)
     for name in settings.tasks:
-        if name not in manager.all_tasks:
+        if not _matching(name, manager):
             raise EvaluationError(
                 f"there is no task {name!r} in lm-eval {importlib.metadata.version('lm_eval')}"
                 f"{' or in --include-path' if paths else '; --include-path DIR adds your own'}; "
                 "`lm-eval ls tasks` lists its tasks"
             )
     return manager
+
+
+def _matching(name: str, manager: _Tasks) -> list[str]:
+    """The tasks that a name, a pattern such as arc_*, or the path of a YAML file stands for."""
+    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        return [name]
+    return list(manager.match_tasks([name]))
+
+
+def _named(names: Sequence[str], manager: _Tasks) -> list[str]:
+    return list(dict.fromkeys(task for name in names for task in _matching(name, manager)))
 
 
 @contextlib.contextmanager
@@ -288,15 +221,25 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(tasks: Sequence[str]) -> Iterator[None]:
-    """What goes wrong while lm-eval loads tasks and their data, in one line."""
-    named = ", ".join(tasks)
+def _explained(names: Sequence[str], answers: Path) -> Iterator[None]:
+    """What goes wrong in lm-eval, its tasks and their data, in one line.
+
+    Tasks are code and data of others, which fail in ways of their own; only what can't be a
+    task's or its data's doing goes on as it is.
+    """
+    named = ", ".join(names)
     try:
         yield
+    except PTConvertError:
+        raise
+    except sqlite3.Error as error:
+        raise EvaluationError(
+            f"the cache of answers is damaged ({first_line(error)}); delete {answers}_rank0.db"
+        ) from error
     except ImportError as error:
         raise EvaluationError(
-            f"{named}: needs a package that isn't here: {error}; pip install 'ptconvert[eval]' "
-            "brings what the default tasks need"
+            f"{named}: a task needs a package that isn't here: {error} (what the default tasks "
+            "need comes with pip install 'ptconvert[eval]')"
         ) from error
     except (ConnectionError, HfHubHTTPError) as error:
         raise EvaluationError(
@@ -304,8 +247,11 @@ def _explained(tasks: Sequence[str]) -> Iterator[None]:
             f"({first_line(error)}); without a network, use local tasks (--make-tasks, "
             "--include-path) or --text"
         ) from error
-    except (OSError, KeyError, ValueError) as error:
-        raise EvaluationError(f"{named}: lm-eval can't load it: {first_line(error)}") from error
+    except _TASKS_FAULTS as error:
+        raise EvaluationError(
+            f"{named}: lm-eval can't run it on this model: {type(error).__name__}: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def _task(name: str, task: Any, results: Mapping[str, Any]) -> Task:

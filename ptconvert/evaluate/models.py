@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ptconvert
 from ptconvert.checkpoint.reader import SMALL_FILES, Checkpoint
 from ptconvert.errors import CheckpointError, EvaluationError
+from ptconvert.families import CARRIED_BUFFERS
 from ptconvert.format import SECTION, read_section
 from ptconvert.modeling.model import PTConvertLlamaForCausalLM
 from ptconvert.presets import dense_schedule
@@ -53,10 +55,27 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
     if not is_dense(checkpoint) and SECTION not in checkpoint.config:
         opened = PTConvertLlamaForCausalLM
     try:
-        model = opened.from_pretrained(checkpoint.path, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        model, loading = opened.from_pretrained(
+            checkpoint.path, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+        model = model.to(device).eval()
+    except torch.OutOfMemoryError as error:
+        raise EvaluationError(
+            f"{checkpoint.path}: {checkpoint.nbytes / 1e9:.1f} GB of weights don't fit on {device}"
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
         raise CheckpointError(f"{checkpoint.path}: {first_line(error)}") from error
-    return model.to(device).eval()
+    # transformers fills what is missing with random numbers.
+    for what in ("missing", "unexpected", "mismatched"):
+        names = sorted(
+            str(name if isinstance(name, str) else name[0])
+            for name in loading[f"{what}_keys"]
+            if not str(name).endswith(CARRIED_BUFFERS)
+        )
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{checkpoint.path}: {what} tensor {names[0]}{more}")
+    return model
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -15,6 +15,7 @@ from ptconvert.evaluate.terminal import (
     metric_name,
     number,
     p_value,
+    perplexity_of,
     shortened,
     signed,
     text_names,
@@ -145,11 +146,16 @@ def _divergence(found: Divergence) -> Iterator[Html]:
 
 
 def _with_perplexity(loss: Estimate) -> str:
-    return f"{loss.value:.4f}  (perplexity {math.exp(min(loss.value, 700)):.4g})"
+    return f"{number(loss.value)}  (perplexity {perplexity_of(loss.value)})"
 
 
 def _positions(buckets: Sequence[Bucket]) -> Iterator[Html]:
-    if len(buckets) > 1:
+    finite = all(
+        math.isfinite(loss.value)
+        for bucket in buckets
+        for loss in (bucket.closeness.source_loss, bucket.closeness.converted_loss)
+    )
+    if len(buckets) > 1 and finite:
         ends = [float(bucket.last + 1) for bucket in buckets]
         losses = [
             Series("source", _points(ends, [b.closeness.source_loss for b in buckets])),
@@ -249,6 +255,6 @@ def _settings(settings: Settings, tasks: bool) -> Iterator[tuple[str, str]]:
         yield "batch size", str(settings.batch_size or "auto")
         yield "limit", "none" if settings.limit is None else f"{settings.limit:g}"
         shots = settings.num_fewshot
-        yield "few-shot examples", "the tasks' own" if shots is None else str(shots)
+        yield "few-shot examples asked for", "the tasks' own" if shots is None else str(shots)
         yield "chat template", "applied" if settings.apply_chat_template else "not applied"
     yield "seed", "lm-eval's own" if settings.seed is None else str(settings.seed)

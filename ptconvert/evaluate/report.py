@@ -11,7 +11,7 @@ from typing import Any
 
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.errors import EvaluationError
-from ptconvert.evaluate import divergence, harness, statistics, tasks
+from ptconvert.evaluate import divergence, harness, metrics, statistics, tasks
 from ptconvert.evaluate.divergence import Divergence
 from ptconvert.evaluate.harness import GroupOfTasks, Metric, Scores, Settings, Task
 from ptconvert.evaluate.models import (
@@ -24,6 +24,7 @@ from ptconvert.evaluate.models import (
     schedule_of,
 )
 from ptconvert.evaluate.statistics import Difference, Estimate, Seed
+from ptconvert.format import read_section
 
 SIGNIFICANT = 1 - statistics.CONFIDENCE
 
@@ -57,6 +58,7 @@ class Row:
     source_stderr: float | None
     converted_stderr: float | None
     difference: Difference | None
+    unpaired: bool = False  # both models were scored, but not alike
 
     @property
     def verdict(self) -> str:
@@ -123,40 +125,47 @@ def evaluate(
     """
     found = open_checkpoint(checkpoint)
     source = open_checkpoint(baseline) if baseline is not None else None
-    if text is not None and source is None:
-        raise EvaluationError("the divergence is from a source model: give it as --baseline SRC")
-    models = {"converted": found, **({"source": source} if source is not None else {})}
-    digests: dict[str, str] = {}
-    notes: list[str] = []
-    rows: list[Row] = []
-    if settings.tasks:
-        digests = {label: content_digest(model, progress) for label, model in models.items()}
-        scores = {
-            label: harness.score(
-                lambda model=model: _opened(model, settings),  # type: ignore[misc]
-                settings,
-                harness.cache_file(cache, digests[label], settings),
-                f"{label} model",
-                progress,
+    schedule, notes, windows = schedule_of(found), list[str](), None
+    if source is not None:
+        _check_alike(source, found)
+        if not is_dense(source) and is_dense(found):
+            notes.append("the baseline is converted and the checkpoint is dense: swapped?")
+    if text is not None:
+        if source is None:
+            raise EvaluationError(
+                "the divergence is from a source model: give it as --baseline SRC"
             )
-            for label, model in reversed(models.items())  # the source first
-        }
-        rows = list(_rows(scores.get("source"), scores["converted"], settings.seed or 0))
-        notes += _notes(scores["converted"], settings, rows)
-    apart = None
-    if text is not None and source is not None:
-        apart = _divergence(source, found, text, settings, progress)
-        if apart.overlapping:
+        windows = _windows(source, text)
+        if windows.overlapping:
             notes.append(
                 "windows of the text overlap, so the intervals of the divergence are too narrow; "
                 "ask for fewer --windows or a shorter --window"
             )
-    config: Any = found.config.get("ptconvert") or {}
+    digests: dict[str, str] = {}
+    rows: list[Row] = []
+    if settings.tasks:
+        models = {} if source is None else {"source": source}
+        models["converted"] = found
+        digests = {label: content_digest(model, progress) for label, model in models.items()}
+        scores = {
+            label: _scored(label, model, digests[label], settings, cache, progress)
+            for label, model in models.items()
+        }
+        rows = list(_rows(scores.get("source"), scores["converted"], settings.seed or 0))
+        notes += _notes(scores["converted"], settings, rows)
+    apart = None
+    if text is not None and source is not None and windows is not None:
+        apart = _divergence(source, found, text, windows, settings, progress)
+        if not math.isfinite(apart.whole.kl.value):
+            notes.append(
+                f"a model's outputs are not all finite in {settings.dtype}, so neither are the "
+                "figures; --dtype float32 or bfloat16 may help"
+            )
     return Report(
         checkpoint=names[0] if names else str(checkpoint),
         baseline=names[1] if names else str(baseline) if baseline else None,
-        schedule=str(schedule_of(found)),
-        tracks=int(config.get("tracks", 1)),
+        schedule=str(schedule),
+        tracks=read_section(found.config).tracks,
         settings=settings,
         digests=digests,
         rows=tuple(rows),
@@ -165,19 +174,52 @@ def evaluate(
     )
 
 
-def _opened(checkpoint: Checkpoint, settings: Settings) -> tuple[Any, Any]:
-    model = open_model(checkpoint, settings.dtype, settings.device)
-    return model, open_tokenizer(checkpoint)
+def _check_alike(source: Checkpoint, found: Checkpoint) -> None:
+    """Raises EvaluationError where the models can't be compared token by token."""
+    ours, theirs = (c.config.get("vocab_size") for c in (found, source))
+    if ours != theirs:
+        raise EvaluationError(
+            f"the source's vocabulary has {theirs} tokens, the converted model's {ours}; "
+            "--baseline must be the model that was converted"
+        )
+
+
+def _windows(source: Checkpoint, text: Text) -> divergence.Windows:
+    longest = source.config.get("max_position_embeddings")
+    if not isinstance(longest, int):
+        raise EvaluationError(f"{source.path}/config.json: max_position_embeddings is missing")
+    tokenizer = open_tokenizer(source)
+    return divergence.read_windows(text.paths, tokenizer, text.length, text.windows, longest)
+
+
+def _scored(
+    label: str,
+    checkpoint: Checkpoint,
+    digest: str,
+    settings: Settings,
+    cache: Path,
+    progress: Progress,
+) -> Scores:
+    return harness.score(
+        lambda: open_model(checkpoint, settings.dtype, settings.device),
+        open_tokenizer(checkpoint),
+        settings,
+        harness.cache_file(cache, digest, settings),
+        f"{label} model",
+        progress,
+    )
 
 
 def _divergence(
-    source: Checkpoint, found: Checkpoint, text: Text, settings: Settings, progress: Progress
+    source: Checkpoint,
+    found: Checkpoint,
+    text: Text,
+    windows: divergence.Windows,
+    settings: Settings,
+    progress: Progress,
 ) -> Divergence:
     """Both models on the text, one after the other."""
     seed = settings.seed or 0
-    tokenizer = open_tokenizer(source)
-    longest = int(str(source.config.get("max_position_embeddings", 2048)))
-    windows = divergence.read_windows(text.paths, tokenizer, text.length, text.windows, longest)
     batch = BatchSize(settings.batch_size, settings.device)
     progress("divergence: opening the source", 0, None)
     model = open_model(source, settings.dtype, settings.device)
@@ -213,6 +255,18 @@ def _notes(scores: Scores, settings: Settings, rows: Sequence[Row]) -> Iterator[
             f"--limit {settings.limit:g}: not the whole task was answered, so scores aren't "
             "comparable with published ones"
         )
+    few = sorted({row.task for row in rows if row.documents < statistics.MIN_DOCUMENTS})
+    if few:
+        yield (
+            f"{', '.join(few)}: with fewer than {statistics.MIN_DOCUMENTS} documents there is "
+            "neither an interval nor a test"
+        )
+    unpaired = sorted({row.task for row in rows if row.unpaired})
+    if unpaired:
+        yield (
+            f"{', '.join(unpaired)}: the task gives the models different metrics or documents, so "
+            "they aren't compared"
+        )
     tested = sum(row.difference is not None for row in rows)
     if tested > 10:
         yield (
@@ -223,14 +277,17 @@ def _notes(scores: Scores, settings: Settings, rows: Sequence[Row]) -> Iterator[
 
 def _rows(source: Scores | None, converted: Scores, seed: int) -> Iterator[Row]:
     """One row per metric of a task, and after the tasks one per metric of a group."""
+    before = {
+        (task.name, metric.name, metric.filter): metric
+        for task in (source.tasks if source is not None else ())
+        for metric in task.metrics
+    }
     rows: dict[tuple[str, str, str], Row] = {}
     for number, task in enumerate(converted.tasks):
-        other = source.tasks[number] if source is not None else None
-        for place, metric in enumerate(task.metrics):
-            before = other.metrics[place] if other is not None else None
-            row = _row(task, metric, before, (seed, number))
-            rows[task.name, metric.name, metric.filter] = row
-            yield row
+        for metric in task.metrics:
+            key = (task.name, metric.name, metric.filter)
+            rows[key] = _row(task, metric, before.get(key), source is not None, (seed, number))
+            yield rows[key]
     for group in converted.groups:
         yield _group_row(group, [rows[name, group.metric, group.filter] for name in group.tasks])
 
@@ -256,19 +313,20 @@ def _group_row(group: GroupOfTasks, members: Sequence[Row]) -> Row:
         source_stderr=None,
         converted_stderr=None,
         difference=statistics.weighted_difference(differences, weights) if paired else None,
+        unpaired=any(row.unpaired for row in members),
     )
 
 
-def _row(task: Task, metric: Metric, source: Metric | None, seed: Seed) -> Row:
+def _row(task: Task, metric: Metric, source: Metric | None, compared: bool, seed: Seed) -> Row:
     documents = len(metric.values)
-    over, resamples = statistics.over_documents(metric.values, metric.aggregate)
+    over, resamples = metrics.over_documents(metric.values, metric.aggregate)
     before = difference = None
-    if source is not None:
-        assert source.documents == metric.documents, "lm-eval gave the models different documents"
-        other, _ = statistics.over_documents(source.values, source.aggregate)
+    if source is not None and source.documents == metric.documents:
+        other, _ = metrics.over_documents(source.values, source.aggregate)
         before = statistics.estimate(other, documents, resamples, seed)
         difference = statistics.compare(other, over, documents, resamples, seed)
-        if statistics.is_right_or_wrong((*source.values, *metric.values)):
+        accuracy = metrics.is_accuracy((*source.values, *metric.values), metric.aggregate)
+        if accuracy and difference.p_value is not None:
             p_value = statistics.mcnemar(source.values, metric.values)
             difference = dataclasses.replace(difference, p_value=p_value, test="McNemar")
     return Row(
@@ -285,4 +343,5 @@ def _row(task: Task, metric: Metric, source: Metric | None, seed: Seed) -> Row:
         source_stderr=source.stderr if source is not None else None,
         converted_stderr=metric.stderr,
         difference=difference,
+        unpaired=compared and difference is None,
     )

@@ -8,22 +8,19 @@ right or wrong, the p-value is McNemar's exact test. Shapes: N documents, R resa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
 CONFIDENCE = 0.95
+MIN_DOCUMENTS = 6  # with fewer, no outcome would be unlikelier by chance than 5%
 RESAMPLES = 9_999
-SLOW_RESAMPLES = 999  # where the metric is a Python function of the whole list, as BLEU is
 _ELEMENTS = 4_000_000  # of one batch of resamples: 32 MB of indices
 
 Floats = npt.NDArray[np.float64]
-Aggregate = Callable[[Sequence[Any]], float]
 Seed = int | tuple[int, ...]
 # The metric over documents given by their indices: (..., N) -> (...).
 OverDocuments = Callable[[npt.NDArray[np.intp]], Floats]
@@ -31,10 +28,11 @@ OverDocuments = Callable[[npt.NDArray[np.intp]], Floats]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric and its 95% interval; the interval is None where there is a single document."""
+    """A metric over documents and its 95% interval, which is None where they are too few."""
 
     value: float
     interval: tuple[float, float] | None
+    documents: int
     distribution: Floats = field(
         repr=False
     )  # of the bootstrap, (R,): groups of tasks add up theirs
@@ -46,38 +44,6 @@ class Difference(Estimate):
 
     p_value: float | None
     test: str
-
-
-def over_documents(values: Sequence[Any], aggregate: Aggregate) -> tuple[OverDocuments, int]:
-    """A metric as a function of document indices, and how many resamples it is worth.
-
-    `values` has one entry per document, `aggregate` is lm-eval's function over such a list. The
-    means and the perplexities (exp of a ratio of sums, `lm_eval.api.metrics`) are computed for all
-    resamples at once, any other function once for each.
-    """
-    name = getattr(aggregate, "__name__", "")
-    if name in ("mean", "nanmean", "perplexity"):
-        x_N = np.asarray(values, dtype=np.float64)
-        mean = np.nanmean if name == "nanmean" else np.mean
-        if name == "perplexity":
-            return lambda idx: np.exp(-np.mean(x_N[idx], axis=-1)), RESAMPLES
-        return lambda idx: np.asarray(mean(x_N[idx], axis=-1)), RESAMPLES
-    if name in ("weighted_perplexity", "bits_per_byte"):
-        x_N, weight_N = np.asarray(values, dtype=np.float64).T
-
-        def ratio(idx: npt.NDArray[np.intp]) -> Floats:
-            return np.asarray(-x_N[idx].sum(axis=-1) / weight_N[idx].sum(axis=-1))
-
-        if name == "weighted_perplexity":
-            return lambda idx: np.exp(ratio(idx)), RESAMPLES
-        return lambda idx: ratio(idx) / math.log(2), RESAMPLES
-
-    def one_by_one(idx: npt.NDArray[np.intp]) -> Floats:
-        rows = idx.reshape(-1, idx.shape[-1])
-        results = [aggregate([values[i] for i in row]) for row in rows]
-        return np.asarray(results, dtype=np.float64).reshape(idx.shape[:-1])
-
-    return one_by_one, SLOW_RESAMPLES
 
 
 def mean_over(values: Sequence[float]) -> OverDocuments:
@@ -103,9 +69,11 @@ def resample(metric: OverDocuments, documents: int, resamples: int, seed: Seed) 
 
 
 def _interval(distribution: Floats, documents: int) -> tuple[float, float] | None:
-    if documents < 2 or not np.isfinite(distribution).all():
+    """The expanded percentile interval (Hesterberg, The American Statistician 69(4), 2015): at the
+    quantiles where Student's t has 2.5%, not the normal distribution; wider where N is small."""
+    if documents < MIN_DOCUMENTS or not np.isfinite(distribution).all():
         return None
-    tail = (1 - CONFIDENCE) / 2
+    tail = stats.norm.cdf(stats.t.ppf((1 - CONFIDENCE) / 2, documents - 1))
     low, high = np.quantile(distribution, [tail, 1 - tail])
     return float(low), float(high)
 
@@ -114,7 +82,7 @@ def estimate(metric: OverDocuments, documents: int, resamples: int, seed: Seed) 
     """A metric over N documents with its interval."""
     value = float(metric(np.arange(documents)))
     distribution = resample(metric, documents, resamples, seed)
-    return Estimate(value, _interval(distribution, documents), distribution)
+    return Estimate(value, _interval(distribution, documents), documents, distribution)
 
 
 def compare(
@@ -130,16 +98,26 @@ def compare(
 def _tested(apart: Estimate) -> Difference:
     """A difference with the p-value of its bootstrap distribution.
 
-    That is twice the share of resamples on the far side of zero, the sample itself counted as
-    one: below 5% just where the 95% interval leaves zero out, and the same for a perplexity as for
-    its logarithm (Efron and Tibshirani, chapter 15.4, by the percentile interval).
+    That comes from the share of resamples on the far side of zero, the sample itself counted as
+    one, as the interval does: below 5% where the interval leaves zero out, and the same for a
+    perplexity as for its logarithm. It is never below 2 / 2^N, the chance that N documents that
+    are as likely to go either way all go the same way.
     """
     p_value = None
     if apart.interval is not None:
         drawn = apart.distribution
         beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
-        p_value = min(1.0, 2 * float(1 + beyond) / (1 + len(drawn)))
-    return Difference(apart.value, apart.interval, apart.distribution, p_value, "paired bootstrap")
+        share = min(0.5, float(1 + beyond) / (1 + len(drawn)))
+        p_value = 2 * float(stats.t.cdf(stats.norm.ppf(share), apart.documents - 1))
+        p_value = max(p_value, 2.0 ** (1 - apart.documents))
+    return Difference(
+        apart.value,
+        apart.interval,
+        apart.documents,
+        apart.distribution,
+        p_value,
+        "paired bootstrap",
+    )
 
 
 def weighted_sum(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
@@ -149,7 +127,10 @@ def weighted_sum(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimat
     distribution = np.zeros(resamples)
     for weight, part in zip(weights, parts, strict=True):
         distribution += weight * part.distribution[:resamples]
-    return Estimate(value, _interval(distribution, 2), distribution)
+    documents = sum(part.documents for part in parts)
+    known = all(part.interval is not None for part in parts)
+    interval = _interval(distribution, documents) if known else None
+    return Estimate(value, interval, documents, distribution)
 
 
 def weighted_difference(parts: Sequence[Difference], weights: Sequence[float]) -> Difference:
@@ -168,8 +149,3 @@ def mcnemar(source: Sequence[float], converted: Sequence[float]) -> float:
     if lost + won == 0:
         return 1.0
     return float(stats.binomtest(lost, lost + won, 0.5).pvalue)
-
-
-def is_right_or_wrong(values: Sequence[Any]) -> bool:
-    """Whether each document's value is 0 or 1, as accuracies are."""
-    return all(isinstance(v, (int, float, np.number)) and v in (0, 1) for v in values)

@@ -20,8 +20,8 @@ DEFAULT_TASKS = ("gsm8k", "ifeval", "wikitext")
 _RANKED = frozenset({"multiple_choice"})
 MULTIPLE_CHOICE_WARNING = (
     "all tasks are multiple choice, which hides the damage of such conversions: in published "
-    "results GSM8K fell from 85.0 to 10.5 where HellaSwag lost 2.3 points; add a generation task "
-    "(gsm8k, ifeval), a perplexity task, or --text"
+    "results GSM8K fell from 85.0 to 10.5 where HellaSwag lost 2.3 points; a generation task "
+    "(gsm8k, ifeval), a perplexity task and --text show it"
 )
 
 PERPLEXITY_TASK, CLOZE_TASK = "text_perplexity", "text_cloze"
@@ -30,6 +30,8 @@ _CONTEXT_CHARACTERS = 600
 _MAX_DOCUMENTS = 1_000
 _CHOICES = 4
 _MIN_WORDS = 3
+_MAX_LINE = 400  # characters: longer ones, as data in code, may not fit a model's context
+_MARK = "# Made by ptconvert eval --make-tasks; made again, it is replaced.\n"
 
 
 def hides_damage(output_types: Sequence[str]) -> bool:
@@ -43,10 +45,10 @@ def make_tasks(directory: Path, texts: Sequence[Path], seed: int) -> tuple[str, 
     `text_perplexity` scores whole pieces of about 2,000 characters (rolling log-likelihood).
     `text_cloze` asks which of four lines comes next; the other three are lines of the same texts
     of about the same length. The tasks name their data by its absolute path, as lm-eval wants it.
-    Raises EvaluationError for texts too short to make tasks of, and for a directory whose files of
-    these names are something else's.
+    Raises EvaluationError for texts too short to make tasks of, and where a file of these names is
+    something else's.
     """
-    documents = [d for path in texts for d in _documents(_read(path))]
+    documents = [d for path in texts for d in _documents(read_text(path))]
     if len(documents) > _MAX_DOCUMENTS:
         documents = random.Random(seed).sample(documents, _MAX_DOCUMENTS)
     questions = _questions(documents, seed)
@@ -55,14 +57,19 @@ def make_tasks(directory: Path, texts: Sequence[Path], seed: int) -> tuple[str, 
             f"the text is too short to make tasks of: it needs two pieces of "
             f"{_DOCUMENT_CHARACTERS} characters with lines of {_MIN_WORDS} words or more"
         )
+    for task in (PERPLEXITY_TASK, CLOZE_TASK):
+        file = directory / f"{task}.yaml"
+        if file.exists() and not file.read_text(encoding="utf-8", errors="replace").startswith(
+            _MARK
+        ):
+            raise EvaluationError(f"{file} is there already, and not of --make-tasks")
     directory.mkdir(parents=True, exist_ok=True)
     perplexity: dict[str, object] = {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
         "doc_to_target": "{{text}}",
-        "metric_list": [
-            {"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")
-        ],
+        # No word_perplexity: code and many languages have few words to a space.
+        "metric_list": [{"metric": name} for name in ("byte_perplexity", "bits_per_byte")],
     }
     cloze: dict[str, object] = {
         "output_type": "multiple_choice",
@@ -80,7 +87,8 @@ def make_tasks(directory: Path, texts: Sequence[Path], seed: int) -> tuple[str, 
     return PERPLEXITY_TASK, CLOZE_TASK
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text file's content. Raises EvaluationError where it isn't text."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -104,10 +112,7 @@ def _questions(documents: Sequence[str], seed: int) -> list[dict[str, object]]:
     """One question per document: its context, four next lines, and which of them is right."""
     rng = random.Random(seed)
     lines = [document.splitlines(keepends=True) for document in documents]
-    usable = [
-        [n for n, line in enumerate(piece) if n and len(re.findall(r"\w+", line)) >= _MIN_WORDS]
-        for piece in lines
-    ]
+    usable = [[n for n, line in enumerate(piece) if n and _is_usable(line)] for piece in lines]
     pool = sorted(
         {piece[n] for piece, places in zip(lines, usable, strict=True) for n in places},
         key=lambda line: (len(line), line),
@@ -129,6 +134,10 @@ def _questions(documents: Sequence[str], seed: int) -> list[dict[str, object]]:
     return questions
 
 
+def _is_usable(line: str) -> bool:
+    return len(line) <= _MAX_LINE and len(re.findall(r"\w+", line)) >= _MIN_WORDS
+
+
 def _write(
     directory: Path,
     task: str,
@@ -146,5 +155,5 @@ def _write(
     }
     data.write_text("".join(json.dumps(d) + "\n" for d in documents), encoding="utf-8")
     (directory / f"{task}.yaml").write_text(
-        yaml.safe_dump(whole, sort_keys=False), encoding="utf-8"
+        _MARK + yaml.safe_dump(whole, sort_keys=False), encoding="utf-8"
     )

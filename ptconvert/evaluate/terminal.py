@@ -107,8 +107,8 @@ def _whole_table(found: Closeness) -> Table:
         ("loss, source", found.source_loss),
         ("loss, converted", found.converted_loss),
     ):
-        perplexity = f"perplexity {math.exp(min(one.value, 700)):.4g}"
-        table.add_row(f"{label} ({perplexity})", f"{one.value:.4f}", between(one, number))
+        perplexity = f"perplexity {perplexity_of(one.value)}"
+        table.add_row(f"{label} ({perplexity})", number(one.value), between(one, number))
     loss = found.loss
     table.add_row(
         "loss, difference", signed(loss.value), between(loss, signed), p_value(loss.p_value)
@@ -142,14 +142,23 @@ def text_names(texts: tuple[str, ...]) -> str:
 
 def number(value: float) -> str:
     """A score with as many decimals as its size makes worth reading."""
+    if not math.isfinite(value):
+        return "not finite"
     size = abs(value)
     if size >= 1e4:
         return f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
     return f"{value:.4f}" if size < 10 else f"{value:,.2f}"
 
 
+def perplexity_of(loss: float) -> str:
+    """exp of a loss in nats."""
+    return number(math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss)
+
+
 def signed(value: float) -> str:
     """The same, always with its sign."""
+    if not math.isfinite(value):
+        return number(value)
     return f"{'+' if value >= 0 else '-'}{number(abs(value))}"
 
 
