@@ -27,12 +27,20 @@ class CheckpointError(PTConvertError):
     """A checkpoint's files are missing, damaged, or don't match its config.json."""
 
 
-class SpecError(PTConvertError):
-    """One or more faults of a spec, each a line `file:line: what, and what would be right`."""
+class FileFaults(PTConvertError):
+    """One or more faults of a file, each a line `file:line: what, and what would be right`."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = tuple(_printable(fault) for fault in faults)
         ValueError.__init__(self, "\n".join(self.faults))
+
+
+class SpecError(FileFaults):
+    """Faults of a spec."""
+
+
+class HardwareError(FileFaults):
+    """Faults of a hardware file, or a use of it that it has no numbers for."""
 
 
 def _printable(text: str) -> str:
