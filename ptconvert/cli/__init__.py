@@ -6,6 +6,7 @@ import click
 
 from ptconvert import __version__
 from ptconvert.cli.common import Commands
+from ptconvert.cli.estimate import estimate
 from ptconvert.cli.show import show
 from ptconvert.cli.transform import transform
 from ptconvert.cli.verify import verify
@@ -18,6 +19,7 @@ def main() -> None:
 
     \b
     ptconvert show SPEC --model SRC            look at a schedule and what it saves
+    ptconvert estimate SPEC --hardware NAME    what it would buy on other hardware
     ptconvert transform SRC DST --spec SPEC    write the converted checkpoint
     ptconvert verify DST --ranks R             run it on R ranks and check what it promises
     ptconvert transform DST BACK --to-dense    undo it, bit for bit
@@ -26,5 +28,5 @@ def main() -> None:
     """
 
 
-for command in (transform, show, verify):
+for command in (transform, show, estimate, verify):
     main.add_command(command)

@@ -67,11 +67,24 @@ def stage_seconds(
     total = 0.0
     for sublayer in sublayers:
         cut = max(tracks, ranks) if sublayer.layer in tracked else ranks
-        parts = _attention if sublayer.kind is Kind.ATTENTION else _mlp
-        once = sum(part.seconds(device, engine) for part in parts(shape, engine, cut, one))
-        kernels = engine.attention_kernels if parts is _attention else engine.mlp_kernels
-        total += cut // ranks * (once + kernels * device.kernel_us * 1e-6)
+        parts = sublayer_parts(sublayer.kind, shape, engine, cut, one)
+        once = sum(part.seconds(device, engine) for part in parts)
+        total += cut // ranks * (once + kernel_seconds(sublayer.kind, device, engine))
     return total
+
+
+def sublayer_parts(
+    kind: Kind, shape: ModelShape, engine: Engine, cut: int, one: Pass
+) -> tuple[Part, ...]:
+    """The parts of a sublayer's work, for one of `cut` equal shares of its heads or neurons."""
+    parts = _attention if kind is Kind.ATTENTION else _mlp
+    return parts(shape, engine, cut, one)
+
+
+def kernel_seconds(kind: Kind, device: Device, engine: Engine) -> float:
+    """The fixed time of a sublayer's kernels."""
+    kernels = engine.attention_kernels if kind is Kind.ATTENTION else engine.mlp_kernels
+    return kernels * device.kernel_us * 1e-6
 
 
 def head_seconds(
@@ -104,7 +117,7 @@ def _weights(shape: ModelShape, prefix: str, cut: int) -> float:
     return total
 
 
-def _attention(shape: ModelShape, engine: Engine, cut: int, one: Pass) -> tuple[Part, Part]:
+def _attention(shape: ModelShape, engine: Engine, cut: int, one: Pass) -> tuple[Part, ...]:
     """Projections, and attention over the cache, of one of `cut` parts."""
     kv_heads = max(shape.kv_heads // cut, 1)  # replicated where there are fewer than parts
     queries = shape.query_width / cut
@@ -127,7 +140,7 @@ def _attention(shape: ModelShape, engine: Engine, cut: int, one: Pass) -> tuple[
     return projections, core
 
 
-def _mlp(shape: ModelShape, engine: Engine, cut: int, one: Pass) -> tuple[Part]:
+def _mlp(shape: ModelShape, engine: Engine, cut: int, one: Pass) -> tuple[Part, ...]:
     weights = _weights(shape, "mlp.", cut)
     moved = one.total * (4 * shape.width + 4 * shape.neurons / cut)
     reach = engine.batched_reach if one.total > 1 else 1.0
