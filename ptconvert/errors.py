@@ -27,7 +27,7 @@ class CheckpointError(PTConvertError):
     """A checkpoint's files are missing, damaged, or don't match its config.json."""
 
 
-class FileFaults(PTConvertError):
+class FileError(PTConvertError):
     """One or more faults of a file, each a line `file:line: what, and what would be right`."""
 
     def __init__(self, faults: Sequence[str]) -> None:
@@ -35,11 +35,11 @@ class FileFaults(PTConvertError):
         ValueError.__init__(self, "\n".join(self.faults))
 
 
-class SpecError(FileFaults):
+class SpecError(FileError):
     """Faults of a spec."""
 
 
-class HardwareError(FileFaults):
+class HardwareError(FileError):
     """Faults of a hardware file, or a use of it that it has no numbers for."""
 
 

@@ -54,7 +54,9 @@ def estimate(
     hardware, model = options["hardware"], options["model"]
     for name, given in (("SPEC", specs), ("--hardware NAME", hardware), ("--ranks R", ranks)):
         if not given:
-            raise click.UsageError(f"{name} is missing; or --measure OUT.yaml to time the ranks here")
+            raise click.UsageError(
+                f"{name} is missing; or --measure OUT.yaml to time the ranks here"
+            )
     return _estimate(specs, hardware, model, ranks or 1, options)
 
 

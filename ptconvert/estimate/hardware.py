@@ -34,6 +34,7 @@ from ptconvert.errors import HardwareError
 from ptconvert.strict_yaml import Value, YAMLError, load
 
 FORMAT = 1
+_WHOLE = ("ranks", "reduces_at_once")
 
 
 def _number(least: float = 0.0, most: float = 1e9, default: Any = MISSING) -> Any:
@@ -51,10 +52,12 @@ class Device:
     """One GPU, or one rank's share of a CPU.
 
     `matmul_tflops` (1e12 FLOP/s) and `memory_gb_s` (1e9 B/s) are the data sheet's, in the dtype
-    served; `memory_reach` is the share of the latter that large kernels attain. `kernel_us` is the fixed
-    time of one kernel beyond its roofline (launch, ramp up, tail). `overlap_share` is the part of an
-    all-reduce's time that it takes from the computation beside it: its kernel holds processors, and
-    on a CPU cores, while it runs. `memory_gb` is 1e9 B.
+    served; `memory_reach` is the share of the latter that kernels attain in reading weights, and
+    `batched_reach` what is left of it with more than one token. `memory_gb` is 1e9 B. `kernel_us`
+    is the fixed time of one kernel beyond its roofline (launch, ramp up, tail). `overlap_share` is
+    the part of an all-reduce's time that it takes from the computation beside it, as its kernel
+    holds processors, and on a CPU cores. `reduces_at_once` all-reduces progress side by side: 1 on
+    NCCL's stream, 2 on gloo's two threads.
     """
 
     matmul_tflops: float = _number(1e-6)
@@ -63,6 +66,8 @@ class Device:
     memory_gb: float = _number(1e-3)
     kernel_us: float = _number()
     overlap_share: float = _number(0.0, 0.99)
+    batched_reach: float = _number(1e-3, 1.0, 1.0)
+    reduces_at_once: int = _number(1, 64, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +84,9 @@ class Link:
 
     `base_us` is the fixed time of one all-reduce. Ring all-reduces take 2(n-1) steps, trees
     2 ceil(log2 n). `one_shot_us` is the fixed time of a kernel that reads all peers' buffers at
-    once, 0 where peers can't be read; `switch_us` and `switch_gb_s` (message bytes per time) are of a
-    reduction in the switch, 0 where there is none. The fastest way is taken at each message size.
+    once, 0 where peers can't be read. `switch_us` and `switch_gb_s` (1e9 bytes of the message per
+    second) are of a reduction in the switch, 0 where there is none. The fastest way is taken at
+    each message size.
     """
 
     name: str
@@ -120,20 +126,24 @@ class Hardware:
 class Engine:
     """How a serving engine runs a model: what it fixes per kernel, step and request.
 
-    `attention_kernels`, `mlp_kernels`: kernels of one sublayer, its norm and the addition to the
-    residual stream included. `step_us`, `request_us`: host time per decode step, and per request
-    until its first token. `matmul_reach`: the share of the device's FLOP/s that it attains in a
-    prefill. `kv_reach`: the share of the device's reached bandwidth that reading the
-    KV cache attains, and `kv_reads` how often it is read; `batched_reach` the share that reading
-    the weights attains when there is more than one token (matrix-matrix kernels, where one token
-    has matrix-vector ones). `score_passes`: times that attention scores travel to memory and back in a
-    prefill; 0 for fused kernels. `cache`: whether attention reads the tokens so far or the whole
-    allocated cache. `logits`: of which positions. `vocabulary`: whether lm_head is cut by rank.
-    `one_shot`: whether it has one-shot all-reduces.
+    - `attention_kernels`, `mlp_kernels`: of one sublayer, its norm and the addition to the
+      residual stream included; `head_kernels`: of embeddings, final norm and lm_head.
+    - `step_us`, `request_us`: host time per pass, and per request until its first token.
+    - `matmul_reach`: the share of the device's FLOP/s that it attains in a prefill.
+    - `kv_reach`: the share of the bandwidth reached that reading the KV cache attains; `kv_reads`:
+      how often it is read.
+    - `batched_reach`: the share that reading weights attains when there is more than one token
+      (matrix-matrix kernels, where one token has matrix-vector ones).
+    - `score_passes`: times that a prefill's attention scores travel to or from memory; 0 where
+      kernels are fused.
+    - `cache`: whether attention reads the tokens so far or the whole allocated cache; `logits`: of
+      which positions; `vocabulary`: whether lm_head is cut by rank; `one_shot`: whether there are
+      one-shot all-reduces.
     """
 
     attention_kernels: float = _number(1)
     mlp_kernels: float = _number(1)
+    head_kernels: float = _number(1)
     step_us: float = _number()
     request_us: float = _number()
     matmul_reach: float = _number(1e-3, 1.0)
@@ -176,7 +186,7 @@ def read_hardware(name: str) -> Hardware:
 def read_engine(name: str) -> Engine:
     """An engine by its name in the package, or a file. Raises HardwareError with all faults."""
     text, where = _find(name, "engines")
-    fields = _Reader(where).document(text, _fields(Engine) | _COMMON, "an engine file")
+    fields = _Reader(where).document(text, {**_fields(Engine), **_COMMON}, "an engine file")
     return Engine(**{k: v for k, v in fields.items() if k != "sources"})
 
 
@@ -285,11 +295,11 @@ class _Reader:
 
     def _limited(self, value: Value, key: str, least: float, most: float) -> float | int:
         number = value.number()
-        if number is None or not least <= number <= most or (key == "ranks" and number % 1):
-            kind = "a whole number" if key == "ranks" else "a number"
+        if number is None or not least <= number <= most or (key in _WHOLE and number % 1):
+            kind = "a whole number" if key in _WHOLE else "a number"
             self._fault(value.line, f"{key} is {value}; it must be {kind}, {least:g} to {most:g}")
             return least
-        return int(number) if key == "ranks" else number
+        return int(number) if key in _WHOLE else number
 
     def _word(self, value: Value, key: str, allowed: tuple[str, ...]) -> str:
         if value.data not in allowed:

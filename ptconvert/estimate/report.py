@@ -118,7 +118,7 @@ def _timelines(rows: Sequence[Row], what: str, of: Callable[[Estimate], Timeline
 
 
 def layer_group(schedule: Schedule) -> range:
-    """Layers of the middle of a schedule, from one all-reduce after an MLP to another: 2 or more."""
+    """Two or more layers of a schedule's middle, from one all-reduce after an MLP to another."""
     ends = [0] + [
         stage.sublayers[-1].layer + 1
         for stage in schedule.stages
@@ -142,8 +142,8 @@ def lane_group(candidate: Candidate, timeline: Timeline, layers: range) -> html.
 
     def bar(start: float, stop: float, kind: str, label: str = "") -> list[html.Bar]:
         start, stop = max(start, begin), min(stop, end)
-        times = ((t - begin) * 1e6 for t in (start, stop))
-        return [html.Bar(*times, kind, label)] if stop > start else []
+        bars = [html.Bar((start - begin) * 1e6, (stop - begin) * 1e6, kind, label)]
+        return bars if stop > start else []
 
     compute: list[html.Bar] = []
     transfers: list[html.Bar] = []
@@ -218,13 +218,13 @@ def _what_if(candidates: Sequence[Candidate], setting: Setting) -> list[html.Htm
             "Batch",
             "sequences in a batch",
             "As far as weights and cache fit the device.",
-            dict(over_batches(candidates, setting)),
+            {float(n): r for n, r in over_batches(candidates, setting).items()},
         ),
         (
             "Ranks",
             "ranks",
             "Numbers that divide the model and all tracks.",
-            dict(over_ranks(candidates, setting)),
+            {float(n): r for n, r in over_ranks(candidates, setting).items()},
         ),
     ]
     return [

@@ -38,16 +38,21 @@ class Pass:
 
 @dataclass(frozen=True)
 class Part:
-    """Work of one rank: FLOPs and bytes of memory traffic."""
+    """Work of one rank: FLOPs and bytes of memory traffic.
+
+    `batched` bytes are of weights that meet more than one token.
+    """
 
     flops: float
     nbytes: float
+    batched: float = 0.0
 
     def seconds(self, device: Device, engine: Engine) -> float:
         """The larger of the two over what is reached of the device's rates."""
         rate = device.matmul_tflops * 1e12 * engine.matmul_reach
         bandwidth = device.memory_gb_s * 1e9 * device.memory_reach
-        return max(self.flops / rate, self.nbytes / bandwidth)
+        slower = self.batched / (device.batched_reach * engine.batched_reach)
+        return max(self.flops / rate, (self.nbytes - self.batched + slower) / bandwidth)
 
 
 def stage_seconds(
@@ -77,8 +82,7 @@ def sublayer_parts(
     kind: Kind, shape: ModelShape, engine: Engine, cut: int, one: Pass
 ) -> tuple[Part, ...]:
     """The parts of a sublayer's work, for one of `cut` equal shares of its heads or neurons."""
-    parts = _attention if kind is Kind.ATTENTION else _mlp
-    return parts(shape, engine, cut, one)
+    return _attention(shape, engine, cut, one) if kind is Kind.ATTENTION else _mlp(shape, cut, one)
 
 
 def kernel_seconds(kind: Kind, device: Device, engine: Engine) -> float:
@@ -87,16 +91,16 @@ def kernel_seconds(kind: Kind, device: Device, engine: Engine) -> float:
     return kernels * device.kernel_us * 1e-6
 
 
-def head_seconds(
-    shape: ModelShape, device: Device, engine: Engine, ranks: int, one: Pass
-) -> float:
+def head_seconds(shape: ModelShape, device: Device, engine: Engine, ranks: int, one: Pass) -> float:
     """Seconds for embeddings, final norm and lm_head, and the host's time for the step."""
     tokens = one.total if engine.logits == "all" else one.sequences
     rows = shape.vocabulary / (ranks if engine.vocabulary == "sharded" else 1)
     weights = rows * shape.width
     nbytes = weights + tokens * rows + 4 * one.total * shape.width
-    part = Part(2 * tokens * weights, nbytes * _bytes(shape))
-    return part.seconds(device, engine) + engine.step_us * 1e-6
+    size = _bytes(shape)
+    part = Part(2 * tokens * weights, nbytes * size, weights * size if tokens > 1 else 0.0)
+    fixed = engine.head_kernels * device.kernel_us + engine.step_us
+    return part.seconds(device, engine) + fixed * 1e-6
 
 
 def _bytes(shape: ModelShape) -> int:
@@ -125,8 +129,8 @@ def _attention(shape: ModelShape, engine: Engine, cut: int, one: Pass) -> tuple[
     weights = _weights(shape, "self_attn.", cut)
     moved = one.total * (4 * shape.width + 3 * queries + keys)  # norm, addition; in and out
     size = _bytes(shape)
-    reach = engine.batched_reach if one.total > 1 else 1.0
-    projections = Part(2 * one.total * weights, (weights / reach + moved) * size)
+    batched = _batched(weights, one) * size
+    projections = Part(2 * one.total * weights, (weights + moved) * size, batched)
     so_far = one.past + (one.tokens + 1) / 2  # the mean over the new tokens, causally
     attended = one.allocated if engine.cache == "allocated" else so_far
     cached = one.allocated if engine.cache == "allocated" else one.past + one.tokens
@@ -140,11 +144,16 @@ def _attention(shape: ModelShape, engine: Engine, cut: int, one: Pass) -> tuple[
     return projections, core
 
 
-def _mlp(shape: ModelShape, engine: Engine, cut: int, one: Pass) -> tuple[Part, ...]:
+def _mlp(shape: ModelShape, cut: int, one: Pass) -> tuple[Part, ...]:
     weights = _weights(shape, "mlp.", cut)
     moved = one.total * (4 * shape.width + 4 * shape.neurons / cut)
-    reach = engine.batched_reach if one.total > 1 else 1.0
-    return (Part(2 * one.total * weights, (weights / reach + moved) * _bytes(shape)),)
+    size = _bytes(shape)
+    batched = _batched(weights, one) * size
+    return (Part(2 * one.total * weights, (weights + moved) * size, batched),)
+
+
+def _batched(weights: float, one: Pass) -> float:
+    return weights if one.total > 1 else 0.0
 
 
 def rank_bytes(shape: ModelShape, engine: Engine, ranks: int, tracks: int, one: Pass) -> float:

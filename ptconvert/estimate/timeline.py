@@ -1,9 +1,10 @@
-"""When each stage computes and each all-reduce transfers: one compute lane, one link.
+"""When each stage computes and each all-reduce transfers.
 
 A blocking ending holds the computation until its all-reduce is done. An overlapped one is launched
 and its all-reduce runs beside the stages before its merge; what isn't done by then is waited for.
-All-reduces take the link one after another, in launch order, as they do on one NCCL stream or one
-gloo thread.
+It takes a share of its own time (`Device.overlap_share`) from the stage that follows its launch.
+All-reduces take the link in launch order, as many at once as the device has them progress: one
+after another on NCCL's stream, two side by side on gloo's threads.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Timeline:
 
     @property
     def communication(self) -> float:
-        """The share of the time that isn't computation: waiting for all-reduces, or slowed by them."""
+        """The share of the time that isn't computation: waiting for all-reduces, or slowed."""
         return 1 - self.compute / self.seconds if self.seconds else 0.0
 
 
@@ -56,23 +57,21 @@ def run(
 
     `reduce_seconds` is one all-reduce.
     """
-    now = free = 0.0
+    now, owed = 0.0, 0.0
+    busy = [0.0] * device.reduces_at_once  # until when
     due: dict[int, float] = {}
     spans = []
     for index, alone in enumerate(stages):
-        end = now + _beside(alone, max(0.0, free - now), device.overlap_share)
+        end = now + alone + owed
         merged, transfer = schedule.merged_after(index), None
         if merged is not None:
-            transfer = (max(end, free), max(end, free) + reduce_seconds)
-            free = transfer[1]
-            due[merged] = free
+            start = max(end, min(busy))
+            transfer = (start, start + reduce_seconds)
+            busy = [*sorted(busy)[1:], transfer[1]]
+            due[merged] = max(transfer[1], due.get(merged, 0.0))
+        overlapped = merged is not None and merged > index
+        owed = device.overlap_share * reduce_seconds if overlapped else 0.0
         ready = max(end, due.pop(index, end))
         spans.append(Span((now, end), transfer, ready - end))
         now = ready
     return Timeline(tuple(spans), sum(stages) + head, now + head)
-
-
-def _beside(alone: float, transferring: float, share: float) -> float:
-    """Seconds for `alone` seconds of computation, the first `transferring` beside a transfer."""
-    slowed = alone / (1 - share)
-    return slowed if slowed <= transferring else alone + share * transferring
