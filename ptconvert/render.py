@@ -216,7 +216,7 @@ def print_estimates(console: Console, rows: Sequence[Row], setting: Setting) -> 
     table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     for name in HEADER:
         left = name == HEADER[0]
-        heading = name.replace("-", "-\n").replace("muni", "muni-\n")  # leaves names room
+        heading = name.replace("-", "-\n").replace(" ", "\n").replace("muni", "muni-\n")
         table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(*cells(row))

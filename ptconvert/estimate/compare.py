@@ -26,12 +26,12 @@ ACCURACY = (
 LIMITS = (
     "Speculative decoding, chunked prefill and continuous batching are not modelled: a batch is "
     "static, its prefill one pass. Published throughput at batch 256 under continuous batching is "
-    "15% off on average, up to 36%, and Parallel Track gains nothing there in decoding where 9% "
-    "are estimated.",
+    "15% off on average, up to 35%, and with prompts of up to 2048 and 4096 new tokens Parallel "
+    "Track gains nothing there where 7 to 13% are estimated.",
     "Mixtures of experts, quantised weights and sliding windows are not modelled. Prompts of "
     "63,000 tokens under TensorRT-LLM take two thirds of what is estimated.",
     "Overlap at batch 16 and beyond with peer-to-peer off is overestimated: ladder on 8 ranks "
-    "gains 28 to 35% where 45 to 60% are estimated.",
+    "gains 28 to 35% where 43 to 59% are estimated.",
     "Every rank is equally fast, and nothing else uses the links. The numbers of hardware other "
     "than H100 SXM are from data sheets and others' measurements; --measure replaces them.",
 )
