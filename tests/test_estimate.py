@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -330,6 +332,22 @@ def test_a_fault_of_a_hardware_file_is_refused(
     file.write_text(text.replace(old, new, 1))
     with pytest.raises(HardwareError, match=what):
         read_hardware(str(file))
+
+
+@given(st.data())
+@settings(max_examples=150)
+def test_no_hardware_file_ends_in_a_traceback(data: st.DataObject) -> None:
+    lines = to_yaml(H100).splitlines()
+    for _ in range(data.draw(st.integers(1, 4))):
+        index = data.draw(st.integers(0, len(lines) - 1))
+        word = st.sampled_from(["", "[]", "{}", "-1", "1e999", "~", "- x", "a: b", "!!int 3", "no"])
+        kept = data.draw(st.sampled_from(["", lines[index].partition(":")[0] + ": ", lines[index]]))
+        lines[index] = kept + data.draw(word)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "mine.yaml"
+        file.write_text("\n".join(lines))
+        with contextlib.suppress(HardwareError):
+            all_reduce_seconds(1e6, 2, read_hardware(str(file)).links)
 
 
 def calibration() -> Any:
