@@ -27,8 +27,8 @@ def found(ranks: int, base: float, step: float, per_byte: float, overlapped: flo
         for n in sizes
         for m in (4096, 65536, 4194304)
     ]
-    blocking = STEP + 16 * (base + 2 * (ranks - 1) * step)
-    steps = {"alone": STEP, "blocking": blocking, "overlapped": overlapped}
+    token = base + 2 * (ranks - 1) * step
+    steps = {"one": STEP + token, "blocking": STEP + 16 * token, "overlapped": overlapped}
     one = {
         "name": "a CPU",
         "memory": 8e9,

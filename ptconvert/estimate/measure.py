@@ -2,8 +2,9 @@
 
 All ranks measure at the same time, as they will share the machine when they serve. Small figures
 come from a tiny model in the runtime that `verify` uses, so that an all-reduce is timed between
-stages that really end at different moments: a decode step of it alone, with blocking all-reduces,
-and with overlapped ones. Rates and bandwidths come from large operands.
+stages that really end at different moments: a decode step of it with a single all-reduce, with a
+blocking one after each stage, and with as many overlapped. Rates and bandwidths come from large
+operands. Of repeats the fastest counts, as what disturbs a measurement only ever adds to it.
 """
 
 from __future__ import annotations
@@ -31,9 +32,8 @@ from ptconvert.estimate.hardware import (
 )
 from ptconvert.estimate.timeline import run
 from ptconvert.modeling.config import PTConvertLlamaConfig
-from ptconvert.modeling.executor import Communicator, OneProcess
 from ptconvert.modeling.model import PTConvertLlamaForCausalLM
-from ptconvert.presets import dense_schedule, ladder
+from ptconvert.presets import dense_schedule, ladder, parallel_track
 from ptconvert.runtime.communicator import ProcessGroupCommunicator
 from ptconvert.runtime.launch import Rank, RanksFailed, join, launch, under_torchrun
 from ptconvert.schedule import Schedule
@@ -50,7 +50,7 @@ _SIZES: dict[str, int] = {
     "max_position_embeddings": 512,
 }
 _MESSAGES = [2**n for n in range(12, 24, 2)]  # bytes, 4 KiB to 4 MiB
-_REPEATS = 7
+_REPEATS = 9
 _GLOO_THREADS = 2  # torch.distributed's ProcessGroupGloo has as many by default
 _TIMEOUT_SECONDS = 300.0
 
@@ -106,7 +106,7 @@ def _dtype(rank: Rank) -> torch.dtype:
 
 
 def _seconds(rank: Rank, work: Callable[[], object], times: int) -> float:
-    """The median time of one call, over repeats of `times` calls that all ranks begin together."""
+    """The time of a call, in the fastest repeat of `times` calls that all ranks begin together."""
     work()
     found = []
     for _ in range(_REPEATS):
@@ -117,7 +117,7 @@ def _seconds(rank: Rank, work: Callable[[], object], times: int) -> float:
             work()
         _settle(rank)
         found.append((time.perf_counter() - started) / times)
-    return statistics.median(found)
+    return min(found)
 
 
 def _settle(rank: Rank) -> None:
@@ -152,22 +152,22 @@ def _read_rate(rank: Rank, tokens: int) -> float:
 
 
 def _steps(rank: Rank) -> dict[str, list[list[float]]]:
-    """Seconds of each decode step of the tiny model, by repeat: alone, blocking, overlapped."""
+    """Seconds of each decode step of the tiny model, by repeat: one, blocking, overlapped."""
     torch.manual_seed(0)
     model = PTConvertLlamaForCausalLM(PTConvertLlamaConfig(**_SIZES))
     model = model.to(device=rank.device, dtype=_dtype(rank)).eval()
-    group = ProcessGroupCommunicator(None, rank.journal)
-    dense, overlapped = dense_schedule(_LAYERS), Schedule(ladder(range(_LAYERS)))
-    runs: dict[str, tuple[Schedule, Communicator]] = {
-        "alone": (dense, OneProcess()),
-        "blocking": (dense, group),
-        "overlapped": (overlapped, group),
+    model.model.communicator = ProcessGroupCommunicator(None, rank.journal)
+    layers = range(_LAYERS)
+    runs = {
+        "one": Schedule(parallel_track(layers, depth=_LAYERS)),
+        "blocking": dense_schedule(_LAYERS),
+        "overlapped": Schedule(ladder(layers)),
     }
     ids = torch.zeros(1, 1, dtype=torch.long, device=rank.device)
     found: dict[str, list[list[float]]] = {name: [] for name in runs}
     for _ in range(1 + _REPEATS):
-        for name, (schedule, communicator) in runs.items():  # alternating, as the machine drifts
-            model.model.schedule, model.model.communicator = schedule, communicator
+        for name, schedule in runs.items():  # alternating, as the machine drifts
+            model.model.schedule = schedule
             found[name].append(_decode_seconds(rank, model, ids))
     return {name: repeats[1:] for name, repeats in found.items()}
 
@@ -187,11 +187,9 @@ def _decode_seconds(rank: Rank, model: Any, ids: torch.Tensor, steps: int = 16) 
 
 
 def _lockstep(ranks: list[list[list[float]]]) -> float:
-    """Seconds of a step of ranks that wait for each other: the slowest of each, mean, median."""
+    """Seconds of a step of ranks that wait for each other: the slowest's, in the fastest repeat."""
     repeats = zip(*ranks, strict=True)
-    return statistics.median(
-        statistics.fmean(map(max, zip(*steps, strict=True))) for steps in repeats
-    )
+    return min(statistics.fmean(map(max, zip(*steps, strict=True))) for steps in repeats)
 
 
 def _reduces(rank: Rank) -> list[tuple[int, int, float]]:
@@ -226,8 +224,9 @@ def to_hardware(results: list[dict[str, Any]], backend: str, engine: Engine) -> 
     ranks = len(results)
     steps = {k: _lockstep([r["steps"][k] for r in results]) for k in results[0]["steps"]}
     operators = _LAYERS * (engine.attention_kernels + engine.mlp_kernels) + engine.head_kernels
-    kernel = steps["alone"] / operators
-    reduce_seconds = max(0.0, steps["blocking"] - steps["alone"]) / (2 * _LAYERS)
+    # Two schedules differ by 2L - 1 all-reduces; computation is what is left without any.
+    reduce_seconds = max(0.0, steps["blocking"] - steps["one"]) / (2 * _LAYERS - 1)
+    kernel = max(0.0, steps["one"] - (reduce_seconds if ranks > 1 else 0.0)) / operators
     copied = min(r["copy_bytes"] for r in results)
     read, batched = (min(r["read_bytes"][i] for r in results) for i in (0, 1))
     device = Device(
