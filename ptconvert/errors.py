@@ -35,6 +35,10 @@ class SpecError(PTConvertError):
         ValueError.__init__(self, "\n".join(self.faults))
 
 
+class EngineError(PTConvertError):
+    """vLLM did not start."""
+
+
 def _printable(text: str) -> str:
     escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return "".join(escaped)

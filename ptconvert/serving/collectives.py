@@ -61,7 +61,7 @@ def _fake(after_TD: torch.Tensor, launch: int, wait: list[int]) -> torch.Tensor:
     return torch.empty_like(after_TD)
 
 
-_library = torch.library.Library(BOUNDARY.split("::")[0], "FRAGMENT")
+_library: Any = torch.library.Library(BOUNDARY.split("::")[0], "FRAGMENT")  # type: ignore[no-untyped-call]
 direct_register_custom_op(
     BOUNDARY.split("::")[1], _all_reduce_boundary, fake_impl=_fake, target_lib=_library
 )

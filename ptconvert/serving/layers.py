@@ -66,10 +66,11 @@ class ServedLayer(nn.Module):
         windowed = layer_types(config)[index] == "sliding_attention"
         wanted = config.sliding_window if windowed else None
         for part in self.parts.values():
-            if part.self_attn.attn.sliding_window != wanted:
+            attention: Any = part.self_attn
+            if attention.attn.sliding_window != wanted:
                 raise ConfigError(
                     f"layer {index} attends to {wanted or 'all'} tokens, but vLLM's "
-                    f"{type(part).__name__} would to {part.self_attn.attn.sliding_window or 'all'}"
+                    f"{type(part).__name__} would to {attention.attn.sliding_window or 'all'}"
                 )
 
     def norms(self, kind: Kind) -> list[Any]:

@@ -99,7 +99,7 @@ class PTConvertModel(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The normed stream after the last stage, (tokens, width), the same on every rank."""
-        base_TD = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        base_TD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         merged_TD: torch.Tensor | None = None  # all-reduced; the next norm adds it to base_TD
         waiting: PerTrack | None = None  # deferred partials
         seen: dict[int, PerTrack] = {}  # partials in flight that their own tracks see
@@ -109,7 +109,7 @@ class PTConvertModel(nn.Module):
                 own = add_per_track(own, seen[stage])
             partials: PerTrack | None = None
             for sublayer in step.sublayers:
-                layer = self.layers[sublayer.layer]
+                layer: Any = self.layers[sublayer.layer]
                 norms = layer.norms(sublayer.kind)
                 normed, base_TD = read_stream(norms, base_TD, merged_TD, own)
                 merged_TD = None
@@ -143,7 +143,8 @@ class PTConvertModel(nn.Module):
             reduced_TD = tensor_model_parallel_all_reduce(local_TD)
             merged_TD = reduced_TD if merged_TD is None else merged_TD + reduced_TD
         for sublayer in step.counted:
-            bias_D = self.layers[sublayer.layer].common_bias(sublayer.kind)
+            layer: Any = self.layers[sublayer.layer]
+            bias_D = layer.common_bias(sublayer.kind)
             if bias_D is not None:
                 assert merged_TD is not None
                 merged_TD = merged_TD + bias_D
