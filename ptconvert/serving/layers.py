@@ -102,21 +102,24 @@ def read_stream(
     """What each part's sublayer reads, normed, and the stream with `merged_TD` added.
 
     `own` is what each track adds to the stream for itself only. Sums happen inside the fused
-    add-and-norm, as in vLLM's models, in its functional form, as the stream is still needed.
+    add-and-norm, as in vLLM's models. Both tensors given to it are overwritten, except where a
+    track's own view of the stream is normed: others still need the stream then.
     """
     if own is None:
         if merged_TD is None:
             return [norm(base_TD) for norm in norms], base_TD
-        first_TD, base_TD = _add_norm(norms[0], merged_TD, base_TD)
+        first_TD, base_TD = norms[0](merged_TD, base_TD)
         return [first_TD, *(norm(base_TD) for norm in norms[1:])], base_TD
     if merged_TD is not None:
         base_TD = base_TD + merged_TD
-    normed = [_add_norm(n, own[t % len(own)], base_TD)[0] for t, n in enumerate(norms)]
-    return normed, base_TD
+    return [_norm_of_sum(n, own[t % len(own)], base_TD) for t, n in enumerate(norms)], base_TD
 
 
-def _add_norm(norm: Any, x_TD: torch.Tensor, stream_TD: torch.Tensor) -> Any:
-    return ir.ops.fused_add_rms_norm(x_TD, stream_TD, norm.weight.data, norm.variance_epsilon)
+def _norm_of_sum(norm: Any, own_TD: torch.Tensor, base_TD: torch.Tensor) -> torch.Tensor:
+    add_norm = ir.ops.fused_add_rms_norm  # the functional form: it overwrites nothing
+    normed_TD: torch.Tensor
+    normed_TD, _ = add_norm(own_TD, base_TD, norm.weight.data, norm.variance_epsilon)
+    return normed_TD
 
 
 @contextlib.contextmanager
