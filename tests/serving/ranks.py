@@ -35,11 +35,20 @@ def main() -> None:
 def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[str, Any]:
     """Answers, counted passes, and answers with each fault; the engine is gone afterwards."""
     from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import default_loader
 
     from ptconvert.serving.verify import generate
 
+    files: list[str] = []
+    read = default_loader.safetensors_weights_iterator
+
+    def recording(weights_files: list[str], *arguments: Any, **keywords: Any) -> Any:
+        files.extend(Path(file).name for file in weights_files)
+        return read(weights_files, *arguments, **keywords)
+
+    default_loader.safetensors_weights_iterator = recording
     llm = lockstep.engine(
-        Path(case["path"]),
+        Path(case["path"].format(rank=rank)),
         rank,
         ranks,
         rendezvous,
@@ -54,7 +63,8 @@ def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[s
         kv_cache_memory_bytes=2**26,
     )
     prompts, new = case["prompts"], case["new_tokens"]
-    found: dict[str, Any] = {"answers": generate(llm, prompts, new)}
+    default_loader.safetensors_weights_iterator = read
+    found: dict[str, Any] = {"files": files, "answers": generate(llm, prompts, new)}
     found["again"] = generate(llm, prompts, new)
     found["cached"] = cached_tokens(llm, prompts)
     llm.collective_rpc("ptconvert_start_counting")

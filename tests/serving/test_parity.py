@@ -74,18 +74,23 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def run_on_ranks(directory: Path, names: Sequence[str], paths: dict[str, Path], ranks: int) -> Any:
-    """Each case's findings on each rank, all from the same processes."""
+    """Each case's findings on each rank."""
     cases = [
         {
             "name": name,
             "path": str(paths[name]),
             "eager": CASES[name].eager,
-            "prompts": prompts(),
-            "new_tokens": NEW_TOKENS,
             "faults": name in WITH_FAULTS,
         }
         for name in names
     ]
+    return run_cases(directory, cases, ranks)
+
+
+def run_cases(directory: Path, cases: list[dict[str, Any]], ranks: int) -> Any:
+    """Findings of ranks.py on each rank, for all cases in the same processes."""
+    for case in cases:
+        case.update(prompts=prompts(), new_tokens=NEW_TOKENS)
     (directory / "cases.json").write_text(json.dumps(cases))
     script = Path(__file__).with_name("ranks.py")
     outputs = [(directory / f"output.{rank}").open("wb") for rank in range(ranks)]
