@@ -121,7 +121,7 @@ def on_rank(job: dict[str, Any]) -> dict[str, Any]:
             max_model_len=256,
             max_num_seqs=max(job["batches"]),
             max_num_batched_tokens=max(256, max(job["batches"]) * PROMPT_TOKENS),
-            kv_cache_memory_bytes=2**29,
+            kv_cache_memory_bytes=2**27,
         ).llm_engine
         for name, path in job["models"].items()
     }
