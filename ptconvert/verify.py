@@ -93,19 +93,13 @@ def verify(
     `wrap` puts a communicator around each rank's own; tests inject faults with it.
     Raises PTConvertError for input that is wrong.
     """
-    checkpoint = open_checkpoint(path)
-    if SECTION not in checkpoint.config:
-        raise CheckpointError(f"{path} is not converted; `ptconvert transform` makes checkpoints")
-    section, shape = (
-        read_section(checkpoint.config, str(path / "config.json")),
-        shape_of(checkpoint),
-    )
-    as_converted = _as_converted(path, section)
+    checkpoint, section, shape = open_converted(path)
+    unchanged = as_converted(path, section)
     backend, notes = _backend(settings)
-    if not as_converted:
+    if not unchanged:
         notes = (*notes, f"no {SPEC_FILE} here to compare the schedule with")
-    dtype = _dtype(settings, shape)
-    _check_ranks(checkpoint, settings, dtype)
+    dtype = torch_dtype(settings, shape)
+    check_ranks(checkpoint, settings, dtype)
     job = Job(
         path,
         dtype,
@@ -135,14 +129,26 @@ def verify(
         if error.wrong_input is not None:
             raise CheckpointError(error.wrong_input) from None
         failures = tuple(with_departures(error, expected))
-        return Report(as_converted, failures=failures, notes=notes)
+        return Report(unchanged, failures=failures, notes=notes)
     if not results:
         return None
-    checks = (*as_converted, *_checks(results, expected))
+    checks = (*unchanged, *_checks(results, expected))
     return Report(checks, _figures(results, expected, backend), notes=notes)
 
 
-def _as_converted(path: Path, section: Section) -> tuple[Check, ...]:
+def open_converted(path: Path) -> tuple[Checkpoint, Section, ModelShape]:
+    """A converted checkpoint, what it says of its conversion, and its source's shape.
+
+    Raises PTConvertError for one that isn't converted or doesn't hold together.
+    """
+    checkpoint = open_checkpoint(path)
+    if SECTION not in checkpoint.config:
+        raise CheckpointError(f"{path} is not converted; `ptconvert transform` makes checkpoints")
+    section = read_section(checkpoint.config, str(path / "config.json"))
+    return checkpoint, section, shape_of(checkpoint)
+
+
+def as_converted(path: Path, section: Section) -> tuple[Check, ...]:
     """Whether the schedule is still that of the spec that it was converted by."""
     file = path / SPEC_FILE
     if not file.is_file():
@@ -177,13 +183,14 @@ def _backend(settings: Settings) -> tuple[str, tuple[str, ...]]:
     return backend, ()
 
 
-def _dtype(settings: Settings, shape: ModelShape) -> torch.dtype:
+def torch_dtype(settings: Settings, shape: ModelShape) -> torch.dtype:
+    """What to compute in: as asked for, else the checkpoint's own."""
     name = settings.dtype or next((k for k, v in DTYPES.items() if v == shape.dtype), "float32")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
-def _check_ranks(checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype) -> None:
+def check_ranks(checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype) -> None:
     """Raises CheckpointError where the ranks don't divide the model, or don't fit this machine."""
     shape, tracks = shape_of(checkpoint), read_section(checkpoint.config).tracks
     ranks = settings.ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,9 @@ hypothesis.settings.load_profile("unhurried")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
+
+# tests/serving needs vLLM, which wants an environment of its own: `make test-vllm`.
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["serving"]
 
 FIXTURE = Path(__file__).parents[2] / "shared" / "fixtures" / "stdlib-llama"
 LAYERS = 6

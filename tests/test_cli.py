@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pty
@@ -43,6 +44,18 @@ def test_help_and_version() -> None:
         assert "Usage:" in run(command, "--help")[0]
     version = [sys.executable, "-m", "ptconvert", "--version"]
     assert __version__ in subprocess.run(version, capture_output=True, text=True, check=True).stdout
+
+
+def test_verify_says_which_engine_takes_an_option(tmp_path: Path) -> None:
+    for options, word in (
+        (("--engine", "torch", "--enforce-eager"), "--enforce-eager"),
+        (("--engine", "vllm", "--backend", "gloo"), "--backend"),
+    ):
+        _, err = run("verify", tmp_path, "--ranks", 2, *options, code=2)
+        assert f"takes no {word}" in err
+    if importlib.util.find_spec("vllm") is None:
+        _, err = run("verify", tmp_path, "--ranks", 2, "--engine", "vllm", code=2)
+        assert "pip install 'ptconvert[vllm]'" in err
 
 
 def test_transform_and_back(make_dense: MakeDense, spec: Path, tmp_path: Path) -> None:

@@ -120,6 +120,10 @@ class Link:
         self.addresses = ["10.0.0.1", "10.0.0.2"]
         self._stack = contextlib.ExitStack()
 
+    def prefix(self, rank: int) -> list[str]:
+        """What makes a command run at a rank's end of the link."""
+        return ["ip", "netns", "exec", self.names[rank]]
+
     def __enter__(self) -> Link:
         with self._stack:  # what exists is removed where the rest can't be made
             tuns = [self._end(index) for index in range(RANKS)]
@@ -178,7 +182,13 @@ def forward(tuns: list[int], stop: int, seconds: float) -> None:
                 os.write(tun, packet)
 
 
-def on_ranks(link: Link, what: str, arguments: Sequence[str | Path], directory: Path) -> None:
+def on_ranks(
+    link: Link,
+    what: str,
+    arguments: Sequence[str | Path],
+    directory: Path,
+    limit: float = LIMIT_SECONDS,
+) -> None:
     """Runs this Python with arguments as both ranks; raises Failed unless both exit with 0."""
     outputs = [directory / f"output.{rank}" for rank in range(RANKS)]
     running: list[subprocess.Popen[bytes]] = []
@@ -192,8 +202,7 @@ def on_ranks(link: Link, what: str, arguments: Sequence[str | Path], directory: 
                 "GLOO_SOCKET_IFNAME": link.devices[rank],
                 "HF_HUB_OFFLINE": "1",
             }
-            command = ["ip", "netns", "exec", link.names[rank], sys.executable]
-            command += map(str, arguments)
+            command = [*link.prefix(rank), sys.executable, *map(str, arguments)]
             with output.open("wb") as stream:
                 running.append(
                     subprocess.Popen(
@@ -205,7 +214,7 @@ def on_ranks(link: Link, what: str, arguments: Sequence[str | Path], directory: 
                         start_new_session=True,
                     )
                 )
-        codes = wait_for(running)
+        codes = wait_for(running, limit)
     finally:
         for process in running:
             with contextlib.suppress(ProcessLookupError):
@@ -221,9 +230,9 @@ def how_it_ended(output: Path, code: int | None) -> str:
     return f"rank {output.suffix[1:]}: {ended}\n{output.read_text(errors='replace')[-2000:]}"
 
 
-def wait_for(running: list[subprocess.Popen[bytes]]) -> list[int | None]:
+def wait_for(running: list[subprocess.Popen[bytes]], limit: float) -> list[int | None]:
     """Exit codes once all have ended, or one has failed (and 5 s passed), or time is up."""
-    deadline = time.monotonic() + LIMIT_SECONDS
+    deadline = time.monotonic() + limit
     while any(process.poll() is None for process in running) and time.monotonic() < deadline:
         if any(process.poll() for process in running):
             deadline = min(deadline, time.monotonic() + 5)

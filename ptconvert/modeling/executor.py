@@ -37,7 +37,7 @@ class Update:
         common = other.common if self.common is None else self.common
         if self.common is not None and other.common is not None:
             common = self.common + other.common
-        return Update(_add(self.partials, other.partials), common)
+        return Update(add_per_track(self.partials, other.partials), common)
 
 
 RunSublayer = Callable[[Sublayer, PerTrack], Update]
@@ -100,9 +100,9 @@ def run_schedule(
             entered(index)
         view = [base_BSD]
         if waiting is not None:
-            view = _add(view, waiting.partials)
+            view = add_per_track(view, waiting.partials)
         for flight in in_flight:
-            view = view if flight.seen is None else _add(view, flight.seen)
+            view = view if flight.seen is None else add_per_track(view, flight.seen)
         own = functools.reduce(operator.add, [run_sublayer(s, view) for s in stage.sublayers])
         pending = own if waiting is None else waiting + own
         merged_after = schedule.merged_after(index)
@@ -130,7 +130,9 @@ def _already(reduced_BSD: torch.Tensor) -> Callable[[], torch.Tensor]:
     return lambda: reduced_BSD
 
 
-def _add(a: PerTrack, b: PerTrack) -> PerTrack:
-    """The sum track by track; a single tensor stands for every track."""
+def add_per_track(a: PerTrack | None, b: PerTrack) -> PerTrack:
+    """The sum track by track; a single tensor stands for every track, None for nothing."""
+    if a is None:
+        return b
     count = max(len(a), len(b))
     return [a[t % len(a)] + b[t % len(b)] for t in range(count)]

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 
 ALL_REDUCE = "all_reduce"
+# vLLM's blocking all-reduces, which don't pass through c10d, and which argument is the tensor: over
+# shared memory on CPU, and on GPUs whichever of its kernels vLLM picks.
+_VLLM_ALL_REDUCES = {"_C::shm_allreduce": 1, "vllm::all_reduce": 0}
 _BYTES = {"float": 4, "half": 2, "bfloat16": 2, "double": 8}
 
 
@@ -90,7 +93,10 @@ class Profile:
         events = json.loads(trace.read_text())["traceEvents"]
         events = sorted((e for e in events if e.get("ph") == "X"), key=lambda e: float(e["ts"]))
         self._calls = [
-            e for e in events if e["name"].startswith("c10d::") and e.get("cat") == "cpu_op"
+            e
+            for e in events
+            if e.get("cat") == "cpu_op"
+            and (e["name"] in _VLLM_ALL_REDUCES or e["name"].startswith(("c10d::", "_C::shm_")))
         ]
         self._launches = [e for e in self._calls if e["name"] == "c10d::allreduce_"]
         kernels = [e for e in events if e.get("cat") == "kernel"]
@@ -130,8 +136,11 @@ class Profile:
                     asynchronous=arguments["Concrete Inputs"][4] == "True",
                     stage=self._inside(event, "stage"),
                 )
+            elif (at := _VLLM_ALL_REDUCES.get(event["name"])) is not None:
+                shape, dtype = arguments["Input Dims"][at], arguments["Input type"][at]
+                collective = Collective(ALL_REDUCE, tuple(shape), _short(dtype), False)
             else:
-                name = event["name"].removeprefix("c10d::").rstrip("_")
+                name = event["name"].split("::")[1].removeprefix("shm_").rstrip("_")
                 collective = Collective(name, (), "", None)
             found.setdefault(self._inside(event, "step"), []).append(collective)
         return found
@@ -175,4 +184,8 @@ def _dtype(transfer: dict[str, Any]) -> str:
     """The dtype of a transfer; c10d's own event says only that it got a list of tensors."""
     arguments = transfer.get("args", {})
     types = arguments.get("Input type") or [arguments.get("dtype", "")]
-    return str(types[0]).lower().removeprefix("c10::")
+    return _short(str(types[0]))
+
+
+def _short(dtype: str) -> str:
+    return dtype.lower().removeprefix("c10::")

@@ -1,0 +1,42 @@
+"""vLLM engines whose tensor-parallel ranks are processes that we start, one rank in each.
+
+vLLM calls this an external launcher: every process runs the whole engine with its own rank's worker
+in it, and as scheduling is deterministic they stay in lockstep. So several engines can live in the
+same processes, take turns, start in seconds, and run in different network namespaces.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+
+def engine(path: Path, rank: int, ranks: int, rendezvous: Path, **arguments: Any) -> Any:
+    """This rank's part of an engine; all ranks must make the same engines in the same order.
+
+    `rendezvous` is a file that doesn't exist yet, the same one for all engines of the processes.
+    `arguments` are vLLM's.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import vllm
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    # By file instead of by a port; and vLLM names its shared memory by the last part of this, which
+    # would be the same for every run on the machine otherwise.
+    method = f"file://{rendezvous.resolve()}"
+    ExecutorWithExternalLauncher._distributed_args = lambda _: (method, rank, rank)
+    defaults: dict[str, Any] = {
+        "distributed_executor_backend": "external_launcher",
+        "worker_extension_cls": "ptconvert.serving.counting.Counting",
+        "skip_tokenizer_init": True,
+        "seed": 0,
+    }
+    return vllm.LLM(str(path), tensor_parallel_size=ranks, **(defaults | arguments))
+
+
+def bind(rank: int) -> None:
+    """Binds this process to one core, and torch to one thread; before torch is imported."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    os.environ["OMP_NUM_THREADS"] = "1"

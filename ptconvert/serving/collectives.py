@@ -1,0 +1,78 @@
+"""The asynchronous all-reduce at a boundary between stages, as one operation.
+
+One opaque operation launches this boundary's all-reduce first, then waits for those that are due
+and returns their sum. Compilers can't see into it and can't move it: what it takes is made by the
+stage before it, what it returns is read by the stage after it. (Two operations, start and wait,
+would let a compiler sink the start to its wait; functional collectives gave wrong tokens under
+torch.compile on CPU.)
+
+The all-reduces are torch.distributed's, on the process group that vLLM made for the tensor-parallel
+ranks: gloo's own threads on CPU; on CUDA a NCCL communicator and stream other than those of vLLM's
+blocking all-reduces, which the current stream waits for by an event.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from vllm.distributed import get_tp_group
+from vllm.utils.torch_utils import direct_register_custom_op
+
+BOUNDARY = "ptconvert::all_reduce_boundary"
+NO_LAUNCH = -1
+
+
+class _InFlight(threading.local):
+    """What this thread launched and has not waited for: buffers and work handles by stage.
+
+    By thread, because vLLM may run two halves of a batch in turns on two threads.
+    """
+
+    def __init__(self) -> None:
+        self.by_stage: dict[int, tuple[torch.Tensor, Any]] = {}
+
+
+_in_flight = _InFlight()
+
+
+def _all_reduce_boundary(after_TD: torch.Tensor, launch: int, wait: list[int]) -> torch.Tensor:
+    """Launches the sum of `after_TD` over ranks as stage `launch`'s, unless that is NO_LAUNCH; then
+    returns the sum of the stages `wait`, zeros where there is none."""
+    if launch != NO_LAUNCH:
+        buffer_TD = after_TD.clone()  # the compiler may give after_TD's memory to another tensor
+        group = get_tp_group()
+        work = None
+        if group.world_size > 1:
+            work = dist.all_reduce(buffer_TD, group=group.device_group, async_op=True)
+        _in_flight.by_stage[launch] = buffer_TD, work
+    merged_TD = None
+    for stage in wait:
+        buffer_TD, work = _in_flight.by_stage.pop(stage)
+        if work is not None:
+            work.wait()
+        merged_TD = buffer_TD if merged_TD is None else merged_TD.add_(buffer_TD)
+    return torch.zeros_like(after_TD) if merged_TD is None else merged_TD
+
+
+def _fake(after_TD: torch.Tensor, launch: int, wait: list[int]) -> torch.Tensor:  # noqa: ARG001
+    return torch.empty_like(after_TD)
+
+
+_library: Any = torch.library.Library(BOUNDARY.split("::")[0], "FRAGMENT")  # type: ignore[no-untyped-call]
+direct_register_custom_op(
+    BOUNDARY.split("::")[1], _all_reduce_boundary, fake_impl=_fake, target_lib=_library
+)
+
+
+def all_reduce_boundary(after_TD: torch.Tensor, launch: int, wait: list[int]) -> torch.Tensor:
+    """Launches the all-reduce of a stage and returns what is merged after it, (tokens, width).
+
+    `after_TD` is the stage's partial, reduced only where `launch` is the stage's index; `wait` are
+    the stages that are merged here. Collective: every rank of vLLM's tensor-parallel group calls
+    it with the same numbers, in the same order.
+    """
+    out_TD: torch.Tensor = torch.ops.ptconvert.all_reduce_boundary(after_TD, launch, wait)
+    return out_TD

@@ -1,0 +1,123 @@
+"""One rank of the engines that test_parity.py looks at: python ranks.py RANK RANKS DIRECTORY.
+
+Reads DIRECTORY/cases.json, runs each case in an engine and writes DIRECTORY/found.RANK.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "bench"))
+import lockstep
+
+BLOCK = 32  # tokens in a block of the KV cache; whole blocks are what prefix caching reuses
+
+
+def main() -> None:
+    rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    lockstep.bind(rank)
+    found = {}
+    for case in json.loads((directory / "cases.json").read_text()):
+        try:
+            found[case["name"]] = run(case, rank, ranks, directory / f"vllm_dist_{directory.name}")
+        except Exception:
+            found[case["name"]] = {"error": traceback.format_exc()}
+            break  # the ranks may not be in step any more
+    (directory / f"found.{rank}.json").write_text(json.dumps(found))
+
+
+def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[str, Any]:
+    """Answers, counted passes, and answers with each fault; the engine is gone afterwards."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import default_loader
+
+    from ptconvert.serving.verify import generate
+
+    files: list[str] = []
+    read = default_loader.safetensors_weights_iterator
+
+    def recording(weights_files: list[str], *arguments: Any, **keywords: Any) -> Any:
+        files.extend(Path(file).name for file in weights_files)
+        return read(weights_files, *arguments, **keywords)
+
+    default_loader.safetensors_weights_iterator = recording
+    llm = lockstep.engine(
+        Path(case["path"].format(rank=rank)),
+        rank,
+        ranks,
+        rendezvous,
+        dtype="float32",
+        enforce_eager=case["eager"],
+        block_size=BLOCK,
+        max_num_batched_tokens=64,  # less than the longest prompt, so that it comes in chunks
+        enable_chunked_prefill=True,
+        enable_prefix_caching=True,
+        max_num_seqs=8,
+        max_model_len=256,
+        kv_cache_memory_bytes=2**26,
+    )
+    prompts, new = case["prompts"], case["new_tokens"]
+    default_loader.safetensors_weights_iterator = read
+    found: dict[str, Any] = {"files": files, "answers": generate(llm, prompts, new)}
+    found["again"] = generate(llm, prompts, new)
+    found["cached"] = cached_tokens(llm, prompts)
+    llm.collective_rpc("ptconvert_start_counting")
+    generate(llm, [[7, 8, 9, 10, 11]], 3)
+    found["passes"] = llm.collective_rpc("ptconvert_stop_counting")[0]
+    if case["faults"]:
+        model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+        found["faults"] = {}
+        with set_current_vllm_config(llm.llm_engine.vllm_config):
+            for name, undo in faults(model.model):
+                llm.reset_prefix_cache()
+                found["faults"][name] = generate(llm, prompts, new)
+                undo()
+    llm.llm_engine.engine_core.shutdown()
+    return found
+
+
+def cached_tokens(llm: Any, prompts: list[list[int]]) -> int:
+    """How many tokens of these prompts vLLM takes from its cache."""
+    import vllm
+
+    one = vllm.SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], one, use_tqdm=False)
+    return sum(output.num_cached_tokens for output in outputs)
+
+
+def faults(model: Any) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Puts one fault after another into a model: its name, and how to undo it."""
+    from ptconvert.schedule import Merge
+
+    program = model.program
+
+    def undo() -> None:
+        model.program = program
+
+    at = next(i for i, step in enumerate(program) if step.counted)
+    ending = Merge.DEFERRED if program[at].ending is Merge.BLOCKING else program[at].ending
+    dropped = replace(program[at], ending=ending, merged=(), counted=())
+    model.program = (*program[:at], dropped, *program[at + 1 :])
+    yield "a merge is dropped", undo
+    late = next((i for i, s in enumerate(program) if s.merged and s.index not in s.merged), None)
+    if late is not None and late + 1 < len(program):
+        here, after = program[late], program[late + 1]
+        here = replace(here, merged=(), counted=())
+        after = replace(after, merged=(*program[late].merged, *after.merged))
+        model.program = (*program[:late], here, after, *program[late + 2 :])
+        yield "a lag is changed", undo
+    biases = [bias for layer in model.layers for bias in layer.common.values()]
+    if biases:
+        kept = biases[0].data.clone()
+        biases[0].data *= 2
+        yield "a bias is counted twice", lambda: biases[0].data.copy_(kept)
+
+
+if __name__ == "__main__":
+    main()

