@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,8 @@ Answers = Callable[..., Any]
 
 
 def quiet(*_: object) -> None:
-    """No progress."""
+    """No progress; who shows it isn't made for several threads."""
+    assert threading.current_thread() is threading.main_thread()
 
 
 @pytest.fixture(scope="module")
@@ -365,6 +367,7 @@ def test_outputs_that_are_not_finite_are_said(source: Path, tmp_path: Path, run:
     page = tmp_path / "r.html"
     arguments = [broken, "--baseline", source, "--text", TEXTS[0], "--window", 32, "--html", page]
     done = run(*arguments)
+    assert "no intervals" in run(*arguments[:-2], "--windows", 5).stdout
     assert done.exit_code == 0 and "not all finite" in done.stdout and page.exists(), done.output
     found = json.loads(run(*arguments, "--json").stdout)
     assert found["divergence"]["whole"]["kl"]["value"] is None

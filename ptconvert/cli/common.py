@@ -20,11 +20,13 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 from ptconvert.errors import PTConvertError
 from ptconvert.shape import ModelShape, read_config
@@ -118,17 +120,24 @@ def byte_progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
+class _Count(MofNCompleteColumn):
+    """How much of how much, where that is known."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.total is None else super().render(task)
+
+
 @contextmanager
 def step_progress() -> Iterator[Callable[[str, int, int | None], None]]:
     """A bar for the step at hand, on a terminal: told the step, how much is done and of how many.
 
-    A total of None shows that something goes on.
+    A total of None shows that something goes on. To be called from one thread.
     """
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
+        _Count(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),

@@ -102,23 +102,21 @@ def content_digest(checkpoint: Checkpoint, progress: Progress) -> str:
     path = checkpoint.path
     files = {t.file for t in checkpoint.tensors.values()}
     files.update(f for pattern in SMALL_FILES for f in path.glob(pattern) if f.is_file())
-    total = sum(f.stat().st_size for f in files)
-    done = 0
-    digest = hashlib.sha256()
-
-    def one(file: Path) -> str:
-        nonlocal done
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        done += file.stat().st_size
-        progress(f"reading {path.name}", done, total)
-        return found
-
-    ordered = sorted(files)
+    sizes = {file: file.stat().st_size for file in sorted(files)}
+    total, done, digest = sum(sizes.values()), 0, hashlib.sha256()
+    label = f"reading {path.name}, MB"
+    progress(label, 0, total // 10**6)
     with ThreadPoolExecutor(2) as pool:
-        for file, found in zip(ordered, pool.map(one, ordered), strict=True):
+        for (file, size), found in zip(sizes.items(), pool.map(_file_digest, sizes), strict=True):
             digest.update(f"{file.relative_to(path)}\0{found}\0".encode())
+            done += size
+            progress(label, done // 10**6, total // 10**6)
     return digest.hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class BatchSize:

@@ -136,6 +136,11 @@ def evaluate(
                 "the divergence is from a source model: give it as --baseline SRC"
             )
         windows = _windows(source, text)
+        if len(windows.ids) < statistics.MIN_DOCUMENTS:
+            notes.append(
+                f"with fewer than {statistics.MIN_DOCUMENTS} windows the divergence has no "
+                "intervals; more text or a shorter --window gives more"
+            )
         if windows.overlapping:
             notes.append(
                 "windows of the text overlap, so the intervals of the divergence are too narrow; "
