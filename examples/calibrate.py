@@ -166,7 +166,7 @@ def silent(row: Hardware) -> Hardware:
 
     def free(link: Link) -> Link:
         protocols = tuple(replace(p, step_us=0.0, gb_s=1e9) for p in link.protocols)
-        return replace(link, base_us=0.0, protocols=protocols)
+        return replace(link, base_us=0.0, switch_us=0.0, switch_gb_s=0.0, protocols=protocols)
 
     return replace(row, links=tuple(map(free, row.links)))
 

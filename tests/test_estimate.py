@@ -88,15 +88,18 @@ def with_link(link: Link, share: float = 0.0) -> Hardware:
 
 
 def test_a_decode_step_by_hand() -> None:
-    """Llama-3.1-70B, batch 1, one decode step of gpt-fast on 8 H100, from numbers alone."""
+    """Llama-3.1-70B, batch 1, one decode step of gpt-fast on 8 H100, from its sizes."""
     weights = {"a": (8192 * 8192 * 2 + 2 * 8192 * 1024) / 8, "m": 3 * 8192 * 28672 / 8}
-    bandwidth = 3350e9 * 0.94
+    fitted = H100.device
+    bandwidth = 3350e9 * fitted.memory_reach
     moved = {"a": 4 * 8192 + 3 * 1024 + 2 * 128, "m": 4 * 8192 + 4 * 3584}
     matrices = sum(2 * (weights[k] + moved[k]) / bandwidth for k in "am")
     cache = 2 * (1536 * 2 * 128 * 8 + 2 * 128) / bandwidth  # each of 8 query heads reads it
-    layer = matrices + cache + 13 * 2.57e-6
-    head = 2 * (128256 * 8192 + 128256 + 4 * 8192) / bandwidth + 4 * 2.57e-6
-    ring = 8.59e-6 + 14 * 0.998e-6 + 2 * 7 / 8 * 2 * 8192 / 141e9
+    layer = matrices + cache + 13 * fitted.kernel_us * 1e-6
+    head = 2 * (128256 * 8192 + 128256 + 4 * 8192) / bandwidth + 4 * fitted.kernel_us * 1e-6
+    link = H100.links[0]
+    latency = (link.base_us + 14 * link.protocols[0].step_us) * 1e-6
+    ring = latency + 2 * 7 / 8 * 2 * 8192 / 141e9
     one = Pass(1, 1, past=1280, allocated=1536)
     found = step(dense_schedule(LAYERS), SHAPE, H100, GPT_FAST, 8, one)
     assert found.compute == pytest.approx(80 * layer + head, rel=1e-9)
@@ -137,11 +140,25 @@ def test_all_reduce_formulas() -> None:
     assert all_reduce_seconds(8e6, 4, [direct], one_shot=True) == ring  # (n-1) m is more to read
     switched = replace(link, switch_us=7, switch_gb_s=40)
     assert all_reduce_seconds(8e6, 8, [switched]) == pytest.approx(12e-6 + 8e6 / 40e9)
+    ringed = all_reduce_seconds(8e6, 8, [switched], in_switch=False)
+    assert ringed == all_reduce_seconds(8e6, 8, [link])
     outer = replace(link, ranks=16, base_us=20)
     two_levels = all_reduce_seconds(8e6, 16, [link, outer])
     within, between = all_reduce_seconds(8e6, 8, [link]), all_reduce_seconds(1e6, 2, [outer])
     assert two_levels == pytest.approx(within + between)
     assert all_reduce_seconds(8e6, 1, []) == 0
+
+
+def test_turning_peer_to_peer_off_makes_nothing_faster() -> None:
+    on, off = H100.links, read_hardware("h100-sxm-p2p-off").links
+    for one_shot, in_switch in ((True, False), (True, True), (False, True)):
+        for ranks in (2, 4, 8):
+            for nbytes in (2**n for n in range(34)):
+                slow, fast = (
+                    all_reduce_seconds(nbytes, ranks, x, one_shot=one_shot, in_switch=in_switch)
+                    for x in (off, on)
+                )
+                assert slow >= fast, (ranks, nbytes)
 
 
 def test_an_overlapped_all_reduce_hides_under_the_stages_before_its_merge() -> None:

@@ -24,12 +24,20 @@ from ptconvert.estimate.hardware import Link
 
 
 def all_reduce_seconds(
-    nbytes: float, ranks: int, links: Sequence[Link], *, one_shot: bool = False
+    nbytes: float,
+    ranks: int,
+    links: Sequence[Link],
+    *,
+    one_shot: bool = False,
+    in_switch: bool = True,
 ) -> float:
     """Seconds of an all-reduce of `nbytes` over `ranks`, on links from the innermost outwards.
 
-    0 for one rank. `ranks` must not exceed what the last link joins.
+    0 for one rank. `ranks` must not exceed what the last link joins. `one_shot` and `in_switch`
+    say whether those ways are open to it, where a link has them.
     """
+    if not in_switch:
+        links = [replace(link, switch_gb_s=0.0) for link in links]
     if ranks == 1:
         return 0.0
     inner = links[0]

@@ -137,8 +137,8 @@ class Engine:
     - `score_passes`: times that a prefill's attention scores travel to or from memory; 0 where
       kernels are fused.
     - `cache`: whether attention reads the tokens so far or the whole allocated cache; `logits`: of
-      which positions; `vocabulary`: whether lm_head is cut by rank; `one_shot`: whether there are
-      one-shot all-reduces.
+      which positions; `vocabulary`: whether lm_head is cut by rank; `one_shot`, `in_switch`:
+      whether there are one-shot all-reduces, and reductions in the switch.
     """
 
     attention_kernels: float = _number(1)
@@ -155,6 +155,7 @@ class Engine:
     logits: str = _choice("last", "all")
     vocabulary: str = _choice("sharded", "replicated")
     one_shot: str = _choice("yes", "no")
+    in_switch: str = _choice("yes", "no")
 
 
 def _packaged(directory: str) -> Mapping[str, Traversable]:

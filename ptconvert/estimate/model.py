@@ -79,11 +79,21 @@ def step(
             )
         stages.append(known[key])
     head = head_seconds(shape, hardware.device, engine, ranks, one)
-    nbytes = one.total * shape.bytes_per_token
-    reduce_seconds = all_reduce_seconds(
-        nbytes, ranks, hardware.links, one_shot=engine.one_shot == "yes"
-    )
+    reduce_seconds = reduction(shape, hardware, engine, ranks, one)
     return run(schedule, stages, head, reduce_seconds, hardware.device)
+
+
+def reduction(
+    shape: ModelShape, hardware: Hardware, engine: Engine, ranks: int, one: Pass
+) -> float:
+    """Seconds of one all-reduce of a pass, in the ways that the engine has."""
+    return all_reduce_seconds(
+        one.total * shape.bytes_per_token,
+        ranks,
+        hardware.links,
+        one_shot=engine.one_shot == "yes",
+        in_switch=engine.in_switch == "yes",
+    )
 
 
 def step_seconds(

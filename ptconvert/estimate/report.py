@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from ptconvert import html
-from ptconvert.estimate.collective import all_reduce_seconds
 from ptconvert.estimate.compare import (
     ACCURACY,
     LIMITS,
@@ -16,7 +15,7 @@ from ptconvert.estimate.compare import (
     over_link_speed,
     over_ranks,
 )
-from ptconvert.estimate.model import Estimate
+from ptconvert.estimate.model import Estimate, reduction
 from ptconvert.estimate.roofline import Pass, kernel_seconds, sublayer_parts
 from ptconvert.estimate.timeline import Timeline
 from ptconvert.schedule import DEFERRED, Kind, Schedule
@@ -189,12 +188,7 @@ def _stage_by_hand(what: str, name: str, kind: Kind, one: Pass, setting: Setting
     s, device = setting, setting.hardware.device
     parts = sublayer_parts(kind, s.shape, s.engine, s.ranks, one)
     roofline = sum(part.seconds(device, s.engine) for part in parts)
-    reduce_seconds = all_reduce_seconds(
-        one.total * s.shape.bytes_per_token,
-        s.ranks,
-        s.hardware.links,
-        one_shot=s.engine.one_shot == "yes",
-    )
+    reduce_seconds = reduction(s.shape, s.hardware, s.engine, s.ranks, one)
     return [
         what,
         name,
