@@ -28,20 +28,22 @@ from ptconvert.shape import ModelShape
 
 DATA = Path(__file__).parent / "calibration"
 Rows = Mapping[str, Any]  # hardware and engine rows by name
-# Every fitted constant: the files and the field that hold it. Two engines share what the rows of
-# one alone can't tell apart.
+# Every fitted constant: the files and the field that hold it.
 H100 = ("h100-sxm", "h100-sxm-p2p-off")
 FITTED: tuple[tuple[tuple[str, ...], str], ...] = (
     (H100, "device.memory_reach"),
     (H100, "device.kernel_us"),
     (H100, "device.overlap_share"),
+    (H100, "device.bulk_overlap_share"),
     (("h100-sxm",), "links.0.base_us"),
     (("h100-sxm",), "links.0.protocols.0.step_us"),
     (("h100-sxm",), "links.0.one_shot_us"),
     (("h100-sxm-p2p-off",), "links.0.base_us"),
     (("h100-sxm-p2p-off",), "links.1.protocols.0.step_us"),
-    (("gpt-fast", "tensorrt-llm"), "matmul_reach"),
+    (("gpt-fast",), "matmul_reach"),
     (("gpt-fast",), "batched_reach"),
+    (("gpt-fast",), "prefill_launch_us"),
+    (("tensorrt-llm",), "matmul_reach"),
     (("tensorrt-llm",), "step_us"),
     (("tensorrt-llm",), "request_us"),
     (("tensorrt-llm",), "kv_reach"),
@@ -87,6 +89,7 @@ def shape(layers: int, width: int, heads: int, neurons: int, vocabulary: int) ->
 
 
 SHAPES = {
+    "ladder 8B": shape(32, 4096, 32, 14336, 128256),
     "ladder 70B": shape(80, 8192, 64, 28672, 128256),
     "ladder 405B": shape(126, 16384, 128, 53248, 128256),
     "PT 30B": shape(48, 7168, 64, 22016, 153600),
@@ -133,6 +136,26 @@ def ladder_rows(name: str) -> Iterator[Observation]:
         )
 
 
+def ladder_log_rows() -> Iterator[Observation]:
+    """Fitted: prefills of the 70B at batch 1, 8 and 32. Nothing of the 8B."""
+    for row in read("ladder_logs.csv"):
+        values = {"throughput": row["tokens_per_second"], "ttft": row["prefill_ms"]}
+        for metric, value in values.items():
+            if value:
+                yield Observation(
+                    f"ladder {row['model']}",
+                    f"{metric}, batch {row['batch']}, {row['tp']} ranks",
+                    "h100-sxm",
+                    "gpt-fast",
+                    row["architecture"],
+                    int(row["tp"]),
+                    Workload(int(row["batch"]), 1024, 512),
+                    metric,
+                    float(value),
+                    metric == "ttft" and row["model"] == "70B" and row["batch"] in ("1", "8", "32"),
+                )
+
+
 def pt_rows() -> Iterator[Observation]:
     """Fitted: prompts of 1024, and the latencies of prompts of 4096 and 16384."""
     for row in read("pt_30b.csv"):
@@ -158,7 +181,7 @@ def pt_rows() -> Iterator[Observation]:
 def observations() -> tuple[Observation, ...]:
     """Every published row."""
     names = ("ladder_70b.csv", "ladder_70b_more.csv", "ladder_405b.csv")
-    return (*(o for name in names for o in ladder_rows(name)), *pt_rows())
+    return (*(o for name in names for o in ladder_rows(name)), *ladder_log_rows(), *pt_rows())
 
 
 def silent(row: Hardware) -> Hardware:

@@ -18,34 +18,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ptconvert.estimate.hardware import Link
 
 
-def all_reduce_seconds(
+@dataclass(frozen=True)
+class Transfer:
+    """One all-reduce, in seconds: `fixed` whatever its size, and `moving` its bytes."""
+
+    fixed: float = 0.0
+    moving: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.fixed + self.moving
+
+    def __add__(self, other: Transfer) -> Transfer:
+        return Transfer(self.fixed + other.fixed, self.moving + other.moving)
+
+
+def all_reduce(
     nbytes: float,
     ranks: int,
     links: Sequence[Link],
     *,
     one_shot: bool = False,
     in_switch: bool = True,
-) -> float:
-    """Seconds of an all-reduce of `nbytes` over `ranks`, on links from the innermost outwards.
+) -> Transfer:
+    """An all-reduce of `nbytes` over `ranks`, on links from the innermost outwards.
 
-    0 for one rank. `ranks` must not exceed what the last link joins. `one_shot` and `in_switch`
-    say whether those ways are open to it, where a link has them.
+    Nothing for one rank. `ranks` must not exceed what the last link joins. `one_shot` and
+    `in_switch` say whether those ways are open to it, where a link has them.
     """
     if not in_switch:
         links = [replace(link, switch_gb_s=0.0) for link in links]
     if ranks == 1:
-        return 0.0
+        return Transfer()
     inner = links[0]
     if ranks <= inner.ranks:
         return _within(nbytes, ranks, inner, one_shot)
     group = inner.ranks
     joined = [_joining(link, group) for link in links[1:]]
-    outer = all_reduce_seconds(nbytes / group, math.ceil(ranks / group), joined)
+    outer = all_reduce(nbytes / group, math.ceil(ranks / group), joined)
     return outer if group == 1 else outer + _within(nbytes, group, inner, one_shot=False)
 
 
@@ -54,20 +69,20 @@ def _joining(link: Link, group: int) -> Link:
     return replace(link, ranks=math.ceil(link.ranks / group))
 
 
-def _within(nbytes: float, ranks: int, link: Link, one_shot: bool) -> float:
-    """Seconds over one link, by its fastest protocol and algorithm."""
-    times = []
+def _within(nbytes: float, ranks: int, link: Link, one_shot: bool) -> Transfer:
+    """Over one link, by its fastest protocol and algorithm."""
+    base, ways = link.base_us * 1e-6, []
     for protocol in link.protocols:
         step, bandwidth = protocol.step_us * 1e-6, protocol.gb_s * 1e9
         if "ring" in link.algorithm:
             sent = 2 * (ranks - 1) / ranks * nbytes
-            times.append(2 * (ranks - 1) * step + sent / bandwidth)
+            ways.append(Transfer(base + 2 * (ranks - 1) * step, sent / bandwidth))
         if "tree" in link.algorithm:
-            times.append(2 * math.ceil(math.log2(ranks)) * step + 2 * nbytes / bandwidth)
+            steps = 2 * math.ceil(math.log2(ranks))
+            ways.append(Transfer(base + steps * step, 2 * nbytes / bandwidth))
     if link.switch_gb_s:
-        times.append(link.switch_us * 1e-6 + nbytes / (link.switch_gb_s * 1e9))
-    best = link.base_us * 1e-6 + min(times)
+        ways.append(Transfer(base + link.switch_us * 1e-6, nbytes / (link.switch_gb_s * 1e9)))
     if one_shot and link.one_shot_us:
         widest = max(p.gb_s * 1e9 for p in link.protocols)
-        best = min(best, link.one_shot_us * 1e-6 + (ranks - 1) * nbytes / widest)
-    return best
+        ways.append(Transfer(link.one_shot_us * 1e-6, (ranks - 1) * nbytes / widest))
+    return min(ways, key=lambda way: way.seconds)

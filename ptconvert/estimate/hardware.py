@@ -54,9 +54,10 @@ class Device:
     `matmul_tflops` (1e12 FLOP/s) and `memory_gb_s` (1e9 B/s) are the data sheet's, in the dtype
     served; `memory_reach` is the share of the latter that kernels attain in reading weights, and
     `batched_reach` what is left of it with more than one token. `memory_gb` is 1e9 B. `kernel_us`
-    is the fixed time of one kernel beyond its roofline (launch, ramp up, tail). `overlap_share` is
-    the part of an all-reduce's time that it takes from the computation beside it, as its kernel
-    holds processors, and on a CPU cores. `reduces_at_once` all-reduces progress side by side: 1 on
+    is the fixed time of one kernel beyond its roofline (launch, ramp up, tail). An all-reduce takes
+    a part of its time from the computation beside it, as its kernel holds processors (on a CPU,
+    cores) and memory: `overlap_share` of its fixed time, and `bulk_overlap_share` of the time that
+    its bytes take. `reduces_at_once` all-reduces progress side by side: 1 on
     NCCL's stream, 2 on gloo's two threads.
     """
 
@@ -66,6 +67,7 @@ class Device:
     memory_gb: float = _number(1e-3)
     kernel_us: float = _number()
     overlap_share: float = _number(0.0, 0.99)
+    bulk_overlap_share: float = _number(0.0, 0.99)
     batched_reach: float = _number(1e-3, 1.0, 1.0)
     reduces_at_once: int = _number(1, 64, 1)
 
@@ -128,7 +130,8 @@ class Engine:
 
     - `attention_kernels`, `mlp_kernels`: of one sublayer, its norm and the addition to the
       residual stream included; `head_kernels`: of embeddings, final norm and lm_head.
-    - `step_us`, `request_us`: host time per pass, and per request until its first token.
+    - `step_us`, `request_us`: host time per pass, and per request until its first token;
+      `prefill_launch_us`: what a prefill's kernel takes longer to launch than one in a graph.
     - `matmul_reach`: the share of the device's FLOP/s that it attains in a prefill.
     - `kv_reach`: the share of the bandwidth reached that reading the KV cache attains; `kv_reads`:
       how often it is read.
@@ -146,6 +149,7 @@ class Engine:
     head_kernels: float = _number(1)
     step_us: float = _number()
     request_us: float = _number()
+    prefill_launch_us: float = _number()
     matmul_reach: float = _number(1e-3, 1.0)
     kv_reach: float = _number(1e-3, 1.0)
     kv_reads: str = _choice("per KV head", "per query head")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ptconvert.estimate.collective import all_reduce_seconds
+from ptconvert.estimate.collective import Transfer, all_reduce
 from ptconvert.estimate.hardware import Engine, Hardware
 from ptconvert.estimate.roofline import Pass, head_seconds, rank_bytes, stage_seconds
 from ptconvert.estimate.timeline import Timeline, run
@@ -79,35 +79,21 @@ def step(
             )
         stages.append(known[key])
     head = head_seconds(shape, hardware.device, engine, ranks, one)
-    reduce_seconds = reduction(shape, hardware, engine, ranks, one)
-    return run(schedule, stages, head, reduce_seconds, hardware.device)
+    moved = reduction(shape, hardware, engine, ranks, one)
+    return run(schedule, stages, head, moved, hardware.device)
 
 
 def reduction(
     shape: ModelShape, hardware: Hardware, engine: Engine, ranks: int, one: Pass
-) -> float:
-    """Seconds of one all-reduce of a pass, in the ways that the engine has."""
-    return all_reduce_seconds(
+) -> Transfer:
+    """One all-reduce of a pass, in the ways that the engine has."""
+    return all_reduce(
         one.total * shape.bytes_per_token,
         ranks,
         hardware.links,
         one_shot=engine.one_shot == "yes",
         in_switch=engine.in_switch == "yes",
     )
-
-
-def step_seconds(
-    schedule: Schedule,
-    shape: ModelShape,
-    hardware: Hardware,
-    engine: Engine,
-    ranks: int,
-    one: Pass,
-    *,
-    tracks: int = 0,
-) -> float:
-    """Seconds of one forward pass: what a planner minimises. Arguments as for `step`."""
-    return step(schedule, shape, hardware, engine, ranks, one, tracks=tracks).seconds
 
 
 def estimate(

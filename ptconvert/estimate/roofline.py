@@ -74,7 +74,8 @@ def stage_seconds(
         cut = max(tracks, ranks) if sublayer.layer in tracked else ranks
         parts = sublayer_parts(sublayer.kind, shape, engine, cut, one)
         once = sum(part.seconds(device, engine) for part in parts)
-        total += cut // ranks * (once + kernel_seconds(sublayer.kind, device, engine))
+        fixed = kernel_seconds(kernels_of(sublayer.kind, engine), device, engine, one)
+        total += cut // ranks * (once + fixed)
     return total
 
 
@@ -85,10 +86,15 @@ def sublayer_parts(
     return _attention(shape, engine, cut, one) if kind is Kind.ATTENTION else _mlp(shape, cut, one)
 
 
-def kernel_seconds(kind: Kind, device: Device, engine: Engine) -> float:
-    """The fixed time of a sublayer's kernels."""
-    kernels = engine.attention_kernels if kind is Kind.ATTENTION else engine.mlp_kernels
-    return kernels * device.kernel_us * 1e-6
+def kernels_of(kind: Kind, engine: Engine) -> float:
+    """How many kernels a sublayer has."""
+    return engine.attention_kernels if kind is Kind.ATTENTION else engine.mlp_kernels
+
+
+def kernel_seconds(kernels: float, device: Device, engine: Engine, one: Pass) -> float:
+    """The fixed time of some kernels of a pass."""
+    launch = engine.prefill_launch_us if one.tokens > 1 else 0.0
+    return kernels * (device.kernel_us + launch) * 1e-6
 
 
 def head_seconds(shape: ModelShape, device: Device, engine: Engine, ranks: int, one: Pass) -> float:
@@ -99,8 +105,8 @@ def head_seconds(shape: ModelShape, device: Device, engine: Engine, ranks: int, 
     nbytes = weights + tokens * rows + 4 * one.total * shape.width
     size = _bytes(shape)
     part = Part(2 * tokens * weights, nbytes * size, weights * size if tokens > 1 else 0.0)
-    fixed = engine.head_kernels * device.kernel_us + engine.step_us
-    return part.seconds(device, engine) + fixed * 1e-6
+    fixed = kernel_seconds(engine.head_kernels, device, engine, one) + engine.step_us * 1e-6
+    return part.seconds(device, engine) + fixed
 
 
 def _bytes(shape: ModelShape) -> int:
