@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from estimating import GPT_FAST, H100, LAYERS, ROOT, SCHEDULES, SHAPE, VLLM
+from hypothesis import example, given, settings
+from test_schedule import schedules
 
 from ptconvert.cli import main
 from ptconvert.errors import HardwareError
@@ -21,7 +24,7 @@ from ptconvert.estimate.hardware import (
     hardware_names,
 )
 from ptconvert.estimate.model import Workload, step
-from ptconvert.estimate.report import lane_group, layer_group
+from ptconvert.estimate.report import lane_group, layer_group, to_html
 from ptconvert.estimate.roofline import Pass
 from ptconvert.presets import PRESETS
 from ptconvert.schedule import Schedule
@@ -82,6 +85,19 @@ def test_the_report_is_whole_and_draws_to_scale(tmp_path: Path) -> None:
     assert [b.end - b.start for b in compute] == pytest.approx(lengths)
     assert {b.kind for b in reduces} == {"all-reduce, hidden"}
     assert max(b.end for b in (*compute, *reduces)) <= compute[-1].end + 1e-6
+
+
+@given(schedules())
+@example(Schedule.parse("m0|a0!"))
+@example(Schedule.parse("m0|a0! a1|m1! m2|a2~1 a3. m3!"))
+@settings(max_examples=25)
+def test_any_schedule_has_a_report(schedule: Schedule) -> None:
+    layers = layer_group(schedule)
+    assert set(layers) and set(layers) <= set(range(schedule.layers))
+    assert len(layers) >= min(2, schedule.layers - layers.start)
+    shape = replace(SHAPE, layers=schedule.layers)
+    setting = Setting(shape, H100, GPT_FAST, "gpt-fast", 2, Workload(1, 8, 8))
+    Balanced().feed(to_html(compare([Candidate("drawn", schedule, 4)], setting), setting))
 
 
 class Balanced(HTMLParser):

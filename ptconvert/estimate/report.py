@@ -118,11 +118,12 @@ def _timelines(rows: Sequence[Row], what: str, of: Callable[[Estimate], Timeline
 
 def layer_group(schedule: Schedule) -> range:
     """Two or more layers of a schedule's middle, from one all-reduce after an MLP to another."""
-    ends = [0] + [
-        stage.sublayers[-1].layer + 1
+    inner = {
+        1 + max(s.layer for s in stage.sublayers)
         for stage in schedule.stages
-        if stage.sublayers[-1].kind is Kind.MLP and stage.ending != DEFERRED
-    ]
+        if stage.ending != DEFERRED and any(s.kind is Kind.MLP for s in stage.sublayers)
+    }
+    ends = sorted({0, *inner, schedule.layers})
     first = min(ends[:-1], key=lambda layer: abs(layer - schedule.layers // 2))
     last = next((end for end in ends if end >= first + 2), ends[-1])
     return range(first, last)
