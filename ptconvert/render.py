@@ -205,7 +205,7 @@ def _comparison_table(figures: Mapping[str, Any]) -> RenderableType:
 
 def print_estimates(console: Console, rows: Sequence[Row], setting: Setting) -> None:
     """Estimates of schedules against tensor parallelism's."""
-    from ptconvert.estimate.compare import ACCURACY
+    from ptconvert.estimate.compare import accuracy
     from ptconvert.estimate.report import HEADER, cells, notes
 
     workload = setting.workload
@@ -223,4 +223,4 @@ def print_estimates(console: Console, rows: Sequence[Row], setting: Setting) -> 
     console.print(table)
     for note in notes(rows, setting):
         console.print(Text(f"note: {note}", style="yellow"))
-    console.print(Text(f"estimated; {ACCURACY}", style="dim"))
+    console.print(Text(f"estimated; {accuracy(setting)}", style="dim"))

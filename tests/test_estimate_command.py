@@ -17,7 +17,7 @@ from test_schedule import schedules
 
 from ptconvert.cli import main
 from ptconvert.errors import HardwareError
-from ptconvert.estimate.compare import Candidate, Setting, compare
+from ptconvert.estimate.compare import UNCHECKED, Candidate, Setting, compare
 from ptconvert.estimate.hardware import (
     Engine,
     engine_names,
@@ -28,6 +28,7 @@ from ptconvert.estimate.report import lane_group, layer_group, to_html
 from ptconvert.estimate.roofline import Pass
 from ptconvert.presets import PRESETS
 from ptconvert.schedule import Schedule
+from ptconvert.shape import DTYPES
 
 
 def run_command(*arguments: object, code: int = 0) -> tuple[str, str]:
@@ -64,6 +65,32 @@ def test_several_specs_and_what_does_not_fit() -> None:
     given = (more, more.with_name("llama-3.1-70b-gentle.yaml"), "--model", config)
     out, _ = run_command(*given, "--hardware", "l40s-pcie", "--ranks", 2)
     assert "can't run" in out.replace("\n", " ") and "gentle" in out.replace("\n", "")
+
+
+def test_tracks_with_kv_heads_of_their_own_need_more_memory(tmp_path: Path) -> None:
+    """16 tracks repeat the 8 KV heads: their weights and cache are twice as large on 8 ranks."""
+    spec, config = tmp_path / "tracks.yaml", ROOT / "specs" / "configs" / "llama-3.1-70b.json"
+    spec.write_text(
+        "format: 1\ntracks: 16\nschedule:\n"
+        "  - layers: 0-39\n    use: parallel_track\n    depth: 4\n"
+        "  - layers: 40-79\n    use: ladder\n"
+    )
+    given = (spec, "--model", config, "--hardware", "h100-sxm", "--ranks", 8, "--batch", 700)
+    base, ours = json.loads(run_command(*given, "--json")[0])["rows"]
+    head = 2 * 128 * 2  # a key's and a value's bytes
+    more = 40 * head * (700 * 1536 + 8192)  # the cache and the weights of one more head
+    assert ours["bytes_per_rank"] - base["bytes_per_rank"] == pytest.approx(more)
+    out = " ".join(run_command(*given)[0].split())
+    assert "tracks needs 84 GB for weights and cache on each rank, which has 80 GB" in out
+
+
+def test_notes_and_the_accuracy_say_what_was_not_checked() -> None:
+    text = {n: " ".join(run_command(*GIVEN, "--dtype", n)[0].split()) for n in DTYPES}
+    assert "served in float32, but the hardware's rate of matrix products" in text["float32"]
+    assert "hardware's rate" not in text["bfloat16"] + text["float16"]
+    assert UNCHECKED in text["bfloat16"]
+    checked = json.loads(run_command(*GIVEN[:4], "h100-sxm", *GIVEN[5:], "--json")[0])
+    assert checked["accuracy"] == H100.accuracy != ""
 
 
 def test_the_report_is_whole_and_draws_to_scale(tmp_path: Path) -> None:
@@ -128,6 +155,9 @@ class Balanced(HTMLParser):
         ((*GIVEN, "--engine", "steam"), "neither a file nor one of"),
         ((SPEC, "--hardware", "h100-sxm", "--ranks", 8), "needs --model"),
         ((SPEC, "--model", MODEL, "--ranks", 8), "--hardware NAME is missing"),
+        ((*GIVEN, "--batch", "1" * 321), "is not in the range"),
+        ((*GIVEN, "--new", 2**24 + 1), "is not in the range"),
+        ((*GIVEN[:5], "--ranks", "1" * 5000), "is not"),
         (("--measure", "/nowhere/row.yaml", "--ranks", 2), "does not exist"),
     ],
 )

@@ -17,12 +17,7 @@ from ptconvert.schedule import Schedule
 from ptconvert.shape import ModelShape
 
 BASELINE = tensor_parallel.__name__
-# Mean absolute errors on published H100 rows that no constant was fitted to; the tests compute
-# them, `python examples/calibrate.py` prints them.
-ACCURACY = (
-    "on published H100 runs left out of its fit, speed-ups are off by 4% and tokens/s by 6% on "
-    "average"
-)
+UNCHECKED = "there are no published runs to check this hardware against"
 LIMITS = (
     "Speculative decoding, chunked prefill and continuous batching are not modelled: a batch is "
     "static, its prefill one pass. Published throughput at batch 256 under continuous batching is "
@@ -96,6 +91,16 @@ class Row:
         }
 
 
+def accuracy(setting: Setting) -> str:
+    """How far off estimates for the setting's hardware were found to be."""
+    return setting.hardware.accuracy or UNCHECKED
+
+
+def most_memory(rows: Sequence[Row]) -> Row:
+    """The row that needs the most memory on a rank."""
+    return max(rows, key=lambda row: row.estimate.memory)
+
+
 def compare(candidates: Sequence[Candidate], setting: Setting) -> list[Row]:
     """A row for tensor parallelism and one for each candidate.
 
@@ -132,7 +137,10 @@ def over_batches(candidates: Sequence[Candidate], setting: Setting) -> dict[int,
     for batch in (2**n for n in range(9)):
         workload = replace(setting.workload, batch=batch)
         rows = _rows(candidates, replace(setting, workload=workload))
-        if batch > 1 and rows[0].estimate.memory > setting.hardware.device.memory_gb * 1e9:
+        if (
+            batch > 1
+            and most_memory(rows).estimate.memory > setting.hardware.device.memory_gb * 1e9
+        ):
             break
         found[batch] = rows
     return found

@@ -51,8 +51,8 @@ def _choice(*allowed: str, default: Any = MISSING) -> Any:
 class Device:
     """One GPU, or one rank's share of a CPU.
 
-    `matmul_tflops` (1e12 FLOP/s) and `memory_gb_s` (1e9 B/s) are the data sheet's, in the dtype
-    served; `memory_reach` is the share of the latter that kernels attain in reading weights, and
+    `matmul_tflops` (1e12 FLOP/s, in `matmul_dtype`) and `memory_gb_s` (1e9 B/s) are the data
+    sheet's; `memory_reach` is the share of the latter that kernels attain in reading weights, and
     `batched_reach` what is left of it with more than one token. `memory_gb` is 1e9 B. `kernel_us`
     is the fixed time of one kernel beyond its roofline (launch, ramp up, tail). An all-reduce takes
     a part of its time from the computation beside it, as its kernel holds processors (on a CPU,
@@ -70,6 +70,7 @@ class Device:
     bulk_overlap_share: float = _number(0.0, 0.99)
     batched_reach: float = _number(1e-3, 1.0, 1.0)
     reduces_at_once: int = _number(1, 64, 1)
+    matmul_dtype: str = _choice("bfloat16", "float32", default="bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +104,14 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """A row: a device, its links from the innermost outwards, and each number's source."""
+    """A row: a device, its links from the innermost outwards, and each number's source.
+
+    `accuracy` says how far off estimates for it are on published runs, where there are any.
+    """
 
     name: str
     engine: str
+    accuracy: str = ""
     device: Device
     links: tuple[Link, ...]
     sources: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -225,6 +230,7 @@ _COMMON: _Schema = {"sources": dict}
 _HARDWARE: _Schema = {
     "name": str,
     "engine": str,
+    "accuracy": _fields(Hardware)["accuracy"],
     "device": Device,
     "links": [Link],
     **_COMMON,
@@ -345,4 +351,6 @@ def to_yaml(row: Hardware) -> str:
     fields = {"format": FORMAT, **dataclasses.asdict(dataclasses.replace(row, sources={}))}
     fields["links"] = [{**x, "protocols": list(x["protocols"])} for x in fields["links"]]
     fields["sources"] = dict(row.sources)
+    if not row.accuracy:
+        del fields["accuracy"]
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)

@@ -228,6 +228,7 @@ def to_hardware(results: list[dict[str, Any]], backend: str, engine: Engine) -> 
     # Two schedules differ by 2L - 1 all-reduces; computation is what is left without any.
     reduce_seconds = max(0.0, steps["blocking"] - steps["one"]) / (2 * _LAYERS - 1)
     kernel = max(0.0, steps["one"] - (reduce_seconds if ranks > 1 else 0.0)) / operators
+    dtype = "bfloat16" if backend == "nccl" else "float32"
     copied = min(r["copy_bytes"] for r in results)
     read, batched = (min(r["read_bytes"][i] for r in results) for i in (0, 1))
     device = Device(
@@ -240,12 +241,12 @@ def to_hardware(results: list[dict[str, Any]], backend: str, engine: Engine) -> 
         kernel_us=kernel * 1e6,
         overlap_share=0.0,
         bulk_overlap_share=0.0,
+        matmul_dtype=dtype,
     )
     if ranks > 1:
         share = _overlap_share(steps, reduce_seconds, kernel, engine, device)
         device = replace(device, overlap_share=share, bulk_overlap_share=share)
     links = (_link(results, reduce_seconds),) if ranks > 1 else ()
-    dtype = "bfloat16" if backend == "nccl" else "float32"
     row = Hardware(
         name=f"{ranks} ranks here: {results[0]['name']}, {backend}",
         engine=ENGINE,

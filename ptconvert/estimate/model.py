@@ -68,7 +68,7 @@ def step(
     hardware's links don't join so many ranks.
     """
     hardware.check_ranks(ranks)
-    tracked = schedule.track_layers(max(tracks, ranks)) if tracks > ranks else frozenset()
+    tracked = _tracked(schedule, ranks, tracks)
     known: dict[object, float] = {}  # a model has a few kinds of stages, many times over
     stages = []
     for stage in schedule.stages:
@@ -81,6 +81,11 @@ def step(
     head = head_seconds(shape, hardware.device, engine, ranks, one)
     moved = reduction(shape, hardware, engine, ranks, one)
     return run(schedule, stages, head, moved, hardware.device)
+
+
+def _tracked(schedule: Schedule, ranks: int, tracks: int) -> frozenset[int]:
+    """The layers of which a rank runs more than one track."""
+    return schedule.track_layers(tracks) if tracks > ranks else frozenset()
 
 
 def reduction(
@@ -120,5 +125,7 @@ def estimate(
         workload.batch * workload.new / whole,
         prefill,
         decode,
-        rank_bytes(shape, engine, ranks, tracks, workload.decode),
+        rank_bytes(
+            shape, engine, ranks, workload.decode, tracks, len(_tracked(schedule, ranks, tracks))
+        ),
     )

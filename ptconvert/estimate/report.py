@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ptconvert import html
 from ptconvert.estimate.compare import (
-    ACCURACY,
     LIMITS,
     Candidate,
     Row,
     Setting,
+    accuracy,
+    most_memory,
     over_batches,
     over_link_speed,
     over_ranks,
@@ -19,6 +20,7 @@ from ptconvert.estimate.model import Estimate, reduction
 from ptconvert.estimate.roofline import Pass, kernel_seconds, kernels_of, sublayer_parts
 from ptconvert.estimate.timeline import Timeline
 from ptconvert.schedule import DEFERRED, Kind, Schedule
+from ptconvert.shape import DTYPES
 
 _NAMES = {Kind.ATTENTION: "attention", Kind.MLP: "MLP"}
 HEADER = (
@@ -37,7 +39,7 @@ def to_html(rows: Sequence[Row], setting: Setting) -> str:
     """The report as one self-contained document."""
     candidates = [row.candidate for row in rows[1:]]
     s = setting
-    subtitle = f"{s.hardware.name}, {s.engine_name}; {ACCURACY}."
+    subtitle = f"{s.hardware.name}, {s.engine_name}; {accuracy(s)}."
     return html.page(
         "What a schedule buys",
         subtitle[0].upper() + subtitle[1:],
@@ -69,12 +71,19 @@ def _result(rows: Sequence[Row], setting: Setting) -> html.Html:
         ("ranks", str(setting.ranks)),
         ("batch", str(workload.batch)),
         ("tokens per sequence", f"{workload.prompt:,} + {workload.new:,}"),
-        ("dtype", (shape.dtype or "BF16").lower()),
+        ("dtype", dtype(setting)),
     ]
     table = html.table(HEADER, [cells(row) for row in rows], highlight=[best] if best else [])
     blocks = [html.facts(facts), table]
     blocks += [html.note(text) for text in notes(rows, setting)]
     return html.section("Result", *blocks)
+
+
+def dtype(setting: Setting) -> str:
+    """What the model is served in, as the command line names it."""
+    return next(
+        (name for name, short in DTYPES.items() if short == setting.shape.dtype), "bfloat16"
+    )
 
 
 def cells(row: Row) -> list[str]:
@@ -94,12 +103,18 @@ def cells(row: Row) -> list[str]:
 
 def notes(rows: Sequence[Row], setting: Setting) -> list[str]:
     """What a reader must know before believing the figures."""
-    needed, held = rows[0].estimate.memory / 1e9, setting.hardware.device.memory_gb
+    largest, device = most_memory(rows), setting.hardware.device
+    needed, held = largest.estimate.memory / 1e9, device.memory_gb
     found = []
     if needed > held:
         found.append(
-            f"Weights and cache need {needed:.0f} GB on each rank, which has {held:g} GB: this "
-            "setting can't run."
+            f"{largest.candidate.name} needs {needed:.0f} GB for weights and cache on each rank, "
+            f"which has {held:g} GB: it can't run."
+        )
+    if (setting.shape.dtype == "F32") != (device.matmul_dtype == "float32"):
+        found.append(
+            f"The model is served in {dtype(setting)}, but the hardware's rate of matrix products "
+            f"is that of {device.matmul_dtype}: prefills will be off."
         )
     return found
 

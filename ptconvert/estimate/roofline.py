@@ -162,12 +162,19 @@ def _batched(weights: float, one: Pass) -> float:
     return weights if one.total > 1 else 0.0
 
 
-def rank_bytes(shape: ModelShape, engine: Engine, ranks: int, tracks: int, one: Pass) -> float:
-    """Bytes of weights and KV cache that a rank holds for a pass, whatever the schedule."""
-    cut = max(ranks, tracks if tracks > shape.kv_heads else ranks)
-    kv_heads = max(shape.kv_heads // cut, 1) * (cut // ranks)
-    cache = one.sequences * one.allocated * 2 * kv_heads * shape.head_size * shape.layers
-    layers = shape.layers * (_weights(shape, "self_attn.", ranks) + _weights(shape, "mlp.", ranks))
+def rank_bytes(
+    shape: ModelShape, engine: Engine, ranks: int, one: Pass, tracks: int = 0, tracked: int = 0
+) -> float:
+    """Bytes of weights and KV cache that a rank holds for a pass.
+
+    A rank holds tracks / ranks tracks of each of the `tracked` layers, with KV heads of their own.
+    """
+    layers = 0.0
+    for count, cut in ((shape.layers - tracked, ranks), (tracked, max(tracks, ranks))):
+        kv_heads = max(shape.kv_heads // cut, 1)
+        cache = one.sequences * one.allocated * 2 * kv_heads * shape.head_size
+        weights = _weights(shape, "self_attn.", cut) + _weights(shape, "mlp.", cut)
+        layers += count * cut // ranks * (weights + cache)
     rows = shape.vocabulary / (ranks if engine.vocabulary == "sharded" else 1)
     vocabulary = rows * shape.width * (1 if shape.tied else 2)
-    return (cache + layers + vocabulary) * _bytes(shape)
+    return (layers + vocabulary) * _bytes(shape)
