@@ -213,7 +213,14 @@ def print_estimates(console: Console, rows: Sequence[Row], setting: Setting) -> 
         f"{setting.hardware.name}, {setting.engine_name}, {setting.ranks} ranks, batch "
         f"{workload.batch}, {workload.prompt} + {workload.new} tokens"
     )
-    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    table = Table(
+        box=None,
+        pad_edge=False,
+        collapse_padding=True,
+        header_style="bold",
+        title=title,
+        title_justify="left",
+    )
     for name in HEADER:
         left = name == HEADER[0]
         heading = name.replace("-", "-\n").replace(" ", "\n").replace("muni", "muni-\n")

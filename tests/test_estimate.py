@@ -96,6 +96,7 @@ def test_all_reduce_formulas() -> None:
     two_levels = seconds(8e6, 16, [link, outer])
     within, between = seconds(8e6, 8, [link]), seconds(1e6, 2, [outer])
     assert two_levels == pytest.approx(within + between)
+    assert seconds(8, 16, [both, outer]) == seconds(8, 16, [link, outer])  # halves of no tree
     assert seconds(8e6, 1, []) == 0
 
 
@@ -209,6 +210,21 @@ def test_more_tracks_than_ranks_cost_kernels() -> None:
     assert step(dense_schedule(LAYERS), SHAPE, H100, GPT_FAST, 4, one, tracks=8) == step(
         dense_schedule(LAYERS), SHAPE, H100, GPT_FAST, 4, one
     )
+
+
+def test_a_vocabulary_cut_by_rank_is_exchanged_in_every_pass() -> None:
+    """Over slow links most of what a schedule can't save: as much for each schedule."""
+    one, link = Pass(16, 1, past=100), read_hardware("2-workstations-10gbe").links[0]
+    hardware = replace(H100, links=(link,))
+    alone = replace(VLLM, vocabulary="replicated")
+    for schedule in (dense_schedule(LAYERS), SCHEDULES["parallel_track"]):
+        with_it, without = (step(schedule, SHAPE, hardware, e, 2, one) for e in (VLLM, alone))
+        embedded = seconds(16 * 8192 * 2, 2, [link], one_shot=True, in_switch=False)
+        steps = (link.base_us + 2 * link.protocols[1].step_us) / 2 * 1e-6
+        gathered = steps + 16 * 128256 * 2 / 2 / (link.protocols[1].gb_s * 1e9)
+        waited = with_it.seconds - with_it.compute - (without.seconds - without.compute)
+        assert waited == pytest.approx(embedded + gathered)
+    assert step(schedule, SHAPE, hardware, VLLM, 1, one).communication < 1e-9
 
 
 def test_a_request_is_its_prefill_and_its_steps() -> None:

@@ -10,8 +10,8 @@ With n ranks, a message of m bytes, s seconds per step and B bytes per second pe
 each plus a fixed time of its own. Like NCCL, whose cost model this follows (tuning.cc: base
 latency + steps x hop latency + bytes / bandwidth, for each of its protocols, and the least of
 them), the fastest is taken. Over two levels: reduce-scatter within the groups, an all-reduce of a
-group's part between them, all-gather within (Thakur, Rabenseifner and Gropp, 2005); a ring's
-reduce-scatter and all-gather together are its all-reduce.
+group's part between them, all-gather within (Thakur, Rabenseifner and Gropp, 2005); within, a ring
+is taken where there is one, or the switch, whose all-reduces are made of those two halves.
 """
 
 from __future__ import annotations
@@ -61,7 +61,17 @@ def all_reduce(
     group = inner.ranks
     joined = [_joining(link, group) for link in links[1:]]
     outer = all_reduce(nbytes / group, math.ceil(ranks / group), joined)
-    return outer if group == 1 else outer + _within(nbytes, group, inner, one_shot=False)
+    if group == 1:
+        return outer
+    halves = replace(inner, algorithm="ring") if "ring" in inner.algorithm else inner
+    return outer + _within(nbytes, group, halves, one_shot=False)
+
+
+def all_gather(nbytes: float, ranks: int, links: Sequence[Link]) -> Transfer:
+    """All ranks' parts of `nbytes` to all of them: half of a ring's all-reduce."""
+    rings = [replace(link, algorithm="ring", switch_gb_s=0.0) for link in links]
+    whole = all_reduce(nbytes, ranks, rings)
+    return Transfer(whole.fixed / 2, whole.moving / 2)
 
 
 def _joining(link: Link, group: int) -> Link:

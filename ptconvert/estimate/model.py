@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ptconvert.estimate.collective import Transfer, all_reduce
+from ptconvert.estimate.collective import Transfer, all_gather, all_reduce
 from ptconvert.estimate.hardware import Engine, Hardware
-from ptconvert.estimate.roofline import Pass, head_seconds, rank_bytes, stage_seconds
+from ptconvert.estimate.roofline import Pass, head_seconds, logits_of, rank_bytes, stage_seconds
 from ptconvert.estimate.timeline import Timeline, run
 from ptconvert.schedule import Schedule
 from ptconvert.shape import ModelShape
@@ -80,7 +80,8 @@ def step(
         stages.append(known[key])
     head = head_seconds(shape, hardware.device, engine, ranks, one)
     moved = reduction(shape, hardware, engine, ranks, one)
-    return run(schedule, stages, head, moved, hardware.device)
+    outside = vocabulary_seconds(shape, hardware, engine, ranks, one)
+    return run(schedule, stages, head, moved, hardware.device, outside)
 
 
 def _tracked(schedule: Schedule, ranks: int, tracks: int) -> frozenset[int]:
@@ -99,6 +100,20 @@ def reduction(
         one_shot=engine.one_shot == "yes",
         in_switch=engine.in_switch == "yes",
     )
+
+
+def vocabulary_seconds(
+    shape: ModelShape, hardware: Hardware, engine: Engine, ranks: int, one: Pass
+) -> float:
+    """What a vocabulary cut by rank costs a pass: its embeddings all-reduced, its logits gathered.
+
+    Whatever the schedule, whose all-reduces don't count these.
+    """
+    if engine.vocabulary != "sharded":
+        return 0.0
+    nbytes = logits_of(engine, one) * shape.vocabulary * shape.bytes_per_token / shape.width
+    gathered = all_gather(nbytes, ranks, hardware.links)
+    return reduction(shape, hardware, engine, ranks, one).seconds + gathered.seconds
 
 
 def estimate(

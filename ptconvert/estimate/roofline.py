@@ -99,7 +99,7 @@ def kernel_seconds(kernels: float, device: Device, engine: Engine, one: Pass) ->
 
 def head_seconds(shape: ModelShape, device: Device, engine: Engine, ranks: int, one: Pass) -> float:
     """Seconds for embeddings, final norm and lm_head, and the host's time for the step."""
-    tokens = one.total if engine.logits == "all" else one.sequences
+    tokens = logits_of(engine, one)
     rows = shape.vocabulary / (ranks if engine.vocabulary == "sharded" else 1)
     weights = rows * shape.width
     nbytes = weights + tokens * rows + 4 * one.total * shape.width
@@ -107,6 +107,11 @@ def head_seconds(shape: ModelShape, device: Device, engine: Engine, ranks: int, 
     part = Part(2 * tokens * weights, nbytes * size, weights * size if tokens > 1 else 0.0)
     fixed = kernel_seconds(engine.head_kernels, device, engine, one) + engine.step_us * 1e-6
     return part.seconds(device, engine) + fixed
+
+
+def logits_of(engine: Engine, one: Pass) -> int:
+    """Of how many tokens there are logits."""
+    return one.total if engine.logits == "all" else one.sequences
 
 
 def _bytes(shape: ModelShape) -> int:

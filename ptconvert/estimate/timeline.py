@@ -54,10 +54,11 @@ def run(
     head: float,
     reduction: Transfer,
     device: Device,
+    outside: float = 0.0,
 ) -> Timeline:
     """The timeline of a pass whose stages compute for `stages` seconds each, and its head after.
 
-    `reduction` is one all-reduce.
+    `reduction` is one all-reduce; `outside` are seconds of collectives before and after the stages.
     """
     now, owed = 0.0, 0.0
     taken = device.overlap_share * reduction.fixed + device.bulk_overlap_share * reduction.moving
@@ -77,4 +78,4 @@ def run(
         ready = max(end, due.pop(index, end))
         spans.append(Span((now, end), transfer, ready - end))
         now = ready
-    return Timeline(tuple(spans), sum(stages) + head, now + head)
+    return Timeline(tuple(spans), sum(stages) + head, now + head + outside)
