@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -59,6 +60,14 @@ def test_the_table_and_the_figures() -> None:
     assert wide["rows"][0]["bytes_per_rank"] == pytest.approx(2 * base["bytes_per_rank"])
 
 
+def test_the_table_of_the_readme_is_what_is_printed() -> None:
+    specs = [ROOT / "specs" / f"llama-3.1-70b-{name}.yaml" for name in ("balanced", "aggressive")]
+    config = ROOT / "specs" / "configs" / "llama-3.1-70b.json"
+    out, _ = run_command(*specs, "--model", config, "--hardware", "h100-pcie", "--ranks", 8)
+    lines = "\n".join(line.rstrip() for line in out.splitlines())
+    assert lines in (ROOT / "README.md").read_text()
+
+
 def test_several_specs_and_what_does_not_fit() -> None:
     more = ROOT / "specs" / "llama-3.1-70b-aggressive.yaml"
     config = ROOT / "specs" / "configs" / "llama-3.1-70b.json"
@@ -99,8 +108,14 @@ def test_the_report_is_whole_and_draws_to_scale(tmp_path: Path) -> None:
     text = file.read_text()
     Balanced().feed(text)
     assert "<script" not in text and "http" not in text and "@media print" in text
-    for heading in ("Result", "A layer group in a decode step", "link speed", "batch", "ranks"):
-        assert heading in text
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
+    charts = [f"Speed-up against: {what}" for what in ("link speed", "batch", "ranks")]
+    groups = [f"A layer group in a {what}" for what in ("decode step", "prefill")]
+    assert headings == [
+        *("Result", *groups, "By hand", *charts),
+        *("Where this is wrong", "Schedules"),
+    ]
+    assert "cut by rank" in text and UNCHECKED in text
     schedule = Schedule(PRESETS["ladder"](range(LAYERS)))
     found = step(schedule, SHAPE, H100, GPT_FAST, 8, Pass(1, 1, past=100, allocated=200))
     layers = layer_group(SCHEDULES["parallel_track"])

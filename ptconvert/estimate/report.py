@@ -16,7 +16,7 @@ from ptconvert.estimate.compare import (
     over_link_speed,
     over_ranks,
 )
-from ptconvert.estimate.model import Estimate, reduction
+from ptconvert.estimate.model import Estimate, reduction, vocabulary_seconds
 from ptconvert.estimate.roofline import Pass, kernel_seconds, kernels_of, sublayer_parts
 from ptconvert.estimate.timeline import Timeline
 from ptconvert.schedule import DEFERRED, Kind, Schedule
@@ -189,6 +189,14 @@ def _by_hand(setting: Setting) -> html.Html:
         f"{device.matmul_tflops:,.0f} TFLOP/s and "
         f"{device.memory_gb_s * device.memory_reach:,.0f} of {device.memory_gb_s:,.0f} GB/s."
     )
+    cut = [
+        vocabulary_seconds(s.shape, s.hardware, s.engine, s.ranks, one) * 1e6 for _, one in passes
+    ]
+    if any(cut):
+        reached += (
+            " The vocabulary is cut by rank: to all-reduce the embeddings and gather the logits "
+            f"takes {cut[0]:,.1f} us of a prefill and {cut[1]:,.1f} us of a decode step."
+        )
     header = ("pass", "sublayer", "GFLOP", "MB", "roofline, us", "kernels, us", "all-reduce, us")
     return html.section(
         "By hand",
