@@ -12,7 +12,7 @@ import argparse
 import csv
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,22 @@ from ptconvert.shape import ModelShape
 
 DATA = Path(__file__).parent / "calibration"
 Rows = Mapping[str, Any]  # hardware and engine rows by name
-# Every fitted constant: the files and the field that hold it. Two engines share what the rows of
-# one alone can't tell apart.
+# Every fitted constant: the files and the field that hold it.
 H100 = ("h100-sxm", "h100-sxm-p2p-off")
 FITTED: tuple[tuple[tuple[str, ...], str], ...] = (
     (H100, "device.memory_reach"),
     (H100, "device.kernel_us"),
     (H100, "device.overlap_share"),
+    (H100, "device.bulk_overlap_share"),
     (("h100-sxm",), "links.0.base_us"),
     (("h100-sxm",), "links.0.protocols.0.step_us"),
     (("h100-sxm",), "links.0.one_shot_us"),
     (("h100-sxm-p2p-off",), "links.0.base_us"),
     (("h100-sxm-p2p-off",), "links.1.protocols.0.step_us"),
-    (("gpt-fast", "tensorrt-llm"), "matmul_reach"),
+    (("gpt-fast",), "matmul_reach"),
     (("gpt-fast",), "batched_reach"),
+    (("gpt-fast",), "prefill_launch_us"),
+    (("tensorrt-llm",), "matmul_reach"),
     (("tensorrt-llm",), "step_us"),
     (("tensorrt-llm",), "request_us"),
     (("tensorrt-llm",), "kv_reach"),
@@ -87,6 +89,7 @@ def shape(layers: int, width: int, heads: int, neurons: int, vocabulary: int) ->
 
 
 SHAPES = {
+    "ladder 8B": shape(32, 4096, 32, 14336, 128256),
     "ladder 70B": shape(80, 8192, 64, 28672, 128256),
     "ladder 405B": shape(126, 16384, 128, 53248, 128256),
     "PT 30B": shape(48, 7168, 64, 22016, 153600),
@@ -133,6 +136,26 @@ def ladder_rows(name: str) -> Iterator[Observation]:
         )
 
 
+def ladder_log_rows() -> Iterator[Observation]:
+    """Fitted: prefills of the 70B at batch 1, 8 and 32. Nothing of the 8B."""
+    for row in read("ladder_logs.csv"):
+        values = {"throughput": row["tokens_per_second"], "ttft": row["prefill_ms"]}
+        for metric, value in values.items():
+            if value:
+                yield Observation(
+                    f"ladder {row['model']}",
+                    f"{metric}, batch {row['batch']}, {row['tp']} ranks",
+                    "h100-sxm",
+                    "gpt-fast",
+                    row["architecture"],
+                    int(row["tp"]),
+                    Workload(int(row["batch"]), 1024, 512),
+                    metric,
+                    float(value),
+                    metric == "ttft" and row["model"] == "70B" and row["batch"] in ("1", "8", "32"),
+                )
+
+
 def pt_rows() -> Iterator[Observation]:
     """Fitted: prompts of 1024, and the latencies of prompts of 4096 and 16384."""
     for row in read("pt_30b.csv"):
@@ -158,7 +181,7 @@ def pt_rows() -> Iterator[Observation]:
 def observations() -> tuple[Observation, ...]:
     """Every published row."""
     names = ("ladder_70b.csv", "ladder_70b_more.csv", "ladder_405b.csv")
-    return (*(o for name in names for o in ladder_rows(name)), *pt_rows())
+    return (*(o for name in names for o in ladder_rows(name)), *ladder_log_rows(), *pt_rows())
 
 
 def silent(row: Hardware) -> Hardware:
@@ -166,7 +189,7 @@ def silent(row: Hardware) -> Hardware:
 
     def free(link: Link) -> Link:
         protocols = tuple(replace(p, step_us=0.0, gb_s=1e9) for p in link.protocols)
-        return replace(link, base_us=0.0, protocols=protocols)
+        return replace(link, base_us=0.0, switch_us=0.0, switch_gb_s=0.0, protocols=protocols)
 
     return replace(row, links=tuple(map(free, row.links)))
 
@@ -278,44 +301,79 @@ def errors(rows: Rows) -> list[Row]:
     return found
 
 
-def group(row: Row) -> str:
-    o = row.one
-    if o.source == "PT 30B":
-        return f"PT 30B {'throughput' if o.metric == 'throughput' else 'TTFT and TPOT'}"
-    batch = o.workload.batch
-    return o.source if o.metric == "speed_up" else f"{o.source}, batch {batch}"
+Group = tuple[str, Callable[[Observation], bool]]
+GROUPS: tuple[Group, ...] = (
+    (
+        "ladder 70B: tokens/s at batch 1 and 16",
+        lambda o: is_ladder(o, "70B", "throughput") and o.workload.batch in (1, 16),
+    ),
+    (
+        "ladder 70B: tokens/s at other batches",
+        lambda o: is_ladder(o, "70B", "throughput") and o.workload.batch not in (1, 16),
+    ),
+    ("ladder 70B: prefills", lambda o: is_ladder(o, "70B", "ttft")),
+    ("ladder 8B: tokens/s", lambda o: is_ladder(o, "8B", "throughput")),
+    ("ladder 8B: prefills", lambda o: is_ladder(o, "8B", "ttft")),
+    (
+        "ladder 405B, two nodes: speed-ups",
+        lambda o: is_ladder(o, "405B", "speed_up") and o.hardware.startswith("2x8"),
+    ),
+    (
+        "the same, peer-to-peer off",
+        lambda o: is_ladder(o, "405B", "speed_up") and not o.hardware.startswith("2x8"),
+    ),
+    ("all of ladder", lambda o: o.source.startswith("ladder")),
+    (
+        "Parallel Track 30B: TTFT, TPOT",
+        lambda o: o.source == "PT 30B" and o.metric != "throughput",
+    ),
+    (
+        "Parallel Track 30B: tokens/s",
+        lambda o: o.source == "PT 30B" and o.metric == "throughput",
+    ),
+    ("all: tokens/s", lambda o: o.metric == "throughput"),
+    ("all: times", lambda o: o.metric in ("ttft", "tpot")),
+    ("all", lambda o: bool(o)),
+)
 
 
-def mean(values: list[float]) -> float:
-    return sum(map(abs, values)) / len(values)
+def is_ladder(one: Observation, size: str, metric: str) -> bool:
+    return (one.source, one.metric) == (f"ladder {size}", metric)
 
 
-def summary(rows: list[Row]) -> Iterator[tuple[str, bool, int, float | None, float | None]]:
-    """(group, fitted, rows, mean absolute error, mean absolute error of ratios)."""
-    for key in dict.fromkeys((group(r), r.one.fitted) for r in rows):
-        own = [r for r in rows if (group(r), r.one.fitted) == key]
-        values = [r.error for r in own if r.one.metric != "speed_up"]
-        ratios = [r.ratio_error for r in own if r.ratio_error is not None]
-        yield (
-            *key,
-            len(own),
-            mean(values) if values else None,
-            mean(ratios) if ratios else None,
-        )
+def mean(values: Iterable[float]) -> float | None:
+    """Of absolute values; None where there are none."""
+    found = [abs(v) for v in values]
+    return sum(found) / len(found) if found else None
+
+
+def summary(rows: list[Row], fitted: bool) -> tuple[int, float | None, float | None]:
+    """(rows, mean absolute error of values, of their ratios) of those fitted, or left out."""
+    own = [r for r in rows if r.one.fitted == fitted]
+    values = mean(r.error for r in own if r.one.metric != "speed_up")
+    return len(own), values, mean(r.ratio_error for r in own if r.ratio_error is not None)
 
 
 def show(console: Console, rows: list[Row]) -> None:
-    table = Table("rows", "in the fit", "number", "error", "error of ratios", title="Mean absolute")
-    for name, fitted, number, error, ratio in summary(rows):
-        cells = [f"{x:.1%}" if x is not None else "" for x in (error, ratio)]
-        table.add_row(name, "yes" if fitted else "", str(number), *cells)
-    left = [r for r in rows if not r.one.fitted]
-    for name, metrics in (("tokens/s", ("throughput",)), ("TTFT, TPOT", ("ttft", "tpot"))):
-        values = [r.error for r in left if r.one.metric in metrics]
-        table.add_row(f"all left out: {name}", "", str(len(values)), f"{mean(values):.1%}", "")
-    ratios = [r.ratio_error for r in left if r.ratio_error is not None]
-    table.add_row("all left out: ratios", "", str(len(ratios)), "", f"{mean(ratios):.1%}")
-    console.print(table)
+    table = Table(box=None, pad_edge=False, header_style="")
+    table.add_column("mean absolute errors")
+    for name in (
+        "in the\nfit",
+        "\nerror",
+        "of speed-\nups",
+        "left\nout",
+        "\nerror",
+        "of speed-\nups",
+    ):
+        table.add_column(name, justify="right")
+    for name, chosen in GROUPS:
+        own = [r for r in rows if chosen(r.one)]
+        cells: list[str] = []
+        for fitted in (True, False):
+            number, *means = summary(own, fitted)
+            cells += [str(number), *("" if x is None else f"{x:.1%}" for x in means)]
+        table.add_row(name, *cells)
+    console.print(table, highlight=False)
 
 
 def main() -> None:

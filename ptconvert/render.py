@@ -215,7 +215,7 @@ def _comparison_table(figures: Mapping[str, Any]) -> RenderableType:
 
 def print_estimates(console: Console, rows: Sequence[Row], setting: Setting) -> None:
     """Estimates of schedules against tensor parallelism's."""
-    from ptconvert.estimate.compare import ACCURACY
+    from ptconvert.estimate.compare import accuracy
     from ptconvert.estimate.report import HEADER, cells, notes
 
     workload = setting.workload
@@ -223,7 +223,14 @@ def print_estimates(console: Console, rows: Sequence[Row], setting: Setting) -> 
         f"{setting.hardware.name}, {setting.engine_name}, {setting.ranks} ranks, batch "
         f"{workload.batch}, {workload.prompt} + {workload.new} tokens"
     )
-    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    table = Table(
+        box=None,
+        pad_edge=False,
+        collapse_padding=True,
+        header_style="bold",
+        title=title,
+        title_justify="left",
+    )
     for name in HEADER:
         left = name == HEADER[0]
         heading = name.replace("-", "-\n").replace(" ", "\n").replace("muni", "muni-\n")
@@ -233,4 +240,4 @@ def print_estimates(console: Console, rows: Sequence[Row], setting: Setting) -> 
     console.print(table)
     for note in notes(rows, setting):
         console.print(Text(f"note: {note}", style="yellow"))
-    console.print(Text(f"estimated; {ACCURACY}", style="dim"))
+    console.print(Text(f"estimated; {accuracy(setting)}", style="dim"))

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from estimating import seconds
 
 from ptconvert.cli import main
 from ptconvert.errors import HardwareError
 from ptconvert.estimate import measure
-from ptconvert.estimate.collective import all_reduce_seconds
 from ptconvert.estimate.hardware import read_engine, read_hardware
 from ptconvert.runtime.launch import Rank
 
@@ -50,9 +50,9 @@ def test_the_row_gives_back_what_was_measured(ranks: int) -> None:
     assert row.device.matmul_tflops == 0.04 and row.device.memory_gb_s == 20
     assert (row.device.memory_reach, row.device.batched_reach) == (0.5, 0.5)
     assert row.device.kernel_us == pytest.approx(4, rel=1e-3)
-    for size, nbytes, seconds in results[0]["reduces"]:
+    for size, nbytes, measured in results[0]["reduces"]:
         if size == ranks or ranks > 2:
-            assert all_reduce_seconds(nbytes, size, row.links) == pytest.approx(seconds, rel=0.02)
+            assert seconds(nbytes, size, row.links) == pytest.approx(measured, rel=0.02)
     assert set(row.sources) >= {"device.kernel_us", "links.0.base_us"}
 
 
@@ -79,8 +79,8 @@ def test_two_ranks_are_measured(tmp_path: Path) -> None:
     assert row.ranks == 2 and "gloo" in row.name
     assert 1e-3 < row.device.matmul_tflops < 100 and 0.1 < row.device.memory_gb_s < 1e4
     assert 0.1 < row.device.kernel_us < 1000
-    assert 1e-6 < all_reduce_seconds(4096, 2, row.links) < 1
-    assert all_reduce_seconds(1e8, 2, row.links) > all_reduce_seconds(4096, 2, row.links)
+    assert 1e-6 < seconds(4096, 2, row.links) < 1
+    assert seconds(1e8, 2, row.links) > seconds(4096, 2, row.links)
 
 
 def fail(_: None, rank: Rank) -> dict[str, Any]:

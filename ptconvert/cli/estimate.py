@@ -13,6 +13,8 @@ from ptconvert.cli.show import converted
 from ptconvert.shape import DTYPES, ModelShape
 from ptconvert.spec import read_spec
 
+_TOKENS = click.IntRange(1, 2**24)
+
 
 @click.command()
 @click.argument("specs", metavar="SPEC...", nargs=-1, type=click.Path(path_type=Path, exists=True))
@@ -20,10 +22,10 @@ from ptconvert.spec import read_spec
 @click.option("--revision", help="Branch, tag or commit, where --model is a hub id.")
 @click.option("--hardware", metavar="NAME|FILE", help="A row of the package's, or a file.")
 @click.option("--engine", metavar="NAME|FILE", help="What serves it. Default: the hardware's.")
-@click.option("--ranks", type=click.IntRange(1), help="Ranks that share the model.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--prompt", type=click.IntRange(1), default=1024, show_default=True, metavar="TOKENS")
-@click.option("--new", type=click.IntRange(1), default=512, show_default=True, metavar="TOKENS")
+@click.option("--ranks", type=click.IntRange(1, 2**20), help="Ranks that share the model.")
+@click.option("--batch", type=click.IntRange(1, 2**20), default=1, show_default=True)
+@click.option("--prompt", type=_TOKENS, default=1024, show_default=True, metavar="TOKENS")
+@click.option("--new", type=_TOKENS, default=512, show_default=True, metavar="TOKENS")
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Default: the model's.")
 @click.option("--json", "as_json", is_flag=True, help="Print the estimates as JSON.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a report.")
@@ -63,7 +65,7 @@ def estimate(
 def _estimate(
     specs: tuple[Path, ...], hardware: str, model: str | None, ranks: int, options: dict[str, Any]
 ) -> None:
-    from ptconvert.estimate.compare import Candidate, Setting, compare
+    from ptconvert.estimate.compare import Candidate, Setting, accuracy, compare
     from ptconvert.estimate.hardware import read_engine, read_hardware
     from ptconvert.estimate.model import Workload
     from ptconvert.render import print_estimates
@@ -91,6 +93,7 @@ def _estimate(
     figures = {
         "hardware": row.name,
         "engine": engine_name,
+        "accuracy": accuracy(setting),
         "ranks": ranks,
         "batch": workload.batch,
         "prompt_tokens": workload.prompt,

@@ -10,35 +10,68 @@ With n ranks, a message of m bytes, s seconds per step and B bytes per second pe
 each plus a fixed time of its own. Like NCCL, whose cost model this follows (tuning.cc: base
 latency + steps x hop latency + bytes / bandwidth, for each of its protocols, and the least of
 them), the fastest is taken. Over two levels: reduce-scatter within the groups, an all-reduce of a
-group's part between them, all-gather within (Thakur, Rabenseifner and Gropp, 2005); a ring's
-reduce-scatter and all-gather together are its all-reduce.
+group's part between them, all-gather within (Thakur, Rabenseifner and Gropp, 2005); within, a ring
+is taken where there is one, or the switch, whose all-reduces are made of those two halves.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ptconvert.estimate.hardware import Link
 
 
-def all_reduce_seconds(
-    nbytes: float, ranks: int, links: Sequence[Link], *, one_shot: bool = False
-) -> float:
-    """Seconds of an all-reduce of `nbytes` over `ranks`, on links from the innermost outwards.
+@dataclass(frozen=True)
+class Transfer:
+    """One all-reduce, in seconds: `fixed` whatever its size, and `moving` its bytes."""
 
-    0 for one rank. `ranks` must not exceed what the last link joins.
+    fixed: float = 0.0
+    moving: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.fixed + self.moving
+
+    def __add__(self, other: Transfer) -> Transfer:
+        return Transfer(self.fixed + other.fixed, self.moving + other.moving)
+
+
+def all_reduce(
+    nbytes: float,
+    ranks: int,
+    links: Sequence[Link],
+    *,
+    one_shot: bool = False,
+    in_switch: bool = True,
+) -> Transfer:
+    """An all-reduce of `nbytes` over `ranks`, on links from the innermost outwards.
+
+    Nothing for one rank. `ranks` must not exceed what the last link joins. `one_shot` and
+    `in_switch` say whether those ways are open to it, where a link has them.
     """
+    if not in_switch:
+        links = [replace(link, switch_gb_s=0.0) for link in links]
     if ranks == 1:
-        return 0.0
+        return Transfer()
     inner = links[0]
     if ranks <= inner.ranks:
         return _within(nbytes, ranks, inner, one_shot)
     group = inner.ranks
     joined = [_joining(link, group) for link in links[1:]]
-    outer = all_reduce_seconds(nbytes / group, math.ceil(ranks / group), joined)
-    return outer if group == 1 else outer + _within(nbytes, group, inner, one_shot=False)
+    outer = all_reduce(nbytes / group, math.ceil(ranks / group), joined)
+    if group == 1:
+        return outer
+    halves = replace(inner, algorithm="ring") if "ring" in inner.algorithm else inner
+    return outer + _within(nbytes, group, halves, one_shot=False)
+
+
+def all_gather(nbytes: float, ranks: int, links: Sequence[Link]) -> Transfer:
+    """All ranks' parts of `nbytes` to all of them: half of a ring's all-reduce."""
+    rings = [replace(link, algorithm="ring", switch_gb_s=0.0) for link in links]
+    whole = all_reduce(nbytes, ranks, rings)
+    return Transfer(whole.fixed / 2, whole.moving / 2)
 
 
 def _joining(link: Link, group: int) -> Link:
@@ -46,20 +79,20 @@ def _joining(link: Link, group: int) -> Link:
     return replace(link, ranks=math.ceil(link.ranks / group))
 
 
-def _within(nbytes: float, ranks: int, link: Link, one_shot: bool) -> float:
-    """Seconds over one link, by its fastest protocol and algorithm."""
-    times = []
+def _within(nbytes: float, ranks: int, link: Link, one_shot: bool) -> Transfer:
+    """Over one link, by its fastest protocol and algorithm."""
+    base, ways = link.base_us * 1e-6, []
     for protocol in link.protocols:
         step, bandwidth = protocol.step_us * 1e-6, protocol.gb_s * 1e9
         if "ring" in link.algorithm:
             sent = 2 * (ranks - 1) / ranks * nbytes
-            times.append(2 * (ranks - 1) * step + sent / bandwidth)
+            ways.append(Transfer(base + 2 * (ranks - 1) * step, sent / bandwidth))
         if "tree" in link.algorithm:
-            times.append(2 * math.ceil(math.log2(ranks)) * step + 2 * nbytes / bandwidth)
+            steps = 2 * math.ceil(math.log2(ranks))
+            ways.append(Transfer(base + steps * step, 2 * nbytes / bandwidth))
     if link.switch_gb_s:
-        times.append(link.switch_us * 1e-6 + nbytes / (link.switch_gb_s * 1e9))
-    best = link.base_us * 1e-6 + min(times)
+        ways.append(Transfer(base + link.switch_us * 1e-6, nbytes / (link.switch_gb_s * 1e9)))
     if one_shot and link.one_shot_us:
         widest = max(p.gb_s * 1e9 for p in link.protocols)
-        best = min(best, link.one_shot_us * 1e-6 + (ranks - 1) * nbytes / widest)
-    return best
+        ways.append(Transfer(link.one_shot_us * 1e-6, (ranks - 1) * nbytes / widest))
+    return min(ways, key=lambda way: way.seconds)

@@ -51,12 +51,13 @@ def _choice(*allowed: str, default: Any = MISSING) -> Any:
 class Device:
     """One GPU, or one rank's share of a CPU.
 
-    `matmul_tflops` (1e12 FLOP/s) and `memory_gb_s` (1e9 B/s) are the data sheet's, in the dtype
-    served; `memory_reach` is the share of the latter that kernels attain in reading weights, and
+    `matmul_tflops` (1e12 FLOP/s, in `matmul_dtype`) and `memory_gb_s` (1e9 B/s) are the data
+    sheet's; `memory_reach` is the share of the latter that kernels attain in reading weights, and
     `batched_reach` what is left of it with more than one token. `memory_gb` is 1e9 B. `kernel_us`
-    is the fixed time of one kernel beyond its roofline (launch, ramp up, tail). `overlap_share` is
-    the part of an all-reduce's time that it takes from the computation beside it, as its kernel
-    holds processors, and on a CPU cores. `reduces_at_once` all-reduces progress side by side: 1 on
+    is the fixed time of one kernel beyond its roofline (launch, ramp up, tail). An all-reduce takes
+    a part of its time from the computation beside it, as its kernel holds processors (on a CPU,
+    cores) and memory: `overlap_share` of its fixed time, and `bulk_overlap_share` of the time that
+    its bytes take. `reduces_at_once` all-reduces progress side by side: 1 on
     NCCL's stream, 2 on gloo's two threads.
     """
 
@@ -66,8 +67,10 @@ class Device:
     memory_gb: float = _number(1e-3)
     kernel_us: float = _number()
     overlap_share: float = _number(0.0, 0.99)
+    bulk_overlap_share: float = _number(0.0, 0.99)
     batched_reach: float = _number(1e-3, 1.0, 1.0)
     reduces_at_once: int = _number(1, 64, 1)
+    matmul_dtype: str = _choice("bfloat16", "float32", default="bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +104,14 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """A row: a device, its links from the innermost outwards, and each number's source."""
+    """A row: a device, its links from the innermost outwards, and each number's source.
+
+    `accuracy` says how far off estimates for it are on published runs, where there are any.
+    """
 
     name: str
     engine: str
+    accuracy: str = ""
     device: Device
     links: tuple[Link, ...]
     sources: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -128,7 +135,8 @@ class Engine:
 
     - `attention_kernels`, `mlp_kernels`: of one sublayer, its norm and the addition to the
       residual stream included; `head_kernels`: of embeddings, final norm and lm_head.
-    - `step_us`, `request_us`: host time per pass, and per request until its first token.
+    - `step_us`, `request_us`: host time per pass, and per request until its first token;
+      `prefill_launch_us`: what a prefill's kernel takes longer to launch than one in a graph.
     - `matmul_reach`: the share of the device's FLOP/s that it attains in a prefill.
     - `kv_reach`: the share of the bandwidth reached that reading the KV cache attains; `kv_reads`:
       how often it is read.
@@ -137,8 +145,8 @@ class Engine:
     - `score_passes`: times that a prefill's attention scores travel to or from memory; 0 where
       kernels are fused.
     - `cache`: whether attention reads the tokens so far or the whole allocated cache; `logits`: of
-      which positions; `vocabulary`: whether lm_head is cut by rank; `one_shot`: whether there are
-      one-shot all-reduces.
+      which positions; `vocabulary`: whether lm_head is cut by rank; `one_shot`, `in_switch`:
+      whether there are one-shot all-reduces, and reductions in the switch.
     """
 
     attention_kernels: float = _number(1)
@@ -146,6 +154,7 @@ class Engine:
     head_kernels: float = _number(1)
     step_us: float = _number()
     request_us: float = _number()
+    prefill_launch_us: float = _number()
     matmul_reach: float = _number(1e-3, 1.0)
     kv_reach: float = _number(1e-3, 1.0)
     kv_reads: str = _choice("per KV head", "per query head")
@@ -155,6 +164,7 @@ class Engine:
     logits: str = _choice("last", "all")
     vocabulary: str = _choice("sharded", "replicated")
     one_shot: str = _choice("yes", "no")
+    in_switch: str = _choice("yes", "no")
 
 
 def _packaged(directory: str) -> Mapping[str, Traversable]:
@@ -220,6 +230,7 @@ _COMMON: _Schema = {"sources": dict}
 _HARDWARE: _Schema = {
     "name": str,
     "engine": str,
+    "accuracy": _fields(Hardware)["accuracy"],
     "device": Device,
     "links": [Link],
     **_COMMON,
@@ -340,4 +351,6 @@ def to_yaml(row: Hardware) -> str:
     fields = {"format": FORMAT, **dataclasses.asdict(dataclasses.replace(row, sources={}))}
     fields["links"] = [{**x, "protocols": list(x["protocols"])} for x in fields["links"]]
     fields["sources"] = dict(row.sources)
+    if not row.accuracy:
+        del fields["accuracy"]
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ptconvert.errors import HardwareError
+from ptconvert.estimate.collective import Transfer
 from ptconvert.estimate.hardware import (
     Device,
     Engine,
@@ -227,6 +228,7 @@ def to_hardware(results: list[dict[str, Any]], backend: str, engine: Engine) -> 
     # Two schedules differ by 2L - 1 all-reduces; computation is what is left without any.
     reduce_seconds = max(0.0, steps["blocking"] - steps["one"]) / (2 * _LAYERS - 1)
     kernel = max(0.0, steps["one"] - (reduce_seconds if ranks > 1 else 0.0)) / operators
+    dtype = "bfloat16" if backend == "nccl" else "float32"
     copied = min(r["copy_bytes"] for r in results)
     read, batched = (min(r["read_bytes"][i] for r in results) for i in (0, 1))
     device = Device(
@@ -238,12 +240,13 @@ def to_hardware(results: list[dict[str, Any]], backend: str, engine: Engine) -> 
         memory_gb=min(r["memory"] for r in results) / 1e9,
         kernel_us=kernel * 1e6,
         overlap_share=0.0,
+        bulk_overlap_share=0.0,
+        matmul_dtype=dtype,
     )
     if ranks > 1:
         share = _overlap_share(steps, reduce_seconds, kernel, engine, device)
-        device = replace(device, overlap_share=share)
+        device = replace(device, overlap_share=share, bulk_overlap_share=share)
     links = (_link(results, reduce_seconds),) if ranks > 1 else ()
-    dtype = "bfloat16" if backend == "nccl" else "float32"
     row = Hardware(
         name=f"{ranks} ranks here: {results[0]['name']}, {backend}",
         engine=ENGINE,
@@ -264,7 +267,7 @@ def _overlap_share(
 
     def seconds(share: float) -> float:
         sharing = replace(device, overlap_share=share)
-        return run(schedule, stages, head, reduce_seconds, sharing).seconds
+        return run(schedule, stages, head, Transfer(reduce_seconds), sharing).seconds
 
     shares = np.linspace(0.0, 0.99, 100)
     return float(min(shares, key=lambda share: abs(seconds(float(share)) - steps["overlapped"])))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ptconvert.estimate.collective import all_reduce_seconds
+from ptconvert.estimate.collective import Transfer, all_gather, all_reduce
 from ptconvert.estimate.hardware import Engine, Hardware
-from ptconvert.estimate.roofline import Pass, head_seconds, rank_bytes, stage_seconds
+from ptconvert.estimate.roofline import Pass, head_seconds, logits_of, rank_bytes, stage_seconds
 from ptconvert.estimate.timeline import Timeline, run
 from ptconvert.schedule import Schedule
 from ptconvert.shape import ModelShape
@@ -68,7 +68,7 @@ def step(
     hardware's links don't join so many ranks.
     """
     hardware.check_ranks(ranks)
-    tracked = schedule.track_layers(max(tracks, ranks)) if tracks > ranks else frozenset()
+    tracked = _tracked(schedule, ranks, tracks)
     known: dict[object, float] = {}  # a model has a few kinds of stages, many times over
     stages = []
     for stage in schedule.stages:
@@ -79,25 +79,41 @@ def step(
             )
         stages.append(known[key])
     head = head_seconds(shape, hardware.device, engine, ranks, one)
-    nbytes = one.total * shape.bytes_per_token
-    reduce_seconds = all_reduce_seconds(
-        nbytes, ranks, hardware.links, one_shot=engine.one_shot == "yes"
+    moved = reduction(shape, hardware, engine, ranks, one)
+    outside = vocabulary_seconds(shape, hardware, engine, ranks, one)
+    return run(schedule, stages, head, moved, hardware.device, outside)
+
+
+def _tracked(schedule: Schedule, ranks: int, tracks: int) -> frozenset[int]:
+    """The layers of which a rank runs more than one track."""
+    return schedule.track_layers(tracks) if tracks > ranks else frozenset()
+
+
+def reduction(
+    shape: ModelShape, hardware: Hardware, engine: Engine, ranks: int, one: Pass
+) -> Transfer:
+    """One all-reduce of a pass, in the ways that the engine has."""
+    return all_reduce(
+        one.total * shape.bytes_per_token,
+        ranks,
+        hardware.links,
+        one_shot=engine.one_shot == "yes",
+        in_switch=engine.in_switch == "yes",
     )
-    return run(schedule, stages, head, reduce_seconds, hardware.device)
 
 
-def step_seconds(
-    schedule: Schedule,
-    shape: ModelShape,
-    hardware: Hardware,
-    engine: Engine,
-    ranks: int,
-    one: Pass,
-    *,
-    tracks: int = 0,
+def vocabulary_seconds(
+    shape: ModelShape, hardware: Hardware, engine: Engine, ranks: int, one: Pass
 ) -> float:
-    """Seconds of one forward pass: what a planner minimises. Arguments as for `step`."""
-    return step(schedule, shape, hardware, engine, ranks, one, tracks=tracks).seconds
+    """What a vocabulary cut by rank costs a pass: its embeddings all-reduced, its logits gathered.
+
+    Whatever the schedule, whose all-reduces don't count these.
+    """
+    if engine.vocabulary != "sharded":
+        return 0.0
+    nbytes = logits_of(engine, one) * shape.vocabulary * shape.bytes_per_token / shape.width
+    gathered = all_gather(nbytes, ranks, hardware.links)
+    return reduction(shape, hardware, engine, ranks, one).seconds + gathered.seconds
 
 
 def estimate(
@@ -124,5 +140,7 @@ def estimate(
         workload.batch * workload.new / whole,
         prefill,
         decode,
-        rank_bytes(shape, engine, ranks, tracks, workload.decode),
+        rank_bytes(
+            shape, engine, ranks, workload.decode, tracks, len(_tracked(schedule, ranks, tracks))
+        ),
     )

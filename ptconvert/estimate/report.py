@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from ptconvert import html
-from ptconvert.estimate.collective import all_reduce_seconds
 from ptconvert.estimate.compare import (
-    ACCURACY,
     LIMITS,
     Candidate,
     Row,
     Setting,
+    accuracy,
+    most_memory,
     over_batches,
     over_link_speed,
     over_ranks,
 )
-from ptconvert.estimate.model import Estimate
-from ptconvert.estimate.roofline import Pass, kernel_seconds, sublayer_parts
+from ptconvert.estimate.model import Estimate, reduction, vocabulary_seconds
+from ptconvert.estimate.roofline import Pass, kernel_seconds, kernels_of, sublayer_parts
 from ptconvert.estimate.timeline import Timeline
 from ptconvert.schedule import DEFERRED, Kind, Schedule
+from ptconvert.shape import DTYPES
 
 _NAMES = {Kind.ATTENTION: "attention", Kind.MLP: "MLP"}
 HEADER = (
@@ -38,7 +39,7 @@ def to_html(rows: Sequence[Row], setting: Setting) -> str:
     """The report as one self-contained document."""
     candidates = [row.candidate for row in rows[1:]]
     s = setting
-    subtitle = f"{s.hardware.name}, {s.engine_name}; {ACCURACY}."
+    subtitle = f"{s.hardware.name}, {s.engine_name}; {accuracy(s)}."
     return html.page(
         "What a schedule buys",
         subtitle[0].upper() + subtitle[1:],
@@ -70,12 +71,19 @@ def _result(rows: Sequence[Row], setting: Setting) -> html.Html:
         ("ranks", str(setting.ranks)),
         ("batch", str(workload.batch)),
         ("tokens per sequence", f"{workload.prompt:,} + {workload.new:,}"),
-        ("dtype", (shape.dtype or "BF16").lower()),
+        ("dtype", dtype(setting)),
     ]
     table = html.table(HEADER, [cells(row) for row in rows], highlight=[best] if best else [])
     blocks = [html.facts(facts), table]
     blocks += [html.note(text) for text in notes(rows, setting)]
     return html.section("Result", *blocks)
+
+
+def dtype(setting: Setting) -> str:
+    """What the model is served in, as the command line names it."""
+    return next(
+        (name for name, short in DTYPES.items() if short == setting.shape.dtype), "bfloat16"
+    )
 
 
 def cells(row: Row) -> list[str]:
@@ -95,12 +103,18 @@ def cells(row: Row) -> list[str]:
 
 def notes(rows: Sequence[Row], setting: Setting) -> list[str]:
     """What a reader must know before believing the figures."""
-    needed, held = rows[0].estimate.memory / 1e9, setting.hardware.device.memory_gb
+    largest, device = most_memory(rows), setting.hardware.device
+    needed, held = largest.estimate.memory / 1e9, device.memory_gb
     found = []
     if needed > held:
         found.append(
-            f"Weights and cache need {needed:.0f} GB on each rank, which has {held:g} GB: this "
-            "setting can't run."
+            f"{largest.candidate.name} needs {needed:.0f} GB for weights and cache on each rank, "
+            f"which has {held:g} GB: it can't run."
+        )
+    if (setting.shape.dtype == "F32") != (device.matmul_dtype == "float32"):
+        found.append(
+            f"The model is served in {dtype(setting)}, but the hardware's rate of matrix products "
+            f"is that of {device.matmul_dtype}: prefills will be off."
         )
     return found
 
@@ -119,11 +133,12 @@ def _timelines(rows: Sequence[Row], what: str, of: Callable[[Estimate], Timeline
 
 def layer_group(schedule: Schedule) -> range:
     """Two or more layers of a schedule's middle, from one all-reduce after an MLP to another."""
-    ends = [0] + [
-        stage.sublayers[-1].layer + 1
+    inner = {
+        1 + max(s.layer for s in stage.sublayers)
         for stage in schedule.stages
-        if stage.sublayers[-1].kind is Kind.MLP and stage.ending != DEFERRED
-    ]
+        if stage.ending != DEFERRED and any(s.kind is Kind.MLP for s in stage.sublayers)
+    }
+    ends = sorted({0, *inner, schedule.layers})
     first = min(ends[:-1], key=lambda layer: abs(layer - schedule.layers // 2))
     last = next((end for end in ends if end >= first + 2), ends[-1])
     return range(first, last)
@@ -174,6 +189,14 @@ def _by_hand(setting: Setting) -> html.Html:
         f"{device.matmul_tflops:,.0f} TFLOP/s and "
         f"{device.memory_gb_s * device.memory_reach:,.0f} of {device.memory_gb_s:,.0f} GB/s."
     )
+    cut = [
+        vocabulary_seconds(s.shape, s.hardware, s.engine, s.ranks, one) * 1e6 for _, one in passes
+    ]
+    if any(cut):
+        reached += (
+            " The vocabulary is cut by rank: to all-reduce the embeddings and gather the logits "
+            f"takes {cut[0]:,.1f} us of a prefill and {cut[1]:,.1f} us of a decode step."
+        )
     header = ("pass", "sublayer", "GFLOP", "MB", "roofline, us", "kernels, us", "all-reduce, us")
     return html.section(
         "By hand",
@@ -189,20 +212,16 @@ def _stage_by_hand(what: str, name: str, kind: Kind, one: Pass, setting: Setting
     s, device = setting, setting.hardware.device
     parts = sublayer_parts(kind, s.shape, s.engine, s.ranks, one)
     roofline = sum(part.seconds(device, s.engine) for part in parts)
-    reduce_seconds = all_reduce_seconds(
-        one.total * s.shape.bytes_per_token,
-        s.ranks,
-        s.hardware.links,
-        one_shot=s.engine.one_shot == "yes",
-    )
+    fixed = kernel_seconds(kernels_of(kind, s.engine), device, s.engine, one)
+    moved = reduction(s.shape, s.hardware, s.engine, s.ranks, one)
     return [
         what,
         name,
         f"{sum(p.flops for p in parts) / 1e9:,.2f}",
         f"{sum(p.nbytes for p in parts) / 1e6:,.1f}",
         f"{roofline * 1e6:,.1f}",
-        f"{kernel_seconds(kind, device, s.engine) * 1e6:,.1f}",
-        f"{reduce_seconds * 1e6:,.1f}",
+        f"{fixed * 1e6:,.1f}",
+        f"{moved.seconds * 1e6:,.1f}",
     ]
 
 

@@ -74,7 +74,8 @@ def stage_seconds(
         cut = max(tracks, ranks) if sublayer.layer in tracked else ranks
         parts = sublayer_parts(sublayer.kind, shape, engine, cut, one)
         once = sum(part.seconds(device, engine) for part in parts)
-        total += cut // ranks * (once + kernel_seconds(sublayer.kind, device, engine))
+        fixed = kernel_seconds(kernels_of(sublayer.kind, engine), device, engine, one)
+        total += cut // ranks * (once + fixed)
     return total
 
 
@@ -85,22 +86,32 @@ def sublayer_parts(
     return _attention(shape, engine, cut, one) if kind is Kind.ATTENTION else _mlp(shape, cut, one)
 
 
-def kernel_seconds(kind: Kind, device: Device, engine: Engine) -> float:
-    """The fixed time of a sublayer's kernels."""
-    kernels = engine.attention_kernels if kind is Kind.ATTENTION else engine.mlp_kernels
-    return kernels * device.kernel_us * 1e-6
+def kernels_of(kind: Kind, engine: Engine) -> float:
+    """How many kernels a sublayer has."""
+    return engine.attention_kernels if kind is Kind.ATTENTION else engine.mlp_kernels
+
+
+def kernel_seconds(kernels: float, device: Device, engine: Engine, one: Pass) -> float:
+    """The fixed time of some kernels of a pass."""
+    launch = engine.prefill_launch_us if one.tokens > 1 else 0.0
+    return kernels * (device.kernel_us + launch) * 1e-6
 
 
 def head_seconds(shape: ModelShape, device: Device, engine: Engine, ranks: int, one: Pass) -> float:
     """Seconds for embeddings, final norm and lm_head, and the host's time for the step."""
-    tokens = one.total if engine.logits == "all" else one.sequences
+    tokens = logits_of(engine, one)
     rows = shape.vocabulary / (ranks if engine.vocabulary == "sharded" else 1)
     weights = rows * shape.width
     nbytes = weights + tokens * rows + 4 * one.total * shape.width
     size = _bytes(shape)
     part = Part(2 * tokens * weights, nbytes * size, weights * size if tokens > 1 else 0.0)
-    fixed = engine.head_kernels * device.kernel_us + engine.step_us
-    return part.seconds(device, engine) + fixed * 1e-6
+    fixed = kernel_seconds(engine.head_kernels, device, engine, one) + engine.step_us * 1e-6
+    return part.seconds(device, engine) + fixed
+
+
+def logits_of(engine: Engine, one: Pass) -> int:
+    """Of how many tokens there are logits."""
+    return one.total if engine.logits == "all" else one.sequences
 
 
 def _bytes(shape: ModelShape) -> int:
@@ -156,12 +167,19 @@ def _batched(weights: float, one: Pass) -> float:
     return weights if one.total > 1 else 0.0
 
 
-def rank_bytes(shape: ModelShape, engine: Engine, ranks: int, tracks: int, one: Pass) -> float:
-    """Bytes of weights and KV cache that a rank holds for a pass, whatever the schedule."""
-    cut = max(ranks, tracks if tracks > shape.kv_heads else ranks)
-    kv_heads = max(shape.kv_heads // cut, 1) * (cut // ranks)
-    cache = one.sequences * one.allocated * 2 * kv_heads * shape.head_size * shape.layers
-    layers = shape.layers * (_weights(shape, "self_attn.", ranks) + _weights(shape, "mlp.", ranks))
+def rank_bytes(
+    shape: ModelShape, engine: Engine, ranks: int, one: Pass, tracks: int = 0, tracked: int = 0
+) -> float:
+    """Bytes of weights and KV cache that a rank holds for a pass.
+
+    A rank holds tracks / ranks tracks of each of the `tracked` layers, with KV heads of their own.
+    """
+    layers = 0.0
+    for count, cut in ((shape.layers - tracked, ranks), (tracked, max(tracks, ranks))):
+        kv_heads = max(shape.kv_heads // cut, 1)
+        cache = one.sequences * one.allocated * 2 * kv_heads * shape.head_size
+        weights = _weights(shape, "self_attn.", cut) + _weights(shape, "mlp.", cut)
+        layers += count * cut // ranks * (weights + cache)
     rows = shape.vocabulary / (ranks if engine.vocabulary == "sharded" else 1)
     vocabulary = rows * shape.width * (1 if shape.tied else 2)
-    return (cache + layers + vocabulary) * _bytes(shape)
+    return (layers + vocabulary) * _bytes(shape)

@@ -2,7 +2,8 @@
 
 A blocking ending holds the computation until its all-reduce is done. An overlapped one is launched
 and its all-reduce runs beside the stages before its merge; what isn't done by then is waited for.
-It takes a share of its own time (`Device.overlap_share`) from the stage that follows its launch.
+It takes shares of its own time (`Device.overlap_share` and `bulk_overlap_share`) from the stage
+that follows its launch.
 All-reduces take the link in launch order, as many at once as the device has them progress: one
 after another on NCCL's stream, two side by side on gloo's threads.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ptconvert.estimate.collective import Transfer
 from ptconvert.estimate.hardware import Device
 from ptconvert.schedule import Schedule
 
@@ -50,14 +52,16 @@ def run(
     schedule: Schedule,
     stages: Sequence[float],
     head: float,
-    reduce_seconds: float,
+    reduction: Transfer,
     device: Device,
+    outside: float = 0.0,
 ) -> Timeline:
     """The timeline of a pass whose stages compute for `stages` seconds each, and its head after.
 
-    `reduce_seconds` is one all-reduce.
+    `reduction` is one all-reduce; `outside` are seconds of collectives before and after the stages.
     """
     now, owed = 0.0, 0.0
+    taken = device.overlap_share * reduction.fixed + device.bulk_overlap_share * reduction.moving
     busy = [0.0] * device.reduces_at_once  # until when
     due: dict[int, float] = {}
     spans = []
@@ -66,12 +70,12 @@ def run(
         merged, transfer = schedule.merged_after(index), None
         if merged is not None:
             start = max(end, min(busy))
-            transfer = (start, start + reduce_seconds)
+            transfer = (start, start + reduction.seconds)
             busy = [*sorted(busy)[1:], transfer[1]]
             due[merged] = max(transfer[1], due.get(merged, 0.0))
         overlapped = merged is not None and merged > index
-        owed = device.overlap_share * reduce_seconds if overlapped else 0.0
+        owed = taken if overlapped else 0.0
         ready = max(end, due.pop(index, end))
         spans.append(Span((now, end), transfer, ready - end))
         now = ready
-    return Timeline(tuple(spans), sum(stages) + head, now + head)
+    return Timeline(tuple(spans), sum(stages) + head, now + head + outside)

@@ -1,0 +1,200 @@
+"""`ptconvert estimate`: tables, figures, the report, wrong input."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from estimating import GPT_FAST, H100, LAYERS, ROOT, SCHEDULES, SHAPE, VLLM
+from hypothesis import example, given, settings
+from test_schedule import schedules
+
+from ptconvert.cli import main
+from ptconvert.errors import HardwareError
+from ptconvert.estimate.compare import UNCHECKED, Candidate, Setting, compare
+from ptconvert.estimate.hardware import (
+    Engine,
+    engine_names,
+    hardware_names,
+)
+from ptconvert.estimate.model import Workload, step
+from ptconvert.estimate.report import lane_group, layer_group, to_html
+from ptconvert.estimate.roofline import Pass
+from ptconvert.presets import PRESETS
+from ptconvert.schedule import Schedule
+from ptconvert.shape import DTYPES
+
+
+def run_command(*arguments: object, code: int = 0) -> tuple[str, str]:
+    result = CliRunner().invoke(main, ["estimate", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result.stdout, result.stderr
+
+
+SPEC = ROOT / "specs" / "llama-3.1-8b-balanced.yaml"
+MODEL = ROOT / "specs" / "configs" / "llama-3.1-8b.json"
+GIVEN = (SPEC, "--model", MODEL, "--hardware", "l40s-pcie", "--ranks", 8)
+
+
+def test_the_table_and_the_figures() -> None:
+    out, err = run_command(*GIVEN)
+    assert "8x L40S over PCIe, vllm, 8 ranks, batch 1, 1024 + 512 tokens" in out and not err
+    assert all(word in out for word in ("TTFT", "TPOT", "tokens/s", "waited", "64", "22", "1.00"))
+    figures = json.loads(run_command(*GIVEN, "--json")[0])
+    base, ours = figures["rows"]
+    assert base["name"] == "tensor_parallel" and base["speed_up"]["tokens_per_second"] == 1
+    assert (base["all_reduces"], ours["all_reduces"]) == (64, 22)
+    assert ours["speed_up"]["tpot"] == pytest.approx(base["tpot_seconds"] / ours["tpot_seconds"])
+    assert 1 < ours["speed_up"]["tokens_per_second"] < 2
+    assert 0 < ours["communication_share"]["decode"] < base["communication_share"]["decode"] < 1
+    slower = json.loads(run_command(*GIVEN, "--engine", "gpt-fast", "--batch", 4, "--json")[0])
+    assert slower["engine"] == "gpt-fast" and slower["batch"] == 4
+    wide = json.loads(run_command(*GIVEN, "--dtype", "float32", "--json")[0])
+    assert wide["rows"][0]["bytes_per_rank"] == pytest.approx(2 * base["bytes_per_rank"])
+
+
+def test_the_table_of_the_readme_is_what_is_printed() -> None:
+    specs = [ROOT / "specs" / f"llama-3.1-70b-{name}.yaml" for name in ("balanced", "aggressive")]
+    config = ROOT / "specs" / "configs" / "llama-3.1-70b.json"
+    out, _ = run_command(*specs, "--model", config, "--hardware", "h100-pcie", "--ranks", 8)
+    lines = "\n".join(line.rstrip() for line in out.splitlines())
+    assert lines in (ROOT / "README.md").read_text()
+
+
+def test_several_specs_and_what_does_not_fit() -> None:
+    more = ROOT / "specs" / "llama-3.1-70b-aggressive.yaml"
+    config = ROOT / "specs" / "configs" / "llama-3.1-70b.json"
+    given = (more, more.with_name("llama-3.1-70b-gentle.yaml"), "--model", config)
+    out, _ = run_command(*given, "--hardware", "l40s-pcie", "--ranks", 2)
+    assert "can't run" in out.replace("\n", " ") and "gentle" in out.replace("\n", "")
+
+
+def test_tracks_with_kv_heads_of_their_own_need_more_memory(tmp_path: Path) -> None:
+    """16 tracks repeat the 8 KV heads: their weights and cache are twice as large on 8 ranks."""
+    spec, config = tmp_path / "tracks.yaml", ROOT / "specs" / "configs" / "llama-3.1-70b.json"
+    spec.write_text(
+        "format: 1\ntracks: 16\nschedule:\n"
+        "  - layers: 0-39\n    use: parallel_track\n    depth: 4\n"
+        "  - layers: 40-79\n    use: ladder\n"
+    )
+    given = (spec, "--model", config, "--hardware", "h100-sxm", "--ranks", 8, "--batch", 700)
+    base, ours = json.loads(run_command(*given, "--json")[0])["rows"]
+    head = 2 * 128 * 2  # a key's and a value's bytes
+    more = 40 * head * (700 * 1536 + 8192)  # the cache and the weights of one more head
+    assert ours["bytes_per_rank"] - base["bytes_per_rank"] == pytest.approx(more)
+    out = " ".join(run_command(*given)[0].split())
+    assert "tracks needs 84 GB for weights and cache on each rank, which has 80 GB" in out
+
+
+def test_notes_and_the_accuracy_say_what_was_not_checked() -> None:
+    text = {n: " ".join(run_command(*GIVEN, "--dtype", n)[0].split()) for n in DTYPES}
+    assert "served in float32, but the hardware's rate of matrix products" in text["float32"]
+    assert "hardware's rate" not in text["bfloat16"] + text["float16"]
+    assert UNCHECKED in text["bfloat16"]
+    checked = json.loads(run_command(*GIVEN[:4], "h100-sxm", *GIVEN[5:], "--json")[0])
+    assert checked["accuracy"] == H100.accuracy != ""
+
+
+def test_the_report_is_whole_and_draws_to_scale(tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    run_command(*GIVEN, "--html", file)
+    text = file.read_text()
+    Balanced().feed(text)
+    assert "<script" not in text and "http" not in text and "@media print" in text
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
+    charts = [f"Speed-up against: {what}" for what in ("link speed", "batch", "ranks")]
+    groups = [f"A layer group in a {what}" for what in ("decode step", "prefill")]
+    assert headings == [
+        *("Result", *groups, "By hand", *charts),
+        *("Where this is wrong", "Schedules"),
+    ]
+    assert "cut by rank" in text and UNCHECKED in text
+    schedule = Schedule(PRESETS["ladder"](range(LAYERS)))
+    found = step(schedule, SHAPE, H100, GPT_FAST, 8, Pass(1, 1, past=100, allocated=200))
+    layers = layer_group(SCHEDULES["parallel_track"])
+    assert len(layers) == 4
+    group = lane_group(Candidate("ladder", schedule, 8), found, layers)
+    compute, reduces = (lane.bars for lane in group.lanes)
+    spans = [found.spans[i] for i in range(2 * layers[0], 2 * layers[-1] + 2)]
+    lengths = [(s.compute[1] - s.compute[0]) * 1e6 for s in spans]
+    assert [b.end - b.start for b in compute] == pytest.approx(lengths)
+    assert {b.kind for b in reduces} == {"all-reduce, hidden"}
+    assert max(b.end for b in (*compute, *reduces)) <= compute[-1].end + 1e-6
+
+
+@given(schedules())
+@example(Schedule.parse("m0|a0!"))
+@example(Schedule.parse("m0|a0! a1|m1! m2|a2~1 a3. m3!"))
+@settings(max_examples=25)
+def test_any_schedule_has_a_report(schedule: Schedule) -> None:
+    layers = layer_group(schedule)
+    assert set(layers) and set(layers) <= set(range(schedule.layers))
+    assert len(layers) >= min(2, schedule.layers - layers.start)
+    shape = replace(SHAPE, layers=schedule.layers)
+    setting = Setting(shape, H100, GPT_FAST, "gpt-fast", 2, Workload(1, 8, 8))
+    Balanced().feed(to_html(compare([Candidate("drawn", schedule, 4)], setting), setting))
+
+
+class Balanced(HTMLParser):
+    """Fails on tags that are not closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, _: list[tuple[str, str | None]]) -> None:
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, _: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ((*GIVEN[:5], "--ranks", 3), "--ranks 3: 3 ranks don't divide"),
+        ((*GIVEN[:5], "--ranks", 16), "--ranks 16: llama-3.1-8b-balanced has 8 tracks"),
+        ((*GIVEN[:3], "--hardware", "abacus", "--ranks", 8), "neither a file nor one of"),
+        ((*GIVEN[:3], "--hardware", "2-workstations-10gbe", "--ranks", 8), "at most 2 ranks"),
+        ((*GIVEN, "--engine", "steam"), "neither a file nor one of"),
+        ((SPEC, "--hardware", "h100-sxm", "--ranks", 8), "needs --model"),
+        ((SPEC, "--model", MODEL, "--ranks", 8), "--hardware NAME is missing"),
+        ((*GIVEN, "--batch", "1" * 321), "is not in the range"),
+        ((*GIVEN, "--new", 2**24 + 1), "is not in the range"),
+        ((*GIVEN[:5], "--ranks", "1" * 5000), "is not"),
+        (("--measure", "/nowhere/row.yaml", "--ranks", 2), "does not exist"),
+    ],
+)
+def test_wrong_input_is_a_line(arguments: tuple[object, ...], what: str) -> None:
+    _, err = run_command(*arguments, code=2)
+    assert what in err.replace("\n", " ") and "Traceback" not in err
+
+
+def test_listing_and_imports() -> None:
+    out, _ = run_command("--list")
+    assert all(name in out for name in (*hardware_names(), *engine_names()))
+    script = (
+        "import sys; from click.testing import CliRunner; from ptconvert.cli import main; "
+        f"r = CliRunner().invoke(main, {['estimate', *map(str, GIVEN)]!r}); "
+        "assert r.exit_code == 0, r.output; "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'scipy', 'numpy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_a_setting_needs_ranks_that_the_hardware_joins() -> None:
+    engine: Engine = VLLM
+    setting = Setting(SHAPE, H100, engine, "vllm", 16, Workload(1, 8, 8))
+    with pytest.raises(HardwareError, match="at most 8 ranks"):
+        compare([Candidate("ladder", SCHEDULES["ladder"], 16)], setting)
