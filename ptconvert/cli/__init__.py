@@ -7,6 +7,7 @@ import click
 from ptconvert import __version__
 from ptconvert.cli.common import Commands
 from ptconvert.cli.evaluate import evaluate
+from ptconvert.cli.plan import plan
 from ptconvert.cli.show import show
 from ptconvert.cli.transform import transform
 from ptconvert.cli.verify import verify
@@ -18,6 +19,7 @@ def main() -> None:
     """Convert dense transformer checkpoints into architectures that wait for far fewer all-reduces.
 
     \b
+    ptconvert plan SRC --tracks N --text FILE --max-syncs K -o SPEC    find the schedule
     ptconvert show SPEC --model SRC            look at a schedule and what it saves
     ptconvert transform SRC DST --spec SPEC    write the converted checkpoint
     ptconvert verify DST --ranks R             run it on R ranks and check what it promises
@@ -28,5 +30,5 @@ def main() -> None:
     """
 
 
-for command in (transform, show, verify, evaluate):
+for command in (transform, show, verify, evaluate, plan):
     main.add_command(command)
