@@ -35,12 +35,20 @@ class PlanError(PTConvertError):
     """A plan can't be made as asked: for this model, or within this budget."""
 
 
-class SpecError(PTConvertError):
-    """One or more faults of a spec, each a line `file:line: what, and what would be right`."""
+class FileError(PTConvertError):
+    """One or more faults of a file, each a line `file:line: what, and what would be right`."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = tuple(_printable(fault) for fault in faults)
         ValueError.__init__(self, "\n".join(self.faults))
+
+
+class SpecError(FileError):
+    """Faults of a spec."""
+
+
+class HardwareError(FileError):
+    """Faults of a hardware file, or a use of it that it has no numbers for."""
 
 
 def _printable(text: str) -> str:

@@ -15,6 +15,7 @@ from ptconvert.presets import dense_schedule
 from ptconvert.schedule import Kind, Schedule, Sublayer
 
 if TYPE_CHECKING:  # it imports torch, which the other commands do without
+    from ptconvert.estimate.compare import Row, Setting
     from ptconvert.verify import Report
 
 _STYLES = {"!": "bold red", "~": "yellow", "^": "cyan", ".": "green", "|": "magenta"}
@@ -200,3 +201,26 @@ def _comparison_table(figures: Mapping[str, Any]) -> RenderableType:
         ratio = f"{spread['median']:.2f} ({spread['least']:.2f}-{spread['most']:.2f})"
         table.add_row(label, before, after, ratio)
     return table
+
+
+def print_estimates(console: Console, rows: Sequence[Row], setting: Setting) -> None:
+    """Estimates of schedules against tensor parallelism's."""
+    from ptconvert.estimate.compare import ACCURACY
+    from ptconvert.estimate.report import HEADER, cells, notes
+
+    workload = setting.workload
+    title = (
+        f"{setting.hardware.name}, {setting.engine_name}, {setting.ranks} ranks, batch "
+        f"{workload.batch}, {workload.prompt} + {workload.new} tokens"
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    for name in HEADER:
+        left = name == HEADER[0]
+        heading = name.replace("-", "-\n").replace(" ", "\n").replace("muni", "muni-\n")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*cells(row))
+    console.print(table)
+    for note in notes(rows, setting):
+        console.print(Text(f"note: {note}", style="yellow"))
+    console.print(Text(f"estimated; {ACCURACY}", style="dim"))

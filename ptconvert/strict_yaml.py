@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,6 +11,7 @@ import yaml
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 16
+_NUMBER = re.compile(r"-?[0-9]{1,30}(\.[0-9]{1,30})?(e[+-]?[0-9]{1,3})?", re.ASCII)
 
 
 class YAMLError(ValueError):
@@ -36,6 +39,13 @@ class Value:
         plain = isinstance(self.data, str) and not self.quoted
         if plain and isinstance(self.data, str) and self.data.isascii() and self.data.isdigit():
             return int(self.data) if len(self.data) <= 9 else None
+        return None
+
+    def number(self) -> float | None:
+        """The value as a finite decimal number; None when it isn't one, as a plain scalar."""
+        if isinstance(self.data, str) and not self.quoted and _NUMBER.fullmatch(self.data):
+            number = float(self.data)
+            return number if math.isfinite(number) else None
         return None
 
     def __str__(self) -> str:

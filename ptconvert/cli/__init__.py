@@ -6,6 +6,7 @@ import click
 
 from ptconvert import __version__
 from ptconvert.cli.common import Commands
+from ptconvert.cli.estimate import estimate
 from ptconvert.cli.evaluate import evaluate
 from ptconvert.cli.plan import plan
 from ptconvert.cli.show import show
@@ -21,6 +22,7 @@ def main() -> None:
     \b
     ptconvert plan SRC --tracks N --text FILE --max-syncs K -o SPEC    find the schedule
     ptconvert show SPEC --model SRC            look at a schedule and what it saves
+    ptconvert estimate SPEC --hardware NAME    what it would buy on other hardware
     ptconvert transform SRC DST --spec SPEC    write the converted checkpoint
     ptconvert verify DST --ranks R             run it on R ranks and check what it promises
     ptconvert eval DST --baseline SRC          score both, and say whether the difference is real
@@ -30,5 +32,5 @@ def main() -> None:
     """
 
 
-for command in (transform, show, verify, evaluate, plan):
+for command in (transform, show, plan, estimate, verify, evaluate):
     main.add_command(command)

@@ -34,7 +34,7 @@ def show(
         )
     shape = model_shape(model, revision) if model else None
     if spec.is_dir():
-        schedule, tracks, shape = _converted(spec)
+        schedule, tracks, shape = converted(spec)
     else:
         read = read_spec(spec)
         if shape is not None:
@@ -58,7 +58,7 @@ def show(
     )
 
 
-def _converted(path: Path) -> tuple[Schedule, int, ModelShape]:
+def converted(path: Path) -> tuple[Schedule, int, ModelShape]:
     """The schedule, tracks and source shape of a converted checkpoint."""
     config = read_config(path)
     section = read_section(config, str(path / "config.json"))

@@ -1,0 +1,141 @@
+"""Estimated against measured decode and prefill times, on this machine's ranks.
+
+Measures a hardware row (`ptconvert estimate --measure`), converts a checkpoint to tensor_parallel,
+parallel_track and ladder, lets `ptconvert verify` time them, and compares. `verify` times the same
+weights under tensor parallelism beside each schedule: that baseline counts too, and so do the
+speed-ups between the two.
+
+    python examples/bench/estimate.py           # 2 ranks, the 12-layer model beside this repository
+
+Exit code 0 where every decode and prefill time is within LIMIT of its estimate, 1 where one isn't,
+2 where the model is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.errors import PTConvertError
+from ptconvert.estimate.compare import Candidate
+from ptconvert.estimate.hardware import Engine, Hardware, read_engine, read_hardware
+from ptconvert.estimate.model import step
+from ptconvert.estimate.roofline import Pass
+from ptconvert.presets import dense_schedule
+from ptconvert.shape import ModelShape
+from ptconvert.spec import parse_spec
+from ptconvert.transform import execute, plan_conversion
+
+MODEL = Path(__file__).parents[3] / "shared" / "fixtures" / "stdlib-llama" / "model"
+PRESETS = {
+    "tensor_parallel": "tensor_parallel",
+    "parallel_track, depth 4": "parallel_track, depth: 4",
+    "ladder": "ladder",
+}
+LIMIT = 0.25
+PROMPT, NEW = 16, 8
+
+
+def ptconvert(*arguments: object) -> None:
+    """Runs a command; ends with its output where it fails."""
+    command = [sys.executable, "-m", "ptconvert", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"estimate: {' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def convert(source: Path, destination: Path, preset: str, ranks: int) -> Candidate:
+    checkpoint = open_checkpoint(source)
+    layers = ModelShape.from_config(checkpoint.config).layers
+    items = f"  - {{layers: 0-{layers - 1}, use: {preset}}}\n"
+    spec = parse_spec(f"format: 1\ntracks: {ranks}\nschedule:\n{items}", preset)
+    plan = plan_conversion(checkpoint, spec, source_name=source.name)
+    execute(plan, destination)
+    return Candidate(preset, plan.schedule, ranks)
+
+
+def measured(checkpoint: Path, ranks: int, repeats: int, file: Path) -> dict[str, Any]:
+    """verify's seconds of prefill and decode step, in the fastest repeat, as the row's are."""
+    ptconvert(
+        *("verify", checkpoint, "--ranks", ranks, "--device", "cpu", "--repeats", repeats),
+        *("--prompt-tokens", PROMPT, "--new-tokens", NEW, "--json", file),
+    )
+    compared = json.loads(file.read_text())["comparison"]
+    return {
+        name: {kind: min(compared[name]["seconds"][kind]) for kind in ("prefill", "decode")}
+        for name in ("schedule", "baseline")
+    }
+
+
+def estimated(
+    candidate: Candidate, shape: ModelShape, hardware: Hardware, engine: Engine, ranks: int
+) -> dict[str, float]:
+    """Seconds of a prefill and of the decode step in the middle."""
+    passes = {"prefill": Pass(1, PROMPT), "decode": Pass(1, 1, past=PROMPT + NEW // 2)}
+    return {
+        kind: step(candidate.schedule, shape, hardware, engine, ranks, one).seconds
+        for kind, one in passes.items()
+    }
+
+
+def bench(source: Path, ranks: int, repeats: int, directory: Path) -> bool:
+    """Prints the comparison; whether every time is within LIMIT of its estimate."""
+    row, engine = directory / "here.yaml", read_engine("ptconvert")
+    shape = replace(ModelShape.from_config(open_checkpoint(source).config), dtype="F32")
+    dense = Candidate("baseline", dense_schedule(shape.layers), ranks)
+    title = f"{ranks} ranks: decode step and prefill of {PROMPT} tokens, ms"
+    table = Table("schedule", "pass", "measured", "estimated", "error", title=title)
+    within = True
+    for index, (name, preset) in enumerate(PRESETS.items()):
+        checkpoint = directory / f"converted-{index}"
+        candidate = convert(source, checkpoint, preset, ranks)
+        ptconvert("estimate", "--measure", row, "--ranks", ranks)  # each time, as machines drift
+        hardware = read_hardware(str(row))
+        seen = measured(checkpoint, ranks, repeats, directory / "report.json")
+        said = estimated(candidate, shape, hardware, engine, ranks)
+        base = estimated(dense, shape, hardware, engine, ranks)
+        for kind in ("decode", "prefill"):
+            for label, key, values in ((name, "schedule", said), ("  baseline", "baseline", base)):
+                error = values[kind] / seen[key][kind] - 1
+                within = within and abs(error) <= LIMIT
+                times = (f"{x * 1e3:.2f}" for x in (seen[key][kind], values[kind]))
+                table.add_row(label, kind, *times, f"{error:+.0%}")
+            ratio = seen["baseline"][kind] / seen["schedule"][kind]
+            guess = base[kind] / said[kind]
+            cells = (f"{ratio:.2f}", f"{guess:.2f}", f"{guess / ratio - 1:+.0%}")
+            table.add_row("  speed-up", kind, *cells)
+    Console(width=100).print(table)
+    return within
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Estimated against measured step times.")
+    parser.add_argument("--model", type=Path, default=MODEL, help="a dense checkpoint")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=15)
+    arguments = parser.parse_args()
+    if not (arguments.model / "config.json").is_file():
+        print(f"estimate: skipped, there is no model at {arguments.model}", file=sys.stderr)
+        raise SystemExit(2)
+    try:
+        with tempfile.TemporaryDirectory(prefix="ptconvert-estimate-") as directory:
+            within = bench(arguments.model, arguments.ranks, arguments.repeats, Path(directory))
+    except PTConvertError as error:
+        print(f"estimate: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"every time within {LIMIT:.0%}" if within else f"not every time is within {LIMIT:.0%}")
+    raise SystemExit(0 if within else 1)
+
+
+if __name__ == "__main__":
+    main()

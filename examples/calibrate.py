@@ -1,0 +1,348 @@
+"""Fits the estimator's constants to published rows, and shows the error on rows left out.
+
+    python examples/calibrate.py            # refit; constants beside those in the package
+    python examples/calibrate.py --rows     # every row: published, estimated, error
+
+The shipped YAML files hold the constants that this prints, rounded to 3 digits. Needs scipy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ptconvert.estimate.hardware import Engine, Hardware, Link, read_engine, read_hardware
+from ptconvert.estimate.model import Workload, estimate
+from ptconvert.presets import PRESETS
+from ptconvert.schedule import Schedule
+from ptconvert.shape import ModelShape
+
+DATA = Path(__file__).parent / "calibration"
+Rows = Mapping[str, Any]  # hardware and engine rows by name
+# Every fitted constant: the files and the field that hold it. Two engines share what the rows of
+# one alone can't tell apart.
+H100 = ("h100-sxm", "h100-sxm-p2p-off")
+FITTED: tuple[tuple[tuple[str, ...], str], ...] = (
+    (H100, "device.memory_reach"),
+    (H100, "device.kernel_us"),
+    (H100, "device.overlap_share"),
+    (("h100-sxm",), "links.0.base_us"),
+    (("h100-sxm",), "links.0.protocols.0.step_us"),
+    (("h100-sxm",), "links.0.one_shot_us"),
+    (("h100-sxm-p2p-off",), "links.0.base_us"),
+    (("h100-sxm-p2p-off",), "links.1.protocols.0.step_us"),
+    (("gpt-fast", "tensorrt-llm"), "matmul_reach"),
+    (("gpt-fast",), "batched_reach"),
+    (("tensorrt-llm",), "step_us"),
+    (("tensorrt-llm",), "request_us"),
+    (("tensorrt-llm",), "kv_reach"),
+    (("vllm",), "step_us"),
+    (("vllm",), "request_us"),
+    (("vllm",), "kv_reach"),
+    (("vllm",), "matmul_reach"),
+)
+LL_TO_SIMPLE_US = 9.0  # between the network link's two protocols, as in NCCL's tuning.cc
+NETWORK = "h100-sxm-p2p-off", "links.1.protocols"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A published number: what was run, and whether the fit sees it."""
+
+    source: str
+    what: str
+    hardware: str
+    engine: str
+    architecture: str
+    ranks: int
+    workload: Workload
+    metric: str
+    value: float
+    fitted: bool
+
+
+def shape(layers: int, width: int, heads: int, neurons: int, vocabulary: int) -> ModelShape:
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": neurons,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": vocabulary == 153600,
+        "dtype": "bfloat16",
+    }
+    return ModelShape.from_config(config)
+
+
+SHAPES = {
+    "ladder 70B": shape(80, 8192, 64, 28672, 128256),
+    "ladder 405B": shape(126, 16384, 128, 53248, 128256),
+    "PT 30B": shape(48, 7168, 64, 22016, 153600),
+}
+ARCHITECTURES = {
+    "standard": "tensor_parallel",
+    "no_comm": "tensor_parallel",
+    "parallel": "parallel_block",
+    "ladder": "ladder",
+    "dense": "tensor_parallel",
+}
+
+
+@functools.cache
+def schedule(architecture: str, layers: int) -> Schedule:
+    if architecture.startswith("pt_d"):
+        return Schedule(PRESETS["parallel_track"](range(layers), depth=int(architecture[4:])))
+    return Schedule(PRESETS[ARCHITECTURES[architecture]](range(layers)))
+
+
+def read(name: str) -> list[dict[str, str]]:
+    with (DATA / name).open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def ladder_rows(name: str) -> Iterator[Observation]:
+    """Fitted: `standard`, `no_comm` and, with peer-to-peer on, `ladder` of the first file."""
+    for row in read(name):
+        peers, architecture = row["nccl_p2p"], row["architecture"]
+        large = name == "ladder_405b.csv"
+        hardware = "2x8-h100-sxm-ib400" if large else "h100-sxm"
+        seen = architecture in ("standard", "no_comm") or (architecture, peers) == ("ladder", "on")
+        yield Observation(
+            "ladder 405B" if large else "ladder 70B",
+            f"batch {row['batch']}, {row['tp']} ranks, p2p {peers}",
+            hardware if peers == "on" else "h100-sxm-p2p-off",
+            "gpt-fast",
+            architecture,
+            int(row["tp"]),
+            Workload(int(row["batch"]), 1024, 512),
+            "speed_up" if large else "throughput",
+            float(row["speed_up" if large else "tokens_per_second"]),
+            seen and name == "ladder_70b.csv",
+        )
+
+
+def pt_rows() -> Iterator[Observation]:
+    """Fitted: prompts of 1024, and the latencies of prompts of 4096 and 16384."""
+    for row in read("pt_30b.csv"):
+        prompt, metric = int(row["input_tokens"]), row["metric"]
+        new = 1 if row["output_tokens"] == "-" else int(row["output_tokens"])
+        seen = prompt == 1024 or (metric != "throughput" and prompt in (4096, 16384))
+        for architecture in ("dense", "pt_d2"):
+            yield Observation(
+                "PT 30B",
+                f"{row['engine']} {metric}, {prompt} + {row['output_tokens']}",
+                "h100-sxm",
+                row["engine"].replace("_", "-"),
+                architecture,
+                8,
+                Workload(256 if metric == "throughput" else 1, prompt, new),
+                metric,
+                float(row[architecture]),
+                seen,
+            )
+
+
+@functools.cache
+def observations() -> tuple[Observation, ...]:
+    """Every published row."""
+    names = ("ladder_70b.csv", "ladder_70b_more.csv", "ladder_405b.csv")
+    return (*(o for name in names for o in ladder_rows(name)), *pt_rows())
+
+
+def silent(row: Hardware) -> Hardware:
+    """The hardware with links that cost nothing, for `no_comm`."""
+
+    def free(link: Link) -> Link:
+        protocols = tuple(replace(p, step_us=0.0, gb_s=1e9) for p in link.protocols)
+        return replace(link, base_us=0.0, protocols=protocols)
+
+    return replace(row, links=tuple(map(free, row.links)))
+
+
+def estimated(one: Observation, rows: Rows, architecture: str | None = None) -> float:
+    """What the model says in the units of the row: tokens/s, ms, or the speed-up."""
+    architecture = architecture or one.architecture
+    if one.metric == "speed_up" and architecture == one.architecture:
+        throughput = replace(one, metric="throughput")
+        return estimated(throughput, rows) / estimated(throughput, rows, "standard")
+    hardware: Hardware = rows[one.hardware]
+    engine: Engine = rows[one.engine]
+    shape = SHAPES[one.source]
+    found = estimate(
+        schedule(architecture, shape.layers),
+        shape,
+        silent(hardware) if architecture == "no_comm" else hardware,
+        engine,
+        one.ranks,
+        one.workload,
+    )
+    times = {"ttft": found.ttft * 1e3, "tpot": found.tpot * 1e3}
+    return times.get(one.metric, found.tokens_per_second)
+
+
+def packaged() -> dict[str, Any]:
+    """The rows and engines as they are shipped."""
+    hardware = {name: read_hardware(name) for name in (*H100, "2x8-h100-sxm-ib400")}
+    return {**hardware, **{n: read_engine(n) for n in ("gpt-fast", "tensorrt-llm", "vllm")}}
+
+
+def get(row: Any, path: str) -> Any:
+    for key in path.split("."):
+        row = row[int(key)] if isinstance(row, tuple) else getattr(row, key)
+    return row
+
+
+def put(row: Any, path: str, value: float) -> Any:
+    """The row with the number at a path replaced."""
+    key, _, rest = path.partition(".")
+    if isinstance(row, tuple):
+        index = int(key)
+        return (*row[:index], put(row[index], rest, value), *row[index + 1 :])
+    assert is_dataclass(row)
+    return replace(row, **{key: put(getattr(row, key), rest, value) if rest else value})  # type: ignore[type-var]
+
+
+def with_constants(rows: Rows, constants: Iterable[float]) -> dict[str, Any]:
+    """The rows with the fitted constants replaced, in the order of FITTED."""
+    new = dict(rows)
+    for (files, path), value in zip(FITTED, constants, strict=True):
+        for file in files:
+            new[file] = put(new[file], path, value)
+    file, protocols = NETWORK
+    step = get(new[file], f"{protocols}.0.step_us")
+    new[file] = put(new[file], f"{protocols}.1.step_us", step + LL_TO_SIMPLE_US)
+    cluster = new["2x8-h100-sxm-ib400"]
+    inner = (new["h100-sxm"].links[0], *cluster.links[1:])
+    new["2x8-h100-sxm-ib400"] = replace(cluster, device=new["h100-sxm"].device, links=inner)
+    return new
+
+
+def constants(rows: Rows) -> list[float]:
+    return [float(get(rows[files[0]], path)) for files, path in FITTED]
+
+
+def residuals(values: Iterable[float], rows: Rows) -> list[float]:
+    """Logarithms of estimated over published, for the rows that the fit sees."""
+    changed = with_constants(rows, values)
+    return [math.log(estimated(o, changed) / o.value) for o in observations() if o.fitted]
+
+
+def fit(rows: Rows) -> list[float]:
+    """The constants that least squares finds, from those given."""
+    from scipy.optimize import least_squares
+
+    start = constants(rows)
+    bounds = ([0.0] * len(start), [1.0 if "reach" in p or "share" in p else 1e6 for _, p in FITTED])
+    found = least_squares(residuals, start, x_scale=start, bounds=bounds, args=(rows,))
+    return [float(value) for value in found.x]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row with its errors: of the value, and of its ratio to the baseline's."""
+
+    one: Observation
+    estimate: float
+    error: float
+    ratio_error: float | None
+
+
+def errors(rows: Rows) -> list[Row]:
+    """Every row; ratios are to `standard` or `dense` of the same run."""
+    values = {id(o): estimated(o, rows) for o in observations()}
+    base = {
+        (o.source, o.what): (o.value, values[id(o)])
+        for o in observations()
+        if o.architecture in ("standard", "dense")
+    }
+    found = []
+    for o in observations():
+        error = values[id(o)] / o.value - 1
+        ratio = error if o.metric == "speed_up" else None
+        if o.architecture not in ("standard", "dense") and o.metric != "speed_up":
+            published, expected = base[o.source, o.what]
+            ratio = (values[id(o)] / expected) / (o.value / published) - 1
+        found.append(Row(o, values[id(o)], error, ratio))
+    return found
+
+
+def group(row: Row) -> str:
+    o = row.one
+    if o.source == "PT 30B":
+        return f"PT 30B {'throughput' if o.metric == 'throughput' else 'TTFT and TPOT'}"
+    batch = o.workload.batch
+    return o.source if o.metric == "speed_up" else f"{o.source}, batch {batch}"
+
+
+def mean(values: list[float]) -> float:
+    return sum(map(abs, values)) / len(values)
+
+
+def summary(rows: list[Row]) -> Iterator[tuple[str, bool, int, float | None, float | None]]:
+    """(group, fitted, rows, mean absolute error, mean absolute error of ratios)."""
+    for key in dict.fromkeys((group(r), r.one.fitted) for r in rows):
+        own = [r for r in rows if (group(r), r.one.fitted) == key]
+        values = [r.error for r in own if r.one.metric != "speed_up"]
+        ratios = [r.ratio_error for r in own if r.ratio_error is not None]
+        yield (
+            *key,
+            len(own),
+            mean(values) if values else None,
+            mean(ratios) if ratios else None,
+        )
+
+
+def show(console: Console, rows: list[Row]) -> None:
+    table = Table("rows", "in the fit", "number", "error", "error of ratios", title="Mean absolute")
+    for name, fitted, number, error, ratio in summary(rows):
+        cells = [f"{x:.1%}" if x is not None else "" for x in (error, ratio)]
+        table.add_row(name, "yes" if fitted else "", str(number), *cells)
+    left = [r for r in rows if not r.one.fitted]
+    for name, metrics in (("tokens/s", ("throughput",)), ("TTFT, TPOT", ("ttft", "tpot"))):
+        values = [r.error for r in left if r.one.metric in metrics]
+        table.add_row(f"all left out: {name}", "", str(len(values)), f"{mean(values):.1%}", "")
+    ratios = [r.ratio_error for r in left if r.ratio_error is not None]
+    table.add_row("all left out: ratios", "", str(len(ratios)), "", f"{mean(ratios):.1%}")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Fit the estimator to published rows.")
+    parser.add_argument("--rows", action="store_true", help="print every row, without refitting")
+    arguments = parser.parse_args()
+    console, rows = Console(width=110), packaged()
+    if arguments.rows:
+        for r in errors(rows):
+            ratio = "" if r.ratio_error is None else f"{r.ratio_error:+.1%}"
+            mark = "fit" if r.one.fitted else "   "
+            console.print(
+                f"{mark} {r.one.source:11} {r.one.what:38} {r.one.architecture:8} "
+                f"{r.one.value:9.2f} {r.estimate:9.2f} {r.error:+7.1%} {ratio:>7}",
+                highlight=False,
+            )
+    else:
+        table = Table("file", "constant", "packaged", "refitted")
+        refitted = fit(rows)
+        for (files, path), old, new in zip(FITTED, constants(rows), refitted, strict=True):
+            table.add_row(" and ".join(files), path, f"{old:g}", f"{new:.3g}")
+        console.print(table)
+        console.print("With the refitted constants:")
+        show(console, errors(with_constants(rows, refitted)))
+        console.print("As packaged:")
+    show(console, errors(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""`ptconvert estimate`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ptconvert.cli.common import model_shape, print_figures, waiting
+from ptconvert.cli.show import converted
+from ptconvert.shape import DTYPES, ModelShape
+from ptconvert.spec import read_spec
+
+
+@click.command()
+@click.argument("specs", metavar="SPEC...", nargs=-1, type=click.Path(path_type=Path, exists=True))
+@click.option("--model", metavar="SRC", help="The model: a directory, a config.json or a hub id.")
+@click.option("--revision", help="Branch, tag or commit, where --model is a hub id.")
+@click.option("--hardware", metavar="NAME|FILE", help="A row of the package's, or a file.")
+@click.option("--engine", metavar="NAME|FILE", help="What serves it. Default: the hardware's.")
+@click.option("--ranks", type=click.IntRange(1), help="Ranks that share the model.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--prompt", type=click.IntRange(1), default=1024, show_default=True, metavar="TOKENS")
+@click.option("--new", type=click.IntRange(1), default=512, show_default=True, metavar="TOKENS")
+@click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Default: the model's.")
+@click.option("--json", "as_json", is_flag=True, help="Print the estimates as JSON.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a report.")
+@click.option(
+    "--measure",
+    type=click.Path(path_type=Path),
+    metavar="OUT.yaml",
+    help="Measure the ranks at hand instead, and write a hardware file.",
+)
+@click.option("--list", "listing", is_flag=True, help="List the hardware and engines and stop.")
+def estimate(
+    specs: tuple[Path, ...],
+    measure: Path | None,
+    ranks: int | None,
+    listing: bool,
+    **options: Any,
+) -> None:
+    """Estimate the latency and throughput of each SPEC on hardware that needn't be here.
+
+    SPEC is a spec file (with --model) or a converted checkpoint. All are compared with tensor
+    parallelism. The model is a roofline for each stage and a cost for each all-reduce, calibrated
+    on published H100 runs. With --measure it times this machine's ranks, or torchrun's.
+    """
+    if listing:
+        return _list()
+    if measure is not None:
+        return _measure(measure, ranks)
+    hardware, model = options["hardware"], options["model"]
+    for name, given in (("SPEC", specs), ("--hardware NAME", hardware), ("--ranks R", ranks)):
+        if not given:
+            raise click.UsageError(
+                f"{name} is missing; or --measure OUT.yaml to time the ranks here"
+            )
+    return _estimate(specs, hardware, model, ranks or 1, options)
+
+
+def _estimate(
+    specs: tuple[Path, ...], hardware: str, model: str | None, ranks: int, options: dict[str, Any]
+) -> None:
+    from ptconvert.estimate.compare import Candidate, Setting, compare
+    from ptconvert.estimate.hardware import read_engine, read_hardware
+    from ptconvert.estimate.model import Workload
+    from ptconvert.render import print_estimates
+
+    row = read_hardware(hardware)
+    engine_name = options["engine"] or row.engine
+    engine = read_engine(engine_name)
+    shape = model_shape(model, options["revision"]) if model else None
+    candidates: list[Candidate] = []
+    for spec in specs:
+        name = spec.stem if spec.is_file() else spec.resolve().name
+        candidate, own = _candidate(spec, name, shape)
+        candidates.append(candidate)
+        shape = shape or own
+    assert shape is not None
+    if options["dtype"]:
+        shape = replace(shape, dtype=DTYPES[options["dtype"]])
+    workload = Workload(options["batch"], options["prompt"], options["new"])
+    setting = Setting(shape, row, engine, engine_name, ranks, workload)
+    rows = compare(candidates, setting)
+    if options["html"]:
+        from ptconvert.estimate.report import to_html
+
+        options["html"].write_text(to_html(rows, setting), encoding="utf-8")
+    figures = {
+        "hardware": row.name,
+        "engine": engine_name,
+        "ranks": ranks,
+        "batch": workload.batch,
+        "prompt_tokens": workload.prompt,
+        "new_tokens": workload.new,
+        "rows": [one.to_json() for one in rows],
+    }
+    print_figures(figures, options["as_json"], lambda c: print_estimates(c, rows, setting))
+
+
+def _candidate(spec: Path, name: str, shape: ModelShape | None) -> tuple[Any, ModelShape | None]:
+    """The candidate of a spec file or checkpoint, and the shape of the latter's model."""
+    from ptconvert.estimate.compare import Candidate
+
+    if spec.is_dir():
+        schedule, tracks, own = converted(spec)
+        return Candidate(name, schedule, tracks), own
+    if shape is None:
+        raise click.UsageError(f"{spec}: a spec file needs --model SRC")
+    read = read_spec(spec)
+    read.check(shape)
+    return Candidate(name, read.schedule(), read.tracks), None
+
+
+def _measure(out: Path, ranks: int | None) -> None:
+    from ptconvert.estimate.hardware import to_yaml
+    from ptconvert.estimate.measure import measure
+    from ptconvert.runtime.launch import under_torchrun
+
+    if not out.resolve().parent.is_dir():
+        raise click.UsageError(f"{out}: the directory {out.resolve().parent} does not exist")
+    if ranks is None and not under_torchrun():
+        raise click.UsageError("give the number of processes: --ranks R")
+    with waiting("measuring all-reduces, matrix products and memory"):
+        row = measure(ranks)
+    if row is not None:
+        out.write_text(to_yaml(row), encoding="utf-8")
+        click.echo(f"{out}: {row.name}")
+
+
+def _list() -> None:
+    from ptconvert.estimate.hardware import engine_names, hardware_names, read_hardware
+
+    for name in hardware_names():
+        click.echo(f"{name:24} {read_hardware(name).name}")
+    click.echo(f"engines: {', '.join(engine_names())}")

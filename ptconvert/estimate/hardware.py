@@ -1,0 +1,343 @@
+"""Hardware and serving engines as data: YAML files read strictly into frozen rows.
+
+A hardware file describes one device and the links that join devices, innermost first:
+
+    format: 1
+    name: 8x H100 SXM over NVLink
+    engine: vllm                  # what it is estimated with unless --engine says otherwise
+    device:
+      matmul_tflops: 989          # see Device for every field and its unit
+      ...
+    links:
+      - name: NVLink 4
+        ranks: 8                  # devices that this level joins, lower levels included
+        ...
+    sources:                      # where each number comes from, by its path
+      device.matmul_tflops: NVIDIA H100 data sheet
+
+Fields, units and limits are those of the dataclasses here, from which the files are read and
+written. Every fault is a line `file:line: what, and what would be right`, all at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ptconvert.errors import HardwareError
+from ptconvert.strict_yaml import Value, YAMLError, load
+
+FORMAT = 1
+_WHOLE = ("ranks", "reduces_at_once")
+
+
+def _number(least: float = 0.0, most: float = 1e9, default: Any = MISSING) -> Any:
+    """A number field that a file may set, between `least` and `most`."""
+    return field(default=default, metadata={"least": least, "most": most})
+
+
+def _choice(*allowed: str, default: Any = MISSING) -> Any:
+    """A text field that takes one of a few words."""
+    return field(default=default, metadata={"allowed": allowed})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One GPU, or one rank's share of a CPU.
+
+    `matmul_tflops` (1e12 FLOP/s) and `memory_gb_s` (1e9 B/s) are the data sheet's, in the dtype
+    served; `memory_reach` is the share of the latter that kernels attain in reading weights, and
+    `batched_reach` what is left of it with more than one token. `memory_gb` is 1e9 B. `kernel_us`
+    is the fixed time of one kernel beyond its roofline (launch, ramp up, tail). `overlap_share` is
+    the part of an all-reduce's time that it takes from the computation beside it, as its kernel
+    holds processors, and on a CPU cores. `reduces_at_once` all-reduces progress side by side: 1 on
+    NCCL's stream, 2 on gloo's two threads.
+    """
+
+    matmul_tflops: float = _number(1e-6)
+    memory_gb_s: float = _number(1e-6)
+    memory_reach: float = _number(1e-3, 1.0)
+    memory_gb: float = _number(1e-3)
+    kernel_us: float = _number()
+    overlap_share: float = _number(0.0, 0.99)
+    batched_reach: float = _number(1e-3, 1.0, 1.0)
+    reduces_at_once: int = _number(1, 64, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """One way of moving a message over a link: `step_us` per hop, `gb_s` (1e9 B/s) per rank."""
+
+    step_us: float = _number()
+    gb_s: float = _number(1e-6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What joins `ranks` devices, groups of the level below included.
+
+    `base_us` is the fixed time of one all-reduce. Ring all-reduces take 2(n-1) steps, trees
+    2 ceil(log2 n). `one_shot_us` is the fixed time of a kernel that reads all peers' buffers at
+    once, 0 where peers can't be read. `switch_us` and `switch_gb_s` (1e9 bytes of the message per
+    second) are of a reduction in the switch, 0 where there is none. The fastest way is taken at
+    each message size.
+    """
+
+    name: str
+    ranks: int = _number(1, 2**20)
+    base_us: float = _number()
+    algorithm: str = _choice("ring", "tree", "ring or tree")
+    one_shot_us: float = _number(default=0.0)
+    switch_us: float = _number(default=0.0)
+    switch_gb_s: float = _number(default=0.0)
+    protocols: tuple[Protocol, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """A row: a device, its links from the innermost outwards, and each number's source."""
+
+    name: str
+    engine: str
+    device: Device
+    links: tuple[Link, ...]
+    sources: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def ranks(self) -> int:
+        """The most ranks that the links join; 1 where there is no link."""
+        return self.links[-1].ranks if self.links else 1
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raises HardwareError where the links don't join so many ranks."""
+        if ranks > self.ranks:
+            raise HardwareError(
+                [f"{self.name} joins at most {self.ranks} ranks, not {ranks}; add a link to it"]
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How a serving engine runs a model: what it fixes per kernel, step and request.
+
+    - `attention_kernels`, `mlp_kernels`: of one sublayer, its norm and the addition to the
+      residual stream included; `head_kernels`: of embeddings, final norm and lm_head.
+    - `step_us`, `request_us`: host time per pass, and per request until its first token.
+    - `matmul_reach`: the share of the device's FLOP/s that it attains in a prefill.
+    - `kv_reach`: the share of the bandwidth reached that reading the KV cache attains; `kv_reads`:
+      how often it is read.
+    - `batched_reach`: the share that reading weights attains when there is more than one token
+      (matrix-matrix kernels, where one token has matrix-vector ones).
+    - `score_passes`: times that a prefill's attention scores travel to or from memory; 0 where
+      kernels are fused.
+    - `cache`: whether attention reads the tokens so far or the whole allocated cache; `logits`: of
+      which positions; `vocabulary`: whether lm_head is cut by rank; `one_shot`: whether there are
+      one-shot all-reduces.
+    """
+
+    attention_kernels: float = _number(1)
+    mlp_kernels: float = _number(1)
+    head_kernels: float = _number(1)
+    step_us: float = _number()
+    request_us: float = _number()
+    matmul_reach: float = _number(1e-3, 1.0)
+    kv_reach: float = _number(1e-3, 1.0)
+    kv_reads: str = _choice("per KV head", "per query head")
+    batched_reach: float = _number(1e-3, 1.0)
+    score_passes: float = _number()
+    cache: str = _choice("so far", "allocated")
+    logits: str = _choice("last", "all")
+    vocabulary: str = _choice("sharded", "replicated")
+    one_shot: str = _choice("yes", "no")
+
+
+def _packaged(directory: str) -> Mapping[str, Traversable]:
+    files = resources.files("ptconvert").joinpath(directory).iterdir()
+    named = {f.name.removesuffix(".yaml"): f for f in files if f.name.endswith(".yaml")}
+    return dict(sorted(named.items()))
+
+
+def hardware_names() -> list[str]:
+    """The rows that come with the package."""
+    return list(_packaged("hardware"))
+
+
+def engine_names() -> list[str]:
+    """The engines that come with the package."""
+    return list(_packaged("engines"))
+
+
+def read_hardware(name: str) -> Hardware:
+    """A row by its name in the package, or a file. Raises HardwareError with all faults."""
+    text, where = _find(name, "hardware")
+    fields = _Reader(where).document(text, _HARDWARE, "a hardware file")
+    row = Hardware(**fields)
+    if row.engine not in engine_names():
+        raise HardwareError([f"{where}: engine is {row.engine}; it must be one of {_engines()}"])
+    return row
+
+
+def read_engine(name: str) -> Engine:
+    """An engine by its name in the package, or a file. Raises HardwareError with all faults."""
+    text, where = _find(name, "engines")
+    fields = _Reader(where).document(text, {**_fields(Engine), **_COMMON}, "an engine file")
+    return Engine(**{k: v for k, v in fields.items() if k != "sources"})
+
+
+def _engines() -> str:
+    return ", ".join(engine_names())
+
+
+def _find(name: str, directory: str) -> tuple[str, str]:
+    """The text of a packaged file or of one on disk, and its name for errors."""
+    packaged = _packaged(directory)
+    if name in packaged:
+        return packaged[name].read_text(encoding="utf-8"), f"{name}.yaml"
+    path = Path(name)
+    if not path.is_file():
+        known = ", ".join(packaged)
+        raise HardwareError([f"{name} is neither a file nor one of {known}"])
+    try:
+        return path.read_bytes()[: 2**20].decode("utf-8"), name
+    except (OSError, UnicodeDecodeError) as error:
+        raise HardwareError([f"{name}: can't be read as UTF-8 text: {error}"]) from None
+
+
+_Schema = Mapping[str, Any]
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    return {f.name: f for f in dataclasses.fields(cls)}
+
+
+_COMMON: _Schema = {"sources": dict}
+_HARDWARE: _Schema = {
+    "name": str,
+    "engine": str,
+    "device": Device,
+    "links": [Link],
+    **_COMMON,
+}
+
+
+class _Reader:
+    """Collects the faults of one file while it is read into dataclasses."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._faults: list[tuple[int, str]] = []
+
+    def document(self, text: str, schema: _Schema, what: str) -> dict[str, Any]:
+        """A whole file's fields. Raises HardwareError with all faults."""
+        try:
+            root, duplicates = load(text)
+        except YAMLError as error:
+            raise HardwareError([f"{self._where}:{error.line}: {error}"]) from None
+        self._faults += [(fault.line, str(fault)) for fault in duplicates]
+        fields = self._mapping(root, {"format": int, **schema}, what)
+        if "format" in fields and fields.pop("format") != FORMAT:
+            self._faults.append((root.line, f"format must be {FORMAT}, which this version reads"))
+        if self._faults:
+            lines = [f"{self._where}:{line}: {what}" for line, what in sorted(self._faults)]
+            raise HardwareError(lines)
+        return fields
+
+    def _mapping(self, value: Value, schema: _Schema, what: str) -> dict[str, Any]:
+        if not isinstance(value.data, dict):
+            self._fault(value.line, f"{what} is {value}; it must be a mapping")
+            return {}
+        for key, (line, _) in value.data.items():
+            if key not in schema:
+                self._fault(line, f"unknown key {key!r}; {what} takes {', '.join(schema)}")
+        found = {}
+        for key, kind in schema.items():
+            if key in value.data:
+                found[key] = self._field(value.data[key][1], kind, key)
+            elif kind is not dict and getattr(kind, "default", MISSING) is MISSING:
+                self._fault(value.line, f"{key} is missing in {what}")
+        return found
+
+    def _field(self, value: Value, kind: Any, key: str) -> Any:
+        """A value of the kind that a schema names: a type, a dataclass or one of its fields."""
+        if isinstance(kind, dataclasses.Field):
+            if "least" in kind.metadata:
+                return self._limited(value, key, kind.metadata["least"], kind.metadata["most"])
+            if "allowed" in kind.metadata:
+                return self._word(value, key, kind.metadata["allowed"])
+            kind = [Protocol] if key == "protocols" else str
+        if kind is int:
+            return value.whole_number()
+        if kind is str:
+            return self._text(value, key)
+        if kind is dict:
+            return self._texts(value, key)
+        if isinstance(kind, list):
+            return self._list(value, kind[0], key)
+        fields = self._mapping(value, _fields(kind), key)
+        required = {f.name for f in dataclasses.fields(kind) if f.default is MISSING}
+        return kind(**fields) if required <= fields.keys() else None
+
+    def _list(self, value: Value, kind: type, key: str) -> tuple[Any, ...]:
+        if not isinstance(value.data, list) or (not value.data and key != "links"):
+            self._fault(value.line, f"{key} is {value}; it must be a list of mappings")
+            return ()
+        items = tuple(self._field(item, kind, f"an item of {key}") for item in value.data)
+        for lower, upper, item in zip(items, items[1:], value.data[1:], strict=False):
+            if kind is Link and lower and upper and (lower.ranks or 0) >= (upper.ranks or 0):
+                self._fault(item.line, "a link must join more ranks than the one before it")
+        return items
+
+    def _limited(self, value: Value, key: str, least: float, most: float) -> float | int:
+        number = value.number()
+        if number is None or not least <= number <= most or (key in _WHOLE and number % 1):
+            kind = "a whole number" if key in _WHOLE else "a number"
+            self._fault(value.line, f"{key} is {value}; it must be {kind}, {least:g} to {most:g}")
+            return least
+        return int(number) if key in _WHOLE else number
+
+    def _word(self, value: Value, key: str, allowed: tuple[str, ...]) -> str:
+        if value.data not in allowed:
+            self._fault(value.line, f"{key} is {value}; it must be {' or '.join(allowed)}")
+        return str(value.data)
+
+    def _text(self, value: Value, key: str) -> str:
+        if not isinstance(value.data, str) or not value.data.strip():
+            self._fault(value.line, f"{key} is {value}; it must be text")
+        return value.data if isinstance(value.data, str) else ""
+
+    def _texts(self, value: Value, key: str) -> Mapping[str, str]:
+        if not isinstance(value.data, dict):
+            self._fault(value.line, f"{key} is {value}; it must be a mapping of texts")
+            return {}
+        return {k: self._text(v, k) for k, (_, v) in value.data.items()}
+
+    def _fault(self, line: int, what: str) -> None:
+        self._faults.append((line, what))
+
+
+def numbers(row: object, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a row with its path, such as `links.0.protocols.1.gb_s`."""
+    if isinstance(row, int | float):
+        yield path, row
+    elif isinstance(row, tuple):
+        for index, item in enumerate(row):
+            yield from numbers(item, f"{path}.{index}")
+    elif dataclasses.is_dataclass(row):
+        for f in dataclasses.fields(row):
+            yield from numbers(getattr(row, f.name), f"{path}.{f.name}".lstrip("."))
+
+
+def to_yaml(row: Hardware) -> str:
+    """The row as a file that reads back to it."""
+    import yaml
+
+    fields = {"format": FORMAT, **dataclasses.asdict(dataclasses.replace(row, sources={}))}
+    fields["links"] = [{**x, "protocols": list(x["protocols"])} for x in fields["links"]]
+    fields["sources"] = dict(row.sources)
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,128 @@
+"""From a schedule, a model's shape and a hardware row to seconds and tokens per second.
+
+Everything is a pure function of frozen data. `step` is one forward pass, `estimate` a whole
+request: a prefill, then decode steps at a cache that grows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ptconvert.estimate.collective import all_reduce_seconds
+from ptconvert.estimate.hardware import Engine, Hardware
+from ptconvert.estimate.roofline import Pass, head_seconds, rank_bytes, stage_seconds
+from ptconvert.estimate.timeline import Timeline, run
+from ptconvert.schedule import Schedule
+from ptconvert.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is served: `batch` sequences at once, each of `prompt` tokens that grows by `new`."""
+
+    batch: int
+    prompt: int
+    new: int
+
+    @property
+    def prefill(self) -> Pass:
+        """The pass over the prompts."""
+        return Pass(self.batch, self.prompt, 0, self.prompt + self.new)
+
+    @property
+    def decode(self) -> Pass:
+        """The decode step halfway, whose time is the mean as it grows linearly with the cache."""
+        return Pass(self.batch, 1, self.prompt + self.new // 2, self.prompt + self.new)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What serving a workload would take; `tokens_per_second` is of the whole batch.
+
+    `ttft` and `tpot` are seconds to the first token and per further token; `memory` the bytes of
+    weights and cache on one rank.
+    """
+
+    schedule: Schedule
+    ttft: float
+    tpot: float
+    tokens_per_second: float
+    prefill: Timeline
+    decode: Timeline
+    memory: float
+
+
+def step(
+    schedule: Schedule,
+    shape: ModelShape,
+    hardware: Hardware,
+    engine: Engine,
+    ranks: int,
+    one: Pass,
+    *,
+    tracks: int = 0,
+) -> Timeline:
+    """The timeline of one forward pass on `ranks` ranks.
+
+    `tracks` is the checkpoint's, where it has more than ranks. Raises HardwareError where the
+    hardware's links don't join so many ranks.
+    """
+    hardware.check_ranks(ranks)
+    tracked = schedule.track_layers(max(tracks, ranks)) if tracks > ranks else frozenset()
+    known: dict[object, float] = {}  # a model has a few kinds of stages, many times over
+    stages = []
+    for stage in schedule.stages:
+        key = tuple((s.kind, s.layer in tracked) for s in stage.sublayers)
+        if key not in known:
+            known[key] = stage_seconds(
+                stage.sublayers, shape, hardware.device, engine, ranks, one, tracks, tracked
+            )
+        stages.append(known[key])
+    head = head_seconds(shape, hardware.device, engine, ranks, one)
+    nbytes = one.total * shape.bytes_per_token
+    reduce_seconds = all_reduce_seconds(
+        nbytes, ranks, hardware.links, one_shot=engine.one_shot == "yes"
+    )
+    return run(schedule, stages, head, reduce_seconds, hardware.device)
+
+
+def step_seconds(
+    schedule: Schedule,
+    shape: ModelShape,
+    hardware: Hardware,
+    engine: Engine,
+    ranks: int,
+    one: Pass,
+    *,
+    tracks: int = 0,
+) -> float:
+    """Seconds of one forward pass: what a planner minimises. Arguments as for `step`."""
+    return step(schedule, shape, hardware, engine, ranks, one, tracks=tracks).seconds
+
+
+def estimate(
+    schedule: Schedule,
+    shape: ModelShape,
+    hardware: Hardware,
+    engine: Engine,
+    ranks: int,
+    workload: Workload,
+    *,
+    tracks: int = 0,
+) -> Estimate:
+    """Times and throughput of a workload under a schedule. Raises HardwareError as `step` does."""
+    passes = (workload.prefill, workload.decode)
+    prefill, decode = (
+        step(schedule, shape, hardware, engine, ranks, one, tracks=tracks) for one in passes
+    )
+    ttft = prefill.seconds + engine.request_us * 1e-6
+    whole = ttft + (workload.new - 1) * decode.seconds
+    return Estimate(
+        schedule,
+        ttft,
+        decode.seconds,
+        workload.batch * workload.new / whole,
+        prefill,
+        decode,
+        rank_bytes(shape, engine, ranks, tracks, workload.decode),
+    )

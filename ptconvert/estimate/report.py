@@ -1,0 +1,245 @@
+"""The HTML report of a comparison: figures, a timeline to scale, and what changes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from ptconvert import html
+from ptconvert.estimate.collective import all_reduce_seconds
+from ptconvert.estimate.compare import (
+    ACCURACY,
+    LIMITS,
+    Candidate,
+    Row,
+    Setting,
+    over_batches,
+    over_link_speed,
+    over_ranks,
+)
+from ptconvert.estimate.model import Estimate
+from ptconvert.estimate.roofline import Pass, kernel_seconds, sublayer_parts
+from ptconvert.estimate.timeline import Timeline
+from ptconvert.schedule import DEFERRED, Kind, Schedule
+
+_NAMES = {Kind.ATTENTION: "attention", Kind.MLP: "MLP"}
+HEADER = (
+    "schedule",
+    "all-reduces",
+    "waited for",
+    "TTFT ms",
+    "TPOT ms",
+    "tokens/s",
+    "speed-up",
+    "communication",
+)
+
+
+def to_html(rows: Sequence[Row], setting: Setting) -> str:
+    """The report as one self-contained document."""
+    candidates = [row.candidate for row in rows[1:]]
+    s = setting
+    subtitle = f"{s.hardware.name}, {s.engine_name}; {ACCURACY}."
+    return html.page(
+        "What a schedule buys",
+        subtitle[0].upper() + subtitle[1:],
+        [
+            _result(rows, setting),
+            _timelines(rows, "decode step", lambda e: e.decode),
+            _timelines(rows, "prefill", lambda e: e.prefill),
+            _by_hand(setting),
+            *_what_if(candidates, setting),
+            html.section("Where this is wrong", html.bullets(LIMITS)),
+            html.section(
+                "Schedules",
+                *(
+                    html.Html(
+                        html.paragraph(row.candidate.name) + html.block(str(row.candidate.schedule))
+                    )
+                    for row in rows[1:]
+                ),
+            ),
+        ],
+    )
+
+
+def _result(rows: Sequence[Row], setting: Setting) -> html.Html:
+    shape, workload = setting.shape, setting.workload
+    best = max(range(len(rows)), key=lambda i: rows[i].speed_up)
+    facts = [
+        ("model", f"{shape.family.model_type}, {shape.layers} layers of width {shape.width:,}"),
+        ("ranks", str(setting.ranks)),
+        ("batch", str(workload.batch)),
+        ("tokens per sequence", f"{workload.prompt:,} + {workload.new:,}"),
+        ("dtype", (shape.dtype or "BF16").lower()),
+    ]
+    table = html.table(HEADER, [cells(row) for row in rows], highlight=[best] if best else [])
+    blocks = [html.facts(facts), table]
+    blocks += [html.note(text) for text in notes(rows, setting)]
+    return html.section("Result", *blocks)
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table, as the terminal and the report show it."""
+    counts, e = row.candidate.schedule.counts, row.estimate
+    return [
+        row.candidate.name,
+        str(counts.all_reduces),
+        str(counts.waited_for),
+        f"{e.ttft * 1e3:,.1f}",
+        f"{e.tpot * 1e3:,.2f}",
+        f"{e.tokens_per_second:,.1f}",
+        f"{row.speed_up:.2f}",
+        f"{e.decode.communication:.0%}",
+    ]
+
+
+def notes(rows: Sequence[Row], setting: Setting) -> list[str]:
+    """What a reader must know before believing the figures."""
+    needed, held = rows[0].estimate.memory / 1e9, setting.hardware.device.memory_gb
+    found = []
+    if needed > held:
+        found.append(
+            f"Weights and cache need {needed:.0f} GB on each rank, which has {held:g} GB: this "
+            "setting can't run."
+        )
+    return found
+
+
+def _timelines(rows: Sequence[Row], what: str, of: Callable[[Estimate], Timeline]) -> html.Html:
+    window = layer_group(rows[-1].candidate.schedule)
+    groups = [lane_group(row.candidate, of(row.estimate), window) for row in rows]
+    caption = (
+        f"Layers {window[0]} to {window[-1]} of one {what}, to scale. An all-reduce that nothing "
+        "hides keeps the next stage waiting."
+    )
+    return html.section(
+        f"A layer group in a {what}", html.lanes(groups, "microseconds", caption=caption)
+    )
+
+
+def layer_group(schedule: Schedule) -> range:
+    """Two or more layers of a schedule's middle, from one all-reduce after an MLP to another."""
+    ends = [0] + [
+        stage.sublayers[-1].layer + 1
+        for stage in schedule.stages
+        if stage.sublayers[-1].kind is Kind.MLP and stage.ending != DEFERRED
+    ]
+    first = min(ends[:-1], key=lambda layer: abs(layer - schedule.layers // 2))
+    last = next((end for end in ends if end >= first + 2), ends[-1])
+    return range(first, last)
+
+
+def lane_group(candidate: Candidate, timeline: Timeline, layers: range) -> html.LaneGroup:
+    """What computes and what transfers while the stages of some layers run, in microseconds."""
+    stages = candidate.schedule.stages
+    inside = [
+        span
+        for stage, span in zip(stages, timeline.spans, strict=True)
+        if any(s.layer in layers for s in stage.sublayers)
+    ]
+    begin, end = inside[0].compute[0], inside[-1].compute[1] + inside[-1].waited
+    waits = [(s.compute[1], s.compute[1] + s.waited) for s in timeline.spans if s.waited > 0]
+
+    def bar(start: float, stop: float, kind: str, label: str = "") -> list[html.Bar]:
+        start, stop = max(start, begin), min(stop, end)
+        bars = [html.Bar((start - begin) * 1e6, (stop - begin) * 1e6, kind, label)]
+        return bars if stop > start else []
+
+    compute: list[html.Bar] = []
+    transfers: list[html.Bar] = []
+    for stage, span in zip(stages, timeline.spans, strict=True):
+        label = "|".join(map(str, stage.sublayers))
+        kinds = dict.fromkeys(_NAMES[s.kind] for s in stage.sublayers)
+        compute += bar(*span.compute, " and ".join(kinds), label)
+        if span.reduce is not None:
+            start, stop = span.reduce
+            waited = [(max(a, start), min(b, stop)) for a, b in waits if a < stop and b > start]
+            exposed = waited[0][0] if waited else stop  # all that is left of it is waited for
+            transfers += bar(start, exposed, "all-reduce, hidden", label)
+            transfers += bar(exposed, stop, "all-reduce, waited for", label)
+    title = f"{candidate.name}: {(end - begin) * 1e6:,.0f} us"
+    lanes = (html.Lane("compute", compute), html.Lane("all-reduce", transfers))
+    return html.LaneGroup(title, lanes)
+
+
+def _by_hand(setting: Setting) -> html.Html:
+    s, device = setting, setting.hardware.device
+    rows = []
+    passes = (("prefill", s.workload.prefill), ("decode step", s.workload.decode))
+    for what, one in passes:
+        for kind, name in _NAMES.items():
+            rows.append(_stage_by_hand(what, name, kind, one, setting))
+    reached = (
+        f"Reached are {device.matmul_tflops * s.engine.matmul_reach:,.0f} of "
+        f"{device.matmul_tflops:,.0f} TFLOP/s and "
+        f"{device.memory_gb_s * device.memory_reach:,.0f} of {device.memory_gb_s:,.0f} GB/s."
+    )
+    header = ("pass", "sublayer", "GFLOP", "MB", "roofline, us", "kernels, us", "all-reduce, us")
+    return html.section(
+        "By hand",
+        html.paragraph(
+            "One rank's work in a layer, uncut by tracks. The roofline is the larger of FLOPs over "
+            f"the rate reached and bytes over the bandwidth reached, part by part. {reached}"
+        ),
+        html.table(header, rows, text_columns=(0, 1)),
+    )
+
+
+def _stage_by_hand(what: str, name: str, kind: Kind, one: Pass, setting: Setting) -> list[str]:
+    s, device = setting, setting.hardware.device
+    parts = sublayer_parts(kind, s.shape, s.engine, s.ranks, one)
+    roofline = sum(part.seconds(device, s.engine) for part in parts)
+    reduce_seconds = all_reduce_seconds(
+        one.total * s.shape.bytes_per_token,
+        s.ranks,
+        s.hardware.links,
+        one_shot=s.engine.one_shot == "yes",
+    )
+    return [
+        what,
+        name,
+        f"{sum(p.flops for p in parts) / 1e9:,.2f}",
+        f"{sum(p.nbytes for p in parts) / 1e6:,.1f}",
+        f"{roofline * 1e6:,.1f}",
+        f"{kernel_seconds(kind, device, s.engine) * 1e6:,.1f}",
+        f"{reduce_seconds * 1e6:,.1f}",
+    ]
+
+
+def _what_if(candidates: Sequence[Candidate], setting: Setting) -> list[html.Html]:
+    charts: list[tuple[str, str, str, Mapping[float, list[Row]]]] = [
+        (
+            "Link speed",
+            "link speed, times this hardware's",
+            "Bandwidths multiplied and latencies divided alike.",
+            over_link_speed(candidates, setting),
+        ),
+        (
+            "Batch",
+            "sequences in a batch",
+            "As far as weights and cache fit the device.",
+            {float(n): r for n, r in over_batches(candidates, setting).items()},
+        ),
+        (
+            "Ranks",
+            "ranks",
+            "Numbers that divide the model and all tracks.",
+            {float(n): r for n, r in over_ranks(candidates, setting).items()},
+        ),
+    ]
+    return [
+        html.section(f"Speed-up against: {title.lower()}", _chart(label, caption, points))
+        for title, label, caption, points in charts
+        if len(points) > 1 and candidates
+    ]
+
+
+def _chart(label: str, caption: str, points: Mapping[float, list[Row]]) -> html.Html:
+    names = [row.candidate.name for row in next(iter(points.values()))]
+    series = [
+        html.Series(name, [(x, rows[index].speed_up) for x, rows in points.items()])
+        for index, name in enumerate(names)
+        if index
+    ]
+    what = "speed-up in tokens/s over tensor parallel"
+    return html.line_chart(series, label, what, log_x=True, reference=1.0, caption=caption)

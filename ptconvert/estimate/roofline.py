@@ -1,0 +1,167 @@
+"""The compute time of a stage on one rank: a roofline per part plus a fixed cost per kernel.
+
+Each part of a sublayer (its matrix products; attention over the cache) takes the larger of its
+FLOPs over the rate reached and its bytes over the bandwidth reached (Williams, Waterman and
+Patterson, "Roofline", CACM 52(4), 2009). FLOPs are 2 per weight and token, and 4 per query element
+and token attended to (Chowdhery et al., PaLM, 2204.02311, appendix B). Bytes are weights, the KV
+cache, and activations, each once (Pope et al., "Efficiently Scaling Transformer Inference",
+2211.05102, section 3). Nothing here knows of communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ptconvert.estimate.hardware import Device, Engine
+from ptconvert.schedule import Kind, Sublayer
+from ptconvert.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: `tokens` new tokens in each of `sequences`, after `past` cached ones.
+
+    `allocated` is the cache's length in tokens, for engines that attend to all of it.
+    """
+
+    sequences: int
+    tokens: int
+    past: int = 0
+    allocated: int = 0
+
+    @property
+    def total(self) -> int:
+        """New tokens of all sequences."""
+        return self.sequences * self.tokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """Work of one rank: FLOPs and bytes of memory traffic.
+
+    `batched` bytes are of weights that meet more than one token.
+    """
+
+    flops: float
+    nbytes: float
+    batched: float = 0.0
+
+    def seconds(self, device: Device, engine: Engine) -> float:
+        """The larger of the two over what is reached of the device's rates."""
+        rate = device.matmul_tflops * 1e12 * engine.matmul_reach
+        bandwidth = device.memory_gb_s * 1e9 * device.memory_reach
+        slower = self.batched / (device.batched_reach * engine.batched_reach)
+        return max(self.flops / rate, (self.nbytes - self.batched + slower) / bandwidth)
+
+
+def stage_seconds(
+    sublayers: Iterable[Sublayer],
+    shape: ModelShape,
+    device: Device,
+    engine: Engine,
+    ranks: int,
+    one: Pass,
+    tracks: int = 0,
+    tracked: frozenset[int] = frozenset(),
+) -> float:
+    """Seconds that one of `ranks` computes for sublayers that run one after another.
+
+    A rank runs tracks / ranks tracks of a `tracked` layer one by one, each with its own kernels.
+    """
+    total = 0.0
+    for sublayer in sublayers:
+        cut = max(tracks, ranks) if sublayer.layer in tracked else ranks
+        parts = sublayer_parts(sublayer.kind, shape, engine, cut, one)
+        once = sum(part.seconds(device, engine) for part in parts)
+        total += cut // ranks * (once + kernel_seconds(sublayer.kind, device, engine))
+    return total
+
+
+def sublayer_parts(
+    kind: Kind, shape: ModelShape, engine: Engine, cut: int, one: Pass
+) -> tuple[Part, ...]:
+    """The parts of a sublayer's work, for one of `cut` equal shares of its heads or neurons."""
+    return _attention(shape, engine, cut, one) if kind is Kind.ATTENTION else _mlp(shape, cut, one)
+
+
+def kernel_seconds(kind: Kind, device: Device, engine: Engine) -> float:
+    """The fixed time of a sublayer's kernels."""
+    kernels = engine.attention_kernels if kind is Kind.ATTENTION else engine.mlp_kernels
+    return kernels * device.kernel_us * 1e-6
+
+
+def head_seconds(shape: ModelShape, device: Device, engine: Engine, ranks: int, one: Pass) -> float:
+    """Seconds for embeddings, final norm and lm_head, and the host's time for the step."""
+    tokens = one.total if engine.logits == "all" else one.sequences
+    rows = shape.vocabulary / (ranks if engine.vocabulary == "sharded" else 1)
+    weights = rows * shape.width
+    nbytes = weights + tokens * rows + 4 * one.total * shape.width
+    size = _bytes(shape)
+    part = Part(2 * tokens * weights, nbytes * size, weights * size if tokens > 1 else 0.0)
+    fixed = engine.head_kernels * device.kernel_us + engine.step_us
+    return part.seconds(device, engine) + fixed * 1e-6
+
+
+def _bytes(shape: ModelShape) -> int:
+    return shape.bytes_per_token // shape.width
+
+
+def _weights(shape: ModelShape, prefix: str, cut: int) -> float:
+    """Elements of a sublayer's weights on one of `cut` equal parts."""
+    total = 0.0
+    for rule in shape.rules:
+        if rule.name.startswith(prefix):
+            size = shape.size(rule)
+            start, stop = shape.span(rule, 0, cut)
+            others = 1
+            for axis, length in enumerate(size):
+                others *= 1 if axis == rule.axis else length
+            total += others * (stop - start)
+    return total
+
+
+def _attention(shape: ModelShape, engine: Engine, cut: int, one: Pass) -> tuple[Part, ...]:
+    """Projections, and attention over the cache, of one of `cut` parts."""
+    kv_heads = max(shape.kv_heads // cut, 1)  # replicated where there are fewer than parts
+    queries = shape.query_width / cut
+    keys = 2 * kv_heads * shape.head_size  # and values, elements per token
+    weights = _weights(shape, "self_attn.", cut)
+    moved = one.total * (4 * shape.width + 3 * queries + keys)  # norm, addition; in and out
+    size = _bytes(shape)
+    batched = _batched(weights, one) * size
+    projections = Part(2 * one.total * weights, (weights + moved) * size, batched)
+    so_far = one.past + (one.tokens + 1) / 2  # the mean over the new tokens, causally
+    attended = one.allocated if engine.cache == "allocated" else so_far
+    cached = one.allocated if engine.cache == "allocated" else one.past + one.tokens
+    reads = shape.heads // shape.kv_heads if engine.kv_reads == "per query head" else 1
+    read = one.sequences * cached * keys * reads / engine.kv_reach
+    scores = 0.0
+    if one.tokens > 1:
+        heads = shape.heads / cut
+        scores = engine.score_passes * one.total * attended * heads
+    core = Part(4 * one.total * attended * queries, (read + scores + one.total * keys) * size)
+    return projections, core
+
+
+def _mlp(shape: ModelShape, cut: int, one: Pass) -> tuple[Part, ...]:
+    weights = _weights(shape, "mlp.", cut)
+    moved = one.total * (4 * shape.width + 4 * shape.neurons / cut)
+    size = _bytes(shape)
+    batched = _batched(weights, one) * size
+    return (Part(2 * one.total * weights, (weights + moved) * size, batched),)
+
+
+def _batched(weights: float, one: Pass) -> float:
+    return weights if one.total > 1 else 0.0
+
+
+def rank_bytes(shape: ModelShape, engine: Engine, ranks: int, tracks: int, one: Pass) -> float:
+    """Bytes of weights and KV cache that a rank holds for a pass, whatever the schedule."""
+    cut = max(ranks, tracks if tracks > shape.kv_heads else ranks)
+    kv_heads = max(shape.kv_heads // cut, 1) * (cut // ranks)
+    cache = one.sequences * one.allocated * 2 * kv_heads * shape.head_size * shape.layers
+    layers = shape.layers * (_weights(shape, "self_attn.", ranks) + _weights(shape, "mlp.", ranks))
+    rows = shape.vocabulary / (ranks if engine.vocabulary == "sharded" else 1)
+    vocabulary = rows * shape.width * (1 if shape.tied else 2)
+    return (cache + layers + vocabulary) * _bytes(shape)

@@ -1,0 +1,77 @@
+"""When each stage computes and each all-reduce transfers.
+
+A blocking ending holds the computation until its all-reduce is done. An overlapped one is launched
+and its all-reduce runs beside the stages before its merge; what isn't done by then is waited for.
+It takes a share of its own time (`Device.overlap_share`) from the stage that follows its launch.
+All-reduces take the link in launch order, as many at once as the device has them progress: one
+after another on NCCL's stream, two side by side on gloo's threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ptconvert.estimate.hardware import Device
+from ptconvert.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Span:
+    """One stage of a pass: when it computes, and when its all-reduce (if any) transfers. Seconds.
+
+    `reduce` is None for a deferred ending; `waited` is how long the next stage stood still for
+    all-reduces merged after this one.
+    """
+
+    compute: tuple[float, float]
+    reduce: tuple[float, float] | None
+    waited: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A pass: its stages' spans, the pure computation in them, and the whole time. Seconds.
+
+    `seconds` includes embeddings and lm_head, which come after the last stage here.
+    """
+
+    spans: tuple[Span, ...]
+    compute: float
+    seconds: float
+
+    @property
+    def communication(self) -> float:
+        """The share of the time that isn't computation: waiting for all-reduces, or slowed."""
+        return 1 - self.compute / self.seconds if self.seconds else 0.0
+
+
+def run(
+    schedule: Schedule,
+    stages: Sequence[float],
+    head: float,
+    reduce_seconds: float,
+    device: Device,
+) -> Timeline:
+    """The timeline of a pass whose stages compute for `stages` seconds each, and its head after.
+
+    `reduce_seconds` is one all-reduce.
+    """
+    now, owed = 0.0, 0.0
+    busy = [0.0] * device.reduces_at_once  # until when
+    due: dict[int, float] = {}
+    spans = []
+    for index, alone in enumerate(stages):
+        end = now + alone + owed
+        merged, transfer = schedule.merged_after(index), None
+        if merged is not None:
+            start = max(end, min(busy))
+            transfer = (start, start + reduce_seconds)
+            busy = [*sorted(busy)[1:], transfer[1]]
+            due[merged] = max(transfer[1], due.get(merged, 0.0))
+        overlapped = merged is not None and merged > index
+        owed = device.overlap_share * reduce_seconds if overlapped else 0.0
+        ready = max(end, due.pop(index, end))
+        spans.append(Span((now, end), transfer, ready - end))
+        now = ready
+    return Timeline(tuple(spans), sum(stages) + head, now + head)

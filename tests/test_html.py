@@ -1,0 +1,97 @@
+"""The look of reports: escaping, well-formed markup, charts that are to scale."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from ptconvert import html
+
+EVIL = "<script>alert('&')</script>"
+
+
+class Strict(HTMLParser):
+    """Collects tags and text; fails on tags that are not closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag: str, _: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, _: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_all_text_is_escaped_everywhere() -> None:
+    series = [html.Series(EVIL, [(1, 1), (2, 2)]), html.Series("b", [(1, 2), (2, 3)])]
+    bars = [html.Bar(0, 9, EVIL, EVIL)]
+    blocks = [
+        html.paragraph(EVIL, html.code(EVIL)),
+        html.note(EVIL),
+        html.block(EVIL),
+        html.bullets([EVIL]),
+        html.facts([(EVIL, EVIL)]),
+        html.table([EVIL, "n"], [[EVIL, 1]], caption=EVIL),
+        html.line_chart(series, EVIL, EVIL, caption=EVIL),
+        html.interval_plot([html.Interval(EVIL, 0, 1, 2)], EVIL, caption=EVIL),
+        html.lanes([html.LaneGroup(EVIL, [html.Lane(EVIL, bars)])], EVIL, caption=EVIL),
+    ]
+    parser = Strict()
+    parser.feed(html.page(EVIL, EVIL, [html.section(EVIL, *blocks)]))
+    assert not parser.open and "script" not in parser.seen
+    assert parser.text.count(EVIL) >= 20
+
+
+def test_a_page_stands_alone() -> None:
+    text = html.page("a", "b", [])
+    assert "http" not in text and "src=" not in text and "@media print" in text
+
+
+def test_lanes_are_to_scale() -> None:
+    bars = [html.Bar(0, 10, "x"), html.Bar(20, 50, "x"), html.Bar(50, 100, "y")]
+    drawn = html.lanes([html.LaneGroup("g", [html.Lane("l", bars)])], "us")
+    found = re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)" height="22"', drawn)
+    (x0, w0), (x1, w1), (x2, w2) = [(float(x), float(w)) for x, w in found]
+    assert w1 == pytest.approx(3 * w0, abs=0.05) and w2 == pytest.approx(5 * w0, abs=0.05)
+    assert x1 - x0 == pytest.approx(2 * w0, abs=0.05) and x2 == pytest.approx(x1 + w1, abs=0.05)
+
+
+@pytest.mark.parametrize("log_x", [False, True])
+def test_a_line_passes_through_its_points(log_x: bool) -> None:
+    drawn = html.line_chart(
+        [html.Series("s", [(1, 1), (10, 2), (100, 3)], [(0.5, 1.5), (1, 3), (2, 4)])],
+        "x",
+        "y",
+        log_x=log_x,
+        reference=1.0,
+    )
+    line = re.search(r'<polyline points="([^"]*)"', drawn)
+    assert line is not None
+    points = [tuple(map(float, p.split(","))) for p in line[1].split()]
+    steps = [b[0] - a[0] for a, b in itertools.pairwise(points)]
+    ratio = 1 if log_x else 10
+    assert steps[1] == pytest.approx(ratio * steps[0], rel=0.02)
+    rises = [a[1] - b[1] for a, b in itertools.pairwise(points)]
+    assert rises[0] == pytest.approx(rises[1], abs=0.2) and rises[0] > 0
+    assert drawn.count('class="error"') == 3 and 'class="reference"' in drawn
+
+
+def test_ticks_are_round_and_enclose() -> None:
+    for low, high in ((0, 1), (0.97, 1.31), (-7, 2), (3, 3), (0, 48211)):
+        ticks = html._ticks(low, high)
+        assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 9
