@@ -15,6 +15,7 @@ from ptconvert.errors import PlanError
 if TYPE_CHECKING:  # they import torch
     from ptconvert.planning.planner import Frontier, Objective
     from ptconvert.planning.report import Planned
+    from ptconvert.schedule import Schedule
     from ptconvert.shape import ModelShape
 
 
@@ -43,6 +44,19 @@ if TYPE_CHECKING:  # they import torch
     show_default=True,
     help="Whether all-reduces may run beside computation; else those waited for are all.",
 )
+@click.option(
+    "--objective",
+    type=click.Choice(["syncs", "latency"]),
+    default="syncs",
+    show_default=True,
+    help="What to make small within --max-loss; latency is estimated, see below.",
+)
+@click.option("--hardware", metavar="NAME|FILE", help="For latency: a row of `estimate --list`.")
+@click.option("--engine", metavar="NAME|FILE", help="For latency. Default: the hardware's.")
+@click.option("--ranks", type=click.IntRange(2), help="For latency. Default: one per track.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--prompt", type=click.IntRange(1), default=1024, show_default=True, metavar="TOKENS")
+@click.option("--new", type=click.IntRange(1), default=512, show_default=True, metavar="TOKENS")
 @click.option(
     "-o",
     "--output",
@@ -93,12 +107,17 @@ def plan(
     Measures on your text what each change of a sublayer's all-reduce does to the predictions,
     searches all mixtures of them, measures the best ones whole, and writes the best for the budget
     as a spec for `ptconvert transform`. Needs a copy of SRC on disk while it runs.
+
+    --objective latency minimises the time of a request (--batch, --prompt, --new) as `ptconvert
+    estimate` has it for --hardware.
     """
     need_packages("plan", "accelerate", "scipy")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if (options["max_syncs"] is None) == (options["max_loss"] is None):
         raise click.UsageError("give a budget, one of --max-syncs K and --max-loss X")
+    if options["objective"] == "latency" and not (options["hardware"] and options["max_loss"]):
+        raise click.UsageError("--objective latency needs --hardware NAME and --max-loss X")
     for file in (output, frontier_file):
         if file is not None and not file.resolve().parent.is_dir():
             raise click.UsageError(f"{file}: its directory does not exist")
@@ -200,9 +219,27 @@ def _budget(options: dict[str, Any]) -> str:
 
 
 def _objective(options: dict[str, Any], shape: ModelShape) -> Objective:
-    from ptconvert.planning.planner import waited_for
+    """What is to be made small. Raises PlanError and the estimate's errors."""
+    from ptconvert.planning.planner import latency, waited_for
 
-    return waited_for(options["overlap"])
+    if options["objective"] == "syncs":
+        return waited_for(options["overlap"])
+    from ptconvert.estimate.hardware import read_engine, read_hardware
+    from ptconvert.estimate.model import Workload, estimate
+
+    hardware, ranks = read_hardware(options["hardware"]), options["ranks"] or options["tracks"]
+    if options["tracks"] % ranks:
+        raise PlanError(f"--ranks {ranks} doesn't divide --tracks {options['tracks']}")
+    engine = read_engine(options["engine"] or hardware.engine)
+    workload = Workload(options["batch"], options["prompt"], options["new"])
+
+    def seconds(schedule: Schedule) -> float:
+        found = estimate(
+            schedule, shape, hardware, engine, ranks, workload, tracks=options["tracks"]
+        )
+        return workload.batch * workload.new / found.tokens_per_second
+
+    return latency(seconds, shape.layers)
 
 
 def _closest(frontier: Frontier) -> str:
