@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,13 +169,12 @@ def print_plan(console: Console, planned: Planned) -> None:
     """The frontier as a table with the chosen point marked, and its schedule."""
     console.print(Text(_title(planned), style="bold"), soft_wrap=True)
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    for name in _header(planned):
+    for name in ("", *_header(planned)):
         shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("")
     for point in planned.frontier.points:
         here = point is planned.chosen
-        mark = Text("← chosen") if here else Text("")
-        shown.add_row(*_cells(planned, point), mark, style="bold" if here else "")
+        mark = "→" if here else ""
+        shown.add_row(mark, *_cells(planned, point), style="bold" if here else "")
     console.print(shown)
     console.print(Text(_explained(planned), style="dim"), soft_wrap=True)
     console.print()
@@ -192,7 +191,7 @@ def _title(planned: Planned) -> str:
 def _explained(planned: Planned) -> str:
     f = planned.frontier
     return (
-        "predicted: the sum of what the parts cost by themselves; KL and loss: the whole schedule, "
+        "→ chosen; predicted: the sum of what the parts cost by themselves; KL and loss: the whole schedule, "
         f"measured. {f.measured_alone} parts and {f.measured_whole} whole schedules were tried on "
         f"{f.search_windows} windows."
     )
@@ -224,23 +223,9 @@ def _sections(planned: Planned) -> Iterator[Html]:
         block(to_spec(planned)),
     )
     points = planned.frontier.points
-    x_label = "milliseconds, estimated" if planned.objective.name == "latency" else "waited for"
     yield section(
         "Frontier",
-        line_chart(
-            [
-                Series(
-                    "measured whole",
-                    [(float(p.weight), p.cost.kl) for p in points],
-                    [interval(p).interval or (p.cost.kl, p.cost.kl) for p in points],
-                ),
-                Series("predicted", [(float(p.weight), p.predicted) for p in points]),
-            ],
-            x_label,
-            "KL, nats per token",
-            from_zero=True,
-            caption="With 95% intervals over windows. Predicted is the sum over the parts.",
-        ),
+        *_chart(planned),
         table(
             _header(planned),
             [_cells(planned, p) for p in points],
@@ -253,9 +238,28 @@ def _sections(planned: Planned) -> Iterator[Html]:
         ),
     )
     yield section("Sensitivity of each sublayer", *_sensitivities(planned))
-    yield section("How this was measured", paragraph(_title(planned) + ". " + _explained(planned)))
+    yield section("How this was measured", paragraph(f"{_title(planned)}. {_explained(planned)}"))
     schedules = [[f"{p.schedule.counts.waited_for}", code(str(p.schedule))] for p in points]
     yield section("Schedules", table(["waited for", "schedule"], schedules, text_columns=(1,)))
+
+
+def _chart(planned: Planned) -> Iterator[Html]:
+    """KL against weight, on a logarithmic scale, which has no place for the dense model's 0."""
+    by_latency = planned.objective.name == "latency"
+    ranges = {p: interval(p).interval or (p.cost.kl, p.cost.kl) for p in planned.frontier.points}
+    drawn = [p for p in ranges if min(p.predicted, *ranges[p]) > 0]
+    if drawn:
+        measured = [(p.weight, p.cost.kl) for p in drawn]
+        yield line_chart(
+            [
+                Series("measured whole", measured, [ranges[p] for p in drawn]),
+                Series("predicted", [(p.weight, p.predicted) for p in drawn]),
+            ],
+            "milliseconds, estimated" if by_latency else "all-reduces waited for",
+            "KL, nats per token",
+            log_y=True,
+            caption="With 95% intervals over windows. Predicted is the sum over the parts.",
+        )
 
 
 _ENDINGS = (
@@ -265,7 +269,7 @@ _ENDINGS = (
 )
 
 
-def _sensitivities(planned: Planned) -> Iterable[Html]:
+def _sensitivities(planned: Planned) -> Iterator[Html]:
     found = planned.frontier.sensitivities
     names = [(key, label) for key, label in _ENDINGS if any(getattr(s, key) for s in found)]
     yield paragraph(
@@ -279,14 +283,14 @@ def _sensitivities(planned: Planned) -> Iterable[Html]:
                 [
                     (s.sublayer.position / 2, kl)
                     for s in found
-                    if (kl := getattr(s, key)) is not None
+                    if (kl := getattr(s, key) or 0.0) > 0
                 ],
             )
             for key, label in names
         ],
         "layer (attention at the whole number, MLP half a step on)",
         "KL, nats per token",
-        from_zero=True,
+        log_y=True,
     )
     yield table(
         ["sublayer", *(label for _, label in names)],

@@ -8,7 +8,7 @@ all sublayers are a schedule. Positions count the dense model's 2L sublayers (`S
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ptconvert.presets import dense_schedule
@@ -80,9 +80,26 @@ def _sublayer(position: int) -> Sublayer:
 def alone(segment: Segment, layers: int) -> Schedule:
     """The dense schedule with one segment in place of the same sublayers."""
     dense = dense_schedule(layers).stages
-    return Schedule((*dense[: segment.start], *segment.stages, *dense[segment.stop :]))
+    return _saved((*dense[: segment.start], *segment.stages, *dense[segment.stop :]))
 
 
 def together(segments: Iterable[Segment]) -> Schedule:
     """The schedule of segments in a row, which cover all sublayers."""
-    return Schedule(tuple(stage for segment in segments for stage in segment.stages))
+    return _saved(tuple(stage for segment in segments for stage in segment.stages))
+
+
+def _saved(stages: tuple[Stage, ...]) -> Schedule:
+    """The schedule of stages, less the all-reduces that change nothing.
+
+    `a1^1 m1!` is the same function as `a1. m1!`: the track sees its own part in the stage between,
+    and the rest arrives after it, with that stage's all-reduce or in one of its own.
+    """
+    pairs = zip(stages, (*stages[1:], None), strict=True)
+    return Schedule(
+        tuple(
+            replace(stage, ending=DEFERRED)
+            if after is not None and stage.ending == OWN_SEEN and after.ending == BLOCKING
+            else stage
+            for stage, after in pairs
+        )
+    )

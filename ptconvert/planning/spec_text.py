@@ -12,7 +12,7 @@ from ptconvert.schedule import BLOCKING, Merge, Schedule, Stage
 from ptconvert.spec import Spec, parse_spec
 
 # What an item of a spec costs to read: one by a preset 1, one by stages more for each layer.
-_PRESET, _STAGES, _LAYER = 1.0, 1.0, 0.6
+_PRESET, _STAGES, _LAYER = 1.0, 1.0, 1.2
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ def _layer_boundaries(schedule: Schedule) -> dict[int, int]:
 
 def _ways(layers: range, stages: tuple[Stage, ...]) -> Iterator[_Item]:
     """The ways to write a range of layers: any preset that gives its stages, or the stages."""
-    for name, preset in presets.PRESETS.items():
+    # desync last: what it has in common with others has a better known name.
+    desync = presets.desync.__name__
+    for name, preset in sorted(presets.PRESETS.items(), key=lambda found: found[0] == desync):
         for parameters in _parameters(name, stages):
             if preset(layers, **parameters) == stages:
                 yield _Item(layers, name, tuple(parameters.items()), stages)
@@ -106,7 +108,8 @@ def _ways(layers: range, stages: tuple[Stage, ...]) -> Iterator[_Item]:
 
 def _parameters(preset: str, stages: tuple[Stage, ...]) -> Iterator[dict[str, int]]:
     """The values of a preset's parameters that could give these stages."""
-    reduces = next(i for i, s in enumerate(stages, 1) if s.ending.merge is not Merge.DEFERRED)
+    reducing = (i for i, s in enumerate(stages, 1) if s.ending.merge is not Merge.DEFERRED)
+    reduces = next(reducing, len(stages))
     lag = stages[reduces - 1].ending.lag
     worth = {"delay": {lag}, "every": {reduces}, "depth": {reduces // 2}, "overlap": {0, lag}}
     names = presets.parameters(preset)
