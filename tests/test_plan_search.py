@@ -95,9 +95,10 @@ def test_prices_guess_runs_from_their_halves_until_they_are_measured() -> None:
     longer, whole = run(0, 3, BLOCKING), run(0, 4, BLOCKING)
     assert prices(longer) == pytest.approx(0.3)
     assert prices(whole) == pytest.approx(0.3 + 0.5 - 0.1)
-    prices.learn({longer: 0.9})
-    assert prices(longer) == 0.9
-    assert prices(whole) == pytest.approx(0.9 + 0.5 - 0.1)
+    prices.learn({longer: 0.6})  # twice the guess, and so longer ones are guessed at twice, too
+    assert prices(longer) == 0.6
+    assert prices(run(1, 4, BLOCKING)) == pytest.approx(2 * 0.5)
+    assert prices(whole) == pytest.approx(2 * (0.6 + 2 * 0.5 - 0.1))
     assert prices(run(0, 1, BLOCKING)) == 0.0
 
 

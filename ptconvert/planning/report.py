@@ -191,9 +191,9 @@ def _title(planned: Planned) -> str:
 def _explained(planned: Planned) -> str:
     f = planned.frontier
     return (
-        "→ chosen; predicted: the sum of what the parts cost by themselves; KL and loss: the whole schedule, "
-        f"measured. {f.measured_alone} parts and {f.measured_whole} whole schedules were tried on "
-        f"{f.search_windows} windows."
+        "→ chosen; predicted: the sum of what the parts cost by themselves; KL and loss: the "
+        f"whole schedule, measured. {f.measured_alone} parts and {f.measured_whole} whole "
+        f"schedules were tried on {f.search_windows} windows."
     )
 
 

@@ -82,18 +82,23 @@ def _mixture(label: _Label) -> Mixture:
 class Prices:
     """What segments cost: measured by themselves, guessed until then, and corrected by wholes.
 
-    The guess for a run that wasn't measured is what it would cost if its halves' costs added up,
-    which is nearly always too little; so a search that trusts it proposes the run, and it gets
-    measured. Runs that no search proposes never cost a measurement.
+    The guess for a run that wasn't measured is what it would cost if the costs of the run without
+    its first and without its last sublayer added up, times what runs measured so far cost more
+    than that (the lower quartile, so that a guess is too low rather than too high). A search that
+    trusts a guess proposes the run, and it gets measured; runs that no search proposes never cost
+    a measurement.
     """
 
     def __init__(self) -> None:
         self.measured: dict[Segment, float] = {}
         self._corrections: dict[Segment, float] = {}
         self._guesses: dict[Segment, float] = {}
+        self._ratios: list[float] = []
 
     def learn(self, measured: Mapping[Segment, float]) -> None:
         """Takes in what segments cost by themselves."""
+        sums = {segment: self._sum(segment) for segment in measured}
+        self._ratios += [measured[segment] / guess for segment, guess in sums.items() if guess > 0]
         self.measured.update(measured)
         self._guesses.clear()
 
@@ -108,13 +113,15 @@ class Prices:
         if segment in self.measured:
             return self.measured[segment]
         if segment not in self._guesses:
-            self._guesses[segment] = self._guess(segment)
+            more = float(np.quantile(self._ratios, 0.25)) if self._ratios else 1.0
+            self._guesses[segment] = more * self._sum(segment)
         return self._guesses[segment]
 
-    def _guess(self, segment: Segment) -> float:
+    def _sum(self, segment: Segment) -> float:
+        """What a run of three sublayers or more would cost if its parts' costs added up, else 0."""
         start, stop = segment.start, segment.stop
         if stop - start < 3 or len(segment.stages) != stop - start:
-            return 0.0  # it must be measured to be known
+            return 0.0
         ending = segment.stages[-1].ending
         head, tail = run(start, stop - 1, BLOCKING), run(start + 1, stop, ending)
         middle = run(start + 1, stop - 1, BLOCKING)
