@@ -150,7 +150,10 @@ def to_csv(planned: Planned) -> str:
     return text.getvalue()
 
 
-_SHOWN = ("waited for", "all-reduces", "predicted", "KL", "95% interval", "loss", "same choice")
+_SHOWN = (
+    *("waited\nfor", "all-\nreduces", "predicted\nKL", "measured\nKL", "95%\ninterval"),
+    *("loss", "same\nchoice"),
+)
 
 
 def _cells(planned: Planned, point: Point) -> list[str]:
@@ -227,7 +230,7 @@ def _sections(planned: Planned) -> Iterator[Html]:
         "Frontier",
         *_chart(planned),
         table(
-            _header(planned),
+            [name.replace("-\n", "-") for name in _header(planned)],
             [_cells(planned, p) for p in points],
             text_columns=(),
             highlight=[i for i, p in enumerate(points) if p is chosen],

@@ -84,7 +84,7 @@ class Prices:
 
     The guess for a run that wasn't measured is what it would cost if the costs of the run without
     its first and without its last sublayer added up, times what runs measured so far cost more
-    than that (the lower quartile, so that a guess is too low rather than too high). A search that
+    than that (the lowest tenth, so that a guess is too low rather than too high). A search that
     trusts a guess proposes the run, and it gets measured; runs that no search proposes never cost
     a measurement.
     """
@@ -113,7 +113,7 @@ class Prices:
         if segment in self.measured:
             return self.measured[segment]
         if segment not in self._guesses:
-            more = float(np.quantile(self._ratios, 0.25)) if self._ratios else 1.0
+            more = float(np.quantile(self._ratios, 0.1)) if self._ratios else 1.0
             self._guesses[segment] = more * self._sum(segment)
         return self._guesses[segment]
 

@@ -142,7 +142,7 @@ class Meter:
         )
         loss_N = (tokens.converted_loss - tokens.source_loss).mean(axis=1)
         return Cost(
-            tuple(map(float, tokens.kl.mean(axis=1))),
+            tuple(map(float, tokens.kl.mean(axis=1).clip(min=0))),  # below it by rounding only
             tuple(map(float, loss_N)),
             float(tokens.agree.mean()),
         )

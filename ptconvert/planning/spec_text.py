@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -53,6 +54,7 @@ def _read(text: str) -> Spec:
     return parse_spec(text, "the planned spec")
 
 
+@functools.cache  # it takes 10 seconds for 80 layers, and a report asks twice
 def _items(schedule: Schedule) -> tuple[_Item, ...]:
     """The items that are easiest to read, by dynamic programming from the last layer back.
 
