@@ -20,7 +20,7 @@ def main() -> None:
     """Convert dense transformer checkpoints into architectures that wait for far fewer all-reduces.
 
     \b
-    ptconvert plan SRC --tracks N --text FILE --max-syncs K -o SPEC    find the schedule
+    ptconvert plan SRC --tracks N --text FILE  find the schedule that costs it least
     ptconvert show SPEC --model SRC            look at a schedule and what it saves
     ptconvert estimate SPEC --hardware NAME    what it would buy on other hardware
     ptconvert transform SRC DST --spec SPEC    write the converted checkpoint

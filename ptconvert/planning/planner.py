@@ -115,6 +115,10 @@ def search(
     nothing new. All on a few windows; the best are then measured on all of them, and those that
     another one beats in both respects are dropped. `target` is a weight not to leave out.
     """
+
+    def within(schedule: Schedule) -> bool:
+        return target is not None and objective.whole(schedule) <= target
+
     every = math.ceil(len(meter.windows.ids) / SEARCH_WINDOWS)
     segments = tuple(menu(meter.layers, objective.singles, objective.runs, 2 * meter.layers))
     weights = {segment: objective.segment(segment) for segment in segments}
@@ -122,18 +126,18 @@ def search(
     _measure_alone(meter, [s for s in segments if _is_basic(s)], prices, "sensitivities", every)
     tried: dict[Schedule, tuple[Mixture, float]] = {}
     for number in range(1, rounds + 1):
-        found = _priced(meter, segments, weights, prices, f"round {number}", every)
-        kept = _thinned(found, POINTS, lambda mixture: _near(mixture, target, objective))
-        new = {together(m.segments): m for m in kept}
+        step = f"round {number}"
+        found = _priced(meter, segments, weights, prices, step, every, within)
+        new = {together(m.segments): m for m in found}
         new = {s: m for s, m in new.items() if s not in tried}
         if not new:
             break
-        costs = meter.costs(new, f"round {number}: mixtures", every)
+        costs = meter.costs(new, f"{step}: mixtures", every)
         for (schedule, mixture), cost in zip(new.items(), costs, strict=True):
             tried[schedule] = mixture, cost.kl
         prices.correct([(mixture.segments, kl) for mixture, kl in tried.values()])
     best = undominated(tried.items(), lambda t: (objective.whole(t[0]), t[1][1]))
-    best = _thinned(best, POINTS, lambda t: target is not None and objective.whole(t[0]) <= target)
+    best = _thinned(best, POINTS, lambda t: within(t[0]))
     costs = meter.costs([schedule for schedule, _ in best], "frontier, whole", 1)
     points = [
         Point(
@@ -166,10 +170,12 @@ def _priced(
     prices: Prices,
     step: str,
     every: int,
+    wanted: Callable[[Schedule], bool],
 ) -> list[Mixture]:
-    """The cheapest mixtures, no segment of which is only guessed."""
+    """The cheapest mixtures, no segment of which is only guessed; not all where they are many."""
     while True:
         found = best_mixtures(segments, weights.__getitem__, prices)
+        found = _thinned(found, POINTS, lambda mixture: wanted(together(mixture.segments)))
         used = dict.fromkeys(s for m in found for s in m.segments if not s.dense)
         unknown = [s for s in used if s not in prices.measured]
         if not unknown:
@@ -182,10 +188,6 @@ def _measure_alone(
 ) -> None:
     costs = meter.costs([alone(s, meter.layers) for s in segments], step, every)
     prices.learn({s: cost.kl for s, cost in zip(segments, costs, strict=True)})
-
-
-def _near(mixture: Mixture, target: float | None, objective: Objective) -> bool:
-    return target is not None and objective.whole(together(mixture.segments)) <= target
 
 
 def undominated(items: Iterable[T], values: Callable[[T], tuple[float, float]]) -> list[T]:
