@@ -140,13 +140,8 @@ def search(
     best = _thinned(best, POINTS, lambda t: within(t[0]))
     costs = meter.costs([schedule for schedule, _ in best], "frontier, whole", 1)
     points = [
-        Point(
-            schedule,
-            objective.whole(schedule),
-            tuple((segment, prices.alone(segment)) for segment in mixture.segments),
-            cost,
-        )
-        for (schedule, (mixture, _)), cost in zip(best, costs, strict=True)
+        Point(s, objective.whole(s), tuple((p, prices.alone(p)) for p in m.segments), cost)
+        for (s, (m, _)), cost in zip(best, costs, strict=True)
     ]
     return Frontier(
         tuple(undominated(points, lambda p: (p.weight, p.cost.kl))),
