@@ -31,6 +31,10 @@ class EvaluationError(PTConvertError):
     """A model can't be scored as asked: a task, its data, a text or the memory is missing."""
 
 
+class PlanError(PTConvertError):
+    """A plan can't be made as asked: for this model, or within this budget."""
+
+
 class FileError(PTConvertError):
     """One or more faults of a file, each a line `file:line: what, and what would be right`."""
 

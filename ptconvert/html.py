@@ -170,6 +170,7 @@ def line_chart(
     y_label: str,
     *,
     log_x: bool = False,
+    log_y: bool = False,
     height: int = 300,
     caption: str = "",
     reference: float | None = None,
@@ -177,17 +178,21 @@ def line_chart(
 ) -> Html:
     """Lines over a common x, with markers, error bars where bounds are given, and a legend.
 
-    `log_x` needs x > 0. Where there are at most 9 different x, they are the ticks. `reference`
-    draws a horizontal line, such as speed-up 1.
+    `log_x` needs x > 0, `log_y` y and bounds > 0. Where there are at most 9 different x, they are
+    the ticks. `reference` draws a horizontal line, such as speed-up 1.
     """
     xs = sorted({x for s in series for x, _ in s.points})
     ys = [y for s in series for _, y in s.points] + [y for s in series for b in s.bounds for y in b]
     ys += [reference] if reference is not None else []
-    y_ticks = _ticks(min(0.0, *ys) if from_zero else min(ys), max(ys))
+    low, high = min(0.0, *ys) if from_zero else min(ys), max(ys)
+    y_ticks = _log_ticks(low, high) if log_y else _ticks(low, high)
+    if not log_y:
+        low, high = y_ticks[0], y_ticks[-1]
     x_ticks = xs if len(xs) <= 9 else _log_ticks(xs[0], xs[-1]) if log_x else _ticks(xs[0], xs[-1])
+    x_ticks = [t for t in x_ticks if xs[0] <= t <= xs[-1]]
     left, right, top, bottom = 64.0, _WIDTH - 16.0, 12.0, height - 44.0
     to_x = _scale(xs[0], xs[-1], left + 8, right - 8, log_x)
-    to_y = _scale(y_ticks[0], y_ticks[-1], bottom, top)
+    to_y = _scale(low, high, bottom, top, log_y)
     parts = [_line(left, to_y(t), right, to_y(t), "grid") for t in y_ticks]
     parts += [_text(left - 8, to_y(t) + 4, _number(t), "end") for t in y_ticks]
     parts += [_line(to_x(t), bottom, to_x(t), bottom + 5, "axis") for t in x_ticks]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import hypothesis
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.spec import parse_spec
@@ -107,6 +109,20 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory) -> MakeDense:
         return made[key]
 
     return make
+
+
+def byte_level(make_dense: MakeDense, path: Path) -> Path:
+    """A random dense model with a tokenizer of bytes, at `path`."""
+    shutil.copytree(make_dense(vocab_size=260, max_position_embeddings=512, eos_token_id=0), path)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|endoftext|>": 0} | {c: i for i, c in enumerate(alphabet, 1)}
+    bpe = Tokenizer(models.BPE(vocabulary, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    ).save_pretrained(path)
+    return path
 
 
 @pytest.fixture

@@ -20,12 +20,10 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import Convert, MakeDense, load
+from conftest import Convert, MakeDense, byte_level, load
 from lm_eval.api.metrics import mean
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import ptconvert
 from ptconvert.checkpoint.reader import open_checkpoint
@@ -67,17 +65,7 @@ def quiet(*_: object) -> None:
 @pytest.fixture(scope="module")
 def source(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random dense model with a tokenizer of bytes."""
-    path = tmp_path_factory.mktemp("eval") / "source"
-    shutil.copytree(make_dense(vocab_size=260, max_position_embeddings=512, eos_token_id=0), path)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0} | {c: i for i, c in enumerate(alphabet, 1)}
-    bpe = Tokenizer(models.BPE(vocabulary, []))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
-    ).save_pretrained(path)
-    return path
+    return byte_level(make_dense, tmp_path_factory.mktemp("eval") / "source")
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,18 @@ def test_a_line_passes_through_its_points(log_x: bool) -> None:
     assert drawn.count('class="error"') == 3 and 'class="reference"' in drawn
 
 
+@pytest.mark.parametrize("log_y", [False, True])
+def test_a_logarithmic_y_spaces_decades_evenly_within_the_axes(log_y: bool) -> None:
+    points = [(float(x), 0.001 * 10 ** (x / 6)) for x in range(1, 25)]
+    drawn = html.line_chart([html.Series("s", points)], "x", "y", log_y=log_y)
+    line = re.search(r'<polyline points="([^"]*)"', drawn)
+    assert line is not None
+    ys = [float(p.split(",")[1]) for p in line[1].split()]
+    assert (ys[0] - ys[6] == pytest.approx(ys[12] - ys[18], abs=0.3)) == log_y
+    ticks = [float(x) for x in re.findall(r'<text x="([0-9.]+)"[^>]*middle" class="tick"', drawn)]
+    assert ticks and all(64 < x < html._WIDTH - 16 for x in ticks)  # none beside the chart
+
+
 def test_ticks_are_round_and_enclose() -> None:
     for low, high in ((0, 1), (0.97, 1.31), (-7, 2), (3, 3), (0, 48211)):
         ticks = html._ticks(low, high)

@@ -8,6 +8,7 @@ from ptconvert import __version__
 from ptconvert.cli.common import Commands
 from ptconvert.cli.estimate import estimate
 from ptconvert.cli.evaluate import evaluate
+from ptconvert.cli.plan import plan
 from ptconvert.cli.show import show
 from ptconvert.cli.transform import transform
 from ptconvert.cli.verify import verify
@@ -19,6 +20,7 @@ def main() -> None:
     """Convert dense transformer checkpoints into architectures that wait for far fewer all-reduces.
 
     \b
+    ptconvert plan SRC --tracks N --text FILE  find the schedule that costs it least
     ptconvert show SPEC --model SRC            look at a schedule and what it saves
     ptconvert estimate SPEC --hardware NAME    what it would buy on other hardware
     ptconvert transform SRC DST --spec SPEC    write the converted checkpoint
@@ -30,5 +32,5 @@ def main() -> None:
     """
 
 
-for command in (show, estimate, transform, verify, evaluate):
+for command in (show, plan, estimate, transform, verify, evaluate):
     main.add_command(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import re
@@ -28,7 +29,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from ptconvert.errors import PTConvertError
+from ptconvert.errors import EvaluationError, PTConvertError
 from ptconvert.shape import ModelShape, read_config
 
 _SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -154,3 +155,27 @@ def step_progress() -> Iterator[Callable[[str, int, int | None], None]]:
             bar.update(current, completed=done, total=total)
 
         yield advance
+
+
+def need_packages(extra: str, *packages: str) -> None:
+    """Raises EvaluationError where a command's packages, which come with an extra, aren't here."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EvaluationError(
+            f"{extra} needs {', '.join(missing)}, not installed here: "
+            f"pip install 'ptconvert[{extra}]'"
+        )
+
+
+def torch_device(name: str | None) -> str:
+    """The device asked for, or the best there is. Raises EvaluationError where it isn't there."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        what = (str(error).splitlines() or [""])[0]
+        raise EvaluationError(f"--device {name}: torch can't use it: {what}") from error
+    return name

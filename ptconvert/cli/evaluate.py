@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -13,8 +12,7 @@ import click
 from rich.console import Console
 
 from ptconvert.checkpoint.source import is_hub_id, locate
-from ptconvert.cli.common import step_progress
-from ptconvert.errors import EvaluationError
+from ptconvert.cli.common import need_packages, step_progress, torch_device
 
 if TYPE_CHECKING:  # they import torch
     from ptconvert.evaluate.report import Report, Text
@@ -123,7 +121,7 @@ def evaluate(
 
     --make-tasks DIR --text FILE writes two tasks; with CKPT, they are scored at once.
     """
-    _need_lm_eval()
+    need_packages("eval", "lm_eval", "accelerate", "scipy")
     # Our own progress is shown, not that of every library below.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -160,7 +158,7 @@ def evaluate(
         checkpoint,
         baseline,
         revision,
-        dict(options, tasks=names, include_path=include_paths, device=_device(device)),
+        dict(options, tasks=names, include_path=include_paths, device=torch_device(device)),
         Text(texts, window, windows) if texts and baseline else None,
         cache,
     )
@@ -185,7 +183,8 @@ def _run(
     text: Text | None,
     cache: Path | None,
 ) -> Report:
-    from ptconvert.evaluate.harness import Settings, cache_directory
+    from ptconvert.evaluate.harness import Settings
+    from ptconvert.evaluate.models import cache_directory
     from ptconvert.evaluate.report import evaluate
 
     cache = cache or cache_directory()
@@ -219,29 +218,3 @@ def _run(
 def _width() -> int | None:
     """The terminal's own width; into a file or a pipe, enough for a table in one piece."""
     return None if sys.stdout.isatty() else 120
-
-
-def _need_lm_eval() -> None:
-    missing = [name for name in ("lm_eval", "accelerate", "scipy") if not _is_installed(name)]
-    if missing:
-        raise EvaluationError(
-            f"eval needs {', '.join(missing)}, not installed here: pip install 'ptconvert[eval]'"
-        )
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def _device(name: str | None) -> str:
-    """The device asked for, or the best there is. Raises EvaluationError where it isn't there."""
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        what = (str(error).splitlines() or [""])[0]
-        raise EvaluationError(f"--device {name}: torch can't use it: {what}") from error
-    return name

@@ -6,9 +6,10 @@ in each, V vocabulary, D residual stream width.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -167,17 +168,37 @@ def read_windows(
 @dataclass(frozen=True)
 class Reference:
     """The source model's predictions, kept as final hidden states (N, T, D) on the CPU and the
-    output head: the source needn't stay in memory beside the converted model."""
+    output head: the source needn't stay in memory beside the converted model.
+
+    `streams` are the residual streams (N, T, D) that enter the layers asked for.
+    """
 
     hidden: torch.Tensor
     head: Any
+    streams: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 
 @torch.inference_mode()
-def reference(model: Any, windows: Windows, batch: BatchSize, progress: Progress) -> Reference:
-    """Runs the source model over the windows once."""
-    hidden = [h_BTD.cpu() for _, h_BTD in _hidden(model, windows.ids, batch, progress, "source")]
-    return Reference(torch.cat(hidden), model.get_output_embeddings())
+def reference(
+    model: Any,
+    windows: Windows,
+    batch: BatchSize,
+    progress: Progress,
+    layers: Sequence[int] = (),
+) -> Reference:
+    """Runs the source model over the windows once; keeps the streams that enter `layers`."""
+    hidden: list[torch.Tensor] = []
+    streams: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+    run = functools.partial(model.get_decoder(), output_hidden_states=bool(layers))
+    for _, outputs in _outputs(run, model.device, windows.ids, batch, progress, "source"):
+        hidden.append(outputs.last_hidden_state.cpu())
+        for layer in layers:
+            streams[layer].append(outputs.hidden_states[layer].cpu())
+    return Reference(
+        torch.cat(hidden),
+        model.get_output_embeddings(),
+        {layer: torch.cat(parts) for layer, parts in streams.items()},
+    )
 
 
 @torch.inference_mode()
@@ -189,37 +210,48 @@ def measure(
     progress: Progress,
     step: str = "converted",
     every: int = 1,
+    stream: torch.Tensor | None = None,
 ) -> Tokens:
     """Runs a model over the windows (each `every`-th) and compares it with the source, per token.
 
-    Logits are compared in fp32; the vocabularies are the same.
+    `stream` (N, T, D) takes the place of the embedded tokens, for a model that is to begin at a
+    later stage (its `first_stage`). Logits are compared in fp32; the vocabularies are the same.
     """
     ids, kept = windows.ids[::every], source.hidden[::every]
     head = model.get_output_embeddings()
     results: list[Floats] = []
-    for rows, hidden_BTD in _hidden(model, ids, batch, progress, step):
-        results.append(
-            _compared(source.head, kept[rows], head, hidden_BTD, ids[rows, 1:].to(model.device))
-        )
+    stream = None if stream is None else stream[::every]
+    decoder, device = model.get_decoder(), model.device
+    for rows, outputs in _outputs(decoder, device, ids, batch, progress, step, stream):
+        hidden_BTD, target_BT = outputs.last_hidden_state, ids[rows, 1:].to(model.device)
+        results.append(_compared(source.head, kept[rows], head, hidden_BTD, target_BT))
     return Tokens(*np.concatenate(results, axis=1))
 
 
-def _hidden(
-    model: Any, ids: torch.Tensor, batch: BatchSize, progress: Progress, step: str
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Windows that fit in memory at once, and the model's final hidden states for them."""
+def _outputs(
+    decoder: Callable[..., Any],
+    device: torch.device,
+    ids: torch.Tensor,
+    batch: BatchSize,
+    progress: Progress,
+    step: str,
+    stream: torch.Tensor | None = None,
+) -> Iterator[tuple[slice, Any]]:
+    """Windows that fit in memory at once, and what a model's decoder gives for them."""
     label, done = f"divergence: {step}", 0
     while done < len(ids):
         progress(label, done, len(ids))
 
-        def run(size: int, first: int = done) -> tuple[slice, torch.Tensor]:
+        def run(size: int, first: int = done) -> tuple[slice, Any]:
             rows = slice(first, first + size)
-            inputs = ids[rows, :-1].to(model.device)
-            return rows, model.get_decoder()(inputs, use_cache=False).last_hidden_state
+            inputs = {"input_ids": ids[rows, :-1].to(device)}
+            if stream is not None:
+                inputs = {"inputs_embeds": stream[rows].to(device)}
+            return rows, decoder(**inputs, use_cache=False)
 
-        rows, hidden_BTD = batch.fitting(run)
-        yield rows, hidden_BTD
-        done += len(hidden_BTD)
+        rows, outputs = batch.fitting(run)
+        yield rows, outputs
+        done += len(outputs.last_hidden_state)
     progress(label, done, len(ids))
 
 

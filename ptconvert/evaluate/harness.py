@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import logging
-import os
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -108,11 +107,6 @@ class _Tasks(TaskManager):  # type: ignore[misc]
     def load(self, names: Any) -> Any:
         self.loaded = super().load(names)
         return self.loaded
-
-
-def cache_directory() -> Path:
-    """Where answers are kept: `ptconvert` in $XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptconvert"
 
 
 def cache_file(cache: Path, model_digest: str, settings: Settings) -> Path:

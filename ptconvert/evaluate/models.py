@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,11 @@ Progress = Callable[[str, int, int | None], None]
 # little: on a CPU the cores are busy with less, and on a GPU the model's own layers are.
 _FIRST_BATCH = {"cpu": 8}
 _FIRST_BATCH_ELSEWHERE = 64
+
+
+def cache_directory() -> Path:
+    """Where answers and measurements are kept: `ptconvert` in $XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptconvert"
 
 
 def schedule_of(checkpoint: Checkpoint) -> Schedule:

@@ -85,17 +85,20 @@ def run_schedule(
     tracks: int,
     deferred: str = "sum",
     entered: Callable[[int], object] | None = None,
+    first: int = 0,
 ) -> torch.Tensor:
     """Runs every stage of a schedule on the embedded tokens; returns the merged stream, BSD.
 
     `run_sublayer` gives a sublayer's Update for its input. `tracks` is n over all processes.
     `deferred` is "sum", which keeps a dense model's meaning, or "mean": partials that waited
     since an earlier stage are merged with weight 1/n (the Desync rule, arXiv 2501.06589).
-    `entered` is called with each stage's index as it begins.
+    `entered` is called with each stage's index as it begins. `first` is the stage to begin at, for
+    a `base_BSD` that the stages before it have left with nothing outstanding.
     """
     waiting: Update | None = None
     in_flight: list[_InFlight] = []
-    for index, stage in enumerate(schedule.stages):
+    for index in range(first, len(schedule.stages)):
+        stage = schedule.stages[index]
         if entered is not None:
             entered(index)
         view = [base_BSD]

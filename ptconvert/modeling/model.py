@@ -78,7 +78,8 @@ class PTConvertModel(PTConvertPreTrainedModel):
     """The decoder without lm_head: all its tracks, or those of one rank.
 
     A rank's model gets the communicator that sums over ranks; `entered` is called with each
-    stage's index when it begins, for whoever wants to know where a forward pass stands.
+    stage's index when it begins, for whoever wants to know where a forward pass stands. A forward
+    pass of `inputs_embeds` begins at stage `first_stage`, before which nothing may be outstanding.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class PTConvertModel(PTConvertPreTrainedModel):
         super().__init__(config)
         self.communicator = OneProcess() if communicator is None else communicator
         self.entered: Callable[[int], object] | None = None
+        self.first_stage = 0
         section = read_section(vars(config))
         self.schedule = section.schedule
         self.track_count = section.tracks
@@ -213,6 +215,7 @@ class PTConvertModel(PTConvertPreTrainedModel):
             self.track_count,
             self.deferred,
             self.entered,
+            self.first_stage,
         )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(stream_BSD),

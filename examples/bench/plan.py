@@ -1,0 +1,120 @@
+"""What planning is worth: loss against all-reduces waited for, uniform against planned.
+
+    python examples/bench/plan.py MODEL --tracks 4 --calibrate FILE... --report FILE...
+
+Plans on the one text, with and without overlapped all-reduces, and measures uniform and planned
+schedules on the other, which no plan has seen. Prints a table in Markdown: rise of the loss and
+KL(source || schedule), nats per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from ptconvert import presets
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.cli.common import step_progress
+from ptconvert.evaluate.divergence import read_windows
+from ptconvert.evaluate.models import (
+    BatchSize,
+    Progress,
+    cache_directory,
+    content_digest,
+    open_tokenizer,
+)
+from ptconvert.planning.planner import choose, search, waited_for
+from ptconvert.planning.sensitivity import Cost, Meter, Store, store_file
+from ptconvert.schedule import Schedule
+
+WAITS = (12, 8, 6, 4, 3, 2)
+
+
+def main() -> None:
+    """Parses, plans, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--tracks", type=int, default=4)
+    parser.add_argument("--calibrate", type=Path, nargs="+", required=True)
+    parser.add_argument("--report", type=Path, nargs="+", required=True)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--cache", type=Path, default=cache_directory())
+    given = parser.parse_args()
+    with step_progress() as progress:
+        calibrate, report = (
+            _meter(given, texts, progress) for texts in (given.calibrate, given.report)
+        )
+        rows = list(_rows(calibrate, report))
+    names = list(rows[0][1])
+    print(f"| waited for, at most | {' | '.join(names)} |\n| --- |{' --- |' * len(names)}")
+    for waits, found in rows:
+        print(f"| {waits} | {' | '.join(found[name] for name in names)} |")
+
+
+def _meter(given: argparse.Namespace, texts: list[Path], progress: Progress) -> Meter:
+    checkpoint = open_checkpoint(given.model)
+    tokenizer = open_tokenizer(checkpoint)
+    windows = read_windows(texts, tokenizer, given.window, given.windows, given.window)
+    digest = content_digest(checkpoint, progress)
+    store = Store(store_file(given.cache, digest, windows, given.tracks, "float32", "cpu"))
+    batch = BatchSize(None, "cpu")
+    return Meter(checkpoint, given.tracks, windows, store, "float32", "cpu", batch, progress)
+
+
+def _rows(calibrate: Meter, report: Meter) -> Iterator[tuple[int, dict[str, str]]]:
+    frontiers = {
+        name: search(calibrate, waited_for(overlap), target=8)
+        for name, overlap in (("planned, no overlap", False), ("planned", True))
+    }
+    for waits in WAITS:
+        schedules = {name: make(report.layers, waits) for name, make in UNIFORM.items()}
+        for name, frontier in frontiers.items():
+            point = choose(frontier, waits, None)
+            schedules[name] = point.schedule if point is not None else None
+        yield waits, {name: _cell(report, s) for name, s in schedules.items()}
+
+
+def _cell(meter: Meter, schedule: Schedule | None) -> str:
+    if schedule is None:
+        return "-"
+    cost: Cost = meter.costs([schedule], "reporting")[0]
+    counts = schedule.counts
+    return f"{cost.loss:+.4f}, KL {cost.kl:.4f} ({counts.waited_for} of {counts.all_reduces})"
+
+
+def _desync(layers: int, waits: int, dense: int) -> Schedule | None:
+    """One all-reduce in every so many sublayers, after some dense layers."""
+    left, sublayers = waits - 2 * dense, 2 * (layers - dense)
+    if left < 1:
+        return None
+    every = -(-sublayers // left)
+    return presets.join(
+        [
+            ("tensor_parallel", presets.tensor_parallel(range(dense))),
+            ("desync", presets.desync(range(dense, layers), every=every)),
+        ]
+    )
+
+
+def _delayed(layers: int, waits: int) -> Schedule:
+    """Dense layers, then every all-reduce one stage late."""
+    dense = (waits - 1) // 2
+    return presets.join(
+        [
+            ("tensor_parallel", presets.tensor_parallel(range(dense))),
+            ("delayed", presets.delayed(range(dense, layers), delay=1)),
+        ]
+    )
+
+
+UNIFORM = {
+    "uniform: `desync`": lambda layers, waits: _desync(layers, waits, 0),
+    "the same, layer 0 dense": lambda layers, waits: _desync(layers, waits, 1),
+    "`delayed` in the last layers": _delayed,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""`ptconvert plan`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ptconvert.checkpoint.source import is_hub_id, locate
+from ptconvert.cli.common import need_packages, print_figures, step_progress, torch_device
+from ptconvert.errors import PlanError
+
+if TYPE_CHECKING:  # they import torch
+    from ptconvert.planning.planner import Frontier, Objective
+    from ptconvert.planning.report import Planned
+    from ptconvert.schedule import Schedule
+    from ptconvert.shape import ModelShape
+
+
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.option("--tracks", type=click.IntRange(2, 4096), required=True, help="Tracks to cut into.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="What the model is for, as plain text; may be given again.",
+)
+@click.option("--max-syncs", type=click.IntRange(1), metavar="K", help="All-reduces to wait for.")
+@click.option(
+    "--max-loss",
+    type=click.FloatRange(min=0),
+    metavar="X",
+    help="By how much the loss on the text may rise, in nats per token.",
+)
+@click.option(
+    "--overlap/--no-overlap",
+    default=True,
+    show_default=True,
+    help="Whether all-reduces may run beside computation; else those waited for are all.",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(["syncs", "latency"]),
+    default="syncs",
+    show_default=True,
+    help="What to make small within --max-loss; latency is estimated, see below.",
+)
+@click.option("--hardware", metavar="NAME|FILE", help="For latency: a row of `estimate --list`.")
+@click.option("--engine", metavar="NAME|FILE", help="For latency. Default: the hardware's.")
+@click.option("--ranks", type=click.IntRange(2), help="For latency. Default: one per track.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--prompt", type=click.IntRange(1), default=1024, show_default=True, metavar="TOKENS")
+@click.option("--new", type=click.IntRange(1), default=512, show_default=True, metavar="TOKENS")
+@click.option(
+    "-o",
+    "--output",
+    metavar="SPEC",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the spec here. [print it]",
+)
+@click.option(
+    "--frontier",
+    "frontier_file",
+    metavar="FILE.csv|.html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also write the frontier, as a table or as a page.",
+)
+@click.option("--window", type=click.IntRange(2), help="Tokens in a window of the text. [1024]")
+@click.option(
+    "--windows",
+    type=click.IntRange(1),
+    help="Windows, evenly over the text. [all, at most 64]",
+)
+@click.option("--rounds", type=click.IntRange(1), help="Rounds of the search, at most. [12]")
+@click.option("--batch-size", type=click.IntRange(1), help="[as many as fit]")
+@click.option("--device", metavar="NAME", help="Default: cuda where there is.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="What to compute in; auto is what is stored.",
+)
+@click.option("--revision", help="Branch, tag or commit, where SRC is a hub id.")
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where measurements are kept. [~/.cache/ptconvert]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the frontier as JSON.")
+def plan(
+    source: str,
+    output: Path | None,
+    frontier_file: Path | None,
+    revision: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Find the schedule that costs the dense checkpoint SRC least, for a budget.
+
+    Measures on your text what each change of a sublayer's all-reduce does to the predictions,
+    searches all mixtures of them, measures the best ones whole, and writes the best for the budget
+    as a spec for `ptconvert transform`. Needs a copy of SRC on disk while it runs.
+
+    --objective latency minimises the time of a request (--batch, --prompt, --new) as `ptconvert
+    estimate` has it for --hardware.
+    """
+    need_packages("plan", "accelerate", "scipy")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if (options["max_syncs"] is None) == (options["max_loss"] is None):
+        raise click.UsageError("give a budget, one of --max-syncs K and --max-loss X")
+    if options["objective"] == "latency" and not (options["hardware"] and options["max_loss"]):
+        raise click.UsageError("--objective latency needs --hardware NAME and --max-loss X")
+    for file in (output, frontier_file):
+        if file is not None and not file.resolve().parent.is_dir():
+            raise click.UsageError(f"{file}: its directory does not exist")
+    if frontier_file is not None and frontier_file.suffix not in (".csv", ".html"):
+        raise click.UsageError(f"--frontier {frontier_file}: its name must end in .csv or .html")
+    planned = _plan(source, revision, options)
+    _write(planned, output, frontier_file, as_json)
+
+
+def _write(
+    planned: Planned, output: Path | None, frontier_file: Path | None, as_json: bool
+) -> None:
+    from ptconvert.planning.report import plan_page, print_plan, to_csv, to_json, to_spec
+
+    spec = to_spec(planned)
+    if output is not None:
+        output.write_text(spec, encoding="utf-8")
+    if frontier_file is not None:
+        form = to_csv if frontier_file.suffix == ".csv" else plan_page
+        frontier_file.write_text(form(planned), encoding="utf-8")
+    figures = {**to_json(planned), "spec": spec}
+    print_figures(figures, as_json, lambda console: print_plan(console, planned))
+    if not as_json:
+        if output is None:
+            click.echo(f"\n{spec}", nl=False)
+        for file in (output, frontier_file):
+            if file is not None:
+                click.echo(f"wrote {file}")
+
+
+def _plan(source: str, revision: str | None, options: dict[str, Any]) -> Planned:
+    from ptconvert.checkpoint.reader import open_checkpoint
+    from ptconvert.evaluate.divergence import read_windows
+    from ptconvert.evaluate.models import (
+        BatchSize,
+        cache_directory,
+        content_digest,
+        is_dense,
+        open_tokenizer,
+    )
+    from ptconvert.planning.planner import ROUNDS, choose, search
+    from ptconvert.planning.report import Planned
+    from ptconvert.planning.sensitivity import Meter, Store, store_file
+    from ptconvert.shape import ModelShape
+
+    tracks, dtype, device = options["tracks"], options["dtype"], torch_device(options["device"])
+    cache = options["cache"] or cache_directory()
+    with step_progress() as progress:
+        progress(f"finding {source}", 0, None)
+        checkpoint = open_checkpoint(locate(source, revision))
+        shape = ModelShape.from_config(checkpoint.config, str(checkpoint.path / "config.json"))
+        if reason := shape.indivisible(tracks):
+            raise PlanError(f"--tracks {tracks}: {reason}")
+        if not is_dense(checkpoint):
+            raise PlanError(f"{source} is converted already; plan starts from the dense checkpoint")
+        objective = _objective(options, shape)
+        longest = int(str(checkpoint.config.get("max_position_embeddings", 2048)))
+        windows = read_windows(
+            options["texts"],
+            open_tokenizer(checkpoint),
+            options["window"],
+            options["windows"],
+            longest,
+        )
+        digest = content_digest(checkpoint, progress)
+        store = Store(store_file(cache, digest, windows, tracks, dtype, device))
+        batch = BatchSize(options["batch_size"], device)
+        meter = Meter(checkpoint, tracks, windows, store, dtype, device, batch, progress)
+        try:
+            found = search(meter, objective, options["rounds"] or ROUNDS, options["max_syncs"])
+        except KeyboardInterrupt:
+            click.echo(
+                f"what was measured is kept in {cache}; the same command goes on from there",
+                err=True,
+            )
+            raise
+    chosen = choose(found, options["max_syncs"], options["max_loss"])
+    if chosen is None:
+        raise PlanError(f"{_budget(options)}: {_closest(found)}")
+    return Planned(
+        model=source if is_hub_id(source) else Path(source).resolve().name,
+        tracks=tracks,
+        texts=tuple(path.name for path in options["texts"]),
+        windows=len(windows.ids),
+        length=windows.length,
+        dtype=dtype,
+        budget=_budget(options),
+        objective=objective,
+        frontier=found,
+        chosen=chosen,
+    )
+
+
+def _budget(options: dict[str, Any]) -> str:
+    """The budget as it was given."""
+    if options["max_syncs"] is not None:
+        return f"--max-syncs {options['max_syncs']}"
+    return f"--max-loss {options['max_loss']:g}"
+
+
+def _objective(options: dict[str, Any], shape: ModelShape) -> Objective:
+    """What is to be made small. Raises PlanError and the estimate's errors."""
+    from ptconvert.planning.planner import latency, waited_for
+
+    if options["objective"] == "syncs":
+        return waited_for(options["overlap"])
+    from ptconvert.estimate.hardware import read_engine, read_hardware
+    from ptconvert.estimate.model import Workload, estimate
+
+    hardware, ranks = read_hardware(options["hardware"]), options["ranks"] or options["tracks"]
+    if options["tracks"] % ranks:
+        raise PlanError(f"--ranks {ranks} doesn't divide --tracks {options['tracks']}")
+    engine = read_engine(options["engine"] or hardware.engine)
+    workload = Workload(options["batch"], options["prompt"], options["new"])
+
+    def seconds(schedule: Schedule) -> float:
+        found = estimate(
+            schedule, shape, hardware, engine, ranks, workload, tracks=options["tracks"]
+        )
+        return workload.batch * workload.new / found.tokens_per_second
+
+    return latency(seconds, shape.layers)
+
+
+def _closest(frontier: Frontier) -> str:
+    """What there is instead of a point that fits the budget."""
+    light, exact = frontier.points[0], frontier.points[-1]
+    return (
+        f"nothing found fits; the least waited for is {light.schedule.counts.waited_for}, the "
+        f"smallest rise of the loss {exact.cost.loss:+.4f} nats per token"
+    )

@@ -1,0 +1,228 @@
+"""The plan: sensitivities are measured, mixtures searched for, and the best measured whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ptconvert.planning.search import Mixture, Prices, best_mixtures
+from ptconvert.planning.segments import (
+    HIDDEN,
+    OWN_SEEN,
+    OWN_SEEN_LATER,
+    Segment,
+    alone,
+    menu,
+    run,
+    together,
+)
+from ptconvert.planning.sensitivity import Cost, Meter
+from ptconvert.schedule import BLOCKING, Ending, Schedule, Sublayer
+
+T = TypeVar("T")
+
+SEARCH_WINDOWS = 8  # of those given; the frontier is measured on all
+ROUNDS = 12
+POINTS = 32  # of the frontier that are measured, where it has more
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is saved. `whole` gives it for a schedule in its `unit`, `segment` what a segment adds
+    to the sum over a mixture, in whole numbers of any unit."""
+
+    name: str
+    unit: str
+    whole: Callable[[Schedule], float]
+    segment: Callable[[Segment], int]
+    singles: tuple[Ending, ...]  # endings worth trying after one sublayer,
+    runs: tuple[Ending, ...]  # and after several of which only the last all-reduces
+
+
+def waited_for(overlap: bool) -> Objective:
+    """All-reduces waited for. Without `overlap` no all-reduce runs beside computation, so that
+    those waited for are all there are. With it, no overlapped all-reduce is saved: none is waited
+    for, and each brings the tracks nearer together."""
+    singles = (BLOCKING, OWN_SEEN, HIDDEN) if overlap else (BLOCKING,)
+    return Objective(
+        "syncs",
+        "waited for",
+        lambda s: s.counts.waited_for,
+        lambda s: s.waits,
+        singles,
+        (BLOCKING,),
+    )
+
+
+def latency(seconds: Callable[[Schedule], float], layers: int, grain: float = 1e-3) -> Objective:
+    """Estimated seconds; sums of segments are rounded to `grain` of the dense model's time."""
+    dense = seconds(together(run(p, p + 1, BLOCKING) for p in range(2 * layers)))
+
+    def added(segment: Segment) -> int:
+        return round((seconds(alone(segment, layers)) - dense) / (grain * dense))
+
+    runs = (BLOCKING, OWN_SEEN, OWN_SEEN_LATER)
+    return Objective("latency", "ms", lambda s: 1e3 * seconds(s), added, (*runs, HIDDEN), runs)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A schedule of the frontier: what it still waits for, its parts with the KL of each by itself,
+    and what was measured of the whole."""
+
+    schedule: Schedule
+    weight: float
+    parts: tuple[tuple[Segment, float], ...]
+    cost: Cost
+
+    @property
+    def predicted(self) -> float:
+        """The KL if the parts' added up."""
+        return sum(kl for _, kl in self.parts)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The KL of one sublayer's ending in an otherwise dense model; None where the objective has no
+    use for it. `deferred` merges with the next sublayer."""
+
+    sublayer: Sublayer
+    deferred: float | None
+    own_seen: float | None
+    hidden: float | None
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Points in rising weight and falling measured KL, and what was learnt on the way."""
+
+    points: tuple[Point, ...]
+    sensitivities: tuple[Sensitivity, ...]
+    measured_alone: int
+    measured_whole: int
+    search_windows: int
+
+
+def search(
+    meter: Meter, objective: Objective, rounds: int = ROUNDS, target: float | None = None
+) -> Frontier:
+    """Finds the frontier of an objective against KL.
+
+    Each round searches the cheapest mixtures at the prices known, measures each segment in them
+    that was only guessed, then the mixtures whole, and corrects the prices; until it proposes
+    nothing new. All on a few windows; the best are then measured on all of them, and those that
+    another one beats in both respects are dropped. `target` is a weight not to leave out.
+    """
+
+    def within(schedule: Schedule) -> bool:
+        return target is not None and objective.whole(schedule) <= target
+
+    every = math.ceil(len(meter.windows.ids) / SEARCH_WINDOWS)
+    segments = tuple(menu(meter.layers, objective.singles, objective.runs, 2 * meter.layers))
+    weights = {segment: objective.segment(segment) for segment in segments}
+    prices = Prices()
+    _measure_alone(meter, [s for s in segments if _is_basic(s)], prices, "sensitivities", every)
+    tried: dict[Schedule, tuple[Mixture, float]] = {}
+    for number in range(1, rounds + 1):
+        step = f"round {number}"
+        found = _priced(meter, segments, weights, prices, step, every, within)
+        new = {together(m.segments): m for m in found}
+        new = {s: m for s, m in new.items() if s not in tried}
+        if not new:
+            break
+        costs = meter.costs(new, f"{step}: mixtures", every)
+        for (schedule, mixture), cost in zip(new.items(), costs, strict=True):
+            tried[schedule] = mixture, cost.kl
+        prices.correct([(mixture.segments, kl) for mixture, kl in tried.values()])
+    best = undominated(tried.items(), lambda t: (objective.whole(t[0]), t[1][1]))
+    best = _thinned(best, POINTS, lambda t: within(t[0]))
+    costs = meter.costs([schedule for schedule, _ in best], "frontier, whole", 1)
+    points = [
+        Point(s, objective.whole(s), tuple((p, prices.alone(p)) for p in m.segments), cost)
+        for (s, (m, _)), cost in zip(best, costs, strict=True)
+    ]
+    return Frontier(
+        tuple(undominated(points, lambda p: (p.weight, p.cost.kl))),
+        tuple(_sensitivities(meter.layers, prices)),
+        len(prices.measured),
+        len(tried),
+        len(range(0, len(meter.windows.ids), every)),
+    )
+
+
+def _is_basic(segment: Segment) -> bool:
+    """What is measured before any search: all but the dense sublayers and the longer runs."""
+    one_by_one = len(segment.stages) == segment.stop - segment.start
+    return not segment.dense and not (one_by_one and len(segment.stages) > 2)
+
+
+def _priced(
+    meter: Meter,
+    segments: Sequence[Segment],
+    weights: dict[Segment, int],
+    prices: Prices,
+    step: str,
+    every: int,
+    wanted: Callable[[Schedule], bool],
+) -> list[Mixture]:
+    """The cheapest mixtures, no segment of which is only guessed; not all where they are many."""
+    while True:
+        found = best_mixtures(segments, weights.__getitem__, prices)
+        found = _thinned(found, POINTS, lambda mixture: wanted(together(mixture.segments)))
+        used = dict.fromkeys(s for m in found for s in m.segments if not s.dense)
+        unknown = [s for s in used if s not in prices.measured]
+        if not unknown:
+            return found
+        _measure_alone(meter, unknown, prices, f"{step}: longer runs", every)
+
+
+def _measure_alone(
+    meter: Meter, segments: Sequence[Segment], prices: Prices, step: str, every: int
+) -> None:
+    costs = meter.costs([alone(s, meter.layers) for s in segments], step, every)
+    prices.learn({s: cost.kl for s, cost in zip(segments, costs, strict=True)})
+
+
+def undominated(items: Iterable[T], values: Callable[[T], tuple[float, float]]) -> list[T]:
+    """Those that no other beats in both values, by the first value rising."""
+    kept: list[T] = []
+    for item in sorted(items, key=values):
+        if not kept or values(item)[1] < values(kept[-1])[1]:
+            kept.append(item)
+    return kept
+
+
+def _thinned(items: Sequence[T], most: int, wanted: Callable[[T], bool]) -> list[T]:
+    """At most so many, evenly; and the last that is wanted."""
+    step = (len(items) - 1) / max(1, most - 1)
+    chosen = {round(i * step) for i in range(most)} if len(items) > most else set(range(len(items)))
+    chosen |= set([i for i, item in enumerate(items) if wanted(item)][-1:])
+    return [items[i] for i in sorted(chosen)]
+
+
+def _sensitivities(layers: int, prices: Prices) -> Iterable[Sensitivity]:
+    last = 2 * layers
+    for p in range(last):
+        single = {e: run(p, p + 1, e) for e in (OWN_SEEN, HIDDEN)}
+        pair = run(p, p + 2, BLOCKING) if p + 2 <= last else None
+        yield Sensitivity(
+            single[OWN_SEEN].stages[0].sublayers[0],
+            prices.measured.get(pair) if pair else None,
+            *(prices.measured.get(single[e]) for e in (OWN_SEEN, HIDDEN)),
+        )
+
+
+def choose(frontier: Frontier, max_weight: float | None, max_loss: float | None) -> Point | None:
+    """The cheapest point of at most `max_weight`, or the lightest whose loss rises by at most
+    `max_loss`; None where there is none."""
+    fitting = [
+        p
+        for p in frontier.points
+        if (max_weight is None or p.weight <= max_weight)
+        and (max_loss is None or p.cost.loss <= max_loss)
+    ]
+    if not fitting:
+        return None
+    return fitting[-1] if max_loss is None else fitting[0]

@@ -1,0 +1,191 @@
+"""What a schedule does to a model's predictions on the user's text, measured.
+
+The source runs once; the residual stream that enters each of its layers is kept. A schedule whose
+first stages are the dense model's then runs from the layer at which it departs from it, on the
+kept stream. All layers are held as tracks in one temporary conversion, which can run any schedule.
+Shapes: N windows, T tokens in each, D residual stream width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ptconvert import __version__
+from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
+from ptconvert.evaluate import divergence
+from ptconvert.evaluate.divergence import Reference, Windows
+from ptconvert.evaluate.models import BatchSize, Progress, open_model
+from ptconvert.presets import dense_schedule
+from ptconvert.schedule import Schedule
+from ptconvert.spec import parse_spec
+from ptconvert.transform import execute, plan_conversion
+
+STREAM_BYTES = 4 << 30  # of memory for the kept streams; where it is too little, not all are kept
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A schedule on N windows: each window's KL(source || schedule) and rise of the loss, both in
+    nats per token, and the share of tokens on which the first choice stays the same."""
+
+    kl_by_window: tuple[float, ...]
+    loss_by_window: tuple[float, ...]
+    agreement: float
+
+    @property
+    def kl(self) -> float:
+        """The mean over windows."""
+        return sum(self.kl_by_window) / len(self.kl_by_window)
+
+    @property
+    def loss(self) -> float:
+        """The mean over windows."""
+        return sum(self.loss_by_window) / len(self.loss_by_window)
+
+
+class Store:
+    """Costs by schedule in a file of JSON lines, written as they come.
+
+    A line that was cut short, as by a kill, is measured again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._costs: dict[tuple[str, int], Cost] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            try:
+                schedule, every, kl, loss, agreement = json.loads(line)
+                self._costs[schedule, every] = Cost(tuple(kl), tuple(loss), agreement)
+            except (ValueError, TypeError):
+                continue
+
+    def get(self, schedule: Schedule, every: int) -> Cost | None:
+        """The cost on each `every`-th window, if known."""
+        return self._costs.get((str(schedule), every))
+
+    def put(self, schedule: Schedule, every: int, cost: Cost) -> None:
+        """Keeps a cost, on disk too."""
+        self._costs[str(schedule), every] = cost
+        entry = [str(schedule), every, cost.kl_by_window, cost.loss_by_window, cost.agreement]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps(entry))  # a line of its own, even after one cut short
+
+
+def store_file(
+    cache: Path, model_digest: str, windows: Windows, tracks: int, dtype: str, device: str
+) -> Path:
+    """The file of a model's costs: by its content, the text's token ids, and what computes."""
+    text = hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest()
+    versions = [importlib.metadata.version(p) for p in ("torch", "transformers")]
+    kind = device.split(":")[0]
+    told = [model_digest, text, str(windows.ids.shape), str(tracks), dtype, kind, __version__]
+    name = hashlib.sha256("\0".join([*told, *versions]).encode()).hexdigest()[:32]
+    return cache / "plan" / f"{name}.jsonl"
+
+
+class Meter:
+    """Measures schedules of a dense checkpoint over n tracks.
+
+    No model is opened until a schedule is asked for whose cost isn't in the store.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        tracks: int,
+        windows: Windows,
+        store: Store,
+        dtype: str,
+        device: str,
+        batch: BatchSize,
+        progress: Progress,
+    ) -> None:
+        self.source, self.tracks, self.windows, self.store = source, tracks, windows, store
+        self.dtype, self.device, self.batch, self.progress = dtype, device, batch, progress
+        self.layers = int(str(source.config["num_hidden_layers"]))
+        self.dense = dense_schedule(self.layers)
+
+    def costs(self, schedules: Iterable[Schedule], step: str, every: int = 1) -> list[Cost]:
+        """The cost of each schedule, on each `every`-th window. Raises EvaluationError."""
+        found, asked = [], list(schedules)
+        for done, schedule in enumerate(asked):
+            cost = self.store.get(schedule, every)
+            if cost is None:
+                self.progress(step, done, len(asked))
+                cost = self._measure(schedule, every)
+                self.store.put(schedule, every, cost)
+            found.append(cost)
+        return found
+
+    def _measure(self, schedule: Schedule, every: int) -> Cost:
+        reference, model = self._opened
+        layer = self._departs(schedule)
+        model.model.schedule, model.model.first_stage = schedule, 2 * layer
+        tokens = divergence.measure(
+            model,
+            reference,
+            self.windows,
+            self.batch,
+            _quiet,
+            every=every,
+            stream=reference.streams[layer],
+        )
+        loss_N = (tokens.converted_loss - tokens.source_loss).mean(axis=1)
+        return Cost(
+            tuple(map(float, tokens.kl.mean(axis=1).clip(min=0))),  # below it by rounding only
+            tuple(map(float, loss_N)),
+            float(tokens.agree.mean()),
+        )
+
+    def _departs(self, schedule: Schedule) -> int:
+        """The last kept layer before which the schedule is the dense one's."""
+        pairs = zip(schedule.stages, self.dense.stages, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), 2 * self.layers - 1)
+        return max(layer for layer in self._kept if 2 * layer <= same)
+
+    @cached_property
+    def _kept(self) -> range:
+        """The layers whose streams are kept: all, or every so many where memory is short."""
+        width = int(str(self.source.config["hidden_size"]))
+        each = self.windows.ids[:, 1:].numel() * width * 4
+        return range(0, self.layers, math.ceil(self.layers * each / STREAM_BYTES))
+
+    @cached_property
+    def _opened(self) -> tuple[Reference, Any]:
+        """The source's predictions and streams, and the model that runs any schedule."""
+        self.progress("opening the source", 0, None)
+        model = open_model(self.source, self.dtype, self.device)
+        reference = divergence.reference(
+            model, self.windows, self.batch, self.progress, tuple(self._kept)
+        )
+        del model
+        self.progress("cutting all layers into tracks", 0, None)
+        return reference, self._all_tracks()
+
+    def _all_tracks(self) -> Any:
+        """The model with every layer held as tracks; its files are gone when it is open."""
+        spec = parse_spec(
+            f"format: 1\ntracks: {self.tracks}\nschedule:\n  - layers: 0-{self.layers - 1}\n"
+            f"    use: parallel_track\n    depth: {self.layers}\n",
+            "all layers as tracks",
+        )
+        plan = plan_conversion(self.source, spec, source_name=self.source.path.name)
+        self.store.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="tracks-", dir=self.store.path.parent) as directory:
+            converted = Path(directory) / "model"
+            execute(plan, converted)
+            return open_model(open_checkpoint(converted), self.dtype, self.device)
+
+
+def _quiet(*_: object) -> None:
+    """No progress within a schedule."""

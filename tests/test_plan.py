@@ -1,0 +1,364 @@
+"""plan: sensitivities, the cache, the frontier and the command, on small models."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import re
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import FIXTURE, LAYERS, Convert, MakeDense, byte_level
+from test_cli import run
+
+import ptconvert
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.cli import main
+from ptconvert.evaluate import divergence
+from ptconvert.evaluate.divergence import read_windows
+from ptconvert.evaluate.models import BatchSize, content_digest, open_model, open_tokenizer
+from ptconvert.planning import sensitivity
+from ptconvert.planning.planner import choose, search, waited_for
+from ptconvert.planning.segments import alone
+from ptconvert.planning.segments import run as run_of
+from ptconvert.planning.sensitivity import Meter, Store, store_file
+from ptconvert.presets import dense_schedule, desync
+from ptconvert.schedule import BLOCKING, Schedule
+from ptconvert.spec import read_spec
+
+TEXT = Path(ptconvert.__file__).parent / "spec.py"
+# Of the README's table, 4 tracks: planned without and with overlap for 8, and with it for 3.
+README_LOSSES = {
+    "a0! m0! a1! m1. a2! m2. a3. m3. a4. m4! a5. m5. a6. m6. a7! m7. a8. m8. a9. m9. a10! m10. "
+    "a11. m11!": 0.0655,
+    "a0! m0! a1! m1! a2! m2^1 a3^1 m3^1 a4. m4! a5^1 m5^1 a6^1 m6^1 a7^1 m7^1 a8^1 m8^1 a9^1 m9^1 "
+    "a10^1 m10. a11! m11!": 0.0180,
+    "a0! m0! a1^1 m1^1 a2^1 m2^1 a3^1 m3^1 a4^1 m4^1 a5^1 m5^1 a6^1 m6^1 a7^1 m7^1 a8^1 m8^1 "
+    "a9^1 m9^1 a10^1 m10^1 a11. m11!": 0.0652,
+}
+SIZE = ("--window", 24, "--windows", 4, "--dtype", "float32")
+
+
+def quiet(*_: object) -> None:
+    """No progress."""
+
+
+@pytest.fixture(scope="module")
+def source(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random dense model with a tokenizer of bytes."""
+    return byte_level(make_dense, tmp_path_factory.mktemp("plan") / "source")
+
+
+@pytest.fixture
+def meter(source: Path, tmp_path: Path) -> Meter:
+    return make_meter(source, 4, tmp_path / "costs.jsonl", (TEXT,), 24, 4)
+
+
+def make_meter(
+    source: Path, tracks: int, file: Path, texts: tuple[Path, ...], length: int, count: int
+) -> Meter:
+    checkpoint = open_checkpoint(source)
+    windows = read_windows(texts, open_tokenizer(checkpoint), length, count, length)
+    store, batch = Store(file), BatchSize(2, "cpu")
+    return Meter(checkpoint, tracks, windows, store, "float32", "cpu", batch, quiet)
+
+
+# What is measured
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "a0^1 m0! a1! m1! a2! m2! a3! m3! a4! m4! a5! m5!",
+        "a0! m0! a1! m1! a2. m2. a3. m3! a4! m4! a5~1 m5!",
+        "a0! m0! a1! m1! a2! m2! a3! m3^2 a4! m4! a5|m5!",
+        "a0! m0! a1! m1! a2! m2! a3! m3! a4! m4! a5. m5!",
+    ],
+)
+@pytest.mark.parametrize("kept", [1, 4])
+def test_costs_are_evals_divergence_of_the_converted_checkpoint(
+    schedule: str,
+    kept: int,
+    meter: Meter,
+    source: Path,
+    convert: Convert,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Though the model runs from the layer at which the schedule departs from the dense one."""
+    each = meter.windows.ids[:, 1:].numel() * 32 * 4
+    monkeypatch.setattr(sensitivity, "STREAM_BYTES", LAYERS * each // kept)
+    (cost,) = meter.costs([Schedule.parse(schedule)], "step")
+    assert len(meter._opened[0].streams) == -(-LAYERS // kept)
+    converted = convert(source, 4, f"  - {{layers: 0-5, stages: '{schedule}'}}\n")
+    models = [open_model(open_checkpoint(p), "float32", "cpu") for p in (source, converted)]
+    batch = BatchSize(4, "cpu")
+    reference = divergence.reference(models[0], meter.windows, batch, quiet)
+    tokens = divergence.measure(models[1], reference, meter.windows, batch, quiet)
+    assert cost.kl == pytest.approx(tokens.kl.mean(), rel=1e-4)
+    assert cost.kl > 0.005  # which a model that ran the dense schedule would not show
+    assert cost.loss == pytest.approx((tokens.converted_loss - tokens.source_loss).mean(), rel=1e-3)
+    assert cost.agreement == pytest.approx(tokens.agree.mean())
+
+
+def test_a_candidate_runs_only_the_layers_from_which_it_differs(meter: Meter) -> None:
+    """The dense layers before a block aren't run again."""
+    ran: list[int] = []
+    model = meter._opened[1]
+    for index, layer in enumerate(model.model.layers):
+        for track in layer.tracks.values():
+            track.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
+    late = "a0! m0! a1! m1! a2! m2! a3! m3! a4. m4! a5! m5!"
+    early = late.replace("a1!", "a1.")
+    meter.costs([Schedule.parse(late)], "step")
+    assert set(ran) == {4, 5}
+    meter.costs([Schedule.parse(early)], "step")
+    assert set(ran) == {1, 2, 3, 4, 5}
+
+
+def test_on_fewer_windows(meter: Meter) -> None:
+    schedule = Schedule.parse(str(dense_schedule(LAYERS)).replace("a1!", "a1."))
+    (few,), (all_,) = meter.costs([schedule], "step", 2), meter.costs([schedule], "step")
+    assert few.kl_by_window == pytest.approx(all_.kl_by_window[::2], rel=1e-4)
+
+
+# The frontier
+
+
+def test_the_frontier_is_measured_whole_and_nothing_on_it_is_beaten(meter: Meter) -> None:
+    frontier = search(meter, waited_for(overlap=True), rounds=3)
+    points = frontier.points
+    assert points[-1].schedule == dense_schedule(LAYERS)
+    assert points[0].weight == 1  # the last one, of a chain that overlaps all others
+    for one, next_one in itertools.pairwise(points):
+        assert one.weight < next_one.weight and one.cost.kl > next_one.cost.kl
+    for point in points:
+        assert point.weight == point.schedule.counts.waited_for
+        assert point.predicted == pytest.approx(sum(kl for _, kl in point.parts))
+        assert meter.store.get(point.schedule, 1) == point.cost
+    apart = [abs(p.predicted - p.cost.kl) for p in points[:-1]]
+    assert max(apart) > 1e-3  # both numbers are shown because they differ
+    blocking = search(meter, waited_for(overlap=False), rounds=3)
+    for point in blocking.points:
+        counts = point.schedule.counts
+        assert counts.all_reduces == counts.waited_for == point.weight
+
+
+def test_planned_is_better_than_uniform(meter: Meter) -> None:
+    frontier = search(meter, waited_for(overlap=False), rounds=4)
+    for every in (2, 3, 4):
+        uniform = desync(range(LAYERS), every=every)
+        (cost,) = meter.costs([Schedule(uniform)], "uniform")
+        planned = choose(frontier, 2 * LAYERS // every, None)
+        assert planned is not None and planned.cost.kl <= cost.kl
+
+
+def test_choose(meter: Meter) -> None:
+    frontier = search(meter, waited_for(overlap=True), rounds=1)
+    points = frontier.points
+    assert choose(frontier, points[2].weight, None) == points[2]
+    assert choose(frontier, 100, None) == points[-1]
+    assert choose(frontier, 0, None) is None
+    loss = sorted(p.cost.loss for p in points)[3]
+    chosen = choose(frontier, None, loss)
+    assert chosen is not None and chosen.cost.loss <= loss
+    assert all(p.cost.loss > loss for p in points if p.weight < chosen.weight)
+    assert choose(frontier, None, -9.0) is None
+
+
+# The cache
+
+
+def test_measurements_outlive_an_interruption(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "costs.jsonl"
+    real, left = Meter._measure, [20]
+
+    def measured(self: Meter, *arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Meter, "_measure", measured)
+    with pytest.raises(KeyboardInterrupt):
+        search(make_meter(source, 4, file, (TEXT,), 24, 4), waited_for(True), rounds=2)
+    assert len(file.read_text().split()) > 20
+    file.write_text(file.read_text() + '\n["a0! m0!", 1, [0.1')  # a write that was cut short
+    left[0] = 10_000
+    resumed = search(make_meter(source, 4, file, (TEXT,), 24, 4), waited_for(True), rounds=2)
+    lines = [line for line in file.read_text().splitlines() if line]
+    assert 10_000 - left[0] == len(lines) - 1 - 20
+    left[0] = 0  # nothing is measured again, and no model opened
+    monkeypatch.setattr(sensitivity, "open_model", None)
+    again = search(make_meter(source, 4, file, (TEXT,), 24, 4), waited_for(True), rounds=2)
+    assert again == resumed
+
+
+def test_the_cache_is_by_model_text_and_tracks(source: Path, meter: Meter, tmp_path: Path) -> None:
+    digest = content_digest(meter.source, quiet)
+    other_text = make_meter(source, 4, tmp_path / "x", (Path(__file__),), 24, 4).windows
+    names = {
+        store_file(tmp_path, d, w, tracks, dtype, "cpu").name
+        for d in (digest, "other")
+        for w in (meter.windows, other_text)
+        for tracks in (2, 4)
+        for dtype in ("float32", "bfloat16")
+    }
+    assert len(names) == 16
+    again = make_meter(source, 4, tmp_path / "x", (TEXT,), 24, 4).windows
+    same = store_file(tmp_path, digest, again, 2, "float32", "cpu:0").name
+    assert same in names
+
+
+# The command
+
+
+def plan(source: Path, tmp_path: Path, *arguments: object, code: int = 0) -> tuple[str, str]:
+    cache = ("--cache", tmp_path / "cache", "--rounds", 2)
+    return run("plan", source, "--text", TEXT, *SIZE, *cache, *arguments, code=code)
+
+
+def test_the_spec_goes_through_transform_and_show(source: Path, tmp_path: Path) -> None:
+    spec, page, table = (tmp_path / n for n in ("spec.yaml", "frontier.html", "frontier.csv"))
+    asked = ("--tracks", 4, "--max-syncs", 5)
+    out, _ = plan(source, tmp_path, *asked, "-o", spec, "--frontier", page)
+    assert re.search(r"^→ +\d+ ", out, re.MULTILINE)
+    assert f"wrote {spec}" in out and f"wrote {page}" in out
+    assert list((tmp_path / "cache" / "plan").glob("tracks-*")) == []  # the copy is gone
+    figures = json.loads(plan(source, tmp_path, *asked, "--frontier", table, "--json")[0])
+    chosen = figures["chosen"]
+    assert chosen["waited_for"] <= 5 and chosen in figures["frontier"]
+    assert figures["spec"] == spec.read_text()
+    assert f"waited for: 12 before, {chosen['waited_for']} after" in figures["spec"]
+    assert len(figures["sensitivities"]) == 2 * LAYERS
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r["kl"]) for r in rows] == [p["kl"] for p in figures["frontier"]]
+    assert [r["schedule"] for r in rows] == [p["schedule"] for p in figures["frontier"]]
+    html = page.read_text()
+    assert html.count("<svg") > 3 and "Sensitivity of each sublayer" in html
+    assert str(read_spec(spec).schedule()) == chosen["schedule"]
+    run("transform", source, tmp_path / "converted", "--spec", spec)
+    shown = json.loads(run("show", tmp_path / "converted", "--json")[0])
+    assert shown["schedule"] == chosen["schedule"]
+    assert shown["waited_for"]["after"] == chosen["waited_for"]
+
+
+def test_max_loss_and_no_overlap(source: Path, tmp_path: Path) -> None:
+    base = ("--tracks", 2, "--no-overlap", "--json")
+    frontier = json.loads(plan(source, tmp_path, *base, "--max-syncs", 12)[0])["frontier"]
+    bound = sorted(p["loss_increase"] for p in frontier)[len(frontier) // 2]
+    chosen = json.loads(plan(source, tmp_path, *base, "--max-loss", max(bound, 0))[0])["chosen"]
+    fitting = [p for p in frontier if p["loss_increase"] <= max(bound, 0)]
+    assert chosen == min(fitting, key=lambda p: p["waited_for"])
+    assert chosen["all_reduces"] == chosen["waited_for"]
+
+
+def test_latency_is_the_estimates(source: Path, tmp_path: Path) -> None:
+    asked = ("--tracks", 4, "--objective", "latency", "--max-loss", 0.5, "--json")
+    out, _ = plan(source, tmp_path, *asked, "--hardware", "h100-pcie")
+    figures = json.loads(out)
+    times = [p["milliseconds"] for p in figures["frontier"]]
+    assert times == sorted(times) and figures["chosen"]["loss_increase"] <= 0.5
+    assert figures["frontier"][-1]["schedule"] == str(dense_schedule(LAYERS))
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(figures["spec"])
+    arguments = ("--model", source, "--hardware", "h100-pcie", "--ranks", 4, "--json")
+    row = json.loads(run("estimate", spec, *arguments)[0])["rows"][1]
+    seconds = 512 / row["tokens_per_second"]
+    assert figures["chosen"]["milliseconds"] == pytest.approx(1e3 * seconds)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tracks", 3, "--max-syncs", 4), "3"),
+        (("--tracks", 4), "--max-syncs"),
+        (("--tracks", 4, "--max-syncs", 4, "--max-loss", 0.1), "--max-syncs"),
+        (("--tracks", 4, "--max-syncs", 4, "--frontier", "f.png"), ".csv"),
+        (("--tracks", 4, "--max-syncs", 4, "-o", "none/spec.yaml"), "does not exist"),
+        (("--tracks", 4, "--max-syncs", 4, "--device", "cuda:99"), "--device"),
+        (("--tracks", 4, "--max-syncs", 4, "--window", 100_000), "positions"),
+        (("--tracks", 4, "--max-syncs", 4, "--objective", "latency"), "--hardware"),
+        (
+            ("--tracks", 4, "--max-loss", 1, "--objective", "latency", "--hardware", "none"),
+            "none",
+        ),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: tuple[object, ...],
+    message: str,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, err = plan(source, tmp_path, *arguments, code=2)
+    last = err.strip().splitlines()[-1]
+    assert last.lower().startswith("error: ") and message in last
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors(source: Path, convert: Convert, tmp_path: Path) -> None:
+    converted = convert(source, 4, "use: ladder")
+    _, err = plan(converted, tmp_path, "--tracks", 4, "--max-syncs", 4, code=2)
+    assert "converted already" in err or "can't be converted" in err
+    text = tmp_path / "text.bin"
+    text.write_bytes(b"\xff\xfe\x00")
+    arguments = ("--tracks", 4, "--max-syncs", 4)
+    _, err = run("plan", source, "--text", text, *arguments, code=2)
+    assert err.startswith("error: ") and "UTF-8" in err
+
+
+def test_a_budget_out_of_reach_writes_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the dense schedule, which always fits a loss of at least 0."""
+    real: Callable[..., Any] = sensitivity.Cost.loss.fget  # type: ignore[attr-defined]
+    monkeypatch.setattr(sensitivity.Cost, "loss", property(lambda self: 1 + abs(real(self))))
+    spec = tmp_path / "spec.yaml"
+    _, err = plan(source, tmp_path, "--tracks", 2, "--max-loss", 0.5, "-o", spec, code=2)
+    assert "nothing found fits" in err and not spec.exists()
+
+
+def test_interrupted_says_where_to_go_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Meter, "_measure", stop)
+    arguments = ["plan", source, "--text", TEXT, "--tracks", 4, "--max-syncs", 4]
+    result = CliRunner().invoke(main, [str(a) for a in (*arguments, "--cache", tmp_path)])
+    assert result.exit_code == 130 and f"kept in {tmp_path}" in result.output
+
+
+# The trained model
+
+
+@pytest.mark.skipif(
+    not FIXTURE.is_dir(), reason="shared/fixtures/stdlib-llama is not beside this checkout"
+)
+def test_layer_0_is_what_the_trained_model_is_sensitive_in(tmp_path: Path) -> None:
+    """And the README's planned schedules lose what it says, on text that no plan has seen."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    splits = json.loads((FIXTURE / "splits.json").read_text())
+    calibration, dev = (tuple(stdlib / n for n in splits[k]) for k in ("calibration", "dev"))
+    torch.set_num_threads(2)
+    few = make_meter(FIXTURE / "model", 4, tmp_path / "few", calibration, 128, 2)
+    deferred = [run_of(p, p + 2, BLOCKING) for p in (0, 1, 2, 3, 12, 13)]
+    costs = few.costs([alone(segment, 12) for segment in deferred], "sensitivities")
+    a0, m0, *others = (cost.kl for cost in costs)
+    assert a0 > 0.5 and m0 > 3 * max(others) and a0 > 20 * max(others)
+    meter = make_meter(FIXTURE / "model", 4, tmp_path / "dev", dev, 256, 24)
+    found = meter.costs(map(Schedule.parse, README_LOSSES), "dev")
+    torch.set_num_threads(1)
+    assert [c.loss for c in found] == pytest.approx(list(README_LOSSES.values()), abs=1e-4)

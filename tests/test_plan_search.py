@@ -1,0 +1,201 @@
+"""plan's search: segments, mixtures against brute force, prices, and specs, with no model."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from ptconvert import presets
+from ptconvert.planning.planner import latency, undominated, waited_for
+from ptconvert.planning.search import Prices, best_mixtures
+from ptconvert.planning.segments import (
+    HIDDEN,
+    OWN_SEEN,
+    OWN_SEEN_LATER,
+    Segment,
+    alone,
+    menu,
+    run,
+    together,
+)
+from ptconvert.planning.spec_text import spec_text
+from ptconvert.presets import dense_schedule
+from ptconvert.schedule import BLOCKING, Schedule
+from ptconvert.spec import parse_spec
+
+SINGLES, RUNS = (BLOCKING, OWN_SEEN, HIDDEN), (BLOCKING, OWN_SEEN)
+
+
+def all_mixtures(
+    segments: Sequence[Segment], start: int, last: int
+) -> Iterator[tuple[Segment, ...]]:
+    """Every way to cover the positions from start to last, by trying each."""
+    if start == last:
+        yield ()
+    for segment in segments:
+        if segment.start == start:
+            for rest in all_mixtures(segments, segment.stop, last):
+                yield (segment, *rest)
+
+
+def random_costs(segments: Sequence[Segment], seed: int) -> dict[Segment, float]:
+    rng = random.Random(seed)
+    return {s: 0.0 if s.dense else rng.choice([0.0, rng.random(), 3.0]) for s in segments}
+
+
+def test_every_mixture_of_segments_is_a_schedule_with_the_waits_of_its_parts() -> None:
+    segments = tuple(menu(2, SINGLES, (*RUNS, OWN_SEEN_LATER), 4))
+    mixtures = list(all_mixtures(segments, 0, 4))
+    assert len(mixtures) == len(set(mixtures)) > 50
+    for mixture in mixtures:
+        schedule = together(mixture)  # which checks itself
+        assert schedule.layers == 2
+        assert schedule.counts.waited_for == sum(s.waits for s in mixture)
+    assert "a0! m0^1 a1. m1!" in {str(together(m)) for m in mixtures}
+
+
+def test_all_reduces_that_change_nothing_are_left_out() -> None:
+    assert str(alone(run(1, 2, OWN_SEEN), 2)) == "a0! m0. a1! m1!"
+    chain = [run(0, 1, OWN_SEEN), run(1, 2, OWN_SEEN), run(2, 3, HIDDEN), run(3, 4, BLOCKING)]
+    assert str(together(chain)) == "a0^1 m0^1 a1~1 m1!"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_best_mixtures_are_those_of_brute_force(seed: int) -> None:
+    segments = tuple(menu(3, SINGLES, RUNS, 3))
+    costs = random_costs(segments, seed)
+    found = best_mixtures(segments, lambda s: s.waits, costs.__getitem__)
+    best: dict[int, float] = {}
+    for mixture in all_mixtures(segments, 0, 6):
+        waits = sum(s.waits for s in mixture)
+        best[waits] = min(best.get(waits, 1e9), sum(costs[s] for s in mixture))
+    expected = undominated(best.items(), lambda item: item)
+    assert [m.weight for m in found] == [weight for weight, _ in expected]
+    assert [m.cost for m in found] == pytest.approx([cost for _, cost in expected])
+    for one in found:
+        assert one.weight == sum(s.waits for s in one.segments)
+        assert one.cost == pytest.approx(sum(costs[s] for s in one.segments))
+
+
+def test_a_weight_that_is_saved_may_be_negative() -> None:
+    segments = tuple(menu(2, SINGLES, RUNS, 4))
+    costs = random_costs(segments, 1)
+    found = best_mixtures(segments, lambda s: s.waits - (s.stop - s.start), costs.__getitem__)
+    same = best_mixtures(segments, lambda s: s.waits, costs.__getitem__)
+    assert [(m.weight + 4, m.cost) for m in found] == [(m.weight, m.cost) for m in same]
+
+
+def test_prices_guess_runs_from_their_halves_until_they_are_measured() -> None:
+    prices = Prices()
+    first, second, third = (run(p, p + 2, BLOCKING) for p in range(3))
+    prices.learn({first: 0.2, second: 0.1, third: 0.4})
+    longer, whole = run(0, 3, BLOCKING), run(0, 4, BLOCKING)
+    assert prices(longer) == pytest.approx(0.3)
+    assert prices(whole) == pytest.approx(0.3 + 0.5 - 0.1)
+    prices.learn({longer: 0.6})  # twice the guess, and so longer ones are guessed at twice, too
+    assert prices(longer) == 0.6
+    assert prices(run(1, 4, BLOCKING)) == pytest.approx(2 * 0.5)
+    assert prices(whole) == pytest.approx(2 * (0.6 + 2 * 0.5 - 0.1))
+    assert prices(run(0, 1, BLOCKING)) == 0.0
+
+
+def test_corrections_find_what_segments_do_to_each_other() -> None:
+    """Costs of pairs come on top of sums; corrected prices find the best that is really there."""
+    segments = tuple(menu(3, (BLOCKING, OWN_SEEN), (BLOCKING,), 3))
+    costs = random_costs(segments, 5)
+    rng = random.Random(2)
+    extra = {pair: rng.random() for pair in itertools.combinations(segments, 2)}
+
+    def real(mixture: Sequence[Segment]) -> float:
+        some = [s for s in mixture if not s.dense]
+        pairs = itertools.combinations(some, 2)
+        return sum(costs[s] for s in some) + sum(extra.get(p, 0.0) for p in pairs)
+
+    everything = list(all_mixtures(segments, 0, 6))
+    weights = sorted({sum(s.waits for s in m) for m in everything})
+
+    def gap(rounds: int) -> float:
+        """How far the best tried of each weight is from the best there is, added up."""
+        prices, tried = Prices(), dict[tuple[Segment, ...], float]()
+        prices.learn({s: c for s, c in costs.items() if not s.dense})
+        for _ in range(rounds):
+            for mixture in best_mixtures(segments, lambda s: s.waits, prices):
+                tried[mixture.segments] = real(mixture.segments)
+            prices.correct(list(tried.items()))
+        of = [min(_up_to(w, tried), default=9.0) for w in weights]
+        best = [min(_up_to(w, {m: real(m) for m in everything})) for w in weights]
+        return sum(a - b for a, b in zip(of, best, strict=True))
+
+    assert gap(12) < 0.5 * gap(1)
+
+
+def _up_to(weight: int, costs: dict[tuple[Segment, ...], float]) -> list[float]:
+    return [c for m, c in costs.items() if sum(s.waits for s in m) <= weight]
+
+
+def test_objectives() -> None:
+    syncs = waited_for(overlap=False)
+    assert all(not e.merge.overlapped for e in (*syncs.singles, *syncs.runs))
+
+    def seconds(schedule: Schedule) -> float:
+        return 1.0 + schedule.counts.all_reduces
+
+    objective = latency(seconds, 3, grain=0.1)
+    dense = seconds(dense_schedule(3))
+    assert objective.whole(dense_schedule(3)) == pytest.approx(1e3 * dense)
+    assert objective.segment(run(0, 3, BLOCKING)) == round(-2 / (0.1 * dense))
+
+
+# Specs
+
+
+@pytest.mark.parametrize(
+    ("parts", "uses"),
+    [
+        ([("tensor_parallel", {}, 6)], ["tensor_parallel"]),
+        ([("tensor_parallel", {}, 1), ("ladder", {}, 5)], ["tensor_parallel", "ladder"]),
+        (
+            [("parallel_track", {"depth": 3}, 6), ("ladder", {}, 2), ("tensor_parallel", {}, 4)],
+            ["parallel_track", "ladder", "tensor_parallel"],
+        ),
+        ([("delayed", {"delay": 2}, 4), ("desync", {"every": 3}, 6)], ["delayed", "desync"]),
+        (
+            [("sync_point_drop", {}, 3), ("parallel_track", {"depth": 2, "overlap": 1}, 6)],
+            ["sync_point_drop", "parallel_track"],
+        ),
+        ([("parallel_block", {}, 3), ("layer_parallel", {}, 5)], None),
+    ],
+)
+def test_presets_are_found_again(
+    parts: list[tuple[str, dict[str, int], int]], uses: list[str] | None
+) -> None:
+    ranges, first = [], 0
+    for name, options, layers in parts:
+        ranges.append((name, presets.PRESETS[name](range(first, first + layers), **options)))
+        first += layers
+    schedule = presets.join(ranges)
+    spec = parse_spec(spec_text(schedule, 4, ["by a test"], lambda layers: f"{layers}"), "spec")
+    assert spec.schedule() == schedule and spec.tracks == 4
+    if uses is not None:
+        assert [item.use for item in spec.items] == uses
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_mixture_can_be_written_as_a_spec(seed: int) -> None:
+    segments = tuple(menu(5, SINGLES, (*RUNS, OWN_SEEN_LATER), 5))
+    rng, position, chosen = random.Random(seed), 0, list[Segment]()
+    while position < 10:
+        chosen.append(rng.choice([s for s in segments if s.start == position]))
+        position = chosen[-1].stop
+    schedule = together(chosen)
+    text = spec_text(schedule, 2, [], lambda _: "")
+    assert parse_spec(text, "spec").schedule() == schedule
+
+
+def test_what_presets_cannot_say_is_written_as_stages() -> None:
+    schedule = Schedule.parse("a0! m0! a1~1 m1^1 a2. m2^1 a3! m3! a4! m4!")
+    spec = parse_spec(spec_text(schedule, 2, [], lambda _: ""), "spec")
+    assert [item.use for item in spec.items] == ["tensor_parallel", None, "tensor_parallel"]
