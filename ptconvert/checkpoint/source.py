@@ -15,6 +15,11 @@ def is_hub_id(source: str) -> bool:
     return _HUB_ID.fullmatch(source) is not None and not Path(source).exists()
 
 
+def display_name(source: str) -> str:
+    """What cards and reports call a model: its hub id, or its directory's own name."""
+    return source if is_hub_id(source) else Path(source).resolve().name
+
+
 def locate(source: str, revision: str | None, config_only: bool = False) -> Path:
     """The directory of a checkpoint, downloaded if `source` is a hub id.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import re
 import signal
 import sys
@@ -126,6 +127,12 @@ class _Count(MofNCompleteColumn):
 
     def render(self, task: Task) -> Text:
         return Text("") if task.total is None else super().render(task)
+
+
+def quiet_libraries() -> None:
+    """Our own progress is shown, not that of every library below; called before their import."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from ptconvert.checkpoint.source import is_hub_id, locate
-from ptconvert.cli.common import need_packages, step_progress, torch_device
+from ptconvert.checkpoint.source import display_name, locate
+from ptconvert.cli.common import need_packages, quiet_libraries, step_progress, torch_device
 
 if TYPE_CHECKING:  # they import torch
     from ptconvert.evaluate.report import Report, Text
@@ -122,9 +122,7 @@ def evaluate(
     --make-tasks DIR --text FILE writes two tasks; with CKPT, they are scored at once.
     """
     need_packages("eval", "lm_eval", "accelerate", "scipy")
-    # Our own progress is shown, not that of every library below.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    quiet_libraries()
     from ptconvert.evaluate.report import Text
     from ptconvert.evaluate.tasks import DEFAULT_TASKS
     from ptconvert.evaluate.tasks import make_tasks as write_tasks
@@ -193,8 +191,7 @@ def _run(
         found = locate(checkpoint, None)
         source = locate(baseline, revision) if baseline is not None else None
         names = tuple(
-            name if name is None or is_hub_id(name) else Path(name).resolve().name
-            for name in (checkpoint, baseline)
+            None if name is None else display_name(name) for name in (checkpoint, baseline)
         )
         try:
             return evaluate(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ptconvert.checkpoint.source import is_hub_id, locate
-from ptconvert.cli.common import need_packages, print_figures, step_progress, torch_device
+from ptconvert.checkpoint.source import display_name, locate
+from ptconvert.cli.common import (
+    need_packages,
+    print_figures,
+    quiet_libraries,
+    step_progress,
+    torch_device,
+)
 from ptconvert.errors import PlanError
 
 if TYPE_CHECKING:  # they import torch
@@ -112,8 +117,7 @@ def plan(
     estimate` has it for --hardware.
     """
     need_packages("plan", "accelerate", "scipy")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    quiet_libraries()
     if (options["max_syncs"] is None) == (options["max_loss"] is None):
         raise click.UsageError("give a budget, one of --max-syncs K and --max-loss X")
     if options["objective"] == "latency" and not (options["hardware"] and options["max_loss"]):
@@ -150,13 +154,12 @@ def _write(
 
 def _plan(source: str, revision: str | None, options: dict[str, Any]) -> Planned:
     from ptconvert.checkpoint.reader import open_checkpoint
-    from ptconvert.evaluate.divergence import read_windows
+    from ptconvert.evaluate.divergence import windows_for
     from ptconvert.evaluate.models import (
         BatchSize,
         cache_directory,
         content_digest,
         is_dense,
-        open_tokenizer,
     )
     from ptconvert.planning.planner import ROUNDS, choose, search
     from ptconvert.planning.report import Planned
@@ -174,14 +177,7 @@ def _plan(source: str, revision: str | None, options: dict[str, Any]) -> Planned
         if not is_dense(checkpoint):
             raise PlanError(f"{source} is converted already; plan starts from the dense checkpoint")
         objective = _objective(options, shape)
-        longest = int(str(checkpoint.config.get("max_position_embeddings", 2048)))
-        windows = read_windows(
-            options["texts"],
-            open_tokenizer(checkpoint),
-            options["window"],
-            options["windows"],
-            longest,
-        )
+        windows = windows_for(checkpoint, options["texts"], options["window"], options["windows"])
         digest = content_digest(checkpoint, progress)
         store = Store(store_file(cache, digest, windows, tracks, dtype, device))
         batch = BatchSize(options["batch_size"], device)
@@ -198,7 +194,7 @@ def _plan(source: str, revision: str | None, options: dict[str, Any]) -> Planned
     if chosen is None:
         raise PlanError(f"{_budget(options)}: {_closest(found)}")
     return Planned(
-        model=source if is_hub_id(source) else Path(source).resolve().name,
+        model=display_name(source),
         tracks=tracks,
         texts=tuple(path.name for path in options["texts"]),
         windows=len(windows.ids),

@@ -52,7 +52,7 @@ def transform(
     """
     from ptconvert.checkpoint.atomic import check_apart, check_destination
     from ptconvert.checkpoint.reader import open_checkpoint
-    from ptconvert.checkpoint.source import is_hub_id, locate
+    from ptconvert.checkpoint.source import display_name, locate
     from ptconvert.transform import (
         check_replicas,
         execute,
@@ -76,7 +76,7 @@ def transform(
     if to_dense:
         plan = plan_to_dense(checkpoint, shard_bytes=shard_size)
     else:
-        source_name = source if is_hub_id(source) else Path(source).resolve().name
+        source_name = display_name(source)
         plan = plan_conversion(
             checkpoint,
             read,

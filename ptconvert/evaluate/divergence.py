@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.errors import EvaluationError
-from ptconvert.evaluate.models import BatchSize, Progress
+from ptconvert.evaluate.models import BatchSize, Progress, open_tokenizer
 from ptconvert.evaluate.statistics import (
     RESAMPLES,
     Difference,
@@ -163,6 +164,16 @@ def read_windows(
     starts = range(0, step * count, step) if step else [0]
     rows = [ids[start : start + length + 1] for start in starts]
     return Windows(torch.tensor(rows), step, len(ids))
+
+
+def windows_for(
+    checkpoint: Checkpoint, texts: Sequence[Path], length: int | None, count: int | None
+) -> Windows:
+    """`read_windows` by a checkpoint's tokenizer and number of positions. Raises PTConvertError."""
+    longest = checkpoint.config.get("max_position_embeddings")
+    if not isinstance(longest, int):
+        raise EvaluationError(f"{checkpoint.path}/config.json: max_position_embeddings is missing")
+    return read_windows(texts, open_tokenizer(checkpoint), length, count, longest)
 
 
 @dataclass(frozen=True)

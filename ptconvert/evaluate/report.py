@@ -135,7 +135,7 @@ def evaluate(
             raise EvaluationError(
                 "the divergence is from a source model: give it as --baseline SRC"
             )
-        windows = _windows(source, text)
+        windows = divergence.windows_for(source, text.paths, text.length, text.windows)
         if len(windows.ids) < statistics.MIN_DOCUMENTS:
             notes.append(
                 f"with fewer than {statistics.MIN_DOCUMENTS} windows the divergence has no "
@@ -187,14 +187,6 @@ def _check_alike(source: Checkpoint, found: Checkpoint) -> None:
             f"the source's vocabulary has {theirs} tokens, the converted model's {ours}; "
             "--baseline must be the model that was converted"
         )
-
-
-def _windows(source: Checkpoint, text: Text) -> divergence.Windows:
-    longest = source.config.get("max_position_embeddings")
-    if not isinstance(longest, int):
-        raise EvaluationError(f"{source.path}/config.json: max_position_embeddings is missing")
-    tokenizer = open_tokenizer(source)
-    return divergence.read_windows(text.paths, tokenizer, text.length, text.windows, longest)
 
 
 def _scored(
