@@ -5,7 +5,9 @@
   "tracks": 8,
   "schedule": "a0! m0! ...", the resolved schedule's text form
   "deferred": "sum",
-  "assignment": "contiguous",
+  "assignment": "contiguous", or "affinity": each layer of tracks then has the order of its units
+  "guess": {"a3": 64, ...},  sublayers whose tracks guess each other's partials, with the rank; not
+                             there where none does
   "spec_digest": "sha256:...",
   "source_name": "meta-llama/Llama-3.1-8B",
   "source": {...}            what the conversion replaced in the source's config.json
@@ -15,13 +17,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from ptconvert.errors import ConfigError
 from ptconvert.presets import from_ladder_layers
-from ptconvert.schedule import Schedule
+from ptconvert.schedule import Schedule, Sublayer
 
 SECTION = "ptconvert"
 SECTION_FORMAT = 1
@@ -29,6 +31,8 @@ MODEL_TYPE_PREFIX = "ptconvert_"
 MODELING_FILE = "modeling_ptconvert.py"
 SPEC_FILE = "ptconvert.yaml"
 DEFERRED_RULES = ("sum", "mean")
+ASSIGNMENTS = ("contiguous", "affinity")
+MAX_GUESS_RANK = 4096
 MAX_TRACKS = 1024
 # The keys of config.json that a conversion writes; `--to-dense` restores or removes them.
 REPLACED_KEYS = ("model_type", "architectures", "auto_map", "ladder_layers")
@@ -45,6 +49,13 @@ class Section:
     deferred: str
     source: Mapping[str, object]
     spec_digest: object = None
+    assignment: str = ASSIGNMENTS[0]
+    guesses: Mapping[Sublayer, int] = field(default_factory=dict)  # ranks
+
+    @property
+    def assigned(self) -> bool:
+        """Whether units went to tracks in an order of their own, which the checkpoint holds."""
+        return self.assignment != ASSIGNMENTS[0]
 
 
 def read_section(config: Mapping[str, Any], where: str = "config.json") -> Section:
@@ -80,7 +91,25 @@ def read_section(config: Mapping[str, Any], where: str = "config.json") -> Secti
         raise ConfigError(
             f"{where}: the schedule runs {schedule.layers} layers, the model has {layers}"
         )
-    return Section(schedule, tracks, deferred, source, section.get("spec_digest"))
+    assignment = section.get("assignment", ASSIGNMENTS[0])
+    if assignment not in ASSIGNMENTS:
+        raise ConfigError(f"{where}: {SECTION}.assignment must be {' or '.join(ASSIGNMENTS)}")
+    guesses = _guesses(section.get("guess", {}), schedule, tracks, where)
+    digest = section.get("spec_digest")
+    return Section(schedule, tracks, deferred, source, digest, assignment, guesses)
+
+
+def _guesses(given: object, schedule: Schedule, tracks: int, where: str) -> Mapping[Sublayer, int]:
+    """The ranks of the guesses, by sublayer, in the schedule's order."""
+    ranks = given if isinstance(given, Mapping) else {"": 0}
+    own_kept = {str(s): s for s in schedule.own_kept(tracks)}
+    for name, rank in ranks.items():
+        if name not in own_kept or type(rank) is not int or not 1 <= rank <= MAX_GUESS_RANK:
+            raise ConfigError(
+                f"{where}: {SECTION}.guess must give a rank, 1 to {MAX_GUESS_RANK}, to sublayers "
+                "after which tracks go on without each other's partials"
+            )
+    return {s: ranks[name] for name, s in own_kept.items() if name in ranks}
 
 
 def source_config(config: Mapping[str, Any], section: Section) -> dict[str, Any]:

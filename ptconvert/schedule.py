@@ -218,18 +218,28 @@ class Schedule:
         They differ when they read different streams (something of their own is pending or in
         flight as `^`), or when each keeps its own partial of this stage for a later one.
         """
-        pending, own_seen = False, [-1]
+        pending, own_seen = False, -1
         for index, stage in enumerate(self.stages):
-            reads_own = pending or max(own_seen) >= index
+            reads_own = pending or own_seen >= index
             merged = self.merged_after(index)
-            if merged is None:
-                keeps_own = pending = True
-            else:
-                keeps_own = stage.ending.merge is Merge.OWN_SEEN and merged > index
-                pending = False
-                if keeps_own:
-                    own_seen.append(merged)
-            yield stage, reads_own or keeps_own
+            pending = merged is None
+            if merged is not None and self.keeps_own(index):
+                own_seen = max(own_seen, merged)
+            yield stage, reads_own or self.keeps_own(index)
+
+    def keeps_own(self, index: int) -> bool:
+        """Whether tracks go on from stage `index` with their own partials, not the others'."""
+        merge, merged = self.stages[index].ending.merge, self.merged_after(index)
+        return merged is None or (merge is Merge.OWN_SEEN and merged > index)
+
+    def own_kept(self, tracks: int) -> tuple[Sublayer, ...]:
+        """The sublayers after which tracks go on without each other's partials, in order."""
+        return tuple(
+            sublayer
+            for index, stage in enumerate(self.stages)
+            for sublayer in stage.sublayers
+            if tracks > 1 and self.keeps_own(index)
+        )
 
     def blocks(self) -> Iterator[range]:
         """Stages in the shortest runs that can be exchanged for the dense model's.

@@ -14,6 +14,9 @@ from ptconvert.schedule import MAX_LAYERS
 # safetensors' names of the dtypes that are converted, by torch's names and with their bytes.
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+ORDER_DTYPE = "I32"  # of what a converted checkpoint holds beside weights: orders of units
+ELEMENT_BYTES = {**DTYPE_BYTES, ORDER_DTYPE: 4}
+EMBEDDING = "model.embed_tokens.weight"
 _MAX_SIZE = 2**31
 MAX_HEADS = 65536
 
@@ -62,7 +65,7 @@ class ModelShape:
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of all tensors; a tied lm_head is not among them."""
-        yield "model.embed_tokens.weight", (self.vocabulary, self.width)
+        yield EMBEDDING, (self.vocabulary, self.width)
         for i in range(self.layers):
             for rule in self.rules:
                 yield f"model.layers.{i}.{rule.name}", self.size(rule)

@@ -23,13 +23,12 @@ from types import MappingProxyType
 
 from ptconvert import presets
 from ptconvert.errors import ScheduleError, SpecError
-from ptconvert.format import DEFERRED_RULES, MAX_TRACKS
+from ptconvert.format import ASSIGNMENTS, DEFERRED_RULES, MAX_GUESS_RANK, MAX_TRACKS
 from ptconvert.schedule import MAX_LAYERS, Schedule, Stage, parse_stages
 from ptconvert.shape import ModelShape
 from ptconvert.strict_yaml import Value, YAMLError, load
 
 FORMAT = 1
-ASSIGNMENTS = ("contiguous",)
 _RANGE = re.compile(r"([0-9]{1,5})(?:\s*-\s*([0-9]{1,5}))?")
 
 
@@ -61,6 +60,12 @@ class Spec:
     assignment: str
     text: str
     tracks_line: int = 1
+    guess: int | None = None  # the largest rank that a guess may have
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether a conversion by it has something to compute from a text."""
+        return self.assignment != ASSIGNMENTS[0] or self.guess is not None
 
     @property
     def digest(self) -> str:
@@ -132,17 +137,25 @@ def parse_spec(text: str, name: str) -> Spec:
     tracks_line, tracks_value = top.get("tracks", (root.line, None))
     tracks = reader.number(tracks_value, tracks_line, "tracks", 1, MAX_TRACKS)
     deferred = reader.choice(top.get("deferred"), "deferred", DEFERRED_RULES)
-    assignment = reader.choice(top.get("assignment"), "assignment", ASSIGNMENTS)
+    assignment, guess = reader.assignment(top.get("assignment")), reader.guess(top.get("guess"))
     items = reader.items(top.get("schedule"), root.line)
     reader.check_coverage(items)
-    if reader.faults:
-        raise SpecError([f"{name}:{line}: {what}" for line, what in sorted(reader.faults)])
-    spec = Spec(name, tracks, tuple(items), deferred, assignment, text, tracks_line)
-    spec.schedule()
+    reader.raise_faults()
+    spec = Spec(name, tracks, tuple(items), deferred, assignment, text, tracks_line, guess)
+    schedule = spec.schedule()
+    if assignment != ASSIGNMENTS[0] and not schedule.track_layers(tracks):
+        reader.fault(top["assignment"][0], f"assignment is {assignment}, {_NO_TRACKS}")
+    if guess is not None and not schedule.own_kept(tracks):
+        reader.fault(top["guess"][0], f"guess: {_NO_GUESSES}")
+    reader.raise_faults()
     return spec
 
 
-_TOP_KEYS = ("format", "tracks", "schedule", "deferred", "assignment")
+_TOP_KEYS = ("format", "tracks", "schedule", "deferred", "assignment", "guess")
+_NO_TRACKS = "but the tracks' streams never differ, so it can change nothing; leave it out"
+_NO_GUESSES = (
+    "no track goes on without the others' partials, so there is nothing to guess; leave it out"
+)
 _Entry = tuple[int, Value]
 
 
@@ -156,6 +169,10 @@ class _Reader:
 
     def fault(self, line: int, what: str) -> None:
         self.faults.append((line, what))
+
+    def raise_faults(self) -> None:
+        if self.faults:
+            raise SpecError([f"{self.name}:{line}: {what}" for line, what in sorted(self.faults)])
 
     def mapping(self, value: Value, what: str, keys: tuple[str, ...]) -> dict[str, _Entry]:
         """A mapping's entries, of which only `keys` are allowed."""
@@ -188,6 +205,26 @@ class _Reader:
             return allowed[0] if entry is None else str(entry[1].data)
         self.fault(entry[0], f"{key} is {entry[1]}; it must be {' or '.join(allowed)}")
         return allowed[0]
+
+    def assignment(self, entry: _Entry | None) -> str:
+        """`assignment: METHOD`, or a mapping with the method."""
+        if entry is not None and isinstance(entry[1].data, dict):
+            found = self.mapping(entry[1], "assignment", ("method",))
+            if "method" not in found:
+                allowed = " or ".join(ASSIGNMENTS)
+                self.fault(entry[0], f"assignment has no method; it must be {allowed}")
+            return self.choice(found.get("method"), "method", ASSIGNMENTS)
+        return self.choice(entry, "assignment", ASSIGNMENTS)
+
+    def guess(self, entry: _Entry | None) -> int | None:
+        """`guess: {rank: r}`."""
+        if entry is None:
+            return None
+        found = self.mapping(entry[1], "guess", ("rank",))
+        if not isinstance(entry[1].data, dict):
+            return None
+        line, rank = found.get("rank", (entry[0], None))
+        return self.number(rank, line, "rank", 1, MAX_GUESS_RANK)
 
     def items(self, entry: _Entry | None, line: int) -> list[Item]:
         if entry is None or not isinstance(entry[1].data, list) or not entry[1].data:

@@ -11,31 +11,50 @@ import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ptconvert.card import model_card
 from ptconvert.checkpoint.atomic import check_apart, check_destination, new_directory
-from ptconvert.checkpoint.reader import INDEX, SMALL_FILES, Checkpoint, TensorEntry
-from ptconvert.checkpoint.writer import Move, Target, copy_moves, lay_out, same_bytes
+from ptconvert.checkpoint.reader import INDEX, SMALL_FILES, Checkpoint, TensorEntry, read_tensor
+from ptconvert.checkpoint.writer import Move, Target, copy_moves, lay_out, same_bytes, write_arrays
 from ptconvert.errors import CheckpointError, ConfigError, SpecError
-from ptconvert.families import CARRIED_BUFFERS
+from ptconvert.families import CARRIED_BUFFERS, FAMILIES
 from ptconvert.format import (
+    ASSIGNMENTS,
     MODEL_TYPE_PREFIX,
     MODELING_FILE,
     REPLACED_KEYS,
     SECTION,
     SECTION_FORMAT,
     SPEC_FILE,
+    Section,
     read_section,
     source_config,
 )
-from ptconvert.layout import SHARED, DenseTensor, Part, dense_tensors, place, track_stem
+from ptconvert.layout import (
+    SHARED,
+    Assignment,
+    Calibration,
+    DenseTensor,
+    Part,
+    contiguous,
+    dense_tensors,
+    guess_cost,
+    guess_tensors,
+    order_tensors,
+    place,
+    track_stem,
+)
 from ptconvert.modeling.export import modeling_source
 from ptconvert.presets import dense_schedule, to_ladder_layers
-from ptconvert.schedule import Counts, Schedule
-from ptconvert.shape import DTYPE_BYTES, ModelShape
+from ptconvert.schedule import Counts, Schedule, Sublayer
+from ptconvert.shape import DTYPE_BYTES, ORDER_DTYPE, ModelShape
 from ptconvert.spec import Spec, parse_spec
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -46,6 +65,8 @@ class Plan:
     """Everything that an execution does: which tensor parts go where, and the files beside them.
 
     `replicas` are pairs of source tensors that must hold the same bytes (going to dense).
+    `computed` are tensors of the result that come from no source tensor; `guesses` are their ranks.
+    A plan is `complete` unless it lacks what its spec wants to be computed from a text.
     """
 
     source: Checkpoint
@@ -58,6 +79,10 @@ class Plan:
     carried: tuple[Path, ...]
     to_dense: bool = False
     replicas: tuple[tuple[str, str], ...] = ()
+    computed: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    assignment: str = ASSIGNMENTS[0]
+    guesses: Mapping[Sublayer, int] = field(default_factory=dict)
+    complete: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -96,6 +121,8 @@ class Plan:
             "waited_for": _counts(before, after, "waited_for"),
             "bytes_per_token_per_all_reduce": self.shape.bytes_per_token,
             "bytes_needed": self.needed_bytes,
+            "assignment": self.assignment,
+            "guess": guess_cost(self.shape, self.guesses, self.tracks),
         }
 
 
@@ -111,12 +138,15 @@ def plan_conversion(
     name: str = "DST",
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     ladder_layers_config: bool = False,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """The plan that converts a dense checkpoint by a spec.
 
     Without a spec the checkpoint must be of the Ladder authors' format, whose config.json says
     its schedule. `name` is what the model card calls the result: its directory or repository.
-    `ladder_layers_config` writes their key beside ours.
+    `ladder_layers_config` writes their key beside ours. `calibration` is what the spec wants to be
+    computed from a text; without it the plan has the right sizes, all guesses at their full rank,
+    and can't be executed.
     Raises PTConvertError, one line or one per fault of the spec, before anything is written.
     """
     where = str(checkpoint.path / "config.json")
@@ -124,17 +154,22 @@ def plan_conversion(
     spec = _spec_for(checkpoint, shape, spec)
     spec.check(shape)
     schedule = spec.schedule()
-    tensors = list(dense_tensors(shape, schedule, spec.tracks))
+    known = calibration or _sizes_only(shape, spec, schedule)
+    tensors = list(dense_tensors(shape, schedule, spec.tracks, known.assignments))
     dtype, extras = _check_tensors(checkpoint, {t.name: t.shape for t in tensors}, shape)
     targets, moves = _copied(extras, SHARED)
     for tensor in tensors:
         for part in tensor.parts:
             stem = SHARED if part.track is None else track_stem(part.track, spec.tracks)
             targets.append(Target(part.name, stem, dtype, tensor.part_shape(part)))
-            size = part.stop - part.start
-            moves.append(Move(tensor.name, part.name, part.axis, part.start, 0, size))
+            put = range(len(part.indices))
+            moves.append(Move(tensor.name, part.name, part.axis, part.indices, put))
+    orders = _orders(shape, schedule, spec, known)
+    targets += [Target(n, SHARED, ORDER_DTYPE, order.shape) for n, order in orders.items()]
+    for track, guess, size in guess_tensors(shape, known.guesses, spec.tracks):
+        targets.append(Target(guess, track_stem(track, spec.tracks), dtype, size))
     placed = place(targets, shard_bytes)
-    config = _converted_config(checkpoint.config, shape, spec, schedule, source_name)
+    config = _converted_config(checkpoint.config, spec, schedule, source_name, known)
     if ladder_layers_config:
         config["ladder_layers"] = _ladder_layers_key(spec, schedule)
     texts = {
@@ -153,7 +188,30 @@ def plan_conversion(
         moves=tuple(moves),
         texts=texts,
         carried=_carried_files(checkpoint.path, texts),
+        computed={**orders, **known.tensors},
+        assignment=spec.assignment,
+        guesses=known.guesses,
+        complete=calibration is not None or not spec.needs_text,
     )
+
+
+def _sizes_only(shape: ModelShape, spec: Spec, schedule: Schedule) -> Calibration:
+    """What a text would give, as far as its size is known: guesses of the rank asked for."""
+    rank = spec.guess
+    guesses = {} if rank is None else dict.fromkeys(schedule.own_kept(spec.tracks), rank)
+    return Calibration({}, {s: min(r, shape.width) for s, r in guesses.items()})
+
+
+def _orders(
+    shape: ModelShape, schedule: Schedule, spec: Spec, known: Calibration
+) -> dict[str, NDArray[np.int32]]:
+    """The tensors that hold the assignments; none where all are contiguous."""
+    if spec.assignment == ASSIGNMENTS[0]:
+        return {}
+    return {
+        name: getattr(known.assignments.get(layer, contiguous(shape)), of)
+        for layer, of, name, _ in order_tensors(shape, schedule, spec.tracks)
+    }
 
 
 def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
@@ -166,17 +224,20 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
     shape = ModelShape.from_config(config, where)
     if reason := shape.indivisible(section.tracks):
         raise ConfigError(f"{where}: {reason}")
-    tensors = list(dense_tensors(shape, section.schedule, section.tracks))
+    orders, assignments = _read_orders(checkpoint, shape, section)
+    tensors = list(dense_tensors(shape, section.schedule, section.tracks, assignments))
     converted = {part.name: t.part_shape(part) for t in tensors for part in t.parts}
-    dtype, extras = _check_tensors(checkpoint, converted, shape)
+    for _, guess, size in guess_tensors(shape, section.guesses, section.tracks):
+        converted[guess] = size  # they are not the source's, and stay behind
+    dtype, extras = _check_tensors(checkpoint, converted, shape, orders)
     targets, moves = _copied(extras, "model")
     replicas = []
     for tensor in tensors:
         targets.append(Target(tensor.name, "model", dtype, tensor.shape))
         for part, original in _tiles(tensor):
             if original is None:
-                start, size = part.start, part.stop - part.start
-                moves.append(Move(part.name, tensor.name, part.axis, 0, start, size))
+                take = range(len(part.indices))
+                moves.append(Move(part.name, tensor.name, part.axis, take, part.indices))
             else:
                 replicas.append((original.name, part.name))
     placed = place(targets, shard_bytes)
@@ -197,6 +258,31 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
     )
 
 
+def _read_orders(
+    checkpoint: Checkpoint, shape: ModelShape, section: Section
+) -> tuple[dict[str, tuple[int, ...]], dict[int, Assignment]]:
+    """The shapes of the tensors that hold assignments, and the assignments, by layer.
+
+    Raises CheckpointError where one is missing or is no order.
+    """
+    if not section.assigned:
+        return {}, {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    found: dict[int, dict[str, NDArray[np.int32]]] = {}
+    for layer, of, name, size in order_tensors(shape, section.schedule, section.tracks):
+        entry = checkpoint.tensors.get(name)
+        order = np.zeros(0, np.int32)
+        if entry is not None and (entry.shape, entry.dtype) == (size, ORDER_DTYPE):
+            order = np.frombuffer(read_tensor(entry), np.int32)
+        if not np.array_equal(np.sort(order), np.arange(size[0])):
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} must hold each number from 0 to {size[0] - 1} once"
+            )
+        shapes[name] = size
+        found.setdefault(layer, {})[of] = order
+    return shapes, {layer: Assignment(**orders) for layer, orders in found.items()}
+
+
 def execute(
     plan: Plan,
     destination: Path,
@@ -209,6 +295,7 @@ def execute(
     `progress` is called with the bytes written since its last call, from several threads.
     Raises CheckpointError, one line, where files can't be read or written or the disk is full.
     """
+    assert plan.complete, "the spec needs a text, and nothing was computed from one"
     check_destination(destination, overwrite)
     check_apart(destination, plan.source.path)
     free = free_bytes(destination)
@@ -220,6 +307,7 @@ def execute(
         with new_directory(destination, overwrite) as directory:
             placed = lay_out(directory, plan.targets)
             copy_moves(sources, placed, plan.moves, progress)
+            write_arrays(placed, plan.computed, progress)
             for name, text in plan.texts.items():
                 (directory / name).write_text(text, encoding="utf-8")
             for path in plan.carried:
@@ -280,15 +368,21 @@ def _spec_for(checkpoint: Checkpoint, shape: ModelShape, spec: Spec | None) -> S
 
 
 def _check_tensors(
-    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], shape: ModelShape
+    checkpoint: Checkpoint,
+    expected: Mapping[str, tuple[int, ...]],
+    shape: ModelShape,
+    orders: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> tuple[str, list[TensorEntry]]:
     """The dtype of all weights, and the tensors to carry along as they are.
+
+    `orders` were checked already.
 
     Raises CheckpointError for tensors missing, unexpected, or of another shape or dtype than
     config.json says.
     """
     extras, faults = [], []
-    dtype = shape.dtype or next((t.dtype for t in checkpoint.tensors.values()), "")
+    weights = (t for name, t in checkpoint.tensors.items() if name not in orders)
+    dtype = shape.dtype or next((t.dtype for t in weights), "")
     for name, size in expected.items():
         entry = checkpoint.tensors.get(name)
         if entry is None:
@@ -298,7 +392,7 @@ def _check_tensors(
         elif entry.dtype != dtype or dtype not in DTYPE_BYTES:
             faults.append(f"{name} is {entry.dtype}, not {_dtype_wanted(dtype)}")
     for name, entry in checkpoint.tensors.items():
-        if name in expected:
+        if name in expected or name in orders:
             continue
         embeddings = (shape.vocabulary, shape.width)
         tied_copy = name == "lm_head.weight" and shape.tied and entry.shape == embeddings
@@ -322,36 +416,38 @@ def _dtype_wanted(dtype: str) -> str:
 
 def _copied(extras: list[TensorEntry], stem: str) -> tuple[list[Target], list[Move]]:
     targets = [Target(e.name, stem, e.dtype, e.shape) for e in extras]
-    return targets, [Move(e.name, e.name, 0, 0, 0, e.shape[0]) for e in extras]
+    rows = [range(e.shape[0]) for e in extras]
+    return targets, [Move(e.name, e.name, 0, r, r) for e, r in zip(extras, rows, strict=True)]
 
 
 def _tiles(tensor: DenseTensor) -> Iterator[tuple[Part, Part | None]]:
-    """Each part, with the earlier part that it repeats or None; those of None tile the axis."""
-    first: dict[tuple[int, int], Part] = {}
-    end = 0
+    """Each part, with the earlier part that it repeats or None; those of None share the axis."""
+    first: dict[object, Part] = {}
+    covered = np.zeros(tensor.shape[tensor.parts[0].axis], np.int32)
     for part in tensor.parts:
-        original = first.setdefault((part.start, part.stop), part)
+        key = part.indices if isinstance(part.indices, range) else part.indices.tobytes()
+        original = first.setdefault(key, part)
         if original is part:
-            assert part.start == end, f"{tensor.name}: parts leave a gap or overlap"
-            end = part.stop
+            covered[np.asarray(part.indices)] += 1
         yield part, None if original is part else original
-    assert end == tensor.shape[tensor.parts[0].axis], f"{tensor.name}: parts end early"
+    assert (covered == 1).all(), f"{tensor.name}: parts leave a gap or overlap"
 
 
 def _converted_config(
     source: Mapping[str, object],
-    shape: ModelShape,
     spec: Spec,
     schedule: Schedule,
     source_name: str,
+    known: Calibration,
 ) -> dict[str, object]:
     """config.json of the result: every field of the source's, and the `ptconvert` section."""
-    classes = "PTConvert" + shape.family.causal_lm
+    family = FAMILIES[str(source["model_type"])]
+    classes = "PTConvert" + family.causal_lm
     stem = MODELING_FILE.removesuffix(".py")
     config_class = classes.replace("ForCausalLM", "Config")
     return {
         **source,
-        "model_type": MODEL_TYPE_PREFIX + shape.family.model_type,
+        "model_type": MODEL_TYPE_PREFIX + family.model_type,
         "architectures": [classes],
         "auto_map": {
             "AutoConfig": f"{stem}.{config_class}",
@@ -363,6 +459,7 @@ def _converted_config(
             "schedule": str(schedule),
             "deferred": spec.deferred,
             "assignment": spec.assignment,
+            **({"guess": {str(s): r for s, r in known.guesses.items()}} if known.guesses else {}),
             "spec_digest": spec.digest,
             "source_name": source_name,
             "source": {key: source[key] for key in REPLACED_KEYS if key in source},

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ptconvert.errors import CheckpointError
-from ptconvert.shape import DTYPE_BYTES, read_config
+from ptconvert.shape import ELEMENT_BYTES, read_config
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -151,7 +151,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         for name, info in header.items()
     ]
     for entry in entries:
-        size = DTYPE_BYTES.get(entry.dtype)
+        size = ELEMENT_BYTES.get(entry.dtype)
         if size is not None and entry.nbytes != math.prod(entry.shape) * size:
             raise CheckpointError(f"{file}: {entry.name}'s size doesn't match its shape")
     return {e.name: e for e in sorted(entries, key=lambda e: e.offset)}
@@ -162,6 +162,17 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(result) != len(pairs):
         raise ValueError("the header has the same name twice")
     return result
+
+
+def read_tensor(entry: TensorEntry) -> bytes:
+    """All bytes of a tensor."""
+    block = bytearray(entry.nbytes)
+    handle = os.open(entry.file, os.O_RDONLY)
+    try:
+        read_into(handle, memoryview(block), entry, 0)
+    finally:
+        os.close(handle)
+    return bytes(block)
 
 
 def read_into(handle: int, block: memoryview, source: TensorEntry, start: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -13,12 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ptconvert.checkpoint.reader import TensorEntry, read_into
-from ptconvert.shape import DTYPE_BYTES
+from ptconvert.shape import ELEMENT_BYTES
 
+# Places along an axis, in order: all that lie between two (step 1), or one by one.
+Indices = range | NDArray[np.int32]
 BLOCK_BYTES = 1024 * 1024
 THREADS = 2
 
@@ -34,23 +39,32 @@ class Target:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        return math.prod(self.shape) * ELEMENT_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Move:
     """A part of a source tensor that becomes a part of a target tensor.
 
-    `size` rows (axis 0) or columns (axis 1), from `source_start` to `target_start`; the other
-    axis is taken whole.
+    The rows (axis 0) or columns (axis 1) `take` of the source become those at `put` of the target,
+    one by one; the other axis is taken whole.
     """
 
     source: str
     target: str
     axis: int
-    source_start: int
-    target_start: int
-    size: int
+    take: Indices
+    put: Indices
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """(first in source, first in target, how many) of what lies together in both."""
+        if isinstance(self.take, range) and isinstance(self.put, range):
+            yield self.take.start, self.put.start, len(self.take)
+            return
+        take, put = np.asarray(self.take), np.asarray(self.put)
+        breaks = np.flatnonzero((np.diff(take) != 1) | (np.diff(put) != 1)) + 1
+        for start, stop in itertools.pairwise([0, *breaks.tolist(), len(take)]):
+            yield int(take[start]), int(put[start]), stop - start
 
 
 def lay_out(directory: Path, targets: Iterable[Target]) -> dict[str, TensorEntry]:
@@ -144,18 +158,19 @@ def _copy_rows(
     handles: Mapping[Path, int],
     group: list[Move],
 ) -> Iterator[int]:
-    """Copies the rows of one move, which lie together; yields bytes as they are written."""
+    """Copies the rows of one move; yields bytes as they are written."""
     (move,) = group
     source, target = sources[move.source], targets[move.target]
     row = source.nbytes // source.shape[0]
-    begin, end = move.source_start * row, (move.source_start + move.size) * row
-    shift = target.offset + move.target_start * row - begin
-    buffer = memoryview(bytearray(min(BLOCK_BYTES, end - begin)))
-    for start in range(begin, end, BLOCK_BYTES):
-        block = buffer[: min(BLOCK_BYTES, end - start)]
-        read_into(handles[source.file], block, source, start)
-        _write(handles[target.file], block, start + shift)
-        yield len(block)
+    buffer = memoryview(bytearray(min(BLOCK_BYTES, len(move.take) * row)))
+    for first, into, size in move.runs():
+        begin, end = first * row, (first + size) * row
+        shift = target.offset + into * row - begin
+        for start in range(begin, end, BLOCK_BYTES):
+            block = buffer[: min(BLOCK_BYTES, end - start)]
+            read_into(handles[source.file], block, source, start)
+            _write(handles[target.file], block, start + shift)
+            yield len(block)
 
 
 def _copy_columns(
@@ -171,24 +186,45 @@ def _copy_columns(
     itemsize = next(iter(read.values())).nbytes // math.prod(next(iter(read.values())).shape)
     step = max(1, BLOCK_BYTES // (widest * itemsize))
     buffers = {
-        e.name: np.empty((step, e.shape[1] * itemsize), np.uint8)
+        e.name: np.empty((step, e.shape[1]), f"u{itemsize}")
         for e in (*read.values(), *write.values())
     }
     for first in range(0, rows, step):
         count = min(step, rows - first)
         for name, source in read.items():
             block = buffers[name][:count]
-            read_into(handles[source.file], block.data.cast("B"), source, first * block.shape[1])
+            start = first * block.shape[1] * itemsize
+            read_into(handles[source.file], block.data.cast("B"), source, start)
         for move in group:
-            size, start = move.size * itemsize, move.source_start * itemsize
-            into = move.target_start * itemsize
-            part = buffers[move.source][:count, start : start + size]
-            buffers[move.target][:count, into : into + size] = part
+            part = buffers[move.source][:count, _selector(move.take)]
+            buffers[move.target][:count, _selector(move.put)] = part
         for name, target in write.items():
             block = buffers[name][:count]
-            offset = target.offset + first * block.shape[1]
+            offset = target.offset + first * block.shape[1] * itemsize
             _write(handles[target.file], block.data.cast("B"), offset)
             yield block.nbytes
+
+
+def _selector(indices: Indices) -> slice | NDArray[np.int32]:
+    """What numpy selects by; a slice where it can be, which is faster."""
+    return slice(indices.start, indices.stop) if isinstance(indices, range) else indices
+
+
+def write_arrays(
+    targets: Mapping[str, TensorEntry],
+    arrays: Mapping[str, NDArray[Any]],
+    progress: Callable[[int], object],
+) -> None:
+    """Fills targets with arrays of as many bytes."""
+    for name, array in arrays.items():
+        block = memoryview(np.ascontiguousarray(array)).cast("B")
+        assert len(block) == targets[name].nbytes, f"{name} is not of its target's size"
+        handle = os.open(targets[name].file, os.O_RDWR)
+        try:
+            _write(handle, block, targets[name].offset)
+        finally:
+            os.close(handle)
+        progress(len(block))
 
 
 def _write(handle: int, block: memoryview, offset: int) -> None:

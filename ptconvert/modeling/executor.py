@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -27,20 +27,33 @@ class Update:
 
     `partials` are per local track, or a single one where the sublayer isn't divided into tracks;
     over all processes they sum to the sublayer's output less `common`, its output bias, which
-    every process knows and which is counted once, at the merge.
+    every process knows and which is counted once, at the merge. `guesses`, per local track, stand
+    for the partials of all other tracks until the merge: each track sees its own guess beside its
+    own partial, and none is ever summed or merged.
     """
 
     partials: PerTrack
     common: torch.Tensor | None = None
+    guesses: PerTrack | None = None
 
     def __add__(self, other: Update) -> Update:
         common = other.common if self.common is None else self.common
         if self.common is not None and other.common is not None:
             common = self.common + other.common
-        return Update(add_per_track(self.partials, other.partials), common)
+        guesses = self.guesses
+        if other.guesses is not None:
+            guesses = add_per_track(guesses, other.guesses)
+        return Update(add_per_track(self.partials, other.partials), common, guesses)
+
+    @property
+    def seen(self) -> PerTrack:
+        """What each track sees of it before the merge: its own partial, and its guess."""
+        return self.partials if self.guesses is None else add_per_track(self.guesses, self.partials)
 
 
-RunSublayer = Callable[[Sublayer, PerTrack], Update]
+# A sublayer's Update for what each track reads, and whether with guesses: where no track goes on
+# without the others' partials, there is nothing to guess.
+RunSublayer = Callable[[Sublayer, PerTrack, bool], Update]
 
 
 class Communicator(Protocol):
@@ -77,6 +90,59 @@ class _InFlight:
         return merged_BSD if self.common is None else merged_BSD + self.common
 
 
+@dataclass(eq=False)
+class Streams:
+    """The residual stream of each local track between two stages: what is merged, and what waits.
+
+    `base` (BSD) is merged, `waiting` deferred, `in_flight` launched and not merged yet.
+    """
+
+    base: torch.Tensor
+    waiting: Update | None = None
+    in_flight: list[_InFlight] = field(default_factory=list)
+
+    def view(self) -> PerTrack:
+        """What the tracks read at the next stage."""
+        view = [self.base]
+        if self.waiting is not None:
+            view = add_per_track(view, self.waiting.seen)
+        for flight in self.in_flight:
+            view = view if flight.seen is None else add_per_track(view, flight.seen)
+        return view
+
+    def end_stage(
+        self,
+        schedule: Schedule,
+        index: int,
+        own: Update,
+        communicator: Communicator,
+        waiting_weight: float = 1.0,
+    ) -> None:
+        """Ends stage `index`, whose sublayers gave `own`: reduces and merges as it says.
+
+        `waiting_weight` is what partials of earlier stages count at the all-reduce.
+        """
+        pending = own if self.waiting is None else self.waiting + own
+        merged_after, merge = schedule.merged_after(index), schedule.stages[index].ending.merge
+        if merged_after is None:
+            self.waiting = pending
+        else:
+            reduced = pending
+            if self.waiting is not None and waiting_weight != 1.0:
+                reduced = Update([p * waiting_weight for p in self.waiting.partials]) + own
+            local_BSD = functools.reduce(operator.add, reduced.partials)
+            if merge is Merge.BLOCKING:
+                wait = _already(communicator.all_reduce(local_BSD))
+            else:
+                wait = communicator.start_all_reduce(local_BSD)
+            seen = pending.seen if merge is Merge.OWN_SEEN else None
+            self.in_flight.append(_InFlight(merged_after, wait, seen, pending.common))
+            self.waiting = None
+        for flight in [f for f in self.in_flight if f.merged_after == index]:
+            self.base = flight.merge(self.base)
+            self.in_flight.remove(flight)
+
+
 def run_schedule(
     schedule: Schedule,
     base_BSD: torch.Tensor,
@@ -89,44 +155,27 @@ def run_schedule(
 ) -> torch.Tensor:
     """Runs every stage of a schedule on the embedded tokens; returns the merged stream, BSD.
 
-    `run_sublayer` gives a sublayer's Update for its input. `tracks` is n over all processes.
+    `tracks` is n over all processes.
     `deferred` is "sum", which keeps a dense model's meaning, or "mean": partials that waited
     since an earlier stage are merged with weight 1/n (the Desync rule, arXiv 2501.06589).
     `entered` is called with each stage's index as it begins. `first` is the stage to begin at, for
     a `base_BSD` that the stages before it have left with nothing outstanding.
     """
-    waiting: Update | None = None
-    in_flight: list[_InFlight] = []
+    streams = Streams(base_BSD)
+    waiting_weight = 1 / tracks if deferred == "mean" else 1.0
     for index in range(first, len(schedule.stages)):
-        stage = schedule.stages[index]
         if entered is not None:
             entered(index)
-        view = [base_BSD]
-        if waiting is not None:
-            view = add_per_track(view, waiting.partials)
-        for flight in in_flight:
-            view = view if flight.seen is None else add_per_track(view, flight.seen)
-        own = functools.reduce(operator.add, [run_sublayer(s, view) for s in stage.sublayers])
-        pending = own if waiting is None else waiting + own
-        merged_after = schedule.merged_after(index)
-        if merged_after is None:
-            waiting = pending
-        else:
-            reduced = pending
-            if waiting is not None and deferred == "mean":
-                reduced = Update([p / tracks for p in waiting.partials]) + own
-            local_BSD = functools.reduce(operator.add, reduced.partials)
-            if stage.ending.merge is Merge.BLOCKING:
-                wait = _already(communicator.all_reduce(local_BSD))
-            else:
-                wait = communicator.start_all_reduce(local_BSD)
-            seen = pending.partials if stage.ending.merge is Merge.OWN_SEEN else None
-            in_flight.append(_InFlight(merged_after, wait, seen, pending.common))
-            waiting = None
-        for flight in [f for f in in_flight if f.merged_after == index]:
-            base_BSD = flight.merge(base_BSD)
-            in_flight.remove(flight)
-    return base_BSD
+        own = run_stage(schedule, index, streams.view(), run_sublayer)
+        streams.end_stage(schedule, index, own, communicator, waiting_weight)
+    return streams.base
+
+
+def run_stage(schedule: Schedule, index: int, view: PerTrack, run_sublayer: RunSublayer) -> Update:
+    """What the sublayers of stage `index` give together for what each track reads."""
+    guess = schedule.keeps_own(index)
+    updates = [run_sublayer(s, view, guess) for s in schedule.stages[index].sublayers]
+    return functools.reduce(operator.add, updates)
 
 
 def _already(reduced_BSD: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -84,14 +85,42 @@ def dense_layer(config: Any, index: int, ranks: int = 1) -> nn.Module:
     return layer
 
 
+class Guess(nn.Module):
+    """A track's low-rank affine guess of the partials of all other tracks, from what it knows.
+
+    V (A x + B p) + b, of the sublayer's normed input x and the track's own partial p. (p is as
+    good as the hidden activations that it comes from wherever these are fewer than D.)
+    """
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.from_input = nn.Linear(width, rank, bias=False)
+        self.from_partial = nn.Linear(width, rank, bias=False)
+        self.to_stream = nn.Linear(rank, width)
+
+    def forward(self, x_BSD: torch.Tensor, partial_BSD: torch.Tensor) -> torch.Tensor:
+        guess_BSD: torch.Tensor = self.to_stream(
+            self.from_input(x_BSD) + self.from_partial(partial_BSD)
+        )
+        return guess_BSD
+
+
 class TrackedLayer(nn.Module):
     """A layer held as tracks: each a small decoder layer of the family, with its own norms.
 
     `cache_indices` gives the local tracks' places in the KV cache; `tracks` counts all tracks.
+    `guesses` are the ranks of the sublayers' guesses, for those that have one. `assigned`: the
+    layer says which units of the dense one went where, for whoever puts it together again.
     """
 
     def __init__(
-        self, config: Any, index: int, tracks: int, cache_indices: Mapping[int, int]
+        self,
+        config: Any,
+        index: int,
+        tracks: int,
+        cache_indices: Mapping[int, int],
+        guesses: Mapping[Kind, int] = MappingProxyType({}),
+        assigned: bool = False,
     ) -> None:
         super().__init__()
         view = TrackConfig(config, tracks)
@@ -108,6 +137,18 @@ class TrackedLayer(nn.Module):
             track.self_attn.layer_idx = cache_index
             for block, projection in OUTPUT_PROJECTIONS.values():
                 getattr(getattr(track, block), projection).register_parameter("bias", None)
+            if guesses:
+                track.guess = nn.ModuleDict(
+                    {
+                        OUTPUT_PROJECTIONS[k][0]: Guess(config.hidden_size, r)
+                        for k, r in guesses.items()
+                    }
+                )
+        if assigned:
+            self.assignment = nn.Module()
+            sizes = {"kv_heads": config.num_key_value_heads, "neurons": config.intermediate_size}
+            for name, size in sizes.items():
+                self.assignment.register_buffer(name, torch.arange(size, dtype=torch.int32))
 
     def common_bias(self, kind: Kind) -> torch.Tensor | None:
         """The output bias of the attention or the MLP, which all tracks know."""
@@ -119,32 +160,49 @@ def run_layer(
     layer: nn.Module,
     kind: Kind,
     view: PerTrack,
+    guess: bool,
     attention: dict[str, Any],
-    run: Callable[..., torch.Tensor],
+    run: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
 ) -> Update:
     """One sublayer on what each track reads; `attention` are the keywords of self_attn.
 
-    A dense layer runs once, on the stream that all tracks agree on. `run` is run_block, or what
-    calls it under gradient checkpointing.
+    A dense layer runs once, on the stream that all tracks agree on. With `guess` come the guesses,
+    where the layer has them. `run` is run_block, or what calls it under gradient checkpointing.
     """
     if isinstance(layer, TrackedLayer):
-        partials = [
-            run(track, kind, view[t % len(view)], attention)
+        found = [
+            run(track, kind, view[t % len(view)], guess, attention)
             for t, track in enumerate(layer.tracks.values())
         ]
-        return Update(partials, layer.common_bias(kind))
+        guesses = [g for _, g in found if g is not None]
+        return Update([p for p, _ in found], layer.common_bias(kind), guesses or None)
     assert len(view) == 1, "tracks that differ reached a layer held dense"
     block, projection = OUTPUT_PROJECTIONS[kind]
     bias = getattr(getattr(layer, block), projection).bias
-    return Update([run(layer, kind, view[0], attention)], bias)
+    partial_BSD, _ = run(layer, kind, view[0], False, attention)
+    return Update([partial_BSD], bias)
+
+
+def apply_norm(layer: Any, kind: Kind, x_BSD: torch.Tensor) -> torch.Tensor:
+    """What the attention or the MLP of one decoder layer is given for its residual stream."""
+    norm = layer.post_attention_layernorm if kind is Kind.MLP else layer.input_layernorm
+    normed_BSD: torch.Tensor = norm(x_BSD)
+    return normed_BSD
 
 
 def run_block(
-    layer: Any, kind: Kind, x_BSD: torch.Tensor, attention: dict[str, Any]
-) -> torch.Tensor:
-    """The norm and the attention or MLP of one decoder layer, without the residual connection."""
+    layer: Any, kind: Kind, x_BSD: torch.Tensor, guess: bool, attention: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The norm and the attention or MLP of one decoder layer, without the residual connection.
+
+    With it, where asked for and held, the track's guess of the other tracks' partials.
+    """
+    x_BSD = apply_norm(layer, kind, x_BSD)
     if kind is Kind.MLP:
-        out_BSD: torch.Tensor = layer.mlp(layer.post_attention_layernorm(x_BSD))
-        return out_BSD
-    out_BSD, _ = layer.self_attn(hidden_states=layer.input_layernorm(x_BSD), **attention)
-    return out_BSD
+        out_BSD: torch.Tensor = layer.mlp(x_BSD)
+    else:
+        out_BSD, _ = layer.self_attn(hidden_states=x_BSD, **attention)
+    block = OUTPUT_PROJECTIONS[kind][0]
+    if guess and block in getattr(layer, "guess", ()):
+        return out_BSD, layer.guess[block](x_BSD, out_BSD)
+    return out_BSD, None

@@ -31,6 +31,7 @@ from ptconvert.modeling.executor import (
     Communicator,
     OneProcess,
     PerTrack,
+    RunSublayer,
     Update,
     run_schedule,
 )
@@ -104,7 +105,10 @@ class PTConvertModel(PTConvertPreTrainedModel):
             if index in tracked:
                 local = placement.local_tracks(self.track_count)
                 places = self._cache_indices(index, local)
-                layers.append(TrackedLayer(config, index, self.track_count, places))
+                guesses = {s.kind: r for s, r in section.guesses.items() if s.layer == index}
+                layers.append(
+                    TrackedLayer(config, index, self.track_count, places, guesses, section.assigned)
+                )
             else:
                 layers.append(dense_layer(config, index, placement.ranks))
         self.layers = nn.ModuleList(layers)
@@ -148,6 +152,40 @@ class PTConvertModel(PTConvertPreTrainedModel):
             for name in set(self._layer_types)
         }
 
+    def runner(
+        self,
+        stream_BSD: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> RunSublayer:
+        """What runs one sublayer on streams shaped as `stream_BSD`, for the executor."""
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(stream_BSD.shape[1], device=stream_BSD.device) + seen
+            position_ids = position_ids.unsqueeze(0)
+        masks = self._masks(attention_mask, stream_BSD, past_key_values, position_ids)
+        position_embeddings = self.rotary_emb(stream_BSD, position_ids)
+
+        run: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = run_block
+        if self.gradient_checkpointing and self.training:
+            run = functools.partial(self._gradient_checkpointing_func, run_block)
+
+        def run_sublayer(sublayer: Sublayer, view: PerTrack, guess: bool) -> Update:
+            attention = dict(
+                kwargs,
+                attention_mask=masks[self._layer_types[sublayer.layer]],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+            )
+            layer = self.layers[sublayer.layer]
+            return run_layer(layer, sublayer.kind, view, guess, attention, run)
+        return run_sublayer
+
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
@@ -185,28 +223,9 @@ class PTConvertModel(PTConvertPreTrainedModel):
             past_key_values = None
         if past_key_values is not None:
             self._grow(past_key_values)
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(stream_BSD.shape[1], device=stream_BSD.device) + seen
-            position_ids = position_ids.unsqueeze(0)
-        masks = self._masks(attention_mask, stream_BSD, past_key_values, position_ids)
-        position_embeddings = self.rotary_emb(stream_BSD, position_ids)
-
-        run: Callable[..., torch.Tensor] = run_block
-        if self.gradient_checkpointing and self.training:
-            run = functools.partial(self._gradient_checkpointing_func, run_block)
-
-        def run_sublayer(sublayer: Sublayer, view: PerTrack) -> Update:
-            attention = dict(
-                kwargs,
-                attention_mask=masks[self._layer_types[sublayer.layer]],
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-            )
-            return run_layer(self.layers[sublayer.layer], sublayer.kind, view, attention, run)
-
+        run_sublayer = self.runner(
+            stream_BSD, attention_mask, position_ids, past_key_values, use_cache, **kwargs
+        )
         stream_BSD = run_schedule(
             self.schedule,
             stream_BSD,

@@ -1,0 +1,116 @@
+"""Low-rank affine regression in closed form, from streamed sums.
+
+Shapes: P pairs (tokens), F features, D targets. All sums are those of the rows [z, 1, y].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+# Strengths of the ridge, as shares of each feature's own variance.
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+class Moments:
+    """Sums over pairs of features and targets: everything that a regression needs of them."""
+
+    def __init__(self, features: int, targets: int, device: torch.device | str = "cpu") -> None:
+        size = features + 1 + targets
+        self.features = features
+        self.sums = torch.zeros(size, size, dtype=torch.float64, device=device)
+
+    def add(self, z_PF: torch.Tensor, y_PD: torch.Tensor) -> None:
+        """Adds pairs."""
+        one = torch.ones_like(z_PF[:, :1])
+        rows = torch.cat([z_PF, one, y_PD], dim=1).float()
+        self.sums += (rows.T @ rows).double()
+
+    @property
+    def pairs(self) -> float:
+        """How many pairs there are."""
+        return float(self.sums[self.features, self.features])
+
+    @property
+    def energy(self) -> float:
+        """The sum of the targets' squares."""
+        return float(self.sums.diagonal()[self.features + 1 :].sum())
+
+    def about(
+        self, z_F: torch.Tensor, y_D: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """zz (FF), zy (FD) and the trace of yy, of features and targets less these."""
+        f, count = self.features, self.pairs
+        sum_z, sum_y = self.sums[f, :f], self.sums[f, f + 1 :]
+        zz = self.sums[:f, :f] - torch.outer(sum_z, z_F) - torch.outer(z_F, sum_z)
+        zy = self.sums[:f, f + 1 :] - torch.outer(sum_z, y_D) - torch.outer(z_F, sum_y)
+        yy = self.energy - 2 * sum_y @ y_D + count * y_D @ y_D
+        return zz + count * torch.outer(z_F, z_F), zy + count * torch.outer(z_F, y_D), yy
+
+    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean features and the mean targets."""
+        f = self.features
+        return self.sums[f, :f] / self.pairs, self.sums[f, f + 1 :] / self.pairs
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = V (A z) + b: `down` (RF) is A, `up` (DR) is V, `bias` (D) is b."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Reduced-rank regressions of every rank: the first columns of `directions` for each.
+
+    `errors` are the sums of squared errors on held-out pairs, by rank from 0 (the bias alone).
+    """
+
+    weights: torch.Tensor  # (F, D), full rank
+    directions: torch.Tensor  # (D, D), orthonormal columns, the best first
+    z_F: torch.Tensor
+    y_D: torch.Tensor
+    errors: torch.Tensor
+
+    def affine(self, rank: int) -> Affine:
+        """The regression of one rank."""
+        up = self.directions[:, :rank]
+        down = (self.weights @ up).T
+        return Affine(down, up, self.y_D - up @ (down @ self.z_F))
+
+
+def fits(train: Moments, held_out: Moments, ridges: Iterable[float] = RIDGES) -> list[Fit]:
+    """The reduced-rank ridge regressions of all ranks, for each strength of the ridge.
+
+    Of all maps of a rank, that with the least squared error plus ridge (Mukherjee & Zhu 2011,
+    "Reduced rank ridge regression"): the full one, projected on the leading eigenvectors of its
+    predictions' second moments.
+    """
+    z_F, y_D = train.means()
+    zz, zy, _ = train.about(z_F, y_D)
+    test_zz, test_zy, test_yy = held_out.about(z_F, y_D)
+    scale = zz.diagonal().clamp(min=1e-12 * float(zz.diagonal().max()) + 1e-30).rsqrt()
+    values, vectors = torch.linalg.eigh(scale[:, None] * zz * scale)
+    rotated = vectors.T @ (scale[:, None] * zy)
+    found = []
+    for ridge in ridges:
+        shrunk = rotated / (values.clamp(min=0) + ridge)[:, None]
+        weights = scale[:, None] * (vectors @ shrunk)
+        _, directions = torch.linalg.eigh(rotated.T @ shrunk)
+        directions = directions.flip(1)
+        predicted = weights @ directions
+        gains = 2 * (predicted * (test_zy @ directions)).sum(0)
+        gains -= (predicted * (test_zz @ predicted)).sum(0)
+        errors = test_yy - torch.cat([gains.new_zeros(1), gains.cumsum(0)])
+        found.append(Fit(weights, directions, z_F, y_D, errors))
+    return found
+
+
+def best(candidates: Sequence[Sequence[Fit]], rank: int) -> Sequence[Fit]:
+    """Of fits of several targets (one sequence per strength), the strength that errs least."""
+    return min(candidates, key=lambda fs: sum(float(f.errors[rank]) for f in fs))
