@@ -63,6 +63,11 @@ class Affine:
     up: torch.Tensor
     bias: torch.Tensor
 
+    def __call__(self, z_PF: torch.Tensor) -> torch.Tensor:
+        """The prediction, in the type of `z_PF`."""
+        down, up, bias = (m.to(z_PF.dtype) for m in (self.down, self.up, self.bias))
+        return z_PF @ down.T @ up.T + bias
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -73,15 +78,15 @@ class Fit:
 
     weights: torch.Tensor  # (F, D), full rank
     directions: torch.Tensor  # (D, D), orthonormal columns, the best first
-    z_F: torch.Tensor
-    y_D: torch.Tensor
+    mean_z: torch.Tensor
+    mean_y: torch.Tensor
     errors: torch.Tensor
 
     def affine(self, rank: int) -> Affine:
         """The regression of one rank."""
         up = self.directions[:, :rank]
         down = (self.weights @ up).T
-        return Affine(down, up, self.y_D - up @ (down @ self.z_F))
+        return Affine(down, up, self.mean_y - up @ (down @ self.mean_z))
 
 
 def fits(train: Moments, held_out: Moments, ridges: Iterable[float] = RIDGES) -> list[Fit]:
