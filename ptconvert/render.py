@@ -11,6 +11,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from ptconvert.format import ASSIGNMENTS
 from ptconvert.presets import dense_schedule
 from ptconvert.schedule import Kind, Schedule, Sublayer
 
@@ -120,10 +121,52 @@ def plan_table(summary: Mapping[str, Any], free: int) -> RenderableType:
         table.add_row(way, f"{tensors} tensors, {size}")
     for file, size in summary["files"].items():
         table.add_row("", f"{file}  {decimal(size)}")
+    if summary["assignment"] != ASSIGNMENTS[0]:
+        table.add_row("assignment", summary["assignment"])
+    if summary["guess"]:
+        table.add_row("guesses", _guess_cost(summary["guess"]))
     fits = "enough" if free >= summary["bytes_needed"] else "NOT ENOUGH"
     needed = decimal(summary["bytes_needed"])
     table.add_row("disk space", f"{needed} needed, {decimal(free)} free: {fits}")
     return table
+
+
+def _guess_cost(cost: Mapping[str, Any]) -> str:
+    """What guesses add over all tracks, against the dense model."""
+    ranks = cost["ranks"].values()
+    largest = max(ranks)
+    return (
+        f"{len(ranks)} sublayers, rank {largest if min(ranks) == largest else f'up to {largest}'}: "
+        f"{cost['parameters']:,} parameters (+{cost['parameters_share']:.1%}), "
+        f"{decimal(cost['bytes'])}, {cost['flops_per_token']:,} FLOPs per token "
+        f"(+{cost['flops_share']:.1%})"
+    )
+
+
+def print_calibration(
+    console: Console, computed: Mapping[str, Any], cost: Mapping[str, Any] | None
+) -> None:
+    """What was computed from the text, and what the guesses gain and cost."""
+    shares = computed["affinity_between_tracks"]
+    if shares is not None:
+        console.print(
+            f"affinity between units of different tracks: {shares['before']:.1%} before, "
+            f"{shares['after']:.1%} as assigned"
+        )
+    if computed["guesses"]:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("guessed after", "rank", "error left"):
+            table.add_column(name, justify="right")
+        for row in computed["guesses"]:
+            kept = row["rank"] > 0
+            table.add_row(
+                row["sublayer"],
+                str(row["rank"]) if kept else "-",
+                f"{row['error']:.0%}" if kept else "gains nothing",
+            )
+        console.print(table)
+    if cost is not None:
+        console.print(f"guesses: {_guess_cost(cost)}", soft_wrap=True)
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -23,6 +23,7 @@ merged. Nothing here needs torch.
 from __future__ import annotations
 
 import enum
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -231,6 +232,20 @@ class Schedule:
         """Whether tracks go on from stage `index` with their own partials, not the others'."""
         merge, merged = self.stages[index].ending.merge, self.merged_after(index)
         return merged is None or (merge is Merge.OWN_SEEN and merged > index)
+
+    def own_read(self) -> Iterator[tuple[Sublayer, Sublayer]]:
+        """Writer and reader, where a track reads its own partial without the others'."""
+        for index, stage in enumerate(self.stages):
+            if not self.keeps_own(index):
+                continue
+            reduces = next(
+                i for i in range(index, len(self.stages)) if self.merged_after(i) is not None
+            )
+            seen = self.stages[reduces].ending.merge is Merge.OWN_SEEN
+            last = self.merged_after(reduces) if seen else reduces
+            assert last is not None
+            for reading in self.stages[index + 1 : last + 1]:
+                yield from itertools.product(stage.sublayers, reading.sublayers)
 
     def own_kept(self, tracks: int) -> tuple[Sublayer, ...]:
         """The sublayers after which tracks go on without each other's partials, in order."""

@@ -4,20 +4,44 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.filesize import decimal
 
-from ptconvert.cli.common import ByteSize, byte_progress, print_figures
-from ptconvert.spec import read_spec
+from ptconvert.cli.common import (
+    ByteSize,
+    byte_progress,
+    need_packages,
+    print_figures,
+    quiet_libraries,
+    step_progress,
+    torch_device,
+)
+from ptconvert.errors import SpecError
+from ptconvert.spec import Spec, read_spec
+
+if TYPE_CHECKING:  # they import torch
+    from ptconvert.calibrate.conversion import Calibrated
+    from ptconvert.checkpoint.reader import Checkpoint
 
 
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--spec", type=click.Path(path_type=Path), help="The YAML spec to convert by.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="For a spec with assignment or guess: what the model is for, as plain text.",
+)
+@click.option("--tokens", type=click.IntRange(2), help="Of the text, at most. [65536]")
+@click.option("--window", type=click.IntRange(2), help="Tokens in a window of it. [1024]")
+@click.option("--device", metavar="NAME", help="Where the text is run. [cuda where there is]")
 @click.option("--to-dense", is_flag=True, help="Undo a conversion: SRC is a converted checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a checkpoint.")
@@ -36,6 +60,10 @@ def transform(
     source: str,
     destination: Path,
     spec: Path | None,
+    texts: tuple[Path, ...],
+    tokens: int | None,
+    window: int | None,
+    device: str | None,
     to_dense: bool,
     dry_run: bool,
     overwrite: bool,
@@ -49,6 +77,9 @@ def transform(
 
     The rewrite is streamed, so memory stays small whatever the model's size; DST appears whole or
     not at all. Without --spec, SRC must have ladder_layers in its config.json.
+
+    A spec with `assignment: affinity` or `guess` has something to compute from a --text; that runs
+    the whole model.
     """
     from ptconvert.checkpoint.atomic import check_apart, check_destination
     from ptconvert.checkpoint.reader import open_checkpoint
@@ -66,6 +97,7 @@ def transform(
             "--to-dense takes none of --spec, --ladder-layers-config and --push-to-hub"
         )
     read = read_spec(spec) if spec is not None else None
+    _check_text(read, texts, dry_run)
     check_destination(destination, overwrite)
     if push_to_hub:
         from ptconvert.checkpoint import hub
@@ -73,20 +105,23 @@ def transform(
         push_to_hub = hub.whole_id(push_to_hub)
     checkpoint = open_checkpoint(locate(source, revision))
     check_apart(destination, checkpoint.path)
+    computed: dict[str, Any] | None = None
     if to_dense:
         plan = plan_to_dense(checkpoint, shard_bytes=shard_size)
     else:
-        source_name = display_name(source)
-        plan = plan_conversion(
-            checkpoint,
-            read,
-            source_name=source_name,
-            name=push_to_hub or destination.name,
-            shard_bytes=shard_size,
-            ladder_layers_config=ladder_layers_config,
-        )
+        options: dict[str, Any] = {
+            "source_name": display_name(source),
+            "name": push_to_hub or destination.name,
+            "shard_bytes": shard_size,
+            "ladder_layers_config": ladder_layers_config,
+        }
+        plan = plan_conversion(checkpoint, read, **options)  # finds faults before any work
+        if read is not None and not plan.complete and not dry_run:
+            calibrated = _calibrate(checkpoint, read, texts, tokens, window, device)
+            plan = plan_conversion(checkpoint, read, calibration=calibrated.calibration, **options)
+            computed = calibrated.figures()
     free = free_bytes(destination)
-    figures = {**plan.summary(), "bytes_free": free}
+    figures = {**plan.summary(), "bytes_free": free, "calibration": computed}
     if dry_run:
         check_replicas(plan)
         print_figures(figures, as_json, lambda console: _print_plan(console, figures, free))
@@ -103,14 +138,47 @@ def transform(
     print_figures(figures, as_json, lambda console: _print_done(console, figures))
 
 
+def _check_text(spec: Spec | None, texts: tuple[Path, ...], dry_run: bool) -> None:
+    """Raises SpecError where a text is missing, or given for nothing."""
+    needed = spec is not None and spec.needs_text
+    if texts and not needed:
+        raise SpecError(["--text: nothing in the spec needs a text; leave it out"])
+    if spec is not None and needed and not texts and not dry_run:
+        wants = "guess" if spec.guess is not None else f"assignment: {spec.assignment}"
+        raise SpecError([f"{spec.name}: {wants} is computed from a text: --text FILE"])
+
+
+def _calibrate(
+    checkpoint: Checkpoint,
+    spec: Spec,
+    texts: tuple[Path, ...],
+    tokens: int | None,
+    window: int | None,
+    device: str | None,
+) -> Calibrated:
+    need_packages("plan", "accelerate", "scipy")
+    quiet_libraries()
+    from ptconvert.calibrate.conversion import calibrate, calibration_windows
+
+    with step_progress() as progress:
+        windows = calibration_windows(checkpoint, texts, tokens, window)
+        return calibrate(checkpoint, spec, windows, torch_device(device), progress)
+
+
 def _print_plan(console: Console, figures: dict[str, Any], free: int) -> None:
     from ptconvert.render import plan_table
 
     console.print(plan_table(figures, free))
+    if figures["guess"]:
+        console.print("Guesses are counted at their full rank: the text decides.", style="dim")
     console.print("Nothing was written (--dry-run).", style="dim")
 
 
 def _print_done(console: Console, figures: dict[str, Any]) -> None:
+    if figures["calibration"] is not None:
+        from ptconvert.render import print_calibration
+
+        print_calibration(console, figures["calibration"], figures["guess"])
     seconds = max(figures["seconds"], 1e-3)
     all_reduces, waited = figures["all_reduces"], figures["waited_for"]
     console.print(

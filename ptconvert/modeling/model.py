@@ -184,6 +184,7 @@ class PTConvertModel(PTConvertPreTrainedModel):
             )
             layer = self.layers[sublayer.layer]
             return run_layer(layer, sublayer.kind, view, guess, attention, run)
+
         return run_sublayer
 
     def get_input_embeddings(self) -> nn.Module:

@@ -1,0 +1,259 @@
+"""Which track gets which KV head and which neuron: those that read each other share one.
+
+A track that goes on without the others' partials lacks what their units wrote. The affinity of a
+writing and a reading unit is what the writer puts into the reader's inputs, squared and as a share
+of what these usually are, times what the reader itself writes: what is lost, to second order,
+where they are on different tracks. Shapes: U units, K columns of a writer, R rows of a reader, D
+width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from ptconvert.evaluate.models import Progress
+from ptconvert.layout import Assignment
+from ptconvert.modeling.layers import OUTPUT_PROJECTIONS
+from ptconvert.schedule import Kind, Schedule, Sublayer
+from ptconvert.shape import ModelShape
+
+PASSES = 10
+CHUNK = 2048  # units that are assigned together
+_INPUTS = {Kind.ATTENTION: ("q_proj", "k_proj", "v_proj"), Kind.MLP: ("gate_proj", "up_proj")}
+_NORMS = {Kind.ATTENTION: "input_layernorm", Kind.MLP: "post_attention_layernorm"}
+
+
+@dataclass
+class Activity:
+    """Sums over P tokens of a sublayer of the dense model.
+
+    `written` are second moments of what the output projection reads, within each unit: (U, m, m)
+    with m channels per unit. `read` are squares of the input projections' rows, `inverse` those of
+    the norm's factor.
+    """
+
+    written: torch.Tensor
+    read: dict[str, torch.Tensor]
+    inverse: float = 0.0
+    tokens: int = 0
+
+
+@torch.inference_mode()
+def observe(
+    model: Any,
+    shape: ModelShape,
+    sublayers: Sequence[Sublayer],
+    ids_NT: torch.Tensor,
+    progress: Progress,
+) -> dict[Sublayer, Activity]:
+    """One pass of the dense model over windows of token ids."""
+    found, hooks = {}, []
+    for sublayer in sublayers:
+        activity, placed = _hooked(model, shape, sublayer)
+        found[sublayer] = activity
+        hooks += placed
+    try:
+        for done, ids_T in enumerate(ids_NT):
+            progress("observing the source", done, len(ids_NT))
+            model.get_decoder()(input_ids=ids_T[None].to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _hooked(model: Any, shape: ModelShape, sublayer: Sublayer) -> tuple[Activity, list[Any]]:
+    """A sublayer's sums, and the hooks that fill them."""
+    layer = model.get_decoder().layers[sublayer.layer]
+    block_name, output = OUTPUT_PROJECTIONS[sublayer.kind]
+    block = getattr(layer, block_name)
+    units = _units(shape, sublayer.kind)
+    channels = getattr(block, output).in_features // units
+    activity = Activity(torch.zeros(units, channels, channels, device=model.device), {})
+
+    def wrote(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        h_PUm = inputs[0].float().reshape(-1, units, channels)
+        activity.written += torch.einsum("pum,pun->umn", h_PUm, h_PUm)
+        activity.tokens += len(h_PUm)
+
+    def normed(norm: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        squares_P = inputs[0].float().pow(2).mean(-1) + norm.variance_epsilon
+        activity.inverse += float((1 / squares_P).sum())
+
+    def reader(name: str) -> Any:
+        def read(_: Any, __: Any, out: torch.Tensor) -> None:
+            rows_R = out.float().flatten(0, -2).pow(2).sum(0)
+            activity.read[name] = activity.read.get(name, 0) + rows_R
+
+        return read
+
+    hooks = [
+        getattr(block, output).register_forward_pre_hook(wrote),
+        getattr(layer, _NORMS[sublayer.kind]).register_forward_pre_hook(normed),
+    ]
+    for name in _INPUTS[sublayer.kind]:
+        hooks.append(getattr(block, name).register_forward_hook(reader(name)))
+    return activity, hooks
+
+
+def _units(shape: ModelShape, kind: Kind) -> int:
+    return shape.kv_heads if kind is Kind.ATTENTION else shape.neurons
+
+
+@torch.inference_mode()
+def affinity(
+    model: Any,
+    shape: ModelShape,
+    writer: tuple[Sublayer, Activity],
+    reader: tuple[Sublayer, Activity],
+) -> NDArray[np.float32]:
+    """The affinity of each writing unit and each reading unit, (U, U)."""
+    layers = model.get_decoder().layers
+    columns_DK = _columns(layers[writer[0].layer], *writer)
+    sublayer, activity = reader
+    layer, block_name = layers[sublayer.layer], OUTPUT_PROJECTIONS[sublayer.kind][0]
+    gain_D = getattr(layer, _NORMS[sublayer.kind]).weight.float()
+    units, writers = _units(shape, sublayer.kind), _units(shape, writer[0].kind)
+    importance_U = _columns(layer, *reader).pow(2).sum(0).view(units, -1).sum(1)
+    scale = activity.inverse / activity.tokens
+    found = torch.zeros(units, writers, device=gain_D.device)
+    for name in _INPUTS[sublayer.kind]:
+        rows_RD = getattr(getattr(layer, block_name), name).weight.float() * gain_D
+        energy_U = activity.read[name].view(units, -1).sum(1) / activity.tokens
+        put_UK = (rows_RD @ columns_DK).pow(2).view(units, len(rows_RD) // units, -1).sum(1)
+        share_UU = put_UK.view(units, writers, -1).sum(2) / energy_U.clamp(min=1e-20)[:, None]
+        found += scale * importance_U[:, None] * share_UU
+    result: NDArray[np.float32] = found.T.cpu().numpy()
+    return result
+
+
+def _columns(layer: Any, sublayer: Sublayer, activity: Activity) -> torch.Tensor:
+    """What the units write, as columns (D, K) whose outer products sum to the second moments."""
+    block, output = OUTPUT_PROJECTIONS[sublayer.kind]
+    weight_DH = getattr(getattr(layer, block), output).weight.float()
+    values, vectors = torch.linalg.eigh(activity.written / activity.tokens)
+    roots_Umm = vectors * values.clamp(min=0).sqrt()[:, None, :]
+    weight_DUm = weight_DH.view(len(weight_DH), len(roots_Umm), -1)
+    return torch.einsum("dum,umn->dun", weight_DUm, roots_Umm).flatten(1)
+
+
+Affinities = Mapping[tuple[Sublayer, Sublayer], NDArray[np.float32]]
+Owners = dict[Sublayer, NDArray[np.int64]]  # the track of each unit
+
+
+def assign(
+    shape: ModelShape, affinities: Affinities, tracks: int, passes: int = PASSES
+) -> tuple[Owners, float, float]:
+    """Balanced owners of all units in the affinities, and the share of affinity between tracks,
+    before (contiguous) and after.
+
+    Each sublayer in turn is assigned best for the others as they are, until nothing changes.
+    """
+    sublayers = sorted({s for pair in affinities for s in pair}, key=lambda s: s.position)
+    owners: Owners = {}
+    for sublayer in sublayers:
+        units = _units(shape, sublayer.kind)
+        owners[sublayer] = np.arange(units) * tracks // units
+    before = lost(affinities, owners)
+    generator = np.random.default_rng(0)
+    for _ in range(passes):
+        changed = False
+        for sublayer in sublayers:
+            if _units(shape, sublayer.kind) % tracks == 0:
+                kept = _kept(sublayer, affinities, owners, tracks)
+                new = _reassigned(kept, owners[sublayer], generator)
+                changed |= not np.array_equal(new, owners[sublayer])
+                owners[sublayer] = new
+        if not changed:
+            break
+    return owners, before, lost(affinities, owners)
+
+
+def lost(affinities: Affinities, owners: Owners) -> float:
+    """The share of all affinity that lies between units of different tracks."""
+    total = between = 0.0
+    for (writer, reader), found in affinities.items():
+        apart = owners[writer][:, None] != owners[reader][None, :]
+        total += float(found.sum(dtype=np.float64))
+        between += float(found.sum(where=apart, dtype=np.float64))
+    return between / total if total else 0.0
+
+
+def _kept(
+    sublayer: Sublayer, affinities: Affinities, owners: Owners, tracks: int
+) -> NDArray[np.float64]:
+    """The affinity that each unit of a sublayer has with what each track owns, (U, n)."""
+    kept = np.zeros((len(owners[sublayer]), tracks))
+    for (writer, reader), found in affinities.items():
+        if sublayer == writer:
+            kept += found @ np.eye(tracks)[owners[reader]]
+        elif sublayer == reader:
+            kept += found.T @ np.eye(tracks)[owners[writer]]
+    return kept
+
+
+def _reassigned(
+    kept: NDArray[np.float64], owners: NDArray[np.int64], generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """The best exchange of the units' places, among so many units at a time as can be solved."""
+    new = owners.copy()
+    count = max(1, round(len(owners) / CHUNK))
+    for chunk in np.array_split(generator.permutation(len(owners)), count):
+        gains = kept[chunk][:, owners[chunk]]
+        units, places = linear_sum_assignment(gains, maximize=True)
+        moved = gains[units, places].sum() > gains.trace() * (1 + 1e-9)
+        if moved:
+            new[chunk[units]] = owners[chunk[places]]
+    return new
+
+
+def components(schedule: Schedule) -> Iterator[list[tuple[Sublayer, Sublayer]]]:
+    """The pairs of writers and readers, in groups that share no sublayer."""
+    groups: list[list[tuple[Sublayer, Sublayer]]] = []
+    for pair in dict.fromkeys(schedule.own_read()):
+        touched = [g for g in groups if any(set(pair) & set(other) for other in g)]
+        groups = [g for g in groups if g not in touched]
+        groups.append([p for g in touched for p in g] + [pair])
+    yield from groups
+
+
+def assignments(
+    model: Any,
+    shape: ModelShape,
+    schedule: Schedule,
+    tracks: int,
+    ids_NT: torch.Tensor,
+    progress: Progress,
+) -> tuple[dict[int, Assignment], tuple[float, float]]:
+    """The assignments of all layers held as tracks, and the share of affinity that lies between
+    tracks, contiguous and so."""
+    sublayers = sorted({s for pair in schedule.own_read() for s in pair}, key=lambda s: s.position)
+    activity = observe(model, shape, sublayers, ids_NT, progress)
+    owners: Owners = {}
+    groups, shares = list(components(schedule)), []
+    for done, group in enumerate(groups):
+        progress("assigning units", done, len(groups))
+        found = {
+            (w, r): affinity(model, shape, (w, activity[w]), (r, activity[r])) for w, r in group
+        }
+        own, before, after = assign(shape, found, tracks)
+        owners.update(own)
+        shares.append((before, after))
+    orders = {s: np.argsort(o, kind="stable").astype(np.int32) for s, o in owners.items()}
+    mean = [float(np.mean(column)) for column in zip(*shares, strict=True)]
+    return {
+        layer: Assignment(
+            *(
+                orders.get(Sublayer(layer, k), np.arange(_units(shape, k), dtype=np.int32))
+                for k in (Kind.ATTENTION, Kind.MLP)
+            )
+        )
+        for layer in schedule.track_layers(tracks)
+    }, (mean[0], mean[1])

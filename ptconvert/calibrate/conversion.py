@@ -1,0 +1,117 @@
+"""What a spec wants to be computed from a text, computed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ptconvert.calibrate.affinity import assignments
+from ptconvert.calibrate.guess import Fitted, fit_guesses, guess_tensors
+from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
+from ptconvert.evaluate.divergence import Windows, windows_for
+from ptconvert.evaluate.models import Progress, open_model
+from ptconvert.format import ASSIGNMENTS
+from ptconvert.layout import Assignment, Calibration
+from ptconvert.shape import DTYPE_BYTES, DTYPES, ModelShape
+from ptconvert.spec import Spec
+from ptconvert.transform import execute, plan_conversion
+
+DEFAULT_TOKENS = 65536
+DEFAULT_WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What was computed, and what there is to say about it.
+
+    `lost` are the shares of affinity between units of different tracks, assigned contiguously and
+    as they are now.
+    """
+
+    calibration: Calibration
+    tokens: int
+    lost: tuple[float, float] | None
+    fitted: tuple[Fitted, ...]
+
+    def figures(self) -> dict[str, Any]:
+        """Plain data, for `--json`."""
+        return {
+            "tokens": self.tokens,
+            "affinity_between_tracks": self.lost
+            and {"before": self.lost[0], "after": self.lost[1]},
+            "guesses": [
+                {"sublayer": str(f.sublayer), "rank": f.rank, "error": f.error} for f in self.fitted
+            ],
+        }
+
+
+def calibration_windows(
+    source: Checkpoint, texts: Sequence[Path], tokens: int | None, window: int | None
+) -> Windows:
+    """Windows over the texts, of about `tokens` in all or as many as there are.
+
+    Raises PTConvertError.
+    """
+    longest = source.config.get("max_position_embeddings")
+    most = longest if isinstance(longest, int) else DEFAULT_WINDOW
+    length = window or min(DEFAULT_WINDOW, most)
+    whole = windows_for(source, texts, length, 1).tokens
+    possible = max(1, (whole - 1) // length)
+    wanted = max(1, (tokens or DEFAULT_TOKENS) // length)
+    return windows_for(source, texts, length, min(possible, wanted))
+
+
+def calibrate(
+    source: Checkpoint, spec: Spec, windows: Windows, device: str, progress: Progress
+) -> Calibrated:
+    """Computes a spec's assignment and guesses on windows of a text.
+
+    Opens the dense model for the one, and for the other a temporary conversion: in float32 on the
+    CPU, elsewhere in the type stored. Raises PTConvertError.
+    """
+    shape = ModelShape.from_config(source.config, str(source.path / "config.json"))
+    ids_NT, dtype = windows.ids[:, :-1], "float32" if device == "cpu" else "auto"
+    found: Mapping[int, Assignment] = {}
+    lost, fitted = None, []
+    if spec.assignment != ASSIGNMENTS[0]:
+        progress("opening the source", 0, None)
+        model = open_model(source, dtype, device)
+        schedule = spec.schedule()
+        found, lost = assignments(model, shape, schedule, spec.tracks, ids_NT, progress)
+        del model
+    if spec.guess is not None:
+        model = _converted(source, replace(spec, guess=None), Calibration(found), dtype, device)
+        fitted = fit_guesses(model.model, ids_NT, spec.guess, progress)
+    tensors = {
+        name: _stored(tensor, shape.dtype or next(iter(source.tensors.values())).dtype)
+        for name, tensor in guess_tensors(fitted, shape.width)
+    }
+    ranks = {f.sublayer: f.rank for f in fitted if f.rank}
+    return Calibrated(Calibration(found, ranks, tensors), ids_NT.numel(), lost, tuple(fitted))
+
+
+def _converted(
+    source: Checkpoint, spec: Spec, calibration: Calibration, dtype: str, device: str
+) -> Any:
+    """The model converted without guesses; its files are gone when it is open."""
+    plan = plan_conversion(source, spec, source_name=source.path.name, calibration=calibration)
+    with tempfile.TemporaryDirectory(prefix="ptconvert-") as directory:
+        converted = Path(directory) / "model"
+        execute(plan, converted)
+        return open_model(open_checkpoint(converted), dtype, device)
+
+
+def _stored(tensor: torch.Tensor, dtype: str) -> NDArray[np.uint8]:
+    """A tensor's bytes in a dtype by safetensors' name."""
+    name = next(torch_name for torch_name, stored in DTYPES.items() if stored == dtype)
+    stored = tensor.to(getattr(torch, name)).contiguous().cpu()
+    assert stored.element_size() == DTYPE_BYTES[dtype]
+    raw: NDArray[np.uint8] = stored.view(torch.uint8).numpy()
+    return raw
