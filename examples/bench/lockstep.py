@@ -15,7 +15,9 @@ from typing import Any
 def engine(path: Path, rank: int, ranks: int, rendezvous: Path, **arguments: Any) -> Any:
     """This rank's part of an engine; all ranks must make the same engines in the same order.
 
-    `rendezvous` is a file that doesn't exist yet, the same one for all engines of the processes.
+    `rendezvous` is a file that doesn't exist yet, another for each engine: a rank that is still
+    closing the engine before would leave its addresses in it, and the next one's ranks would wait
+    for each other without end.
     `arguments` are vLLM's.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -114,7 +114,7 @@ def on_rank(job: dict[str, Any]) -> dict[str, Any]:
             Path(path),
             rank,
             RANKS,
-            Path(job["rendezvous"]),
+            Path(f"{job['rendezvous']}_{index}"),
             dtype="bfloat16",
             enforce_eager=not job["compiled"],
             enable_prefix_caching=False,
@@ -123,7 +123,7 @@ def on_rank(job: dict[str, Any]) -> dict[str, Any]:
             max_num_batched_tokens=max(256, max(job["batches"]) * PROMPT_TOKENS),
             kv_cache_memory_bytes=2**27,
         ).llm_engine
-        for name, path in job["models"].items()
+        for index, (name, path) in enumerate(job["models"].items())
     }
     if job["network"] != "shm":
         import torch

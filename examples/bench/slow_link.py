@@ -201,6 +201,7 @@ def on_ranks(
                 "MASTER_PORT": "29500",
                 "GLOO_SOCKET_IFNAME": link.devices[rank],
                 "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": "1",  # a rank has one core, and importing torch reads this
             }
             command = [*link.prefix(rank), sys.executable, *map(str, arguments)]
             with output.open("wb") as stream:

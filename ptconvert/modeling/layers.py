@@ -105,6 +105,11 @@ class Guess(nn.Module):
         return guess_BSD
 
 
+def guess_modules(width: int, ranks: Mapping[Kind, int]) -> nn.ModuleDict:
+    """A track's guesses in one layer, by block, for the sublayers that have a rank."""
+    return nn.ModuleDict({OUTPUT_PROJECTIONS[k][0]: Guess(width, r) for k, r in ranks.items()})
+
+
 class TrackedLayer(nn.Module):
     """A layer held as tracks: each a small decoder layer of the family, with its own norms.
 
@@ -138,12 +143,7 @@ class TrackedLayer(nn.Module):
             for block, projection in OUTPUT_PROJECTIONS.values():
                 getattr(getattr(track, block), projection).register_parameter("bias", None)
             if guesses:
-                track.guess = nn.ModuleDict(
-                    {
-                        OUTPUT_PROJECTIONS[k][0]: Guess(config.hidden_size, r)
-                        for k, r in guesses.items()
-                    }
-                )
+                track.guess = guess_modules(config.hidden_size, guesses)
         if assigned:
             self.assignment = nn.Module()
             sizes = {"kv_heads": config.num_key_value_heads, "neurons": config.intermediate_size}

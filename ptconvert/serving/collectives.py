@@ -13,6 +13,7 @@ blocking all-reduces, which the current stream waits for by an event.
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
@@ -38,6 +39,17 @@ class _InFlight(threading.local):
 _in_flight = _InFlight()
 
 
+def _wait(work: Any, buffer_TD: torch.Tensor) -> None:
+    """Waits for an all-reduce: on CUDA the current stream does, on CPU this thread.
+
+    On CPU it yields its core until gloo's threads are done, as going to sleep and being woken takes
+    longer than a small all-reduce does.
+    """
+    while buffer_TD.device.type == "cpu" and not work.is_completed():
+        os.sched_yield()
+    work.wait()
+
+
 def _all_reduce_boundary(after_TD: torch.Tensor, launch: int, wait: list[int]) -> torch.Tensor:
     """Launches the sum of `after_TD` over ranks as stage `launch`'s, unless that is NO_LAUNCH; then
     returns the sum of the stages `wait`, zeros where there is none."""
@@ -52,7 +64,7 @@ def _all_reduce_boundary(after_TD: torch.Tensor, launch: int, wait: list[int]) -
     for stage in wait:
         buffer_TD, work = _in_flight.by_stage.pop(stage)
         if work is not None:
-            work.wait()
+            _wait(work, buffer_TD)
         merged_TD = buffer_TD if merged_TD is None else merged_TD.add_(buffer_TD)
     return torch.zeros_like(after_TD) if merged_TD is None else merged_TD
 

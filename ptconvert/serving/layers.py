@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +22,7 @@ from vllm.model_executor.models import ModelRegistry
 
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.executor import PerTrack
-from ptconvert.modeling.layers import OUTPUT_PROJECTIONS
+from ptconvert.modeling.layers import OUTPUT_PROJECTIONS, guess_modules
 from ptconvert.modeling.model import layer_types
 from ptconvert.schedule import Kind
 from ptconvert.shape import ModelShape
@@ -35,10 +35,17 @@ class ServedLayer(nn.Module):
     """One layer as a rank holds it: its tracks, or its shard of a layer held dense.
 
     `tracks` are the rank's own (global numbers), None for a layer held dense; `count` are all.
+    `guesses` are the ranks of the tracks' guesses, for the sublayers that have one.
     """
 
     def __init__(
-        self, vllm_config: Any, shape: ModelShape, index: int, tracks: range | None, count: int
+        self,
+        vllm_config: Any,
+        shape: ModelShape,
+        index: int,
+        tracks: range | None,
+        count: int,
+        guesses: Mapping[Kind, int],
     ) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
@@ -48,7 +55,10 @@ class ServedLayer(nn.Module):
         for track in tracks or ():
             with _as_shard_of(count):
                 prefix = f"model.track{track}.layers.{index}"  # one number, for vLLM to find
-                self.parts[str(track)] = _decoder_layer(vllm_config, shape, prefix)
+                part: Any = _decoder_layer(vllm_config, shape, prefix)
+            if guesses:
+                part.guess = guess_modules(shape.width, guesses)
+            self.parts[str(track)] = part
         biased = {rule.name for rule in shape.rules}
         self.common = nn.ParameterDict()  # output biases, which all ranks know
         for block, projection in OUTPUT_PROJECTIONS.values():
@@ -85,6 +95,19 @@ class ServedLayer(nn.Module):
         return [
             part.self_attn(positions=positions_T, hidden_states=x_TD)
             for part, x_TD in zip(parts, normed, strict=True)
+        ]
+
+    def guess(
+        self, kind: Kind, normed: Sequence[torch.Tensor], partials: PerTrack
+    ) -> PerTrack | None:
+        """Each track's guess of all others' partials, where the layer has guesses of this kind."""
+        block = OUTPUT_PROJECTIONS[kind][0]
+        parts: list[Any] = list(self.parts.values())
+        if block not in getattr(parts[0], "guess", ()):
+            return None
+        return [
+            part.guess[block](x_TD, partial_TD)
+            for part, x_TD, partial_TD in zip(parts, normed, partials, strict=True)
         ]
 
     def common_bias(self, kind: Kind) -> torch.Tensor | None:

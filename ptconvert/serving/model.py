@@ -81,6 +81,7 @@ class PTConvertModel(nn.Module):
                 index,
                 self.local_tracks if index in tracked else None,
                 section.tracks,
+                {s.kind: rank for s, rank in section.guesses.items() if s.layer == index},
             )
             for index in range(shape.layers)
         )
@@ -102,9 +103,10 @@ class PTConvertModel(nn.Module):
         base_TD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         merged_TD: torch.Tensor | None = None  # all-reduced; the next norm adds it to base_TD
         waiting: PerTrack | None = None  # deferred partials
-        seen: dict[int, PerTrack] = {}  # partials in flight that their own tracks see
+        guessed: PerTrack | None = None  # of the others' deferred partials
+        seen: dict[int, PerTrack] = {}  # partials in flight that their own tracks see, and guesses
         for step in self.program:
-            own = waiting
+            own = waiting if guessed is None else add_per_track(waiting, guessed)
             for stage in step.sees:
                 own = add_per_track(own, seen[stage])
             partials: PerTrack | None = None
@@ -115,6 +117,9 @@ class PTConvertModel(nn.Module):
                 merged_TD = None
                 outputs = layer.run(sublayer.kind, normed, positions)
                 partials = add_per_track(partials, outputs)
+                guess = layer.guess(sublayer.kind, normed, outputs) if step.keeps_own else None
+                if guess is not None:
+                    guessed = add_per_track(guessed, guess)
             assert partials is not None
             pending = add_per_track(waiting, partials)
             if step.ending is Merge.DEFERRED:
@@ -122,7 +127,9 @@ class PTConvertModel(nn.Module):
             else:
                 local_TD, waiting = self._local_sum(waiting, partials), None
             if step.ending is Merge.OWN_SEEN:
-                seen[step.index] = pending
+                seen[step.index] = pending if guessed is None else add_per_track(pending, guessed)
+            if step.ending is not Merge.DEFERRED:
+                guessed = None
             merged_TD = self._cross(step, local_TD)
             seen = {stage: parts for stage, parts in seen.items() if stage not in step.merged}
         return read_stream([self.norm], base_TD, merged_TD, None)[0][0]
@@ -187,9 +194,13 @@ class PTConvertForCausalLM(nn.Module):
         return logits
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
-        """Whether a tensor is another rank's: vLLM doesn't read files that hold only such."""
+        """Whether a tensor isn't for this rank's model: vLLM doesn't read files of only such.
+
+        Other ranks' tracks are not, nor what an assignment says about where units came from.
+        """
         track = _TRACK.search(name)
-        return track is not None and int(track[1]) not in self.model.local_tracks
+        others = track is not None and int(track[1]) not in self.model.local_tracks
+        return others or ".assignment." in name
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads this rank's tensors; returns the names of the parameters that were filled."""

@@ -33,6 +33,13 @@ class Step:
     counted: tuple[Sublayer, ...]
 
     @property
+    def keeps_own(self) -> bool:
+        """Whether tracks go on from here with their own partials, and guesses of the others'."""
+        return self.ending is Merge.DEFERRED or (
+            self.ending is Merge.OWN_SEEN and self.index not in self.merged
+        )
+
+    @property
     def boundary(self) -> bool:
         """Whether an asynchronous all-reduce is launched or waited for after the stage."""
         return self.ending.overlapped or bool(self.merged)

@@ -9,11 +9,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from conftest import random_model, spec_text
 
 from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.layout import Assignment, Calibration, guess_tensors
 from ptconvert.spec import parse_spec
-from ptconvert.transform import execute, plan_conversion
+from ptconvert.transform import Plan, execute, plan_conversion
 
 CORES = sorted(os.sched_getaffinity(0))
 os.environ.update(
@@ -38,12 +40,35 @@ MIXED = """  - {layers: 0-0, use: tensor_parallel}
 
 
 def make_model(directory: Path, variant: str, tracks: int, schedule: str, top: str = "") -> Path:
-    """A random dense model of a variant; converted, unless `tracks` is 0. `top` is the spec's."""
+    """A random dense model of a variant; converted, unless `tracks` is 0. `top` is the spec's.
+
+    What a spec wants to be computed from a text, an assignment and guesses, is random.
+    """
     dense = directory / "dense"
     random_model(variant, **SIZES).save_pretrained(dense)
     if tracks == 0:
         return dense
-    spec = parse_spec(spec_text(tracks, schedule, top), "spec.yaml")
-    plan = plan_conversion(open_checkpoint(dense), spec, source_name="dense")
+    spec, source = parse_spec(spec_text(tracks, schedule, top), "spec.yaml"), open_checkpoint(dense)
+    plan = plan_conversion(source, spec, source_name="dense")
+    if not plan.complete:
+        known = random_calibration(plan)
+        plan = plan_conversion(source, spec, source_name="dense", calibration=known)
     execute(plan, directory / "converted")
     return directory / "converted"
+
+
+def random_calibration(plan: Plan) -> Calibration:
+    """Units in random order, and guesses of about the size of what they stand for."""
+    random, shape = np.random.default_rng(0), plan.shape
+    orders = {
+        layer: Assignment(
+            random.permutation(shape.kv_heads).astype(np.int32),
+            random.permutation(shape.neurons).astype(np.int32),
+        )
+        for layer in plan.schedule.track_layers(plan.tracks)
+    }
+    tensors = {
+        name: random.normal(scale=0.1, size=size).astype(np.float32).view(np.uint8)
+        for _, name, size in guess_tensors(shape, plan.guesses, plan.tracks)
+    }
+    return Calibration(orders, plan.guesses, tensors)

@@ -23,9 +23,10 @@ def main() -> None:
     rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     lockstep.bind(rank)
     found = {}
-    for case in json.loads((directory / "cases.json").read_text()):
+    for index, case in enumerate(json.loads((directory / "cases.json").read_text())):
+        rendezvous = directory / f"vllm_dist_{directory.name}_{index}"
         try:
-            found[case["name"]] = run(case, rank, ranks, directory / f"vllm_dist_{directory.name}")
+            found[case["name"]] = run(case, rank, ranks, rendezvous)
         except Exception:
             found[case["name"]] = {"error": traceback.format_exc()}
             break  # the ranks may not be in step any more
@@ -93,6 +94,9 @@ def cached_tokens(llm: Any, prompts: list[list[int]]) -> int:
 
 def faults(model: Any) -> Iterator[tuple[str, Callable[[], None]]]:
     """Puts one fault after another into a model: its name, and how to undo it."""
+    import torch
+
+    from ptconvert.modeling.layers import Guess
     from ptconvert.schedule import Merge
 
     program = model.program
@@ -117,6 +121,15 @@ def faults(model: Any) -> Iterator[tuple[str, Callable[[], None]]]:
         kept = biases[0].data.clone()
         biases[0].data *= 2
         yield "a bias is counted twice", lambda: biases[0].data.copy_(kept)
+    guesses = [g for g in model.modules() if isinstance(g, Guess)]
+    if guesses:
+        forward = Guess.forward
+        Guess.forward = lambda self, x_TD, partial_TD: torch.zeros_like(partial_TD)
+
+        def restore() -> None:
+            Guess.forward = forward
+
+        yield "a guess is left out", restore
 
 
 if __name__ == "__main__":

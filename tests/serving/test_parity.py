@@ -39,6 +39,7 @@ class Case:
     eager: bool = True
 
 
+GUESSES = "assignment: {method: affinity}\nguess: {rank: 8}\n"
 CASES = {
     "parallel_track, depth 1": Case("llama", 2, "use: parallel_track, depth: 1"),
     "parallel_track, depth 2": Case("llama", 2, "use: parallel_track, depth: 2"),
@@ -52,10 +53,19 @@ CASES = {
     "mixed, mistral with a window": Case("mistral-window", 2, MIXED),
     "mixed, qwen2, tied": Case("qwen2-two-kv-tied", 4, MIXED),
     "mixed, qwen3, biases": Case("qwen3-biases", 4, MIXED),
+    "parallel_track, depth 3, guesses": Case("llama", 2, "use: parallel_track, depth: 3", GUESSES),
+    "guesses, mixed, 2 tracks per rank": Case("llama-biases", 4, MIXED, GUESSES),
+    "guesses, in flight, compiled": Case("llama", 2, "use: delayed, delay: 2", GUESSES, False),
     "mixed, compiled": Case("llama-biases", 4, MIXED, eager=False),
     "dense": Case("llama", 0),
 }
-WITH_FAULTS = ("parallel_track, depth 4", "ladder", "delayed", "mixed, biases, 2 tracks per rank")
+WITH_FAULTS = (
+    "parallel_track, depth 4",
+    "ladder",
+    "delayed",
+    "mixed, biases, 2 tracks per rank",
+    "parallel_track, depth 3, guesses",
+)
 
 
 def prompts() -> list[list[int]]:
@@ -192,6 +202,7 @@ def test_faults_are_seen(name: str, found: Any, references: dict[str, Answers]) 
     assert "a merge is dropped" in seen
     assert ("a lag is changed" in seen) == ("parallel_track" not in name)
     assert ("a bias is counted twice" in seen) == ("biases" in name)
+    assert ("a guess is left out" in seen) == ("guesses" in name)
 
 
 def test_one_rank_holds_all_tracks(
