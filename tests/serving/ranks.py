@@ -124,7 +124,7 @@ def faults(model: Any) -> Iterator[tuple[str, Callable[[], None]]]:
     guesses = [g for g in model.modules() if isinstance(g, Guess)]
     if guesses:
         forward = Guess.forward
-        Guess.forward = lambda self, x_TD, partial_TD: torch.zeros_like(partial_TD)
+        Guess.forward = lambda *given: torch.zeros_like(given[2])
 
         def restore() -> None:
             Guess.forward = forward
