@@ -171,7 +171,9 @@ def guess_cost(
         return None
     added = [size for _, _, size in guess_tensors(shape, guesses, tracks)]
     dense = dict(shape.tensors())
-    multiplied = [s for n, s in dense.items() if len(s) == 2 and n != EMBEDDING]
+    multiplied: list[tuple[int, ...]] = [
+        s for n, s in dense.items() if len(s) == 2 and n != EMBEDDING
+    ]
     if shape.tied:
         multiplied.append(dense[EMBEDDING])
     parameters = sum(map(math.prod, added))

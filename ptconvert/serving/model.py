@@ -187,7 +187,11 @@ class PTConvertForCausalLM(nn.Module):
         return logits
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
-        """Whether a tensor is another rank's: vLLM doesn't read files that hold only such."""
+        """Whether a tensor is another rank's: vLLM doesn't read files that hold only such.
+
+        Nor is the order in which a layer's units were assigned to tracks of any use here."""
+        if ".assignment." in name:
+            return True
         track = _TRACK.search(name)
         return track is not None and int(track[1]) not in self.model.local_tracks
 

@@ -33,6 +33,11 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
             f"tensor_parallel_size {ranks}: the checkpoint has {tracks} tracks, so it runs on "
             f"{fits} ranks"
         )
+    if section.guesses:
+        yield (
+            "the checkpoint's tracks guess each other's partials (guess in its spec), which is not "
+            "served yet; convert it without"
+        )
     if model.quantization is not None:
         yield (
             f"quantization {model.quantization}: converted models are served in bfloat16, float16 "
