@@ -183,7 +183,7 @@ def planted(noise: float, pairs: int = 4000) -> tuple[Moments, Moments, torch.Te
     y_PD = z_PF @ true_FD + 3 + noise * torch.randn(pairs, 6, generator=generator)
     both = Moments(12, 6), Moments(12, 6)
     for moments, rows in zip(both, (slice(0, 3000), slice(3000, None)), strict=True):
-        for part in zip(z_PF[rows].split(500), y_PD[rows].split(500), strict=True):
+        for part in zip(*(torch.split(p[rows], 500) for p in (z_PF, y_PD)), strict=True):
             moments.add(*part)
     return *both, true_FD
 
