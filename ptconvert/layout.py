@@ -15,6 +15,7 @@ from ptconvert.checkpoint.writer import Indices, Target
 from ptconvert.families import Cut, TensorRule
 from ptconvert.schedule import Kind, Schedule, Sublayer
 from ptconvert.shape import DTYPE_BYTES, EMBEDDING, ModelShape
+from ptconvert.spec import Spec
 
 SHARED = "shared"
 
@@ -159,6 +160,14 @@ def guess_tensors(
                 yield track, f"{owner}.{name}", size
 
 
+def most_guesses(spec: Spec, shape: ModelShape) -> dict[Sublayer, int]:
+    """The guesses that a conversion by a spec can have at most: wherever one can be."""
+    if spec.guess is None:
+        return {}
+    rank = min(spec.guess, shape.width)
+    return dict.fromkeys(spec.schedule().own_kept(spec.tracks), rank)
+
+
 def guess_cost(
     shape: ModelShape, guesses: Mapping[Sublayer, int], tracks: int
 ) -> dict[str, Any] | None:
@@ -171,9 +180,7 @@ def guess_cost(
         return None
     added = [size for _, _, size in guess_tensors(shape, guesses, tracks)]
     dense = dict(shape.tensors())
-    multiplied = [s for n, s in dense.items() if len(s) == 2 and n != EMBEDDING]
-    if shape.tied:
-        multiplied.append(dense[EMBEDDING])
+    matrices = [s for n, s in dense.items() if len(s) == 2 and (shape.tied or n != EMBEDDING)]
     parameters = sum(map(math.prod, added))
     flops = 2 * sum(math.prod(s) for s in added if len(s) == 2)
     return {
@@ -182,7 +189,7 @@ def guess_cost(
         "parameters_share": parameters / sum(map(math.prod, dense.values())),
         "bytes": parameters * DTYPE_BYTES[shape.dtype or "BF16"],
         "flops_per_token": flops,
-        "flops_share": flops / (2 * sum(map(math.prod, multiplied))),
+        "flops_share": flops / (2 * sum(map(math.prod, matrices))),
     }
 
 

@@ -166,7 +166,12 @@ def print_calibration(
             )
         console.print(table)
     if cost is not None:
-        console.print(f"guesses: {_guess_cost(cost)}", soft_wrap=True)
+        print_guess_cost(console, cost)
+
+
+def print_guess_cost(console: Console, cost: Mapping[str, Any], at_most: bool = False) -> None:
+    """What guesses add to a model; `at_most` before a text has decided."""
+    console.print(f"guesses{', at most' if at_most else ''}: {_guess_cost(cost)}", soft_wrap=True)
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -47,6 +47,7 @@ from ptconvert.layout import (
     dense_tensors,
     guess_cost,
     guess_tensors,
+    most_guesses,
     order_tensors,
     place,
     track_stem,
@@ -154,7 +155,7 @@ def plan_conversion(
     spec = _spec_for(checkpoint, shape, spec)
     spec.check(shape)
     schedule = spec.schedule()
-    known = calibration or _sizes_only(shape, spec, schedule)
+    known = calibration or Calibration(guesses=most_guesses(spec, shape))
     tensors = list(dense_tensors(shape, schedule, spec.tracks, known.assignments))
     dtype, extras = _check_tensors(checkpoint, {t.name: t.shape for t in tensors}, shape)
     targets, moves = _copied(extras, SHARED)
@@ -193,13 +194,6 @@ def plan_conversion(
         guesses=known.guesses,
         complete=calibration is not None or not spec.needs_text,
     )
-
-
-def _sizes_only(shape: ModelShape, spec: Spec, schedule: Schedule) -> Calibration:
-    """What a text would give, as far as its size is known: guesses of the rank asked for."""
-    rank = spec.guess
-    guesses = {} if rank is None else dict.fromkeys(schedule.own_kept(spec.tracks), rank)
-    return Calibration({}, {s: min(r, shape.width) for s, r in guesses.items()})
 
 
 def _orders(

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+# For each sublayer and track: A and B (R, D), V (D, R), b (D).
+Guesses = dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]]
+
 
 @dataclass
 class Flight:
     """An all-reduce in flight; `left` counts the stages still to run before its merge.
 
-    `total` and `common` are BSD, `seen` is TBSD.
+    `total` and `common` are BSD, `seen` (own parts and guesses) is TBSD.
     """
 
     left: int
@@ -71,6 +74,20 @@ def sublayer_partials(
     return torch.stack(partials), common
 
 
+def guessed(
+    model: Any, sublayer: str, x_TBSD: torch.Tensor, partial_TBSD: torch.Tensor, guesses: Guesses
+) -> torch.Tensor:
+    """What each track takes the others' partials of a sublayer to be, (T, B, S, D): V (A x + B p)
+    + b of its normed input x and its own partial p, by four tensors for each track."""
+    layer = model.model.layers[int(sublayer[1:])]
+    norm = layer.input_layernorm if sublayer[0] == "a" else layer.post_attention_layernorm
+    found = []
+    for t, (a_RD, b_RD, v_DR, bias_D) in enumerate(guesses[sublayer]):
+        inner = norm(x_TBSD[t]) @ a_RD.T + partial_TBSD[t] @ b_RD.T
+        found.append(inner @ v_DR.T + bias_D)
+    return torch.stack(found)
+
+
 @torch.no_grad()
 def reference_logits(
     model: Any,
@@ -80,10 +97,12 @@ def reference_logits(
     keep_BS: torch.Tensor | None = None,
     deferred: str = "sum",
     common_weight: float = 1.0,
+    guesses: Guesses | None = None,
 ) -> torch.Tensor:
     """Logits (B, S, vocabulary) of a dense eager-attention model under a schedule's text.
 
     `keep_BS` is 0 for padding. `common_weight` is 1; negative controls count biases otherwise.
+    `guesses` are by sublayer, such as a3.
     """
     keep_BS = torch.ones_like(ids_BS) if keep_BS is None else keep_BS
     base_BSD = model.model.embed_tokens(ids_BS)
@@ -91,13 +110,14 @@ def reference_logits(
     types = getattr(model.config, "layer_types", None)
     window = getattr(model.config, "sliding_window", None)
     waited_TBSD = torch.zeros(tracks, *base_BSD.shape)
+    waited_guess_TBSD = torch.zeros_like(waited_TBSD)
     waited_common = torch.zeros_like(base_BSD)
     flights: list[Flight] = []
     for word in schedule.split():
         match = re.fullmatch(r"([am0-9|]+)([!.~^])(\d*)", word)
         assert match is not None
         names, ending, lag = match[1].split("|"), match[2], int(match[3] or 0)
-        x_TBSD = base_BSD + waited_TBSD + sum(f.seen for f in flights)
+        x_TBSD = base_BSD + waited_TBSD + waited_guess_TBSD + sum(f.seen for f in flights)
         own_TBSD, common_BSD = torch.zeros_like(waited_TBSD), waited_common
         for name in names:
             index = int(name[1:])
@@ -108,6 +128,9 @@ def reference_logits(
             }
             partial_TBSD, bias_BSD = sublayer_partials(model, name, x_TBSD, extra)
             own_TBSD = own_TBSD + partial_TBSD
+            if guesses is not None and name in guesses:
+                guess_TBSD = guessed(model, name, x_TBSD, partial_TBSD, guesses)
+                waited_guess_TBSD = waited_guess_TBSD + guess_TBSD
             common_BSD = common_BSD + common_weight * bias_BSD
         for flight in flights:
             flight.left -= 1
@@ -117,7 +140,10 @@ def reference_logits(
         else:
             weight = 1 / tracks if deferred == "mean" else 1.0
             sum_BSD = (weight * waited_TBSD + own_TBSD).sum(0)
-            seen = pending_TBSD if ending == "^" else torch.zeros_like(pending_TBSD)
+            seen = torch.zeros_like(pending_TBSD)
+            if ending == "^":
+                seen = pending_TBSD + waited_guess_TBSD
+            waited_guess_TBSD = torch.zeros_like(waited_guess_TBSD)
             flights.append(Flight(lag, sum_BSD, seen, common_BSD))
             waited_TBSD, waited_common = torch.zeros_like(own_TBSD), torch.zeros_like(base_BSD)
         for flight in [f for f in flights if f.left == 0]:

@@ -15,7 +15,7 @@ import torch
 from ptconvert.calibrate.regression import Affine, Fit, Moments, best, fits
 from ptconvert.evaluate.models import Progress
 from ptconvert.modeling.executor import OneProcess, PerTrack, RunSublayer, Streams, Update
-from ptconvert.modeling.layers import apply_norm
+from ptconvert.modeling.layers import OUTPUT_PROJECTIONS, apply_norm
 from ptconvert.presets import dense_schedule
 from ptconvert.schedule import Schedule, Sublayer
 
@@ -87,7 +87,7 @@ def fit_guesses(
 
 def _batches(decoder: Any, ids_NT: torch.Tensor) -> Iterator[_Batch]:
     size = max(1, min(BATCH_TOKENS // ids_NT.shape[1], len(ids_NT) // HELD_OUT))
-    for number, ids_BT in enumerate(ids_NT.split(size), 1):
+    for number, ids_BT in enumerate(torch.split(ids_NT, size), 1):
         stream_BTD = decoder.embed_tokens(ids_BT.to(decoder.device))
         run, held_out = decoder.runner(stream_BTD), number % HELD_OUT == 0
         yield _Batch(run, Streams(stream_BTD), Streams(stream_BTD), held_out)
@@ -139,19 +139,19 @@ def _fit_sublayer(
     candidates: list[list[Fit]] = []
     before = 0.0
     for t, track in enumerate(tracks):
-        sums = [Moments(2 * width, width, decoder.device) for _ in range(2)]
+        train, test = (Moments(2 * width, width, decoder.device) for _ in range(2))
         for b, (batch, view, update) in enumerate(zip(batches, views, updates, strict=True)):
             x_BTD = apply_norm(track, sublayer.kind, view[t % len(view)])
             z_PF = torch.cat([x_BTD, update.partials[t]], dim=-1).flatten(0, 1)
             y_BTD = _whole(update) - update.partials[t]
             if behind is not None:
                 y_BTD = y_BTD + behind[b][t % len(behind[b])]
-            sums[batch.held_out].add(z_PF, y_BTD.flatten(0, 1))
+            (test if batch.held_out else train).add(z_PF, y_BTD.flatten(0, 1))
             inputs[b].append(z_PF)
-        candidates.append(fits(*sums))
-        before += sums[1].energy
+        candidates.append(fits(train, test))
+        before += test.energy
     chosen = best(list(zip(*candidates, strict=True)), min(rank, width))
-    errors = sum(fit.errors for fit in chosen) / before
+    errors = torch.stack([fit.errors for fit in chosen]).sum(0) / before
     picked = _pick_rank([float(e) for e in errors], min(rank, width))
     if not picked:
         return Fitted(sublayer, 0, 1.0)
@@ -178,8 +178,6 @@ def _pick_rank(errors: Sequence[float], rank: int) -> int:
 
 def guess_tensors(fitted: Sequence[Fitted], width: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and values of the tensors of all guesses, as the model's parameters."""
-    from ptconvert.modeling.layers import OUTPUT_PROJECTIONS
-
     for f in fitted:
         for t, guess in enumerate(f.guesses):
             block = OUTPUT_PROJECTIONS[f.sublayer.kind][0]

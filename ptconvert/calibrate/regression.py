@@ -15,17 +15,26 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 class Moments:
-    """Sums over pairs of features and targets: everything that a regression needs of them."""
+    """Sums over pairs of features and targets: everything that a regression needs of them.
+
+    They are of what the pairs differ by from the first ones' mean, so that features which hardly
+    vary lose no digits.
+    """
 
     def __init__(self, features: int, targets: int, device: torch.device | str = "cpu") -> None:
         size = features + 1 + targets
         self.features = features
+        self.offset = torch.zeros(size, dtype=torch.float32, device=device)
         self.sums = torch.zeros(size, size, dtype=torch.float64, device=device)
 
     def add(self, z_PF: torch.Tensor, y_PD: torch.Tensor) -> None:
         """Adds pairs."""
         one = torch.ones_like(z_PF[:, :1])
         rows = torch.cat([z_PF, one, y_PD], dim=1).float()
+        if not self.pairs:
+            self.offset = rows.mean(0)
+            self.offset[self.features] = 0
+        rows -= self.offset
         self.sums += (rows.T @ rows).double()
 
     @property
@@ -36,7 +45,9 @@ class Moments:
     @property
     def energy(self) -> float:
         """The sum of the targets' squares."""
-        return float(self.sums.diagonal()[self.features + 1 :].sum())
+        zero = torch.zeros_like(self.sums[0])
+        f = self.features
+        return float(self.about(zero[:f], zero[f + 1 :])[2])
 
     def about(
         self, z_F: torch.Tensor, y_D: torch.Tensor
@@ -44,15 +55,17 @@ class Moments:
         """zz (FF), zy (FD) and the trace of yy, of features and targets less these."""
         f, count = self.features, self.pairs
         sum_z, sum_y = self.sums[f, :f], self.sums[f, f + 1 :]
+        z_F, y_D = z_F - self.offset[:f], y_D - self.offset[f + 1 :]
         zz = self.sums[:f, :f] - torch.outer(sum_z, z_F) - torch.outer(z_F, sum_z)
         zy = self.sums[:f, f + 1 :] - torch.outer(sum_z, y_D) - torch.outer(z_F, sum_y)
-        yy = self.energy - 2 * sum_y @ y_D + count * y_D @ y_D
+        yy = self.sums.diagonal()[f + 1 :].sum() - 2 * sum_y @ y_D + count * y_D @ y_D
         return zz + count * torch.outer(z_F, z_F), zy + count * torch.outer(z_F, y_D), yy
 
     def means(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean features and the mean targets."""
         f = self.features
-        return self.sums[f, :f] / self.pairs, self.sums[f, f + 1 :] / self.pairs
+        mean = self.offset + self.sums[f] / self.pairs
+        return mean[:f], mean[f + 1 :]
 
 
 @dataclass(frozen=True)

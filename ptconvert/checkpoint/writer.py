@@ -217,7 +217,7 @@ def write_arrays(
 ) -> None:
     """Fills targets with arrays of as many bytes."""
     for name, array in arrays.items():
-        block = memoryview(np.ascontiguousarray(array)).cast("B")
+        block = np.ascontiguousarray(array).data.cast("B")
         assert len(block) == targets[name].nbytes, f"{name} is not of its target's size"
         handle = os.open(targets[name].file, os.O_RDWR)
         try:

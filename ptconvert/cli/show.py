@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+from rich.console import Console
 
 from ptconvert.cli.common import model_shape, print_figures
 from ptconvert.format import read_section, source_config
@@ -26,7 +28,8 @@ def show(
 
     A spec is checked against --model, or against a number of --layers.
     """
-    from ptconvert.render import print_schedule
+    from ptconvert.layout import guess_cost, most_guesses
+    from ptconvert.render import print_guess_cost, print_schedule
 
     if sum(given is not None for given in (model, layers)) != (0 if spec.is_dir() else 1):
         raise click.UsageError(
@@ -35,8 +38,10 @@ def show(
     shape = model_shape(model, revision) if model else None
     if spec.is_dir():
         schedule, tracks, shape = converted(spec)
+        guesses = read_section(read_config(spec)).guesses
     else:
         read = read_spec(spec)
+        guesses = most_guesses(read, shape) if shape is not None else {}
         if shape is not None:
             read.check(shape)
         elif layers is not None:
@@ -44,7 +49,7 @@ def show(
         schedule, tracks = read.schedule(), read.tracks
     carries = shape.bytes_per_token if shape else None
     counts = schedule.counts
-    figures = {
+    figures: dict[str, Any] = {
         "schedule": str(schedule),
         "tracks": tracks,
         "layers": schedule.layers,
@@ -52,10 +57,15 @@ def show(
         "all_reduces": {"before": 2 * schedule.layers, "after": counts.all_reduces},
         "waited_for": {"before": 2 * schedule.layers, "after": counts.waited_for},
         "bytes_per_token_per_all_reduce": carries,
+        "guess": guess_cost(shape, guesses, tracks) if shape is not None else None,
     }
-    print_figures(
-        figures, as_json, lambda console: print_schedule(console, schedule, tracks, carries)
-    )
+
+    def show(console: Console) -> None:
+        print_schedule(console, schedule, tracks, carries)
+        if figures["guess"]:
+            print_guess_cost(console, figures["guess"], at_most=not spec.is_dir())
+
+    print_figures(figures, as_json, show)
 
 
 def converted(path: Path) -> tuple[Schedule, int, ModelShape]:

@@ -1,0 +1,322 @@
+"""What is computed from a text: affinity, guesses, and the command that does both."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from calibrating import TOP, random_assignments, random_calibration
+from click.testing import CliRunner
+from conftest import Convert, MakeDense, byte_level, load, spec_text
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_modeling import SCHEDULES
+from test_transform import back, same, tensors
+
+from ptconvert.calibrate import affinity
+from ptconvert.calibrate.guess import _pick_rank, fit_guesses
+from ptconvert.calibrate.regression import Moments, best, fits
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.cli import main
+from ptconvert.errors import CheckpointError, SpecError
+from ptconvert.layout import Assignment, Calibration, guess_cost
+from ptconvert.schedule import Kind, Schedule, Sublayer
+from ptconvert.shape import ModelShape, read_config
+from ptconvert.spec import parse_spec
+from ptconvert.transform import execute, plan_conversion, plan_to_dense
+
+AFFINITY = "assignment: affinity\n"
+
+
+def quiet(*_: object) -> None:
+    """No progress."""
+
+
+def shape_at(path: Path) -> ModelShape:
+    return ModelShape.from_config(read_config(path))
+
+
+# ---- the checkpoint
+
+
+@pytest.mark.parametrize("tracks", [2, 4, 8])
+@pytest.mark.parametrize("variant", ["llama-biases", "llama-mqa", "qwen3"])
+def test_to_dense_gives_back_the_source(
+    variant: str, tracks: int, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    source = make_dense(variant, torch.float32)
+    schedule = parse_spec(spec_text(tracks, SCHEDULES["mixed"]), "s").schedule()
+    calibration = random_calibration(source, schedule, tracks)
+    path = convert(source, tracks, SCHEDULES["mixed"], TOP, calibration=calibration)
+    assert any(".guess." in name for name in tensors(path))
+    assert same(tensors(back(path, tmp_path / "back")), tensors(source))
+    # after transformers saved it, too
+    load(path).save_pretrained(tmp_path / "saved")
+    assert same(tensors(back(tmp_path / "saved", tmp_path / "again")), tensors(source))
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_order_comes_back(make_dense: MakeDense, data: st.DataObject) -> None:
+    source = make_dense("llama-biases", torch.bfloat16)
+    shape = shape_at(source)
+    spec = parse_spec(spec_text(4, "use: parallel_track, depth: 2", AFFINITY), "s")
+    orders = {
+        layer: Assignment(
+            *(np.array(data.draw(st.permutations(range(n))), np.int32)
+              for n in (shape.kv_heads, shape.neurons))
+        )
+        for layer in data.draw(st.sets(st.integers(0, 5)))
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "converted"
+        plan = plan_conversion(
+            open_checkpoint(source), spec, source_name="x", calibration=Calibration(orders)
+        )
+        execute(plan, path)
+        found = tensors(path)
+        for layer, order in orders.items():
+            up = [found[f"model.layers.{layer}.tracks.{t}.mlp.up_proj.weight"] for t in range(4)]
+            dense = tensors(source)[f"model.layers.{layer}.mlp.up_proj.weight"]
+            assert torch.equal(torch.cat(up), dense[torch.from_numpy(order.neurons).long()])
+        assert same(tensors(back(path, Path(directory) / "back")), tensors(source))
+
+
+def test_a_damaged_order_is_refused(make_dense: MakeDense, convert: Convert) -> None:
+    source = make_dense("llama")
+    orders = {1: Assignment(np.zeros(4, np.int32), np.arange(48, dtype=np.int32))}
+    path = convert(source, 4, "use: parallel_track, depth: 2", AFFINITY,
+                   calibration=Calibration(orders))  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"layers.1.assignment.kv_heads must hold each"):
+        plan_to_dense(open_checkpoint(path))
+
+
+def test_costs_are_those_of_the_models_parameters(make_dense: MakeDense, convert: Convert) -> None:
+    source = make_dense("llama")
+    spec = parse_spec(spec_text(4, SCHEDULES["mixed"], TOP), "s")
+    calibration = random_calibration(source, spec.schedule(), 4)
+    path = convert(source, 4, SCHEDULES["mixed"], TOP, calibration=calibration)
+    counted = {n: p for n, p in load(path).named_parameters() if ".guess." in n}
+    cost = guess_cost(shape_at(source), calibration.guesses, 4)
+    assert cost is not None
+    assert cost["parameters"] == sum(p.numel() for p in counted.values())
+    assert cost["flops_per_token"] == 2 * sum(p.numel() for p in counted.values() if p.ndim == 2)
+    dense = load(source)
+    assert cost["parameters_share"] == cost["parameters"] / dense.num_parameters()
+    matrices = [p.numel() for n, p in dense.named_parameters() if p.ndim == 2 and "embed" not in n]
+    assert cost["flops_share"] == cost["flops_per_token"] / (2 * sum(matrices))
+    full = plan_conversion(open_checkpoint(source), spec, source_name="x").summary()["guess"]
+    assert full["ranks"] == {str(s): 5 for s in spec.schedule().own_kept(4)}
+
+
+# ---- affinity
+
+
+def test_affinity_is_kept_better_than_contiguously(make_dense: MakeDense) -> None:
+    source = make_dense("llama", num_key_value_heads=8)
+    schedule = parse_spec(spec_text(4, "use: parallel_track, depth: 2"), "s").schedule()
+    ids_NT = torch.randint(3, 96, (6, 24), generator=torch.Generator().manual_seed(0))
+    orders, (before, after) = affinity.assignments(
+        load(source), shape_at(source), schedule, 4, ids_NT, quiet
+    )
+    assert set(orders) == set(range(6))
+    for order in orders.values():
+        assert sorted(order.neurons) == list(range(48)) and sorted(order.kv_heads) == list(range(8))
+    assert after < before - 0.03
+
+
+def test_units_that_read_each_other_are_found(make_dense: MakeDense) -> None:
+    """Planted: two groups of units, hidden by a permutation, with nothing between them."""
+    shape = shape_at(make_dense("llama"))
+    draw = np.random.default_rng(1)
+    a, b = Sublayer(0, Kind.MLP), Sublayer(1, Kind.MLP)
+    groups = {s: draw.permutation(np.arange(48) % 2) for s in (a, b)}
+    found = (groups[a][:, None] == groups[b][None, :]) * draw.random((48, 48))
+    owners, before, after = affinity.assign(shape, {(a, b): found.astype(np.float32)}, 2)
+    assert before > 0.3 and after == 0
+    for s in (a, b):
+        assert len({(int(g), int(o)) for g, o in zip(groups[s], owners[s], strict=True)}) == 2
+
+
+def test_what_is_lost_is_what_the_model_loses(make_dense: MakeDense) -> None:
+    """The affinity of neurons is the squared share of a reader's inputs that a writer gives."""
+    source = make_dense("llama")
+    model, shape = load(source), shape_at(source)
+    ids_NT = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
+    a, b = Sublayer(1, Kind.MLP), Sublayer(2, Kind.MLP)
+    seen = affinity.observe(model, shape, [a, b], ids_NT, quiet)
+    found = affinity.affinity(model, shape, (a, seen[a]), (b, seen[b]))
+    caught: dict[str, torch.Tensor] = {}
+    writer, reader = model.model.layers[1], model.model.layers[2]
+    writer.mlp.down_proj.register_forward_pre_hook(lambda _, x: caught.update(h=x[0]))
+    reader.mlp.down_proj.register_forward_pre_hook(lambda _, x: caught.update(out=x[0]))
+    reader.post_attention_layernorm.register_forward_pre_hook(lambda _, x: caught.update(x=x[0]))
+    with torch.no_grad():
+        model(ids_NT)
+        inverse = (1 / (caught["x"].pow(2).mean(-1) + 1e-6)).mean()
+        u, v, want = 5, 7, 0.0
+        put_D = writer.mlp.down_proj.weight[:, u] * reader.post_attention_layernorm.weight
+        normed = reader.post_attention_layernorm(caught["x"])
+        for linear in (reader.mlp.gate_proj, reader.mlp.up_proj):
+            lost = caught["h"][..., u].pow(2).mean() * (linear.weight[v] @ put_D) ** 2
+            want += float(inverse * lost / linear(normed)[..., v].pow(2).mean())
+        wrote = reader.mlp.down_proj.weight[:, v].pow(2).sum() * caught["out"][..., v].pow(2).mean()
+    assert found[u, v] == pytest.approx(want * float(wrote), rel=1e-3)
+
+
+# ---- guesses
+
+
+def planted(noise: float, pairs: int = 4000) -> tuple[Moments, Moments, torch.Tensor]:
+    """Targets that are an affine map of rank 2 of the features, and noise."""
+    generator = torch.Generator().manual_seed(0)
+    z_PF = torch.randn(pairs, 12, generator=generator) * torch.logspace(-2, 2, 12) + 1
+    true_FD = torch.randn(12, 2, generator=generator) @ torch.randn(2, 6, generator=generator)
+    true_FD /= torch.logspace(-2, 2, 12)[:, None]
+    y_PD = z_PF @ true_FD + 3 + noise * torch.randn(pairs, 6, generator=generator)
+    both = Moments(12, 6), Moments(12, 6)
+    for moments, rows in zip(both, (slice(0, 3000), slice(3000, None)), strict=True):
+        for part in zip(*(torch.split(p[rows], 500) for p in (z_PF, y_PD)), strict=True):
+            moments.add(*part)
+    return *both, true_FD
+
+
+def test_regression_recovers_a_planted_map() -> None:
+    train, test, true_FD = planted(noise=0.1)
+    (fit,) = best([[f] for f in fits(train, test)], 2)
+    affine = fit.affine(2)
+    torch.testing.assert_close((affine.up @ affine.down).T.float(), true_FD, atol=0.02, rtol=0.05)
+    least = 1000 * 6 * 0.1**2  # the noise's own
+    assert float(fit.errors[2]) == pytest.approx(least, rel=0.1)
+    assert float(fit.errors[1]) > 10 * least  # one direction is not enough,
+    assert float(fit.errors[6]) == pytest.approx(least, rel=0.1)  # and more than two gain nothing
+    whole = fits(train, test, [1e-9])[0]  # without rank and ridge: least squares
+    torch.testing.assert_close(whole.weights.float(), true_FD, atol=0.02, rtol=0.05)
+
+
+def test_smallest_rank_with_nearly_all_of_the_gain() -> None:
+    errors = [0.9, 0.5, 0.3, 0.22, 0.21] + [0.2] * 4
+    assert _pick_rank(errors, 8) == 4  # rank 2 has only 0.7 of the gain of 0.8
+    assert _pick_rank([1.0, 0.995, 0.992], 2) == 0  # below 1% of the error
+    assert _pick_rank([1.0, 1.2], 1) == 0
+
+
+def test_a_guess_on_noise_is_dropped() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, test = Moments(12, 6), Moments(12, 6)
+    for moments in (train, test):
+        moments.add(*(torch.randn(300, n, generator=generator) for n in (12, 6)))
+    (fit,) = best([[f] for f in fits(train, test)], 6)
+    assert _pick_rank([float(e) / test.energy for e in fit.errors], 6) == 0
+
+
+def test_fitted_guesses_bring_the_model_nearer_to_its_source(
+    make_dense: MakeDense, convert: Convert
+) -> None:
+    """On a model whose tracks' partials are all alike, a guess can be nearly exact."""
+    source = make_dense("llama")
+    path = convert(source, 2, "use: sync_point_drop")
+    model = load(path)
+    with torch.no_grad():  # both tracks the same: the other's partial is one's own
+        for layer in model.model.layers:
+            first, second = layer.tracks.values()
+            second.load_state_dict(first.state_dict())
+    ids_NT = torch.randint(3, 96, (40, 24), generator=torch.Generator().manual_seed(0))
+    found = fit_guesses(model.model, ids_NT, 32, quiet)
+    assert [str(f.sublayer) for f in found] == [f"a{i}" for i in range(6)]
+    assert all(f.rank and f.error < 0.01 for f in found)
+
+
+def test_guesses_of_overlapping_windows_see_what_is_before_them(
+    make_dense: MakeDense, convert: Convert
+) -> None:
+    """Every schedule goes through, one that reorders sublayers and one that hides some too."""
+    source = make_dense("llama-biases")
+    ids_NT = torch.randint(3, 96, (10, 12), generator=torch.Generator().manual_seed(0))
+    for name in ("mixed", "delayed-3", "track-2-overlap-1"):
+        model = load(convert(source, 4, SCHEDULES[name]))
+        found = fit_guesses(model.model, ids_NT, 4, quiet)
+        assert tuple(f.sublayer for f in found) == model.model.schedule.own_kept(4)
+
+
+# ---- the command and the spec
+
+
+@pytest.mark.parametrize(
+    ("top", "message"),
+    [
+        ("assignment: random\n", "s:3: assignment is 'random'; it must be contiguous or affinity"),
+        ("assignment: {}\n", "s:3: assignment has no method; it must be contiguous or affinity"),
+        ("assignment: {method: x}\n", "s:3: method is 'x'; it must be contiguous or affinity"),
+        ("assignment: {method: affinity, y: 1}\n", "s:3: unknown key 'y'; assignment takes method"),
+        ("guess: 3\n", "s:3: guess is '3'; it must be a mapping of rank"),
+        ("guess: {}\n", "s:3: rank is missing; it must be a whole number, 1 to 4096"),
+        ("guess: {rank: 0}\n", "s:3: rank is '0'; it must be a whole number, 1 to 4096"),
+        ("guess: {rank: 2, x: 1}\n", "s:3: unknown key 'x'; guess takes rank"),
+    ],
+)
+def test_spec_errors(top: str, message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(spec_text(4, "use: parallel_track, depth: 2", top), "s")
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("tracks", [1, 4])
+@pytest.mark.parametrize("use", ["use: ladder", "use: tensor_parallel"])
+def test_nothing_to_compute_is_said(use: str, tracks: int) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(spec_text(tracks, use, TOP), "s")
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("s:3: assignment is affinity, but the tracks' streams never differ")
+    assert second.startswith("s:4: guess: no track goes on without the others' partials")
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(main, [str(a) for a in arguments])
+    return done.exit_code, done.output
+
+
+def test_the_command(make_dense: MakeDense, tmp_path: Path) -> None:
+    source = byte_level(make_dense, tmp_path / "source")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(spec_text(4, "use: parallel_track, depth: 2", TOP))
+    plain = tmp_path / "plain.yaml"
+    plain.write_text(spec_text(4, "use: parallel_track, depth: 2"))
+    code, out = run("transform", source, tmp_path / "out", "--spec", spec)
+    assert code == 2 and out == f"error: {spec}: guess is computed from a text: --text FILE\n"
+    code, out = run("transform", source, tmp_path / "out", "--spec", plain, "--text", text)
+    assert code == 2 and out == "error: --text: nothing in the spec needs a text; leave it out\n"
+    code, out = run("transform", source, tmp_path / "out", "--spec", spec, "--dry-run")
+    assert code == 0 and "rank 5" in out and not (tmp_path / "out").exists()
+    code, out = run("transform", source, tmp_path / "out", "--spec", spec, "--text", text,
+                    "--tokens", 2048, "--window", 64, "--device", "cpu", "--json")  # fmt: skip
+    assert code == 0, out
+    figures: dict[str, Any] = json.loads(out)
+    assert figures["assignment"] == "affinity" and figures["calibration"]["tokens"] == 2048
+    shares = figures["calibration"]["affinity_between_tracks"]
+    assert shares["after"] < shares["before"]
+    kept = {g["sublayer"]: g["rank"] for g in figures["calibration"]["guesses"] if g["rank"]}
+    assert kept and figures["guess"]["ranks"] == kept
+    config = read_config(tmp_path / "out")
+    assert config["ptconvert"]["guess"] == kept  # type: ignore[index]
+    assert same(tensors(back(tmp_path / "out", tmp_path / "back")), tensors(source))
+    code, out = run("show", tmp_path / "out", "--json")
+    assert json.loads(out)["guess"] == figures["guess"]
+    code, out = run("transform", source, tmp_path / "two", "--spec", spec, "--text", text,
+                    "--tokens", 2048, "--window", 64, "--device", "cpu")  # fmt: skip
+    assert code == 0 and "affinity between units of different tracks" in out and "guesses: " in out
+    assert same(tensors(tmp_path / "out"), tensors(tmp_path / "two"))
+
+
+def test_random_assignments_cover_layers_of_tracks(make_dense: MakeDense) -> None:
+    schedule = Schedule.parse("a0! m0! a1. m1! a2! m2! a3! m3! a4! m4! a5! m5!")
+    assert set(random_assignments(shape_at(make_dense("llama")), schedule, 2)) == {1}
