@@ -21,8 +21,11 @@ def model_card(
     spec: Spec,
     schedule: Schedule,
     shape: ModelShape,
+    guessing: int = 0,
 ) -> str:
     """The text of README.md: source, schedule, all-reduces before and after, and the spec.
+
+    `guessing` counts the sublayers after which tracks guess each other's partials.
 
     The licence is the source card's; `source_name` and `name`, of the result, are hub ids or
     directories' names.
@@ -37,6 +40,10 @@ def model_card(
         metadata["base_model"] = source_name
     before, after = dense_schedule(shape.layers).counts, schedule.counts
     carries = shape.bytes_per_token
+    guesses = (
+        f"\n\nAfter {guessing} sublayers each track guesses the others' partials until they are "
+        "merged, by\nlow-rank maps that were fitted on a text."
+    )
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).rstrip()}
 ---
@@ -45,7 +52,7 @@ def model_card(
 
 Made from `{source_name}` without training: the same weights under another schedule, which changes
 what the model computes. Measure its quality before you use it, and heal it (distil it from its
-source) where the loss matters.
+source) where the loss matters.{guesses if guessing else ""}
 
 | | {source_name.split("/")[-1]} | this model |
 | --- | --- | --- |

@@ -178,7 +178,9 @@ def plan_conversion(
         INDEX: _index(placed),
         SPEC_FILE: spec.text,
         MODELING_FILE: modeling_source(),
-        "README.md": model_card(checkpoint.path, source_name, name, spec, schedule, shape),
+        "README.md": model_card(
+            checkpoint.path, source_name, name, spec, schedule, shape, len(known.guesses)
+        ),
     }
     return Plan(
         source=checkpoint,
