@@ -41,8 +41,8 @@ def model_card(
     before, after = dense_schedule(shape.layers).counts, schedule.counts
     carries = shape.bytes_per_token
     guesses = (
-        f"\n\nAfter {guessing} sublayers each track guesses the others' partials until they are "
-        "merged, by\nlow-rank maps that were fitted on a text."
+        f" After {guessing} sublayers each guesses the others' partials until they are merged, by "
+        "low-rank maps\nfitted on a text."
     )
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).rstrip()}
@@ -52,7 +52,7 @@ def model_card(
 
 Made from `{source_name}` without training: the same weights under another schedule, which changes
 what the model computes. Measure its quality before you use it, and heal it (distil it from its
-source) where the loss matters.{guesses if guessing else ""}
+source) where the loss matters.
 
 | | {source_name.split("/")[-1]} | this model |
 | --- | --- | --- |
@@ -60,8 +60,8 @@ source) where the loss matters.{guesses if guessing else ""}
 | of them waited for | {before.waited_for} | {after.waited_for} |
 | bytes per token per all-reduce | {carries} | {carries} |
 
-{spec.tracks} tracks. Open it with transformers, with ptconvert installed and imported or with
-`trust_remote_code=True`:
+{spec.tracks} tracks.{guesses if guessing else ""}
+Open it with transformers, with ptconvert installed and imported or with `trust_remote_code=True`:
 
 ```python
 import ptconvert

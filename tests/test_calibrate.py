@@ -23,8 +23,8 @@ from ptconvert.calibrate.guess import _pick_rank, fit_guesses
 from ptconvert.calibrate.regression import Moments, best, fits
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
+from ptconvert.computed import Assignment, Calibration, guess_cost
 from ptconvert.errors import CheckpointError, SpecError
-from ptconvert.layout import Assignment, Calibration, guess_cost
 from ptconvert.schedule import Kind, Schedule, Sublayer
 from ptconvert.shape import ModelShape, read_config
 from ptconvert.spec import parse_spec

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from ptconvert.computed import Assignment
 from ptconvert.evaluate.models import Progress
-from ptconvert.layout import Assignment
 from ptconvert.modeling.layers import OUTPUT_PROJECTIONS
 from ptconvert.schedule import Kind, Schedule, Sublayer
 from ptconvert.shape import ModelShape
