@@ -21,8 +21,11 @@ def model_card(
     spec: Spec,
     schedule: Schedule,
     shape: ModelShape,
+    guessing: int = 0,
 ) -> str:
     """The text of README.md: source, schedule, all-reduces before and after, and the spec.
+
+    `guessing` counts the sublayers after which tracks guess each other's partials.
 
     The licence is the source card's; `source_name` and `name`, of the result, are hub ids or
     directories' names.
@@ -37,6 +40,10 @@ def model_card(
         metadata["base_model"] = source_name
     before, after = dense_schedule(shape.layers).counts, schedule.counts
     carries = shape.bytes_per_token
+    guesses = (
+        f" After {guessing} sublayers each guesses the others' partials until they are merged, by "
+        "low-rank maps\nfitted on a text."
+    )
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).rstrip()}
 ---
@@ -53,8 +60,8 @@ source) where the loss matters.
 | of them waited for | {before.waited_for} | {after.waited_for} |
 | bytes per token per all-reduce | {carries} | {carries} |
 
-{spec.tracks} tracks. Open it with transformers, with ptconvert installed and imported or with
-`trust_remote_code=True`:
+{spec.tracks} tracks.{guesses if guessing else ""}
+Open it with transformers, with ptconvert installed and imported or with `trust_remote_code=True`:
 
 ```python
 import ptconvert

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ptconvert.checkpoint.writer import Indices, Target
+from ptconvert.computed import Assignment
 from ptconvert.families import Cut, TensorRule
-from ptconvert.schedule import Kind, Schedule, Sublayer
-from ptconvert.shape import DTYPE_BYTES, EMBEDDING, ModelShape
-from ptconvert.spec import Spec
+from ptconvert.schedule import Schedule
+from ptconvert.shape import ModelShape
 
 SHARED = "shared"
 
@@ -48,38 +46,6 @@ class DenseTensor:
         """The shape of one part."""
         size = len(part.indices)
         return tuple(size if axis == part.axis else s for axis, s in enumerate(self.shape))
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """The order in which a layer's units go to tracks: the first 1/n to track 0, and so on.
-
-    `kv_heads` come with the query heads that read them. With fewer KV heads than tracks, heads
-    are assigned contiguously whatever it says.
-    """
-
-    kv_heads: NDArray[np.int32]
-    neurons: NDArray[np.int32]
-
-
-def contiguous(shape: ModelShape) -> Assignment:
-    """The dense model's own order."""
-    return Assignment(
-        np.arange(shape.kv_heads, dtype=np.int32), np.arange(shape.neurons, dtype=np.int32)
-    )
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What was computed from a text for a conversion.
-
-    The assignments by layer, the ranks of the guesses by sublayer, and the guesses' tensors: the
-    bytes of each, in the model's dtype.
-    """
-
-    assignments: Mapping[int, Assignment] = field(default_factory=dict)
-    guesses: Mapping[Sublayer, int] = field(default_factory=dict)
-    tensors: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
 
 
 def dense_tensors(
@@ -131,66 +97,6 @@ def _owned(
     units = order[start // unit : stop // unit, None]
     indices: NDArray[np.int32] = (units * unit + np.arange(unit)).ravel().astype(np.int32)
     return indices
-
-
-def order_tensors(
-    shape: ModelShape, schedule: Schedule, tracks: int
-) -> Iterator[tuple[int, str, str, tuple[int, ...]]]:
-    """Layer, field of Assignment, name and shape of each tensor that holds an assignment."""
-    for layer in sorted(schedule.track_layers(tracks)):
-        for of, size in (("kv_heads", shape.kv_heads), ("neurons", shape.neurons)):
-            yield layer, of, f"model.layers.{layer}.assignment.{of}", (size,)
-
-
-def guess_tensors(
-    shape: ModelShape, guesses: Mapping[Sublayer, int], tracks: int
-) -> Iterator[tuple[int, str, tuple[int, ...]]]:
-    """Track, name and shape of each tensor of the guesses, given their ranks by sublayer."""
-    blocks = {Kind.ATTENTION: "self_attn", Kind.MLP: "mlp"}
-    for sublayer, rank in guesses.items():
-        sizes = {
-            "from_input.weight": (rank, shape.width),
-            "from_partial.weight": (rank, shape.width),
-            "to_stream.weight": (shape.width, rank),
-            "to_stream.bias": (shape.width,),
-        }
-        for track in range(tracks):
-            owner = f"model.layers.{sublayer.layer}.tracks.{track}.guess.{blocks[sublayer.kind]}"
-            for name, size in sizes.items():
-                yield track, f"{owner}.{name}", size
-
-
-def most_guesses(spec: Spec, shape: ModelShape) -> dict[Sublayer, int]:
-    """The guesses that a conversion by a spec can have at most: wherever one can be."""
-    if spec.guess is None:
-        return {}
-    rank = min(spec.guess, shape.width)
-    return dict.fromkeys(spec.schedule().own_kept(spec.tracks), rank)
-
-
-def guess_cost(
-    shape: ModelShape, guesses: Mapping[Sublayer, int], tracks: int
-) -> dict[str, Any] | None:
-    """What the guesses add over all tracks, with their share of the dense model's own.
-
-    FLOPs are of the projections of one token, 2 for each weight of a matrix: embeddings are looked
-    up, not multiplied.
-    """
-    if not guesses:
-        return None
-    added = [size for _, _, size in guess_tensors(shape, guesses, tracks)]
-    dense = dict(shape.tensors())
-    matrices = [s for n, s in dense.items() if len(s) == 2 and (shape.tied or n != EMBEDDING)]
-    parameters = sum(map(math.prod, added))
-    flops = 2 * sum(math.prod(s) for s in added if len(s) == 2)
-    return {
-        "ranks": {str(s): rank for s, rank in guesses.items()},
-        "parameters": parameters,
-        "parameters_share": parameters / sum(map(math.prod, dense.values())),
-        "bytes": parameters * DTYPE_BYTES[shape.dtype or "BF16"],
-        "flops_per_token": flops,
-        "flops_share": flops / (2 * sum(map(math.prod, matrices))),
-    }
 
 
 def place(tensors: Iterable[Target], shard_bytes: int) -> tuple[Target, ...]:

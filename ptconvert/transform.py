@@ -8,7 +8,6 @@ execute(plan, destination) -> None
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,41 +18,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ptconvert.beside import (
+    as_json,
+    carried_files,
+    converted_config,
+    index_text,
+    ladder_layers_key,
+)
 from ptconvert.card import model_card
 from ptconvert.checkpoint.atomic import check_apart, check_destination, new_directory
-from ptconvert.checkpoint.reader import INDEX, SMALL_FILES, Checkpoint, TensorEntry, read_tensor
+from ptconvert.checkpoint.reader import INDEX, Checkpoint, TensorEntry
 from ptconvert.checkpoint.writer import Move, Target, copy_moves, lay_out, same_bytes, write_arrays
-from ptconvert.errors import CheckpointError, ConfigError, SpecError
-from ptconvert.families import CARRIED_BUFFERS, FAMILIES
-from ptconvert.format import (
-    ASSIGNMENTS,
-    MODEL_TYPE_PREFIX,
-    MODELING_FILE,
-    REPLACED_KEYS,
-    SECTION,
-    SECTION_FORMAT,
-    SPEC_FILE,
-    Section,
-    read_section,
-    source_config,
-)
-from ptconvert.layout import (
-    SHARED,
-    Assignment,
+from ptconvert.computed import (
     Calibration,
-    DenseTensor,
-    Part,
-    contiguous,
-    dense_tensors,
     guess_cost,
     guess_tensors,
     most_guesses,
-    order_tensors,
-    place,
-    track_stem,
+    order_values,
+    read_orders,
 )
+from ptconvert.errors import CheckpointError, ConfigError, SpecError
+from ptconvert.families import CARRIED_BUFFERS
+from ptconvert.format import (
+    ASSIGNMENTS,
+    MODELING_FILE,
+    SECTION,
+    SPEC_FILE,
+    read_section,
+    source_config,
+)
+from ptconvert.layout import SHARED, DenseTensor, Part, dense_tensors, place, track_stem
 from ptconvert.modeling.export import modeling_source
-from ptconvert.presets import dense_schedule, to_ladder_layers
+from ptconvert.presets import dense_schedule
 from ptconvert.schedule import Counts, Schedule, Sublayer
 from ptconvert.shape import DTYPE_BYTES, ORDER_DTYPE, ModelShape
 from ptconvert.spec import Spec, parse_spec
@@ -165,20 +161,22 @@ def plan_conversion(
             targets.append(Target(part.name, stem, dtype, tensor.part_shape(part)))
             put = range(len(part.indices))
             moves.append(Move(tensor.name, part.name, part.axis, part.indices, put))
-    orders = _orders(shape, schedule, spec, known)
+    orders = order_values(shape, schedule, spec, known)
     targets += [Target(n, SHARED, ORDER_DTYPE, order.shape) for n, order in orders.items()]
     for track, guess, size in guess_tensors(shape, known.guesses, spec.tracks):
         targets.append(Target(guess, track_stem(track, spec.tracks), dtype, size))
     placed = place(targets, shard_bytes)
-    config = _converted_config(checkpoint.config, spec, schedule, source_name, known)
+    config = converted_config(checkpoint.config, spec, schedule, source_name, known)
     if ladder_layers_config:
-        config["ladder_layers"] = _ladder_layers_key(spec, schedule)
+        config["ladder_layers"] = ladder_layers_key(spec, schedule)
     texts = {
-        "config.json": _json(config),
-        INDEX: _index(placed),
+        "config.json": as_json(config),
+        INDEX: index_text(placed),
         SPEC_FILE: spec.text,
         MODELING_FILE: modeling_source(),
-        "README.md": model_card(checkpoint.path, source_name, name, spec, schedule, shape),
+        "README.md": model_card(
+            checkpoint.path, source_name, name, spec, schedule, shape, len(known.guesses)
+        ),
     }
     return Plan(
         source=checkpoint,
@@ -188,24 +186,12 @@ def plan_conversion(
         targets=placed,
         moves=tuple(moves),
         texts=texts,
-        carried=_carried_files(checkpoint.path, texts),
+        carried=carried_files(checkpoint.path, texts),
         computed={**orders, **known.tensors},
         assignment=spec.assignment,
         guesses=known.guesses,
         complete=calibration is not None or not spec.needs_text,
     )
-
-
-def _orders(
-    shape: ModelShape, schedule: Schedule, spec: Spec, known: Calibration
-) -> dict[str, NDArray[np.int32]]:
-    """The tensors that hold the assignments; none where all are contiguous."""
-    if spec.assignment == ASSIGNMENTS[0]:
-        return {}
-    return {
-        name: getattr(known.assignments.get(layer, contiguous(shape)), of)
-        for layer, of, name, _ in order_tensors(shape, schedule, spec.tracks)
-    }
 
 
 def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
@@ -218,7 +204,7 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
     shape = ModelShape.from_config(config, where)
     if reason := shape.indivisible(section.tracks):
         raise ConfigError(f"{where}: {reason}")
-    orders, assignments = _read_orders(checkpoint, shape, section)
+    orders, assignments = read_orders(checkpoint, shape, section)
     tensors = list(dense_tensors(shape, section.schedule, section.tracks, assignments))
     converted = {part.name: t.part_shape(part) for t in tensors for part in t.parts}
     for _, guess, size in guess_tensors(shape, section.guesses, section.tracks):
@@ -235,9 +221,9 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
             else:
                 replicas.append((original.name, part.name))
     placed = place(targets, shard_bytes)
-    texts = {"config.json": _json(config)}
+    texts = {"config.json": as_json(config)}
     if len({t.file for t in placed}) > 1:
-        texts[INDEX] = _index(placed)
+        texts[INDEX] = index_text(placed)
     return Plan(
         source=checkpoint,
         shape=shape,
@@ -246,35 +232,10 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
         targets=placed,
         moves=tuple(moves),
         texts=texts,
-        carried=_carried_files(checkpoint.path, texts),
+        carried=carried_files(checkpoint.path, texts),
         to_dense=True,
         replicas=tuple(replicas),
     )
-
-
-def _read_orders(
-    checkpoint: Checkpoint, shape: ModelShape, section: Section
-) -> tuple[dict[str, tuple[int, ...]], dict[int, Assignment]]:
-    """The shapes of the tensors that hold assignments, and the assignments, by layer.
-
-    Raises CheckpointError where one is missing or is no order.
-    """
-    if not section.assigned:
-        return {}, {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    found: dict[int, dict[str, NDArray[np.int32]]] = {}
-    for layer, of, name, size in order_tensors(shape, section.schedule, section.tracks):
-        entry = checkpoint.tensors.get(name)
-        order = np.zeros(0, np.int32)
-        if entry is not None and (entry.shape, entry.dtype) == (size, ORDER_DTYPE):
-            order = np.frombuffer(read_tensor(entry), np.int32)
-        if not np.array_equal(np.sort(order), np.arange(size[0])):
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} must hold each number from 0 to {size[0] - 1} once"
-            )
-        shapes[name] = size
-        found.setdefault(layer, {})[of] = order
-    return shapes, {layer: Assignment(**orders) for layer, orders in found.items()}
 
 
 def execute(
@@ -425,66 +386,3 @@ def _tiles(tensor: DenseTensor) -> Iterator[tuple[Part, Part | None]]:
             covered[np.asarray(part.indices)] += 1
         yield part, None if original is part else original
     assert (covered == 1).all(), f"{tensor.name}: parts leave a gap or overlap"
-
-
-def _converted_config(
-    source: Mapping[str, object],
-    spec: Spec,
-    schedule: Schedule,
-    source_name: str,
-    known: Calibration,
-) -> dict[str, object]:
-    """config.json of the result: every field of the source's, and the `ptconvert` section."""
-    family = FAMILIES[str(source["model_type"])]
-    classes = "PTConvert" + family.causal_lm
-    stem = MODELING_FILE.removesuffix(".py")
-    config_class = classes.replace("ForCausalLM", "Config")
-    return {
-        **source,
-        "model_type": MODEL_TYPE_PREFIX + family.model_type,
-        "architectures": [classes],
-        "auto_map": {
-            "AutoConfig": f"{stem}.{config_class}",
-            "AutoModelForCausalLM": f"{stem}.{classes}",
-        },
-        SECTION: {
-            "format": SECTION_FORMAT,
-            "tracks": spec.tracks,
-            "schedule": str(schedule),
-            "deferred": spec.deferred,
-            "assignment": spec.assignment,
-            **({"guess": {str(s): r for s, r in known.guesses.items()}} if known.guesses else {}),
-            "spec_digest": spec.digest,
-            "source_name": source_name,
-            "source": {key: source[key] for key in REPLACED_KEYS if key in source},
-        },
-    }
-
-
-def _ladder_layers_key(spec: Spec, schedule: Schedule) -> int | list[int]:
-    value = to_ladder_layers(schedule)
-    if value is None:
-        raise SpecError(
-            [
-                f"{spec.name}:1: --ladder-layers-config: the Ladder authors' format knows only "
-                "ladder and tensor_parallel layers"
-            ]
-        )
-    return value
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2) + "\n"
-
-
-def _index(targets: tuple[Target, ...]) -> str:
-    total = sum(t.nbytes for t in targets)
-    weight_map = {t.name: t.file for t in targets}
-    return _json({"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _carried_files(source: Path, written: Mapping[str, str]) -> tuple[Path, ...]:
-    """The source's small files that go along untouched, less those that are written anew."""
-    own = {"config.json", INDEX, SPEC_FILE, MODELING_FILE, *written}
-    found = {path for pattern in SMALL_FILES for path in source.glob(pattern) if path.is_file()}
-    return tuple(sorted(p for p in found if p.name not in own))

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from reference import Guesses
 
-from ptconvert.layout import Assignment, Calibration, guess_tensors
+from ptconvert.computed import Assignment, Calibration, guess_tensors
 from ptconvert.schedule import Schedule, Sublayer
 from ptconvert.shape import ModelShape
 

@@ -14,8 +14,8 @@ from test_modeling import SCHEDULES, TOLERANCE, difference, left_padded, step_lo
 from test_verify import expected_of, job, run_many
 
 from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.computed import Calibration
 from ptconvert.format import read_section
-from ptconvert.layout import Calibration
 from ptconvert.modeling.layers import Placement
 from ptconvert.presets import dense_schedule
 from ptconvert.runtime.launch import launch

@@ -30,7 +30,7 @@ from ptconvert.planning.segments import run as run_of
 from ptconvert.planning.sensitivity import Meter, Store, store_file
 from ptconvert.presets import dense_schedule, desync
 from ptconvert.schedule import BLOCKING, Schedule
-from ptconvert.spec import read_spec
+from ptconvert.spec import parse_spec, read_spec
 
 TEXT = Path(ptconvert.__file__).parent / "spec.py"
 # Of the README's table, 4 tracks: planned without and with overlap for 8, and with it for 3.
@@ -237,6 +237,12 @@ def test_the_spec_goes_through_transform_and_show(source: Path, tmp_path: Path) 
     assert chosen["waited_for"] <= 5 and chosen in figures["frontier"]
     assert figures["spec"] == spec.read_text()
     assert f"waited for: 12 before, {chosen['waited_for']} after" in figures["spec"]
+    wanted = ("--assignment", "affinity", "--guess", 8)
+    more = json.loads(plan(source, tmp_path, *asked, *wanted, "--json")[0])["spec"]
+    told = "# Computed from a text, not counted above: transform needs --text FILE.\n"
+    assert more == figures["spec"] + told + "assignment: affinity\nguess: {rank: 8}\n"
+    read = parse_spec(more, "s")
+    assert (read.assignment, read.guess) == ("affinity", 8)
     assert len(figures["sensitivities"]) == 2 * LAYERS
     with table.open() as file:
         rows = list(csv.DictReader(file))

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Convert, MakeDense, load
+from calibrating import TOP, random_calibration
+from conftest import Convert, MakeDense, load, spec_text
 
 from ptconvert.modeling.export import modeling_source
+from ptconvert.spec import parse_spec
 
 IDS = [[3, 4, 5, 6, 7]]
 # Runs where ptconvert can't be imported; prints the class's module and saves logits.
@@ -43,7 +45,10 @@ print(type(model).__module__)
 def test_opens_without_ptconvert(
     variant: str, make_dense: MakeDense, convert: Convert, tmp_path: Path
 ) -> None:
-    converted = convert(make_dense(variant), 4, "use: parallel_track, depth: 2")
+    source, use = make_dense(variant), "use: parallel_track, depth: 2"
+    schedule = parse_spec(spec_text(4, use), "s").schedule()
+    calibration = random_calibration(source, schedule, 4)
+    converted = convert(source, 4, use, TOP, calibration=calibration)
     arguments = [converted, tmp_path / "saved", tmp_path / "logits.pt"]
     env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", REMOTE, *map(str, arguments)]

@@ -44,7 +44,7 @@ def main() -> None:
     given = parser.parse_args()
     with step_progress() as progress:
         calibrate, report = (
-            _meter(given, texts, progress) for texts in (given.calibrate, given.report)
+            meter_of(given, texts, progress) for texts in (given.calibrate, given.report)
         )
         rows = list(_rows(calibrate, report))
     names = list(rows[0][1])
@@ -53,7 +53,7 @@ def main() -> None:
         print(f"| {waits} | {' | '.join(found[name] for name in names)} |")
 
 
-def _meter(given: argparse.Namespace, texts: list[Path], progress: Progress) -> Meter:
+def meter_of(given: argparse.Namespace, texts: list[Path], progress: Progress) -> Meter:
     checkpoint = open_checkpoint(given.model)
     tokenizer = open_tokenizer(checkpoint)
     windows = read_windows(texts, tokenizer, given.window, given.windows, given.window)

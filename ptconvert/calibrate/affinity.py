@@ -18,14 +18,14 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from ptconvert.computed import Assignment
 from ptconvert.evaluate.models import Progress
-from ptconvert.layout import Assignment
 from ptconvert.modeling.layers import OUTPUT_PROJECTIONS
 from ptconvert.schedule import Kind, Schedule, Sublayer
 from ptconvert.shape import ModelShape
 
 PASSES = 10
-CHUNK = 2048  # units that are assigned together
+CHUNK = 256  # units that are assigned together: the time goes with the cube
 _INPUTS = {Kind.ATTENTION: ("q_proj", "k_proj", "v_proj"), Kind.MLP: ("gate_proj", "up_proj")}
 _NORMS = {Kind.ATTENTION: "input_layernorm", Kind.MLP: "post_attention_layernorm"}
 

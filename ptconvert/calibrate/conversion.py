@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from ptconvert.calibrate.affinity import assignments
 from ptconvert.calibrate.guess import Fitted, fit_guesses, guess_tensors
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
+from ptconvert.computed import Assignment, Calibration
 from ptconvert.evaluate.divergence import Windows, windows_for
 from ptconvert.evaluate.models import Progress, open_model
 from ptconvert.format import ASSIGNMENTS
-from ptconvert.layout import Assignment, Calibration
 from ptconvert.shape import DTYPE_BYTES, DTYPES, ModelShape
 from ptconvert.spec import Spec
 from ptconvert.transform import execute, plan_conversion

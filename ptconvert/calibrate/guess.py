@@ -17,7 +17,7 @@ from ptconvert.evaluate.models import Progress
 from ptconvert.modeling.executor import OneProcess, PerTrack, RunSublayer, Streams, Update
 from ptconvert.modeling.layers import OUTPUT_PROJECTIONS, apply_norm
 from ptconvert.presets import dense_schedule
-from ptconvert.schedule import Schedule, Sublayer
+from ptconvert.schedule import DEFERRED, Schedule, Sublayer
 
 HELD_OUT = 5  # each such batch judges what is fitted on the others
 NEARLY_ALL = 0.95  # of the gain of the largest rank, for which a smaller one is taken
@@ -51,14 +51,13 @@ class _Batch:
 
 
 @torch.inference_mode()
-def fit_guesses(
-    decoder: Any, ids_NT: torch.Tensor, rank: int, progress: Progress, repair: bool = True
-) -> list[Fitted]:
+def fit_guesses(decoder: Any, ids_NT: torch.Tensor, rank: int, progress: Progress) -> list[Fitted]:
     """Fits the guesses of a converted model, which has none yet, on windows of token ids.
 
     A guess is fitted to the other tracks' partials and the output bias, all that its track doesn't
-    see until the merge; with `repair`, also to what the stream lacks already against the dense
-    model's. `rank` is the largest.
+    see until the merge; after a deferred stage also to what the stream lacks already against the
+    dense model's, errors of guesses before it included. (After overlapped ones that gained nothing:
+    what it would repair is merged while it is in flight.) `rank` is the largest.
     """
     schedule: Schedule = decoder.schedule
     weight = 1 / decoder.track_count if decoder.deferred == "mean" else 1.0
@@ -74,7 +73,8 @@ def fit_guesses(
             for batch, view in zip(batches, views, strict=True)
         ]
         if index in stages:
-            behind = _behind(schedule, index, batches, views, updates) if repair else None
+            deferred = schedule.stages[index].ending == DEFERRED
+            behind = _behind(schedule, index, batches, views, updates) if deferred else None
             for place, sublayer in enumerate(sublayers):
                 own = [update[place] for update in updates]
                 lacks = behind if sublayer is sublayers[-1] else None

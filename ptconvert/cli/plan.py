@@ -16,6 +16,7 @@ from ptconvert.cli.common import (
     torch_device,
 )
 from ptconvert.errors import PlanError
+from ptconvert.format import ASSIGNMENTS, MAX_GUESS_RANK
 
 if TYPE_CHECKING:  # they import torch
     from ptconvert.planning.planner import Frontier, Objective
@@ -75,6 +76,17 @@ if TYPE_CHECKING:  # they import torch
     metavar="FILE.csv|.html",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Also write the frontier, as a table or as a page.",
+)
+@click.option(
+    "--assignment",
+    type=click.Choice(ASSIGNMENTS),
+    help="For the spec: which heads and neurons share a track. [contiguous]",
+)
+@click.option(
+    "--guess",
+    type=click.IntRange(1, MAX_GUESS_RANK),
+    metavar="RANK",
+    help="For the spec: tracks guess each other's partials. [they don't]",
 )
 @click.option("--window", type=click.IntRange(2), help="Tokens in a window of the text. [1024]")
 @click.option(
@@ -204,6 +216,8 @@ def _plan(source: str, revision: str | None, options: dict[str, Any]) -> Planned
         objective=objective,
         frontier=found,
         chosen=chosen,
+        assignment=options["assignment"] or ASSIGNMENTS[0],
+        guess=options["guess"],
     )
 
 

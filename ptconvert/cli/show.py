@@ -28,7 +28,7 @@ def show(
 
     A spec is checked against --model, or against a number of --layers.
     """
-    from ptconvert.layout import guess_cost, most_guesses
+    from ptconvert.computed import guess_cost, most_guesses
     from ptconvert.render import print_guess_cost, print_schedule
 
     if sum(given is not None for given in (model, layers)) != (0 if spec.is_dir() else 1):

@@ -15,6 +15,7 @@ from rich.text import Text
 from ptconvert import __version__
 from ptconvert.evaluate.statistics import RESAMPLES, Estimate, estimate, mean_over
 from ptconvert.evaluate.terminal import between, number, signed, text_names
+from ptconvert.format import ASSIGNMENTS
 from ptconvert.html import (
     Html,
     Series,
@@ -48,6 +49,8 @@ class Planned:
     objective: Objective
     frontier: Frontier
     chosen: Point
+    assignment: str = ASSIGNMENTS[0]  # this and the guesses' rank are for the spec
+    guess: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -81,7 +84,19 @@ def to_spec(planned: Planned) -> str:
         total = sum(alone[i] for i in layers)
         return f"{number(total)}" if total else "as the dense model"
 
-    return spec_text(p.schedule, planned.tracks, head, remark)
+    return spec_text(p.schedule, planned.tracks, head, remark, _computed(planned))
+
+
+def _computed(planned: Planned) -> list[str]:
+    """The lines of the spec about what transform computes from a text, where that has any use."""
+    lines = []
+    if planned.assignment != ASSIGNMENTS[0]:
+        lines.append(f"assignment: {planned.assignment}")
+    if planned.guess is not None:
+        lines.append(f"guess: {{rank: {planned.guess}}}")
+    if not lines or not planned.chosen.schedule.own_kept(planned.tracks):
+        return []
+    return ["# Computed from a text, not counted above: transform needs --text FILE.", *lines]
 
 
 def _by_layer(planned: Planned) -> dict[int, float]:

@@ -31,9 +31,14 @@ class _Item:
 
 
 def spec_text(
-    schedule: Schedule, tracks: int, head: Sequence[str], remark: Callable[[range], str]
+    schedule: Schedule,
+    tracks: int,
+    head: Sequence[str],
+    remark: Callable[[range], str],
+    tail: Sequence[str] = (),
 ) -> str:
-    """The YAML text; `head` are comment lines above it, `remark` a comment at each range."""
+    """The YAML text; `head` are comment lines above it, `remark` a comment at each range, `tail`
+    further lines below."""
     lines = [f"# {line}".rstrip() for line in head]
     lines += ["format: 1", f"tracks: {tracks}", "schedule:"]
     for item in _items(schedule):
@@ -45,7 +50,7 @@ def spec_text(
         else:
             lines.append(f"    use: {item.use}")
             lines += [f"    {name}: {value}" for name, value in item.parameters]
-    text = "\n".join(lines) + "\n"
+    text = "\n".join([*lines, *tail]) + "\n"
     assert _read(text).schedule() == schedule, "the spec doesn't say what was planned"
     return text
 

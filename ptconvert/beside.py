@@ -1,0 +1,87 @@
+"""The files beside a checkpoint's tensors: config.json, the index, and what comes along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from ptconvert.checkpoint.reader import INDEX, SMALL_FILES
+from ptconvert.checkpoint.writer import Target
+from ptconvert.computed import Calibration
+from ptconvert.errors import SpecError
+from ptconvert.families import FAMILIES
+from ptconvert.format import (
+    MODEL_TYPE_PREFIX,
+    MODELING_FILE,
+    REPLACED_KEYS,
+    SECTION,
+    SECTION_FORMAT,
+    SPEC_FILE,
+)
+from ptconvert.presets import to_ladder_layers
+from ptconvert.schedule import Schedule
+from ptconvert.spec import Spec
+
+
+def converted_config(
+    source: Mapping[str, object],
+    spec: Spec,
+    schedule: Schedule,
+    source_name: str,
+    known: Calibration,
+) -> dict[str, object]:
+    """config.json of the result: every field of the source's, and the `ptconvert` section."""
+    family = FAMILIES[str(source["model_type"])]
+    classes = "PTConvert" + family.causal_lm
+    stem = MODELING_FILE.removesuffix(".py")
+    config_class = classes.replace("ForCausalLM", "Config")
+    return {
+        **source,
+        "model_type": MODEL_TYPE_PREFIX + family.model_type,
+        "architectures": [classes],
+        "auto_map": {
+            "AutoConfig": f"{stem}.{config_class}",
+            "AutoModelForCausalLM": f"{stem}.{classes}",
+        },
+        SECTION: {
+            "format": SECTION_FORMAT,
+            "tracks": spec.tracks,
+            "schedule": str(schedule),
+            "deferred": spec.deferred,
+            "assignment": spec.assignment,
+            **({"guess": {str(s): r for s, r in known.guesses.items()}} if known.guesses else {}),
+            "spec_digest": spec.digest,
+            "source_name": source_name,
+            "source": {key: source[key] for key in REPLACED_KEYS if key in source},
+        },
+    }
+
+
+def ladder_layers_key(spec: Spec, schedule: Schedule) -> int | list[int]:
+    value = to_ladder_layers(schedule)
+    if value is None:
+        raise SpecError(
+            [
+                f"{spec.name}:1: --ladder-layers-config: the Ladder authors' format knows only "
+                "ladder and tensor_parallel layers"
+            ]
+        )
+    return value
+
+
+def as_json(value: object) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def index_text(targets: tuple[Target, ...]) -> str:
+    total = sum(t.nbytes for t in targets)
+    weight_map = {t.name: t.file for t in targets}
+    return as_json({"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def carried_files(source: Path, written: Mapping[str, str]) -> tuple[Path, ...]:
+    """The source's small files that go along untouched, less those that are written anew."""
+    own = {"config.json", INDEX, SPEC_FILE, MODELING_FILE, *written}
+    found = {path for pattern in SMALL_FILES for path in source.glob(pattern) if path.is_file()}
+    return tuple(sorted(p for p in found if p.name not in own))
