@@ -122,7 +122,7 @@ def heal_blocks(
     dtype = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     pieces = Pieces(student, dtype, settings.device)
     dense = Pieces(teacher, dtype, settings.device)
-    order = data.order(settings.tokens or data.train[:, 1:].numel(), settings.seed)
+    order = data.order(settings.tokens, settings.seed)
     used, order = torch.unique(order, return_inverse=True)  # streams of no other windows are kept
     streams = [
         _first_streams(pieces, ids_NS[:, :-1], settings, work / f"stream-{which}")

@@ -57,10 +57,11 @@ class Data:
             digest.update(ids.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def order(self, tokens: int, seed: int) -> torch.Tensor:
-        """Which windows to train on, one after the other, for so many tokens: each pass over the
-        text in another order. Raises HealError for more than MAX_PASSES passes."""
-        count, windows = tokens // self.length, len(self.train)
+    def order(self, tokens: int | None, seed: int) -> torch.Tensor:
+        """Which windows to train on, one after the other, for so many tokens or for one pass: each
+        pass over the text in another order. Raises HealError for more than MAX_PASSES passes."""
+        windows = len(self.train)
+        count = windows if tokens is None else tokens // self.length
         if count < 1:
             raise HealError(f"--tokens {tokens} is less than one window of {self.length}")
         passes = -(-count // windows)

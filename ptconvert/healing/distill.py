@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from ptconvert.healing.data import Data
 from ptconvert.healing.models import freeze_but, share
 from ptconvert.healing.settings import LORA_ALPHA, Settings
 from ptconvert.healing.work import Tensors
-from ptconvert.layout import DenseTensor
 
 Report = Callable[..., None]  # the step, how much is done, of how much, and a note
 _STATE = "trainer_state.json"
@@ -178,7 +177,6 @@ def distill(
     student: Any,
     teacher: Any,
     names: list[str],
-    parts: Iterable[DenseTensor],
     data: Data,
     settings: Settings,
     work: Path,
@@ -188,17 +186,17 @@ def distill(
     """Trains the parameters `names` of the student; returns those of the best state by the held-out
     windows, none where the student as it came was best.
 
-    `parts` say which of the frozen ones may share the teacher's storage. Goes on from the last
-    state that it finds in `work`. Raises HealError.
+    Frozen ones share the teacher's storage where they are the same. Goes on from the last state
+    that it finds in `work`. Raises HealError.
     """
-    order = data.order(settings.tokens or data.train[:, 1:].numel(), settings.seed)
+    order = data.order(settings.tokens, settings.seed)
     metric = "kl" if settings.objective == "kl" else "nll"
     found = last_state(work)
     arguments = training_arguments(settings, len(order), work, metric, found is not None)
     teacher = teacher.to(arguments.device).eval().requires_grad_(False)
     freeze_but(student, names if settings.lora is None else ())
     if not _sharded(arguments):  # else each process holds a part of the student only
-        shared = share(student.to(arguments.device), teacher, parts)
+        shared = share(student.to(arguments.device), teacher)
         if arguments.process_index == 0:
             say(f"student and teacher share {shared / 1e6:.1f} MB")
     set_seed(settings.seed)
@@ -250,7 +248,6 @@ def training_arguments(
         if name not in known:
             raise HealError(f"--set {name}: transformers' TrainingArguments has no such field")
     on_cpu = torch.device(settings.device).type == "cpu"
-    checkpointing = settings.gradient_checkpointing
     options: dict[str, object] = {
         "output_dir": str(work),
         "use_cpu": on_cpu,
@@ -260,7 +257,7 @@ def training_arguments(
         "per_device_train_batch_size": settings.batch_size,
         "per_device_eval_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.accumulation,
-        **({_CHECKPOINTING[_CHECKPOINTING[0] not in known]: True} if checkpointing else {}),
+        next(name for name in _CHECKPOINTING if name in known): settings.gradient_checkpointing,
         "learning_rate": settings.rate,
         "lr_scheduler_type": "cosine",
         "num_train_epochs": 1,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -11,10 +12,11 @@ from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.errors import HealError
 from ptconvert.evaluate.models import is_dense
 from ptconvert.format import SECTION, read_section, source_config
-from ptconvert.layout import DenseTensor, dense_tensors
 from ptconvert.presets import dense_schedule, with_only
 from ptconvert.schedule import Schedule
 from ptconvert.shape import ModelShape
+
+_TRACK = re.compile(r"\.tracks\.\d+\.")
 
 
 def check_pair(student: Checkpoint, teacher: Checkpoint) -> ModelShape:
@@ -87,30 +89,30 @@ def freeze_but(model: nn.Module, names: Iterable[str]) -> None:
 
 
 @torch.no_grad()
-def share(student: nn.Module, teacher: nn.Module, tensors: Iterable[DenseTensor]) -> int:
-    """Lets frozen parameters of the student be views of the teacher's where the values are the
-    same: whole tensors of layers held dense, and tracks' parts of matrices. Returns the bytes
+def share(student: nn.Module, teacher: nn.Module) -> int:
+    """Lets frozen matrices of the student be views of the teacher's where the values are the same:
+    whole ones outside of tracks, and the rows or columns of it that a track has. Returns the bytes
     saved.
 
     Vectors (norms) stay apart: they are small, and copies of one must not become one tensor.
     """
-    ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
+    theirs = dict(teacher.named_parameters())
     saved = 0
-    for tensor in tensors:
-        whole = theirs.get(tensor.name)
-        for part in tensor.parts:
-            own = ours.get(part.name)
-            if own is None or whole is None or own.requires_grad or whole.ndim < 2:
-                continue
-            view = whole.data.narrow(part.axis, part.start, part.stop - part.start)
-            if view.dtype == own.dtype and view.device == own.device and torch.equal(view, own):
-                own.data = view
-                saved += view.numel() * view.element_size()
+    for name, own in student.named_parameters():
+        whole = theirs.get(_TRACK.sub(".", name))
+        if own.requires_grad or own.ndim != 2 or whole is None:
+            continue
+        same = next((v for v in _slices(whole.data, own.shape) if torch.equal(v, own)), None)
+        if same is not None and same.dtype == own.dtype:
+            own.data = same
+            saved += same.nbytes
     return saved
 
 
-def parts_of(checkpoint: Checkpoint) -> list[DenseTensor]:
-    """Where a converted checkpoint's parameters lie in its source's."""
-    section = read_section(checkpoint.config)
-    shape = ModelShape.from_config(source_config(checkpoint.config, section))
-    return list(dense_tensors(shape, section.schedule, section.tracks))
+def _slices(whole: torch.Tensor, size: torch.Size) -> Iterator[torch.Tensor]:
+    """The pieces of this size that lie one after the other along the axis that is longer."""
+    longer = [axis for axis in range(whole.ndim) if whole.shape[axis] != size[axis]]
+    if not longer:
+        yield whole
+    elif len(longer) == 1:
+        yield from (v for v in whole.split(size[longer[0]], longer[0]) if v.shape == size)

@@ -21,12 +21,13 @@ from ptconvert.evaluate.models import BatchSize, content_digest, open_model, sch
 from ptconvert.healing.blockwise import heal_blocks
 from ptconvert.healing.data import Data
 from ptconvert.healing.distill import distill
-from ptconvert.healing.models import check_pair, freeze_but, parts_of, put, trainable
+from ptconvert.healing.models import check_pair, freeze_but, put, trainable
 from ptconvert.healing.settings import Settings
 from ptconvert.healing.work import Tensors, load_tensors, save_tensors, wait_for, work_folder
 from ptconvert.healing.write import rounded, write
 
 _BLOCKS = "blocks.safetensors"  # what the blockwise stage made
+_KL = "kl.safetensors"  # and the KL stage
 _START = "start.safetensors"  # what the KL stage begins with: the same, or nothing if it hurt
 
 
@@ -94,8 +95,8 @@ def heal(
     check_pair(case.student, case.teacher)
     if not (case.settings.blockwise or case.settings.kl):
         raise HealError("nothing to do: neither block by block nor end to end")
-    case.data.order(case.tokens, case.settings.seed)  # raises what is wrong with --tokens
-    if os.environ.get("RANK", "0") != "0":
+    case.data.order(case.settings.tokens, case.settings.seed)  # raises what is wrong with --tokens
+    if not _is_first():
         wait_for(case.folder / _START)
         if case.settings.kl:
             _distilled(case, load_tensors(case.folder / _START))
@@ -185,23 +186,32 @@ def _blocks(case: Case) -> Tensors:
 
 
 def _distilled(case: Case, start: Tensors) -> Tensors:
-    """The tensors of the KL stage, which begins with `start`."""
+    """The tensors of the KL stage, which begins with `start`, made now or by an earlier run."""
+    if (case.folder / _KL).is_file():
+        return load_tensors(case.folder / _KL)
     dtype = case.settings.dtype
     student, teacher = (open_model(c, dtype, "cpu") for c in (case.student, case.teacher))
     names = trainable(student, case.settings.train, schedule_of(case.student))
     freeze_but(student, names if case.settings.lora is None else ())
     put(student, start)
-    return distill(
+    moved = distill(
         student,
         teacher,
         names,
-        parts_of(case.student),
         case.data,
         case.settings,
         case.folder / "kl",
         case.progress,
         case.say,
     )
+    if _is_first():
+        save_tensors(case.folder / _KL, moved)
+    return moved
+
+
+def _is_first() -> bool:
+    """Whether this is the only process, or the first that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _key(case: Case) -> dict[str, object]:

@@ -37,7 +37,7 @@ def work_folder(path: Path, key: Mapping[str, object]) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise HealError(f"{path}: another process is healing there") from None
-        _check_key(path, json.loads(json.dumps(dict(key))))
+        _check_key(path, json.loads(json.dumps(dict(key), default=str)))
         yield path
     finally:
         os.close(handle)
