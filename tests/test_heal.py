@@ -116,7 +116,7 @@ def test_verify_and_eval_take_it_and_to_dense_refuses(
 ) -> None:
     converted, out = convert(source, 2, SCHEDULE), tmp_path / "out"
     heal(converted, out, source, "--text", TEXT, *QUICK)
-    run("verify", out, "--ranks", 2, "--prompt", 4, "--new", 3)
+    run("verify", out, "--ranks", 2, "--prompt-tokens", 4, "--new-tokens", 3)
     size = ("--window", 32, "--windows", 8)
     run("eval", out, "--baseline", source, "--text", TEXT, *size, "--cache", tmp_path)
     _, error = run("transform", out, tmp_path / "back", "--to-dense", code=2)
@@ -357,18 +357,15 @@ def test_the_yardstick_trains_the_source_on_the_text_itself(source: Path, tmp_pa
 
 
 def test_two_processes(source: Path, convert: Convert, tmp_path: Path) -> None:
-    """As accelerate launches them, on gloo; blocks by the first process."""
+    """Under torchrun, on gloo; blocks by the first process."""
     converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", "0", "-m", "ptconvert", "heal"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = (converted, out, "--teacher", source, "--text", TEXT, *QUICK, "--blockwise")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *launch, *map(str, arguments), "--json"],
+        [sys.executable, *launch, "-m", "ptconvert", "heal", *map(str, arguments), "--json"],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr

@@ -37,6 +37,7 @@ from ptconvert.healing.work import Tensors
 
 Report = Callable[..., None]  # the step, how much is done, of how much, and a note
 _STATE = "trainer_state.json"
+_FIELDS = frozenset(field.name for field in dataclasses.fields(TrainingArguments))
 _CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # its new name and its old
 _LOGITS_AT_ONCE = 1 << 24  # 64 MiB of fp32 for each of the few copies that KL needs
 
@@ -239,17 +240,53 @@ def last_state(work: Path) -> Path | None:
     return None
 
 
+def check(settings: Settings, windows: int) -> None:
+    """Raises HealError for options that TrainingArguments doesn't have, and for too few windows."""
+    for name in settings.options:
+        if name not in _FIELDS:
+            raise HealError(f"--set {name}: transformers' TrainingArguments has no such field")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    together = settings.batch_size * settings.accumulation * processes
+    if windows < together:
+        raise HealError(
+            f"{windows} windows to train on are less than the {together} of one step; a smaller "
+            "--batch-size, or more --tokens"
+        )
+
+
 def training_arguments(
     settings: Settings, windows: int, work: Path, metric: str, resumed: bool
 ) -> Any:
-    """transformers' TrainingArguments. Raises HealError for options that it doesn't take."""
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    for name in settings.options:
-        if name not in known:
-            raise HealError(f"--set {name}: transformers' TrainingArguments has no such field")
-    on_cpu = torch.device(settings.device).type == "cpu"
-    options: dict[str, object] = {
+    """transformers' TrainingArguments. Raises HealError for values that it doesn't take."""
+    checkpointing = next(name for name in _CHECKPOINTING if name in _FIELDS)
+    options = {
+        **_options(settings),
+        checkpointing: settings.gradient_checkpointing,
         "output_dir": str(work),
+        "metric_for_best_model": metric,
+        "eval_on_start": not resumed,
+        **settings.options,
+    }
+    try:
+        arguments = TrainingArguments(**options)
+        arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs by a launcher, never DataParallel
+    except (TypeError, ValueError, ImportError) as error:
+        raise HealError(f"--set: {first_line(error)}") from error
+    together = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    steps = max(1, windows // (together * arguments.world_size))
+    every = math.ceil(steps / settings.evaluations)
+    warm = math.ceil(settings.warmup * steps)
+    derived = {"max_steps": steps, "eval_steps": every, "save_steps": every, "warmup_steps": warm}
+    for name, value in derived.items():
+        if name not in settings.options:
+            setattr(arguments, name, value)
+    return arguments
+
+
+def _options(settings: Settings) -> dict[str, object]:
+    """The fields of TrainingArguments that don't depend on the data or the state."""
+    on_cpu = torch.device(settings.device).type == "cpu"
+    return {
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and "WORLD_SIZE" in os.environ else None,
         "ddp_find_unused_parameters": False,
@@ -257,7 +294,6 @@ def training_arguments(
         "per_device_train_batch_size": settings.batch_size,
         "per_device_eval_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.accumulation,
-        next(name for name in _CHECKPOINTING if name in known): settings.gradient_checkpointing,
         "learning_rate": settings.rate,
         "lr_scheduler_type": "cosine",
         "num_train_epochs": 1,
@@ -265,40 +301,17 @@ def training_arguments(
         "remove_unused_columns": False,
         "label_names": [],
         "seed": settings.seed,
-        "metric_for_best_model": metric,
         "greater_is_better": False,
         "load_best_model_at_end": True,
         "restore_callback_states_from_checkpoint": True,
         "eval_strategy": "steps",
         "save_strategy": "steps",
         "save_total_limit": 2,
-        "eval_on_start": not resumed,
         "logging_steps": 1,
         "disable_tqdm": True,
         "report_to": "none",
         "log_level": "error",
     }
-    try:
-        arguments = TrainingArguments(**{**options, **settings.options})
-        arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs by a launcher, never DataParallel
-        together = settings.batch_size * settings.accumulation * arguments.world_size
-        steps = windows // together
-        if steps < 1:
-            raise HealError(
-                f"{windows} windows to train on are less than the {together} of one step; a "
-                "smaller --batch-size, or more --tokens"
-            )
-        every = math.ceil(steps / settings.evaluations)
-        changed = {"max_steps": steps, "eval_steps": every, "save_steps": every}
-        changed["warmup_steps"] = math.ceil(settings.warmup * steps)
-        for name, value in changed.items():
-            if name not in settings.options:
-                setattr(arguments, name, value)
-    except (TypeError, ValueError, ImportError) as error:
-        if isinstance(error, HealError):
-            raise
-        raise HealError(f"--set: {first_line(error)}") from error
-    return arguments
 
 
 def _with_adapters(student: Any, names: list[str], rank: int) -> Any:

@@ -20,8 +20,8 @@ from ptconvert.evaluate.divergence import Reference
 from ptconvert.evaluate.models import BatchSize, content_digest, open_model, schedule_of
 from ptconvert.healing.blockwise import heal_blocks
 from ptconvert.healing.data import Data
-from ptconvert.healing.distill import distill
-from ptconvert.healing.models import check_pair, freeze_but, put, trainable
+from ptconvert.healing.distill import check, distill
+from ptconvert.healing.models import changed_layers, check_pair, freeze_but, put, trainable
 from ptconvert.healing.settings import Settings
 from ptconvert.healing.work import Tensors, load_tensors, save_tensors, wait_for, work_folder
 from ptconvert.healing.write import rounded, write
@@ -95,7 +95,9 @@ def heal(
     check_pair(case.student, case.teacher)
     if not (case.settings.blockwise or case.settings.kl):
         raise HealError("nothing to do: neither block by block nor end to end")
-    case.data.order(case.settings.tokens, case.settings.seed)  # raises what is wrong with --tokens
+    if case.settings.train == "changed" and not changed_layers(schedule_of(case.student)):
+        raise HealError("the schedule changes no layer, so there is nothing to heal")
+    check(case.settings, len(case.data.order(case.settings.tokens, case.settings.seed)))
     if not _is_first():
         wait_for(case.folder / _START)
         if case.settings.kl:

@@ -55,6 +55,7 @@ def _check_key(path: Path, key: dict[str, object]) -> None:
     if not isinstance(found, dict):
         raise HealError(f"{file} can't be read; remove {path}, or name another with --work")
     differing = [name for name in key | found if key.get(name) != found.get(name)]
+    differing.sort(key=lambda name: name not in found)
     if differing:
         what = "; ".join(
             f"{name} was {_short(found.get(name))}, is {_short(key.get(name))}"
