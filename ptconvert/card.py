@@ -117,7 +117,7 @@ def _healing(report: Healed, command: str) -> str:
 
 Distilled from `{report.teacher}`: {" and ".join(stages)}, training {how}.
 
-- {report.tokens} tokens of {names}; sha256 of the windows: `{report.data_digest}`
+- at most {report.tokens} tokens of {names}; sha256 of the windows: `{report.data_digest}`
 - learning rate {settings.rate:g}, seed {settings.seed}
 - `{command}`
 

@@ -150,6 +150,8 @@ class Bench:
 
     def _made(self, waits: int, steps: list[str]) -> Path:
         """The checkpoint after these steps, the last of which makes it."""
+        if self._planned(waits) == presets.dense_schedule(self.layers):
+            steps = steps[:1]  # nothing is left to gain
         before, step, given = steps[:-1], steps[-1], self.given
         name = f"n{given.tracks}-w{waits}-{'+'.join(steps)}"
         if step not in ("blockwise", "KL"):

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AutoConfig
 
 import ptconvert
@@ -78,11 +79,6 @@ class Pieces:
             self.model.norm = nn.Identity()  # the stream itself is wanted
         self.model.rotary_emb = family_class(config, "RotaryEmbedding")(config=config).to(device)
 
-    def embedded(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """The stream that enters the first layer."""
-        weight_VD = self._read("model.embed_tokens.weight")
-        return nn.functional.embedding(ids_BT.to(weight_VD.device), weight_VD)
-
     def load(self, layers: range, stages: range) -> Any:
         """The decoder with these layers in memory, and no others, that runs these stages."""
         for index, layer in enumerate(self.model.layers):
@@ -90,11 +86,12 @@ class Pieces:
                 if index not in layers and not parameter.is_meta:
                     _set(layer, name, torch.empty_like(parameter, device="meta"))
                 elif index in layers and parameter.is_meta:
-                    _set(layer, name, self._read(f"model.layers.{index}.{name}"))
+                    _set(layer, name, self.read(f"model.layers.{index}.{name}"))
         self.model.first_stage, self.model.stop_stage = stages.start, stages.stop
         return self.model
 
-    def _read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor of the checkpoint, on the device."""
         entry = self.checkpoint.tensors[name]
         tensor = read_part(entry, 0, 0, entry.shape[0])
         return tensor.to(device=self.device, dtype=self.dtype)
@@ -125,7 +122,7 @@ def heal_blocks(
     order = data.order(settings.tokens, settings.seed)
     used, order = torch.unique(order, return_inverse=True)  # streams of no other windows are kept
     streams = [
-        _first_streams(pieces, ids_NS[:, :-1], settings, work / f"stream-{which}")
+        _first_streams(pieces, ids_NS[:, :-1], work / f"stream-{which}")
         for which, ids_NS in (("train", data.train[used]), ("held-out", data.held_out.ids))
     ]
     blocks = list(blocks_of(schedule_of(student)))
@@ -141,6 +138,8 @@ def heal_blocks(
                 save_tensors(file, moved)
                 pieces.load(range(0), range(0))
             healed |= load_tensors(file)
+            if block == changed[-1]:
+                break
         model = _loaded(pieces, block, healed)
         for stream_NTD in streams:
             _advance(model, stream_NTD, settings.batch_size)
@@ -158,21 +157,17 @@ def _loaded(pieces: Pieces, block: Block, healed: Tensors) -> Any:
 
 
 @torch.no_grad()
-def _first_streams(
-    pieces: Pieces, ids_NT: torch.Tensor, settings: Settings, file: Path
-) -> torch.Tensor:
+def _first_streams(pieces: Pieces, ids_NT: torch.Tensor, file: Path) -> torch.Tensor:
     """The embedded tokens of all windows (N, T, D), in memory or, where they are many, on disk."""
-    first_BTD = pieces.embedded(ids_NT[:1])
-    shape = (*ids_NT.shape, first_BTD.shape[-1])
-    if math.prod(shape) * first_BTD.element_size() > STREAM_BYTES:
+    weight_VD = pieces.read("model.embed_tokens.weight").cpu()
+    shape, dtype = (*ids_NT.shape, weight_VD.shape[1]), weight_VD.dtype
+    if math.prod(shape) * weight_VD.element_size() > STREAM_BYTES:
         file.unlink(missing_ok=True)
-        flat = torch.from_file(str(file), True, math.prod(shape), dtype=first_BTD.dtype)
-        stream_NTD = flat.view(shape)
+        stream_NTD = torch.from_file(str(file), True, math.prod(shape), dtype=dtype).view(shape)
     else:
-        stream_NTD = torch.empty(shape, dtype=first_BTD.dtype)
-    for start in range(0, len(ids_NT), settings.batch_size):
-        rows = slice(start, start + settings.batch_size)
-        stream_NTD[rows] = pieces.embedded(ids_NT[rows]).cpu()
+        stream_NTD = torch.empty(shape, dtype=dtype)
+    for ids_T, stream_TD in zip(ids_NT, stream_NTD, strict=True):
+        stream_TD[:] = functional.embedding(ids_T, weight_VD)
     return stream_NTD
 
 
