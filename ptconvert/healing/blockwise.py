@@ -218,7 +218,7 @@ def _heal(
     own = {n: p for n, p in model.named_parameters() if in_layers(f"model.{n}", block.layers)}
     for parameter in own.values():
         parameter.data, parameter.requires_grad = parameter.data.float(), True
-    rows = order.split(settings.batch_size * settings.accumulation)
+    rows = torch.split(order, settings.batch_size * settings.accumulation)
     rows = [r for r in rows if len(r) == len(rows[0])]
     optimizer = torch.optim.AdamW(own.values(), lr=settings.block_learning_rate, weight_decay=0.0)
     warm = math.ceil(settings.warmup * len(rows))
@@ -227,12 +227,12 @@ def _heal(
     if not math.isfinite(before):
         raise HealError(f"{_shortened(block.text)}: its stream isn't finite; try --dtype float32")
     for number, chosen in enumerate(rows):
-        for part in chosen.split(settings.batch_size):
+        for part in torch.split(chosen, settings.batch_size):
             stream_BTD = train_NTD[part].to(settings.device)
             with torch.no_grad():
                 target_BTD = _run(target, stream_BTD)
             loss = relative_error(_run(model, stream_BTD), target_BTD, stream_BTD)
-            (loss * len(part) / len(chosen)).backward()
+            torch.autograd.backward(loss * len(part) / len(chosen))
         torch.nn.utils.clip_grad_norm_(own.values(), 1.0)
         optimizer.step()
         schedule.step()
@@ -259,7 +259,7 @@ def _rate(step: int, warm: int, steps: int) -> float:
 def _held_out(model: Any, target: Any, stream_NTD: torch.Tensor, batch: int) -> float:
     """The block's relative error on the held-out windows."""
     total = 0.0
-    for piece_BTD in stream_NTD.split(batch):
+    for piece_BTD in torch.split(stream_NTD, batch):
         out_BTD, target_BTD = _run(model, piece_BTD), _run(target, piece_BTD)
         error = relative_error(out_BTD, target_BTD, piece_BTD.to(out_BTD.device))
         total += float(error) * len(piece_BTD)

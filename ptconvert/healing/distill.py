@@ -129,7 +129,7 @@ def compare(
 
 
 def _piece(
-    head: nn.Module, logits_PV: torch.Tensor, hidden_PD: torch.Tensor, target_P: torch.Tensor
+    head: Any, logits_PV: torch.Tensor, hidden_PD: torch.Tensor, target_P: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         weight_VD = head.weight

@@ -112,4 +112,4 @@ def _slices(whole: torch.Tensor, size: torch.Size) -> Iterator[torch.Tensor]:
     if not longer:
         yield whole
     elif len(longer) == 1:
-        yield from (v for v in whole.split(size[longer[0]], longer[0]) if v.shape == size)
+        yield from (v for v in torch.split(whole, size[longer[0]], longer[0]) if v.shape == size)

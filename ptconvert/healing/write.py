@@ -50,7 +50,7 @@ def write(
 def _replace(directory: Path, entry: TensorEntry, tensor: torch.Tensor) -> None:
     """Writes a tensor's bytes over those in the copy of its file."""
     assert tuple(tensor.shape) == entry.shape, entry.name
-    data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
     handle = os.open(directory / entry.file.name, os.O_WRONLY)
     try:
         done = 0
