@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -11,7 +12,16 @@ from ptconvert.schedule import Schedule
 from ptconvert.shape import ModelShape
 from ptconvert.spec import Spec
 
+if TYPE_CHECKING:  # it imports torch
+    from ptconvert.healing.run import Healed
+
 _LICENCE_KEYS = ("license", "license_name", "license_link")
+_WITHOUT_TRAINING = """without training: the same weights under another schedule, which changes
+what the model computes. Measure its quality before you use it, and heal it (`ptconvert heal`) where
+the loss matters."""
+_AFTER_TRAINING = """and trained since to give the same predictions under another schedule (below).
+Measure its quality before you use it."""
+_SCHEDULE = "## Schedule\n"
 
 
 def model_card(
@@ -50,9 +60,7 @@ def model_card(
 
 # {source_name.split("/")[-1]}, converted by ptconvert
 
-Made from `{source_name}` without training: the same weights under another schedule, which changes
-what the model computes. Measure its quality before you use it, and heal it (distil it from its
-source) where the loss matters.
+Made from `{source_name}` {_WITHOUT_TRAINING}
 
 | | {source_name.split("/")[-1]} | this model |
 | --- | --- | --- |
@@ -70,8 +78,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{name}")
 ```
 
-## Schedule
-
+{_SCHEDULE}
 ```
 {schedule}
 ```
@@ -81,6 +88,51 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 ```yaml
 {spec.text.rstrip()}
 ```
+"""
+
+
+def healed_card(converted: Path, name: str, report: Healed, command: str) -> str:
+    """The card of a converted checkpoint with how it was healed put before its schedule.
+
+    `converted` is the checkpoint's directory, `name` that of the result.
+    """
+    try:
+        card = (converted / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        card = f"# {name}\n"
+    card = card.replace(_WITHOUT_TRAINING, _AFTER_TRAINING).replace(
+        f'from_pretrained("{converted.name}")', f'from_pretrained("{name}")'
+    )
+    start, mark, end = card.partition(_SCHEDULE)
+    return f"{start.rstrip()}\n\n{_healing(report, command)}\n{mark}{end}"
+
+
+def _healing(report: Healed, command: str) -> str:
+    """The section of a card that records a healing."""
+    settings = report.settings
+    stages = ["block by block"] if settings.blockwise else []
+    stages += ["end to end by KL(source || healed)"] if settings.kl else []
+    weights = "all weights" if settings.train == "all" else "the weights of the changed layers"
+    how = f"a LoRA of rank {settings.lora} on {weights}, merged" if settings.lora else weights
+    names = ", ".join(report.data[:3])
+    names += f" and {len(report.data) - 3} more" if len(report.data) > 3 else ""
+    rows = "\n".join(f"| {row.name} | {row.loss:.4f} | {row.kl:.4f} |" for row in report.rows)
+    kept = "training did not help, and the weights are as before"
+    if report.kept != "before":
+        kept = f"this checkpoint is the one after `{report.kept}`"
+    return f"""## Healing
+
+Distilled from `{report.teacher}`: {" and ".join(stages)}, training {how}.
+
+- at most {report.tokens} tokens of {names}; sha256 of the windows: `{report.data_digest}`
+- learning rate {settings.rate:g}, seed {settings.seed}
+- `{command}`
+
+On {report.held_out_tokens} tokens held out, in nats per token; {kept}:
+
+| | loss | KL from `{report.teacher}` |
+| --- | --- | --- |
+{rows}
 """
 
 

@@ -35,6 +35,10 @@ class PlanError(PTConvertError):
     """A plan can't be made as asked: for this model, or within this budget."""
 
 
+class HealError(PTConvertError):
+    """A checkpoint can't be healed as asked: by this teacher, on this text, or from this state."""
+
+
 class FileError(PTConvertError):
     """One or more faults of a file, each a line `file:line: what, and what would be right`."""
 

@@ -8,6 +8,7 @@ from ptconvert import __version__
 from ptconvert.cli.common import Commands
 from ptconvert.cli.estimate import estimate
 from ptconvert.cli.evaluate import evaluate
+from ptconvert.cli.heal import heal
 from ptconvert.cli.plan import plan
 from ptconvert.cli.show import show
 from ptconvert.cli.transform import transform
@@ -24,6 +25,7 @@ def main() -> None:
     ptconvert show SPEC --model SRC            look at a schedule and what it saves
     ptconvert estimate SPEC --hardware NAME    what it would buy on other hardware
     ptconvert transform SRC DST --spec SPEC    write the converted checkpoint
+    ptconvert heal DST OUT --teacher SRC --text FILE  train it towards its source
     ptconvert verify DST --ranks R             run it on R ranks and check what it promises
     ptconvert eval DST --baseline SRC          score both, and say whether the difference is real
     ptconvert transform DST BACK --to-dense    undo it, bit for bit
@@ -32,5 +34,5 @@ def main() -> None:
     """
 
 
-for command in (show, plan, estimate, transform, verify, evaluate):
+for command in (show, plan, estimate, transform, heal, verify, evaluate):
     main.add_command(command)

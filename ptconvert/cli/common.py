@@ -10,9 +10,10 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import click
 from rich.console import Console
@@ -133,11 +134,20 @@ def quiet_libraries() -> None:
     """Our own progress is shown, not that of every library below; called before their import."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # what they will rename in their next versions
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+
+
+class Advance(Protocol):
+    """Told how far a long step has come."""
+
+    def __call__(self, step: str, done: int, total: int | None, note: str = "") -> None: ...
 
 
 @contextmanager
-def step_progress() -> Iterator[Callable[[str, int, int | None], None]]:
-    """A bar for the step at hand, on a terminal: told the step, how much is done and of how many.
+def step_progress() -> Iterator[Advance]:
+    """A bar for the step at hand, on a terminal: told the step, how much is done and of how many,
+    and how well it goes.
 
     A total of None shows that something goes on. To be called from one thread.
     """
@@ -154,12 +164,13 @@ def step_progress() -> Iterator[Callable[[str, int, int | None], None]]:
     ) as bar:
         current, shown = bar.add_task("", total=None), ""
 
-        def advance(step: str, done: int, total: int | None) -> None:
+        def advance(step: str, done: int, total: int | None, note: str = "") -> None:
             nonlocal current, shown
             if step != shown:
                 bar.remove_task(current)
                 current, shown = bar.add_task(step, total=total), step
-            bar.update(current, completed=done, total=total)
+            description = f"{step}: {note}" if note else step
+            bar.update(current, completed=done, total=total, description=description)
 
         yield advance
 

@@ -7,8 +7,9 @@ in each, V vocabulary, D residual stream width.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,21 +133,25 @@ class Tokens:
         )
 
 
+def token_ids(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Each text's tokens, after the beginning-of-sequence token (end-of-sequence where the
+    tokenizer has none)."""
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = [] if first is None else [first]
+    for text in texts:
+        yield start + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
 def read_windows(
     texts: Sequence[Path], tokenizer: Any, length: int | None, count: int | None, longest: int
 ) -> Windows:
-    """Cuts texts into windows: tokenized one by one, each preceded by the beginning-of-sequence
-    token (end-of-sequence where the tokenizer has none), joined, and cut at even steps.
+    """Cuts texts into windows: tokenized one by one by `token_ids`, joined, and cut at even steps.
 
     `length` defaults to 1024 tokens, or less where the model or the text is shorter, `count` to as
     many windows as don't overlap, at most 64. `longest` is the model's number of positions.
     Raises EvaluationError for a text that is no text, or too short.
     """
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids: list[int] = []
-    for path in texts:
-        ids += [] if first is None else [first]
-        ids += tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = list(itertools.chain.from_iterable(token_ids(map(read_text, texts), tokenizer)))
     if length is not None and length > longest:
         raise EvaluationError(f"--window {length}: the model has {longest} positions")
     if len(ids) < 2 or (length is not None and len(ids) < length + 1):
@@ -170,10 +175,15 @@ def windows_for(
     checkpoint: Checkpoint, texts: Sequence[Path], length: int | None, count: int | None
 ) -> Windows:
     """`read_windows` by a checkpoint's tokenizer and number of positions. Raises PTConvertError."""
+    return read_windows(texts, open_tokenizer(checkpoint), length, count, positions(checkpoint))
+
+
+def positions(checkpoint: Checkpoint) -> int:
+    """How many positions a checkpoint's model has. Raises EvaluationError."""
     longest = checkpoint.config.get("max_position_embeddings")
     if not isinstance(longest, int):
         raise EvaluationError(f"{checkpoint.path}/config.json: max_position_embeddings is missing")
-    return read_windows(texts, open_tokenizer(checkpoint), length, count, longest)
+    return longest
 
 
 @dataclass(frozen=True)

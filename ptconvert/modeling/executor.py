@@ -152,6 +152,7 @@ def run_schedule(
     deferred: str = "sum",
     entered: Callable[[int], object] | None = None,
     first: int = 0,
+    stop: int | None = None,
 ) -> torch.Tensor:
     """Runs every stage of a schedule on the embedded tokens; returns the merged stream, BSD.
 
@@ -159,11 +160,12 @@ def run_schedule(
     `deferred` is "sum", which keeps a dense model's meaning, or "mean": partials that waited
     since an earlier stage are merged with weight 1/n (the Desync rule, arXiv 2501.06589).
     `entered` is called with each stage's index as it begins. `first` is the stage to begin at, for
-    a `base_BSD` that the stages before it have left with nothing outstanding.
+    a `base_BSD` that the stages before it have left with nothing outstanding, and `stop` the one
+    to end before, likewise.
     """
     streams = Streams(base_BSD)
     waiting_weight = 1 / tracks if deferred == "mean" else 1.0
-    for index in range(first, len(schedule.stages)):
+    for index in range(first, len(schedule.stages) if stop is None else stop):
         if entered is not None:
             entered(index)
         own = run_stage(schedule, index, streams.view(), run_sublayer)

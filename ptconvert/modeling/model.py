@@ -80,7 +80,8 @@ class PTConvertModel(PTConvertPreTrainedModel):
 
     A rank's model gets the communicator that sums over ranks; `entered` is called with each
     stage's index when it begins, for whoever wants to know where a forward pass stands. A forward
-    pass of `inputs_embeds` begins at stage `first_stage`, before which nothing may be outstanding.
+    pass of `inputs_embeds` begins at stage `first_stage`, before which nothing may be outstanding,
+    and any ends before `stop_stage`, likewise.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class PTConvertModel(PTConvertPreTrainedModel):
         self.communicator = OneProcess() if communicator is None else communicator
         self.entered: Callable[[int], object] | None = None
         self.first_stage = 0
+        self.stop_stage: int | None = None
         section = read_section(vars(config))
         self.schedule = section.schedule
         self.track_count = section.tracks
@@ -236,6 +238,7 @@ class PTConvertModel(PTConvertPreTrainedModel):
             self.deferred,
             self.entered,
             self.first_stage,
+            self.stop_stage,
         )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(stream_BSD),

@@ -1,0 +1,264 @@
+"""`ptconvert heal`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from ptconvert.checkpoint.source import display_name, locate
+from ptconvert.cli.common import (
+    need_packages,
+    print_figures,
+    quiet_libraries,
+    step_progress,
+    torch_device,
+)
+from ptconvert.errors import HealError
+
+if TYPE_CHECKING:  # they import torch
+    from ptconvert.healing.run import Case
+
+
+@click.command()
+@click.argument("checkpoint", metavar="CKPT")
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.option("--teacher", required=True, metavar="SRC", help="CKPT's source: directory or hub id.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Train on this plain text; may be given again.",
+)
+@click.option(
+    "--dataset",
+    metavar="ID",
+    help="Train on a Hugging Face dataset, streamed, or a local one (file or directory).",
+)
+@click.option("--dataset-config", metavar="NAME", help="The dataset's configuration.")
+@click.option("--split", default="train", show_default=True, help="The dataset's split.")
+@click.option("--column", default="text", show_default=True, help="The dataset's column.")
+@click.option(
+    "--held-out",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Judge by this text. [a part of the other, not trained on]",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Tokens that each stage trains on, passes over the text repeated as needed. [one pass; of "
+    "a dataset 10 million]",
+)
+@click.option("--window", type=click.IntRange(2), help="Tokens in a window of the text. [1024]")
+@click.option(
+    "--blockwise", is_flag=True, help="First train block by block, with one block in memory."
+)
+@click.option(
+    "--kl/--no-kl", default=True, show_default=True, help="Train end to end by KL(teacher || it)."
+)
+@click.option("--lora", type=click.IntRange(1), metavar="R", help="Train a LoRA of rank R; merged.")
+@click.option(
+    "--train",
+    type=click.Choice(["changed", "all"]),
+    default="changed",
+    show_default=True,
+    help="Weights that move: of the layers that the schedule changes, or all, embeddings too.",
+)
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="See below.")
+@click.option(
+    "--block-learning-rate",
+    type=click.FloatRange(0, min_open=True),
+    default=3e-4,
+    show_default=True,
+    help="Of --blockwise.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Windows at once, in each process.",
+)
+@click.option(
+    "--gradient-accumulation",
+    "accumulation",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Batches in one step.",
+)
+@click.option(
+    "--warmup",
+    type=click.FloatRange(0, 1),
+    default=0.05,
+    show_default=True,
+    help="The share of steps in which the rate rises; then it falls as a half cosine.",
+)
+@click.option(
+    "--evaluations",
+    type=click.IntRange(1),
+    default=20,
+    show_default=True,
+    help="How often to judge and to save, over the run.",
+)
+@click.option(
+    "--patience",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Evaluations without gain before it stops.",
+)
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory for more time.")
+@click.option(
+    "--set",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any field of transformers' TrainingArguments; may be given again.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--device", metavar="NAME", help="Default: cuda where there is.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="What to hold frozen weights in and to compute in; auto is float32 on a CPU, else what "
+    "is stored. Trained weights are float32.",
+)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the state is kept until it is done. [DST.healing]",
+)
+@click.option("--revision", help="Branch, tag or commit, where --teacher is a hub id.")
+@click.option("--overwrite", is_flag=True, help="Replace DST if it is a checkpoint.")
+@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+def heal(
+    checkpoint: str,
+    destination: Path,
+    as_json: bool,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Train the converted checkpoint CKPT towards its source; write the result to DST.
+
+    By KL(source || converted) at each token of your text, through transformers' Trainer; with
+    --blockwise first block by block. Part of the text is held out; the state with the smallest KL
+    on it is written, and never one worse than CKPT. The default learning rate is 3e-4, and 1e-3
+    with --lora.
+
+    After Ctrl-C or a crash the same command goes on from the last state saved. On several GPUs:
+    accelerate launch [--use_fsdp ...] -m ptconvert heal ...
+    """
+    lora = ("peft",) if options["lora"] else ()
+    need_packages("heal", "accelerate", "scipy", *lora)
+    quiet_libraries()
+    if bool(options["texts"]) == bool(options["dataset"]):
+        raise click.UsageError("give what to train on, one of --text FILE and --dataset ID")
+    if options["dataset"] and importlib.util.find_spec("datasets") is None:
+        raise HealError("--dataset needs the package datasets, not installed here")
+    from ptconvert.checkpoint.atomic import check_destination
+    from ptconvert.healing.run import heal as run
+
+    check_destination(destination, overwrite)
+    folder = options["work"] or destination.with_name(f"{destination.name}.healing")
+    with step_progress() as progress:
+        case = _case(checkpoint, folder, options, progress)
+        try:
+            report = run(case, destination, _command(), overwrite)
+        except KeyboardInterrupt:
+            click.echo(f"what was trained is in {folder}; the same command goes on", err=True)
+            raise
+    if report is not None:
+        figures = {**report.as_json(), "destination": str(destination)}
+        print_figures(figures, as_json, lambda console: _print_healed(console, figures))
+
+
+def _case(checkpoint: str, folder: Path, given: dict[str, Any], progress: Any) -> Case:
+    """The checkpoints opened, the text read and the settings made of the options."""
+    from ptconvert.checkpoint.reader import open_checkpoint
+    from ptconvert.healing.data import DatasetSource, read_data
+    from ptconvert.healing.models import check_pair
+    from ptconvert.healing.run import Case
+    from ptconvert.healing.settings import Settings
+
+    device = torch_device(given["device"])
+    dtype = "float32" if given["dtype"] == "auto" and device == "cpu" else given["dtype"]
+    student = open_checkpoint(locate(checkpoint, None))
+    teacher = open_checkpoint(locate(given["teacher"], given["revision"]))
+    check_pair(student, teacher)
+    dataset = None
+    if given["dataset"]:
+        dataset = DatasetSource(
+            given["dataset"], given["dataset_config"], given["split"], given["column"]
+        )
+    data = read_data(
+        student, given["texts"], dataset, given["held_out"], given["window"], given["tokens"],
+        progress,
+    )  # fmt: skip
+    names = ("tokens", "train", "blockwise", "kl", "lora", "learning_rate", "block_learning_rate")
+    more = ("batch_size", "accumulation", "warmup", "evaluations", "patience", "seed")
+    settings = Settings(
+        **{name: given[name] for name in (*names, *more, "gradient_checkpointing")},
+        dtype=dtype,
+        device=device,
+        options=_options(given["options"]),
+    )
+    return Case(
+        student, teacher, display_name(given["teacher"]), data, settings, folder, progress, _say
+    )
+
+
+def _options(pairs: tuple[str, ...]) -> dict[str, object]:
+    """KEY=VALUE pairs, values as YAML has them. Raises HealError."""
+    found: dict[str, object] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise HealError(f"--set {pair}: it must be KEY=VALUE, such as weight_decay=0.01")
+    return found
+
+
+def _say(text: str) -> None:
+    """A line of what happened, on stderr, by the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(text, err=True)
+
+
+def _command() -> str:
+    """The command line, for the model card."""
+    return shlex.join(["ptconvert", *sys.argv[1:]])
+
+
+def _print_healed(console: Console, figures: dict[str, Any]) -> None:
+    """The held-out figures of every stage, and what was written."""
+    table = Table(box=None, pad_edge=False, title=None)
+    for name in ("held out", "loss", "over source", "KL"):
+        table.add_column(name, justify="left" if name == "held out" else "right")
+    source = figures["rows"][0]["loss"]
+    for row in figures["rows"]:
+        kept = "→ " if row["name"] == figures["kept"] else "  "
+        over = f"{row['loss'] - source:+.4f}"
+        table.add_row(kept + row["name"], f"{row['loss']:.4f}", over, f"{row['kl']:.4f}")
+    console.print(table)
+    if figures["kept"] == "before":
+        console.print("training did not help; the weights are those of the checkpoint as it came")
+    console.print(f"wrote {figures['destination']}", soft_wrap=True)

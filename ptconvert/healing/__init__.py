@@ -1,0 +1,1 @@
+"""Healing: what a conversion cost is recovered by training towards the source model."""

@@ -1,0 +1,47 @@
+"""What decides a healing's result: its settings, as the command line gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+LORA_ALPHA = 2  # times the rank: what an adapter's product is scaled by is this over 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`tokens` are those that each stage trains on, repeated passes counted; None is one pass.
+
+    `train` says which weights move: `changed`, the layers that the schedule changes, or `all`,
+    embeddings and lm_head too. `batch_size` counts windows per process and backward pass,
+    `accumulation` backward passes per step. `patience` counts evaluations on the held-out windows
+    without gain before training stops. `objective` is `kl`, KL(teacher || student), or
+    `cross_entropy` on the text itself, the yardstick. `options` go to transformers'
+    TrainingArguments as they are.
+    """
+
+    tokens: int | None = None
+    train: str = "changed"
+    blockwise: bool = False
+    kl: bool = True
+    lora: int | None = None
+    learning_rate: float | None = None
+    block_learning_rate: float = 3e-4
+    batch_size: int = 8
+    accumulation: int = 1
+    warmup: float = 0.05
+    evaluations: int = 20
+    patience: int = 5
+    seed: int = 0
+    objective: str = "kl"
+    dtype: str = "auto"
+    device: str = "cpu"
+    gradient_checkpointing: bool = False
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """The KL stage's learning rate: an adapter starts from nothing and wants a larger one."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 3e-4 if self.lora is None else 1e-3

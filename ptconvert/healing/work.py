@@ -1,0 +1,99 @@
+"""The work folder: what a healing has reached, for the same command to go on from."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ptconvert.errors import HealError
+
+Tensors = dict[str, torch.Tensor]
+_KEY, _LOCK = "key.json", "lock"
+_POLL_SECONDS = 0.5
+
+
+@contextmanager
+def work_folder(path: Path, key: Mapping[str, object]) -> Iterator[Path]:
+    """The folder of the healing that `key` describes, held by this process alone.
+
+    Raises HealError where it holds another healing's state, naming what differs, something else,
+    or where another process is at work in it.
+    """
+    made = not path.exists()
+    if not made and not (path / _KEY).is_file() and any(p.name != _LOCK for p in path.iterdir()):
+        raise HealError(f"{path} is no healing's work folder; name another with --work")
+    path.mkdir(exist_ok=True)
+    handle = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HealError(f"{path}: another process is healing there") from None
+        _check_key(path, json.loads(json.dumps(dict(key), default=str)))
+        yield path
+    finally:
+        os.close(handle)
+
+
+def _check_key(path: Path, key: dict[str, object]) -> None:
+    file = path / _KEY
+    if not file.is_file():
+        write_text(file, json.dumps(key, indent=2) + "\n")
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise HealError(f"{file} can't be read; remove {path}, or name another with --work")
+    differing = [name for name in key | found if key.get(name) != found.get(name)]
+    differing.sort(key=lambda name: name not in found)
+    if differing:
+        what = "; ".join(
+            f"{name} was {_short(found.get(name))}, is {_short(key.get(name))}"
+            for name in differing[:3]
+        )
+        raise HealError(
+            f"{path} holds the state of another healing ({what}): remove it, or name another with "
+            "--work"
+        )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def save_tensors(file: Path, tensors: Tensors) -> None:
+    """Writes tensors to a file that is there whole or not at all."""
+    partial = file.with_name(f"{file.name}.partial")
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
+    partial.replace(file)
+
+
+def load_tensors(file: Path) -> Tensors:
+    """What save_tensors wrote."""
+    tensors: Tensors = load_file(file)
+    return tensors
+
+
+def wait_for(file: Path) -> None:
+    """Until the first of several processes has written a file; if it fails, the launcher ends
+    this one."""
+    while not file.is_file():
+        time.sleep(_POLL_SECONDS)

@@ -1,0 +1,60 @@
+"""Writing what was healed: the checkpoint as it was, file by file, with other numbers in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from ptconvert.checkpoint.atomic import new_directory
+from ptconvert.checkpoint.reader import SMALL_FILES, Checkpoint, TensorEntry
+from ptconvert.errors import CheckpointError
+from ptconvert.format import MODELING_FILE, SPEC_FILE
+from ptconvert.healing.work import Tensors
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def rounded(checkpoint: Checkpoint, healed: Tensors) -> Tensors:
+    """Tensors in the dtype in which the checkpoint holds them."""
+    return {name: t.to(DTYPES[checkpoint.tensors[name].dtype]) for name, t in healed.items()}
+
+
+def write(
+    checkpoint: Checkpoint, healed: Tensors, card: str, destination: Path, overwrite: bool
+) -> None:
+    """Writes a copy of a checkpoint in which these tensors are replaced, and the model card.
+
+    Every tensor keeps its file, place, shape and dtype; config, spec, tokenizer and modelling file
+    come along. `destination` appears whole or not at all. Raises CheckpointError.
+    """
+    source = checkpoint.path
+    names = (*SMALL_FILES, SPEC_FILE, MODELING_FILE)
+    small = {path for name in names for path in source.glob(name) if path.is_file()}
+    weights = {entry.file for entry in checkpoint.tensors.values()}
+    try:
+        with new_directory(destination, overwrite) as directory:
+            for path in sorted(small | weights):
+                target = directory / path.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+            for name, tensor in rounded(checkpoint, healed).items():
+                _replace(directory, checkpoint.tensors[name], tensor)
+            (directory / "README.md").write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or destination}: {error.strerror}") from None
+
+
+def _replace(directory: Path, entry: TensorEntry, tensor: torch.Tensor) -> None:
+    """Writes a tensor's bytes over those in the copy of its file."""
+    assert tuple(tensor.shape) == entry.shape, entry.name
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    handle = os.open(directory / entry.file.name, os.O_WRONLY)
+    try:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(handle, data[done:], entry.offset + done)
+    finally:
+        os.close(handle)

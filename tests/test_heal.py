@@ -1,0 +1,444 @@
+"""heal: training towards the source, what it writes, and going on after a kill."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import Convert, MakeDense, byte_level, load
+from test_cli import run
+
+import ptconvert
+from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
+from ptconvert.checkpoint.writer import same_bytes
+from ptconvert.cli import main
+from ptconvert.evaluate import divergence
+from ptconvert.evaluate.models import BatchSize, open_model, schedule_of
+from ptconvert.healing.blockwise import Pieces, blocks_of
+from ptconvert.healing.data import Data, read_data
+from ptconvert.healing.distill import compare, distill
+from ptconvert.healing.models import changed_layers, freeze_but, share, trainable
+from ptconvert.healing.settings import Settings
+from ptconvert.schedule import Schedule
+
+pytest.importorskip("peft", reason="peft is not installed")
+TEXT = Path(ptconvert.__file__).parent / "spec.py"
+SIZE = ("--window", 32, "--tokens", 2560, "--batch-size", 4, "--evaluations", 4)
+QUICK = (*SIZE, "--learning-rate", 1e-3)
+SCHEDULE = "use: parallel_track, depth: 2"
+# Dense layers before and after, so that some parameters stay frozen.
+MIDDLE = (
+    "  - {layers: 0-1, use: tensor_parallel}\n  - {layers: 2-3, use: parallel_track, depth: 2}\n"
+    "  - {layers: 4-5, use: tensor_parallel}\n"
+)
+
+
+def quiet(*_: object) -> None:
+    """No progress."""
+
+
+@pytest.fixture(scope="module")
+def source(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random dense model with a tokenizer of bytes."""
+    return byte_level(make_dense, tmp_path_factory.mktemp("heal") / "source")
+
+
+def heal(converted: Path, out: Path, source: Path, *options: object, code: int = 0) -> Any:
+    """Runs `heal --json`; returns its figures, or the error's text."""
+    arguments = ("heal", converted, out, "--teacher", source, "--json", *options)
+    stdout, stderr = run(*arguments, code=code)
+    return json.loads(stdout) if code == 0 else stderr
+
+
+def kls(figures: dict[str, Any]) -> dict[str, float]:
+    return {row["name"]: row["kl"] for row in figures["rows"]}
+
+
+def differing(a: Path, b: Path) -> set[str]:
+    """The tensors whose bytes differ."""
+    one, other = (open_checkpoint(path).tensors for path in (a, b))
+    assert one.keys() == other.keys()
+    return {name for name in one if not same_bytes(one[name], other[name])}
+
+
+def data_of(checkpoint: Checkpoint) -> Data:
+    return read_data(checkpoint, (TEXT,), None, (), 32, None, quiet)
+
+
+# The whole command
+
+
+def test_kl_falls_and_the_result_is_a_checkpoint_like_the_one_given(
+    source: Path, convert: Convert, tmp_path: Path
+) -> None:
+    converted, out = convert(source, 4, SCHEDULE), tmp_path / "out"
+    figures = heal(converted, out, source, "--text", TEXT, *QUICK)
+    assert figures["kept"] == "KL" and kls(figures)["KL"] < 0.9 * kls(figures)["before"]
+    assert not (tmp_path / "out.healing").exists()
+    a, b = open_checkpoint(converted), open_checkpoint(out)
+    for name, entry in a.tensors.items():
+        other = b.tensors[name]
+        assert (entry.file.name, entry.dtype, entry.shape, entry.offset) == (
+            *(other.file.name, other.dtype, other.shape, other.offset),
+        )
+    moved = differing(converted, out)
+    assert moved and all(name.startswith("model.layers.") for name in moved)
+    files = {p.name for p in converted.iterdir()}
+    assert files == {p.name for p in out.iterdir()}
+    for name in files:
+        if not name.endswith((".safetensors", ".md")):
+            assert (converted / name).read_bytes() == (out / name).read_bytes()
+    # eval's own divergence of what was written is what heal reports
+    windows, batch = data_of(b).held_out, BatchSize(4, "cpu")
+    models = [open_model(open_checkpoint(p), "float32", "cpu") for p in (source, out)]
+    reference = divergence.reference(models[0], windows, batch, quiet)
+    tokens = divergence.measure(models[1], reference, windows, batch, quiet)
+    assert tokens.kl.mean() == pytest.approx(kls(figures)["KL"], rel=1e-4)
+    assert load(out)(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    card = (out / "README.md").read_text()
+    assert "## Healing" in card and figures["data_digest"] in card
+    assert f"| KL | {figures['rows'][-1]['loss']:.4f} |" in card and "without training" not in card
+
+
+def test_verify_and_eval_take_it_and_to_dense_refuses(
+    source: Path, convert: Convert, tmp_path: Path
+) -> None:
+    converted, out = convert(source, 2, SCHEDULE), tmp_path / "out"
+    heal(converted, out, source, "--text", TEXT, *QUICK)
+    run("verify", out, "--ranks", 2, "--prompt-tokens", 4, "--new-tokens", 3)
+    size = ("--window", 32, "--windows", 8)
+    run("eval", out, "--baseline", source, "--text", TEXT, *size, "--cache", tmp_path)
+    _, error = run("transform", out, tmp_path / "back", "--to-dense", code=2)
+    assert "the tracks were trained since the conversion" in error and error.count("\n") == 1
+
+
+def test_two_runs_are_equal_and_another_seed_is_not(
+    source: Path, convert: Convert, tmp_path: Path
+) -> None:
+    converted = convert(source, 4, MIDDLE)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        heal(converted, tmp_path / name, source, "--text", TEXT, *QUICK, "--seed", seed)
+    assert not differing(tmp_path / "a", tmp_path / "b")
+    assert differing(tmp_path / "a", tmp_path / "c")
+
+
+def test_never_worse_than_before(source: Path, convert: Convert, tmp_path: Path) -> None:
+    converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
+    rates = ("--learning-rate", 3, "--block-learning-rate", 3)
+    figures = heal(converted, out, source, "--text", TEXT, *SIZE, "--blockwise", *rates)
+    assert figures["kept"] == "before" and not differing(converted, out)
+    assert "training did not help" in (out / "README.md").read_text()
+
+
+def test_a_gentle_schedule_of_layers_held_dense_is_healed_too(
+    source: Path, convert: Convert, tmp_path: Path
+) -> None:
+    """Ladder holds nothing in tracks; the layers it changes are trained."""
+    items = "  - {layers: 0-2, use: tensor_parallel}\n  - {layers: 3-5, use: ladder}\n"
+    converted, out = convert(source, 4, items), tmp_path / "out"
+    figures = heal(converted, out, source, "--text", TEXT, *QUICK)
+    assert kls(figures)["KL"] < kls(figures)["before"]
+    # m2 is overlapped too, as layer 3's attention doesn't see it
+    assert {int(name.split(".")[2]) for name in differing(converted, out)} == {2, 3, 4, 5}
+
+
+# Block by block
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        "a0! m0! a1. m1. a2. m2! a3~1 m3~1 a4^1 m4! a5|m5!",
+        "a0! m0. a1! m1! a2^1 m2. a3! m3! a4! m4! a5. m5!",
+    ],
+)
+def test_blocks_one_after_the_other_are_the_model(
+    stages: str, source: Path, convert: Convert
+) -> None:
+    """Also where a block begins inside a layer; and one block's layers at a time are in memory."""
+    checkpoint = open_checkpoint(convert(source, 4, f"  - {{layers: 0-5, stages: '{stages}'}}\n"))
+    ids_BT = torch.arange(24).view(2, 12)
+    pieces = Pieces(checkpoint, torch.float32, "cpu")
+    streams = {}
+    for skipped in (None, 1):
+        weight_VD = pieces.read("model.embed_tokens.weight")
+        stream_BTD = torch.nn.functional.embedding(ids_BT, weight_VD)
+        for number, block in enumerate(blocks_of(schedule_of(checkpoint))):
+            model = pieces.load(block.layers, block.stages)
+            held = {i for i, la in enumerate(model.layers) if not next(la.parameters()).is_meta}
+            assert held == set(block.layers)
+            if number != skipped:
+                stream_BTD = model(inputs_embeds=stream_BTD, use_cache=False).last_hidden_state
+        streams[skipped] = stream_BTD
+    whole = open_model(checkpoint, "float32", "cpu")
+    expected = whole.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+    assert torch.allclose(whole.model.norm(streams[None]), expected, atol=1e-5)
+    assert not torch.allclose(whole.model.norm(streams[1]), expected, atol=1e-2)
+
+
+def test_blockwise_moves_one_block_only_and_helps(
+    source: Path, convert: Convert, tmp_path: Path
+) -> None:
+    converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
+    figures = heal(converted, out, source, "--text", TEXT, *SIZE, "--blockwise", "--no-kl")
+    assert kls(figures).keys() == {"source", "before", "blockwise"}
+    assert kls(figures)["blockwise"] < kls(figures)["before"]
+    assert {int(name.split(".")[2]) for name in differing(converted, out)} == {2, 3}
+
+
+def test_which_layers_a_schedule_changes() -> None:
+    mixed = "a0! m0! a1! m1~1 a2! m2! a3. m3! a4! m4! a5! m5!"
+    assert changed_layers(Schedule.parse(mixed)) == {1, 2, 3}
+    assert changed_layers(Schedule.parse("a0! m0! a1! m1!")) == frozenset()
+
+
+# Going on
+
+
+def killed(arguments: Sequence[object], line: str) -> None:
+    """Runs heal in a process of its own and kills it when it has printed a line that begins so."""
+    command = [sys.executable, "-m", "ptconvert", "heal", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        for printed in process.stderr:
+            if printed.startswith(line):
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_killed_runs_end_in_the_same_bytes(source: Path, convert: Convert, tmp_path: Path) -> None:
+    """One kill between blocks, one in the end-to-end stage."""
+    converted, out = convert(source, 4, SCHEDULE), tmp_path / "out"
+    options = ("--text", TEXT, *QUICK, "--blockwise")
+    heal(converted, tmp_path / "whole", source, *options)
+    arguments = (converted, out, "--teacher", source, *options)
+    killed(arguments, "block 2 of 3")
+    assert not out.exists() and (tmp_path / "out.healing" / "block-0.safetensors").exists()
+    killed(arguments, "step 15 of")
+    states = sorted(p.name for p in (tmp_path / "out.healing" / "kl").iterdir())
+    assert not out.exists() and "checkpoint-10" in states
+    result = CliRunner().invoke(main, ["heal", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    assert "block 1" not in result.stderr and "step 5 of" not in result.stderr
+    assert not differing(tmp_path / "whole", out)
+
+
+def test_other_settings_dont_go_on_from_it(source: Path, convert: Convert, tmp_path: Path) -> None:
+    converted, out, work = convert(source, 4, MIDDLE), tmp_path / "out", tmp_path / "out.healing"
+    work.mkdir()
+    (work / "mine.txt").write_text("mine")
+    error = heal(converted, out, source, "--text", TEXT, *QUICK, code=2)
+    assert "is no healing's work folder" in error
+    (work / "mine.txt").unlink()
+    (work / "key.json").write_text(json.dumps({"learning_rate": 0.5}))
+    error = heal(converted, out, source, "--text", TEXT, *QUICK, code=2)
+    assert "learning_rate was 0.5, is 0.001" in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+# Training
+
+
+def test_the_loss_is_kl_and_its_gradient() -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 50, bias=False)
+    hidden, target = torch.randn(2, 3, 8), torch.randint(50, (2, 3))
+    logits = torch.randn(2, 3, 50, requires_grad=True)
+    loss, kl = compare(logits, hidden, head, target)
+    p, q = head(hidden).softmax(-1), logits.softmax(-1)
+    assert torch.allclose(kl, (p * (p / q).log()).sum(-1), atol=1e-5)
+    assert not torch.allclose(kl, (q * (q / p).log()).sum(-1), atol=1e-2)
+    expected = torch.nn.functional.cross_entropy(logits.movedim(-1, 1), target, reduction="none")
+    assert torch.allclose(loss, expected, atol=1e-5)
+    torch.autograd.backward(kl.mean())
+    assert logits.grad is not None
+    assert torch.allclose(logits.grad, (q - p) / 6, atol=1e-6)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_teacher_and_student_share_what_is_the_same(
+    lora: bool, source: Path, convert: Convert
+) -> None:
+    checkpoint = open_checkpoint(convert(source, 4, MIDDLE))
+    student, teacher = (
+        open_model(c, "float32", "cpu") for c in (checkpoint, open_checkpoint(source))
+    )
+    names = trainable(student, "changed", schedule_of(checkpoint))
+    freeze_but(student, () if lora else names)
+    ids = torch.arange(12).view(1, 12)
+    before = student(input_ids=ids).logits
+    saved = share(student, teacher)
+    assert torch.equal(student(input_ids=ids).logits, before)
+    ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
+    frozen = ["model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"]
+    for name in frozen:
+        assert ours[name].data_ptr() == theirs[name].data_ptr()
+    both = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in theirs.values()}
+    alone = sum(
+        {
+            p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+            for p in ours.values()
+            if p.untyped_storage().data_ptr() not in both
+        }.values()
+    )
+    assert alone == sum(p.nbytes for p in ours.values()) - saved
+    part = ours["model.layers.2.tracks.1.mlp.up_proj.weight"]
+    whole = theirs["model.layers.2.mlp.up_proj.weight"]
+    assert (part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()) == lora
+
+
+def trained(source: Path, converted: Path, work: Path, settings: Settings) -> Any:
+    """The KL stage alone: its tensors."""
+    checkpoint, teacher = open_checkpoint(converted), open_checkpoint(source)
+    student = open_model(checkpoint, "float32", "cpu")
+    names = trainable(student, "changed", schedule_of(checkpoint))
+    return distill(
+        student,
+        open_model(teacher, "float32", "cpu"),
+        names,
+        data_of(checkpoint),
+        settings,
+        work,
+        quiet,
+        quiet,
+    ), student
+
+
+SETTINGS = Settings(tokens=1280, batch_size=4, evaluations=2, learning_rate=1e-2)
+
+
+def test_adapters_are_merged_as_peft_merges_them(
+    source: Path, convert: Convert, tmp_path: Path
+) -> None:
+    """`student` has become the base of peft's model, whose merge gives the expected weights."""
+    settings = replace(SETTINGS, lora=4)
+    moved, student = trained(source, convert(source, 4, MIDDLE), tmp_path / "w", settings)
+    assert len(moved) == 2 * 4 * 7
+    for name, tensor in moved.items():
+        layer = student.get_submodule(name.removesuffix(".weight"))
+        assert not torch.allclose(layer.base_layer.weight, tensor, atol=1e-4)
+        layer.merge()
+        assert torch.allclose(layer.base_layer.weight, tensor, atol=1e-6)
+
+
+def test_a_lora_heals(source: Path, convert: Convert, tmp_path: Path) -> None:
+    converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
+    figures = heal(
+        converted, out, source, "--text", TEXT, *SIZE, "--lora", 4, "--learning-rate", 1e-2
+    )
+    assert kls(figures)["KL"] < kls(figures)["before"]
+    assert all("_proj.weight" in name for name in differing(converted, out))
+
+
+def test_the_yardstick_trains_the_source_on_the_text_itself(source: Path, tmp_path: Path) -> None:
+    """The same data, steps and layers, with cross-entropy in place of KL."""
+    checkpoint = open_checkpoint(source)
+    model, teacher = (open_model(checkpoint, "float32", "cpu") for _ in range(2))
+    said: list[str] = []
+    names = [n for n, _ in model.named_parameters() if n.startswith("model.layers.")]
+    moved = distill(
+        *(model, teacher, names, data_of(checkpoint)),
+        *(replace(SETTINGS, objective="cross_entropy"), tmp_path / "w", quiet, said.append),
+    )
+    losses = [float(line.split("loss ")[-1].split(",")[0]) for line in said if "step" in line]
+    assert moved.keys() == set(names) and losses[-1] < losses[0] - 0.1
+
+
+def test_two_processes(source: Path, convert: Convert, tmp_path: Path) -> None:
+    """Under torchrun, on gloo; blocks by the first process."""
+    converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = (converted, out, "--teacher", source, "--text", TEXT, *QUICK, "--blockwise")
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "ptconvert", "heal", *map(str, arguments), "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)  # so only one process printed it
+    assert kls(figures)["KL"] < kls(figures)["blockwise"] < kls(figures)["before"]
+    assert "step 10 of 10" in done.stderr  # half as many steps as one process takes
+    assert differing(converted, out)
+
+
+# Data
+
+
+def test_windows_cover_the_text_once_and_none_is_in_both(source: Path) -> None:
+    data = data_of(open_checkpoint(source))
+    rows = {tuple(row.tolist()) for row in data.train}
+    held = {tuple(row.tolist()) for row in data.held_out.ids}
+    assert held and not rows & held
+    order = data.order(3 * 32 * len(data.train), seed=0)
+    passes = order.view(3, -1)
+    assert all(torch.equal(p.sort().values, torch.arange(len(data.train))) for p in passes)
+    assert not torch.equal(passes[0], passes[1])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="datasets isn't here")
+def test_a_local_dataset(
+    source: Path, convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    file = tmp_path / "rows.jsonl"
+    pieces = TEXT.read_text().split("\n\n")
+    file.write_text("\n".join(json.dumps({"content": piece}) for piece in pieces))
+    converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
+    given = ("--dataset", file, "--column", "content")
+    figures = heal(converted, out, source, *given, *QUICK)
+    assert kls(figures)["KL"] < kls(figures)["before"]
+    error = heal(converted, tmp_path / "o", source, "--dataset", file, *QUICK, code=2)
+    assert "--column can name one of content" in error and error.count("\n") == 1
+    error = heal(converted, tmp_path / "o", source, "--dataset", "no/such", *QUICK, code=2)
+    assert error.startswith("error: --dataset no/such: ") and error.count("\n") == 1
+
+
+# What is refused
+
+
+def test_errors_are_one_line(
+    source: Path, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
+    plain = convert(source, 4, "use: tensor_parallel")
+    text = ("--text", TEXT)
+
+    def refused(what: str, checkpoint: Path, teacher: Path, *options: object) -> None:
+        error = heal(checkpoint, out, teacher, *options, code=2)
+        assert what in error.splitlines()[-1], error
+        if "Usage" not in error:
+            assert error.count("\n") == 1
+        assert not out.exists() and not (tmp_path / "out.healing" / "kl").exists()
+
+    refused("one of --text FILE and --dataset ID", converted, source, *QUICK)
+    refused("one of --text FILE and --dataset", converted, source, *text, "--dataset", "x", *QUICK)
+    refused("isn't converted", source, source, *text, *QUICK)
+    refused("it must be a dense checkpoint", converted, converted, *text, *QUICK)
+    other = make_dense("llama", vocab_size=260, intermediate_size=64)
+    refused("of the source's shape", converted, other, *text, *QUICK)
+    refused("changes no layer", plain, source, *text, *QUICK)
+    refused("nothing to do", converted, source, *text, *QUICK, "--no-kl")
+    refused("passes over", converted, source, *text, *QUICK, "--tokens", 10**8)
+    refused("less than one window", converted, source, *text, *QUICK, "--tokens", 5)
+    refused("of one step", converted, source, *text, *QUICK, "--batch-size", 500)
+    refused("the model has 512 positions", converted, source, *text, *QUICK, "--window", 600)
+    refused("no such field", converted, source, *text, *QUICK, "--set", "speed=9")
+    refused("must be KEY=VALUE", converted, source, *text, *QUICK, "--set", "speed")
+    out.mkdir()
+    error = heal(converted, out, source, *text, *QUICK, code=2)
+    assert "exists; name another, or use --overwrite" in error
