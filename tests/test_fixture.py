@@ -136,7 +136,7 @@ def test_the_paired_test_finds_what_unpaired_errors_hide(
     assert row.verdict == "worse"
 
 
-# What `plan --no-overlap --max-syncs 8` finds for 4 tracks on the calibration split.
+# A schedule that was planned: 8 all-reduces in all.
 PLANNED = (
     "a0! m0! a1! m1. a2! m2. a3. m3. a4! m4. a5. m5. a6. m6. a7! m7. a8. m8. a9. m9. a10! m10. "
     "a11. m11!"
