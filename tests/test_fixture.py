@@ -148,7 +148,7 @@ def test_assignment_and_guesses_bring_eight_all_reduces_near_the_source(
 ) -> None:
     """Calibrated on a fortieth of the calibration split, reported on dev, with no training."""
     windows, predictions = source
-    checkpoint, losses = open_checkpoint(FIXTURE / "model"), []
+    checkpoint, losses = open_checkpoint(FIXTURE / "model"), list[float]()
     text = calibration_windows(checkpoint, split("calibration"), 8192, LENGTH)
     for top in ("", "assignment: affinity\n", "assignment: affinity\nguess: {rank: 16}\n"):
         schedule = f'  - layers: 0-11\n    stages: "{PLANNED}"\n'
