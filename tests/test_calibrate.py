@@ -312,6 +312,11 @@ def test_the_command(make_dense: MakeDense, tmp_path: Path) -> None:
     config = read_config(tmp_path / "out")
     assert config["ptconvert"]["guess"] == kept  # type: ignore[index]
     assert same(tensors(back(tmp_path / "out", tmp_path / "back")), tensors(source))
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "text.txt", "spec.yaml", "plain.yaml",
+                                                    "out", "back"}  # fmt: skip
+    code, out = run("transform", source, tmp_path / "few", "--spec", spec, "--text", text,
+                    "--tokens", 256, "--window", 64)  # fmt: skip
+    assert code == 2 and "error: the text gives 4 windows of 64 tokens; guesses need at" in out
     code, out = run("show", tmp_path / "out", "--json")
     assert json.loads(out)["guess"] == figures["guess"]
     code, out = run("transform", source, tmp_path / "two", "--spec", spec, "--text", text,

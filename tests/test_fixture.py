@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import FIXTURE, Convert
 
+from ptconvert.calibrate.conversion import calibrate, calibration_windows
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.checkpoint.writer import same_bytes
 from ptconvert.evaluate.divergence import Reference, Windows, measure, read_windows, reference
@@ -19,7 +20,8 @@ from ptconvert.evaluate.harness import Settings
 from ptconvert.evaluate.models import BatchSize, open_model, open_tokenizer
 from ptconvert.evaluate.report import evaluate
 from ptconvert.evaluate.tasks import CLOZE_TASK, make_tasks
-from ptconvert.transform import execute, plan_to_dense
+from ptconvert.spec import parse_spec
+from ptconvert.transform import execute, plan_conversion, plan_to_dense
 
 pytestmark = pytest.mark.skipif(
     not FIXTURE.is_dir(), reason="shared/fixtures/stdlib-llama is not beside this checkout"
@@ -50,11 +52,16 @@ def quiet(*_: object) -> None:
     """No progress."""
 
 
+def split(name: str) -> tuple[Path, ...]:
+    """The files of a split, in the README's order."""
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    return tuple(stdlib / n for n in json.loads((FIXTURE / "splits.json").read_text())[name])
+
+
 @pytest.fixture(scope="module")
 def dev() -> tuple[Path, ...]:
-    """The dev files, in the README's order."""
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    return tuple(stdlib / n for n in json.loads((FIXTURE / "splits.json").read_text())["dev"])
+    """The dev files."""
+    return split("dev")
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +134,37 @@ def test_the_paired_test_finds_what_unpaired_errors_hide(
     assert apart < 1.96 * math.hypot(row.source_stderr, row.converted_stderr)
     assert row.difference.p_value is not None and row.difference.p_value < 0.05
     assert row.verdict == "worse"
+
+
+# A schedule that was planned: 8 all-reduces in all.
+PLANNED = (
+    "a0! m0! a1! m1. a2! m2. a3. m3. a4! m4. a5. m5. a6. m6. a7! m7. a8. m8. a9. m9. a10! m10. "
+    "a11. m11!"
+)
+
+
+def test_assignment_and_guesses_bring_eight_all_reduces_near_the_source(
+    source: tuple[Windows, Reference], tmp_path: Path
+) -> None:
+    """Calibrated on a fortieth of the calibration split, reported on dev, with no training."""
+    windows, predictions = source
+    checkpoint, losses = open_checkpoint(FIXTURE / "model"), list[float]()
+    text = calibration_windows(checkpoint, split("calibration"), 8192, LENGTH)
+    for top in ("", "assignment: affinity\n", "assignment: affinity\nguess: {rank: 16}\n"):
+        schedule = f'  - layers: 0-11\n    stages: "{PLANNED}"\n'
+        spec = parse_spec(f"format: 1\ntracks: 4\n{top}schedule:\n{schedule}", "planned")
+        known = None
+        if spec.needs_text:
+            known = calibrate(checkpoint, spec, text, "cpu", tmp_path, quiet).calibration
+        path = tmp_path / f"converted-{len(losses)}"
+        execute(plan_conversion(checkpoint, spec, source_name="x", calibration=known), path)
+        model = open_model(open_checkpoint(path), "float32", "cpu")
+        tokens = measure(model, predictions, windows, BatchSize(None, "cpu"), quiet)
+        losses.append(float((tokens.converted_loss - tokens.source_loss).mean()))
+    planned, assigned, guessed = losses
+    assert planned == pytest.approx(0.063, abs=0.001)
+    assert assigned < 0.8 * planned
+    assert guessed < 0.04 and guessed < 0.75 * assigned
 
 
 def test_round_trip_bit_for_bit(convert: Convert, tmp_path: Path) -> None:

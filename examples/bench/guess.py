@@ -99,9 +99,10 @@ def _measured(
     progress: Progress,
 ) -> str:
     """The rise of the loss, and the KL, of the source converted by a spec."""
-    known = calibrate(source, spec, text, "cpu", progress).calibration if spec.needs_text else None
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "model"
+        path, known = Path(directory) / "model", None
+        if spec.needs_text:
+            known = calibrate(source, spec, text, "cpu", Path(directory), progress).calibration
         execute(plan_conversion(source, spec, source_name="source", calibration=known), path)
         model = open_model(open_checkpoint(path), "float32", "cpu")
     tokens = measure(model, dense, windows, BatchSize(None, "cpu"), progress)

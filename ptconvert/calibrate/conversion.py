@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from ptconvert.calibrate.affinity import assignments
-from ptconvert.calibrate.guess import Fitted, fit_guesses, guess_tensors
+from ptconvert.calibrate.guess import HELD_OUT, Fitted, fit_guesses, guess_tensors
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.computed import Assignment, Calibration
+from ptconvert.errors import EvaluationError
 from ptconvert.evaluate.divergence import Windows, windows_for
 from ptconvert.evaluate.models import Progress, open_model
 from ptconvert.format import ASSIGNMENTS
@@ -69,13 +70,23 @@ def calibration_windows(
 
 
 def calibrate(
-    source: Checkpoint, spec: Spec, windows: Windows, device: str, progress: Progress
+    source: Checkpoint,
+    spec: Spec,
+    windows: Windows,
+    device: str,
+    scratch: Path,
+    progress: Progress,
 ) -> Calibrated:
     """Computes a spec's assignment and guesses on windows of a text.
 
-    Opens the dense model for the one, and for the other a temporary conversion: in float32 on the
-    CPU, elsewhere in the type stored. Raises PTConvertError.
+    Opens the dense model for the one, and for the other a conversion that lies in the directory
+    `scratch` meanwhile: in float32 on the CPU, elsewhere in the type stored. Raises PTConvertError.
     """
+    if spec.guess is not None and len(windows.ids) < HELD_OUT:
+        raise EvaluationError(
+            f"the text gives {len(windows.ids)} windows of {windows.length} tokens; guesses need "
+            f"at least {HELD_OUT}: a longer text, more --tokens or a smaller --window"
+        )
     shape = ModelShape.from_config(source.config, str(source.path / "config.json"))
     ids_NT, dtype = windows.ids[:, :-1], "float32" if device == "cpu" else "auto"
     found: Mapping[int, Assignment] = {}
@@ -87,7 +98,16 @@ def calibrate(
         found, lost = assignments(model, shape, schedule, spec.tracks, ids_NT, progress)
         del model
     if spec.guess is not None:
-        model = _converted(source, replace(spec, guess=None), Calibration(found), dtype, device)
+        progress("converting without guesses", 0, None)
+        plan = plan_conversion(
+            source,
+            replace(spec, guess=None),
+            source_name=source.path.name,
+            calibration=Calibration(found),
+        )
+        with tempfile.TemporaryDirectory(prefix=".ptconvert-guess-", dir=scratch) as directory:
+            execute(plan, Path(directory) / "model")
+            model = open_model(open_checkpoint(Path(directory) / "model"), dtype, device)
         fitted = fit_guesses(model.model, ids_NT, spec.guess, progress)
     tensors = {
         name: _stored(tensor, shape.dtype or next(iter(source.tensors.values())).dtype)
@@ -95,17 +115,6 @@ def calibrate(
     }
     ranks = {f.sublayer: f.rank for f in fitted if f.rank}
     return Calibrated(Calibration(found, ranks, tensors), ids_NT.numel(), lost, tuple(fitted))
-
-
-def _converted(
-    source: Checkpoint, spec: Spec, calibration: Calibration, dtype: str, device: str
-) -> Any:
-    """The model converted without guesses; its files are gone when it is open."""
-    plan = plan_conversion(source, spec, source_name=source.path.name, calibration=calibration)
-    with tempfile.TemporaryDirectory(prefix="ptconvert-") as directory:
-        converted = Path(directory) / "model"
-        execute(plan, converted)
-        return open_model(open_checkpoint(converted), dtype, device)
 
 
 def _stored(tensor: torch.Tensor, dtype: str) -> NDArray[np.uint8]:

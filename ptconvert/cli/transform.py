@@ -117,7 +117,8 @@ def transform(
         }
         plan = plan_conversion(checkpoint, read, **options)  # finds faults before any work
         if read is not None and not plan.complete and not dry_run:
-            calibrated = _calibrate(checkpoint, read, texts, tokens, window, device)
+            windows = (texts, tokens, window)
+            calibrated = _calibrate(checkpoint, read, windows, device, destination)
             plan = plan_conversion(checkpoint, read, calibration=calibrated.calibration, **options)
             computed = calibrated.figures()
     free = free_bytes(destination)
@@ -151,18 +152,18 @@ def _check_text(spec: Spec | None, texts: tuple[Path, ...], dry_run: bool) -> No
 def _calibrate(
     checkpoint: Checkpoint,
     spec: Spec,
-    texts: tuple[Path, ...],
-    tokens: int | None,
-    window: int | None,
+    asked: tuple[tuple[Path, ...], int | None, int | None],
     device: str | None,
+    destination: Path,
 ) -> Calibrated:
     need_packages("plan", "accelerate", "scipy")
     quiet_libraries()
     from ptconvert.calibrate.conversion import calibrate, calibration_windows
 
     with step_progress() as progress:
-        windows = calibration_windows(checkpoint, texts, tokens, window)
-        return calibrate(checkpoint, spec, windows, torch_device(device), progress)
+        windows = calibration_windows(checkpoint, *asked)
+        scratch = destination.resolve().parent
+        return calibrate(checkpoint, spec, windows, torch_device(device), scratch, progress)
 
 
 def _print_plan(console: Console, figures: dict[str, Any], free: int) -> None:
