@@ -35,7 +35,7 @@ from ptconvert.schedule import Schedule
 pytest.importorskip("peft", reason="peft is not installed")
 TEXT = Path(ptconvert.__file__).parent / "spec.py"
 SIZE = ("--window", 32, "--tokens", 2560, "--batch-size", 4, "--evaluations", 4)
-QUICK = (*SIZE, "--learning-rate", 1e-3)
+QUICK = (*SIZE, "--learning-rate", 1e-3, "--block-learning-rate", 1e-3)
 SCHEDULE = "use: parallel_track, depth: 2"
 # Dense layers before and after, so that some parameters stay frozen.
 MIDDLE = (
@@ -191,7 +191,7 @@ def test_blockwise_moves_one_block_only_and_helps(
     source: Path, convert: Convert, tmp_path: Path
 ) -> None:
     converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
-    figures = heal(converted, out, source, "--text", TEXT, *SIZE, "--blockwise", "--no-kl")
+    figures = heal(converted, out, source, "--text", TEXT, *QUICK, "--blockwise", "--no-kl")
     assert kls(figures).keys() == {"source", "before", "blockwise"}
     assert kls(figures)["blockwise"] < kls(figures)["before"]
     assert {int(name.split(".")[2]) for name in differing(converted, out)} == {2, 3}

@@ -81,7 +81,7 @@ if TYPE_CHECKING:  # they import torch
 @click.option(
     "--block-learning-rate",
     type=click.FloatRange(0, min_open=True),
-    default=3e-4,
+    default=1e-4,
     show_default=True,
     help="Of --blockwise.",
 )
@@ -117,9 +117,9 @@ if TYPE_CHECKING:  # they import torch
 @click.option(
     "--patience",
     type=click.IntRange(1),
-    default=5,
+    default=10,
     show_default=True,
-    help="Evaluations without gain before it stops.",
+    help="Evaluations without gain before it stops; the last steps, at small rates, gain much.",
 )
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory for more time.")
 @click.option(
@@ -158,8 +158,8 @@ def heal(
 
     By KL(source || converted) at each token of your text, through transformers' Trainer; with
     --blockwise first block by block. Part of the text is held out; the state with the smallest KL
-    on it is written, and never one worse than CKPT. The default learning rate is 3e-4, and 1e-3
-    with --lora.
+    on it is written, and never one worse than CKPT. The default learning rate is 2e-5, and 2e-4
+    with --lora, for models of billions of parameters; small ones take more.
 
     After Ctrl-C or a crash the same command goes on from the last state saved. On several GPUs:
     accelerate launch [--use_fsdp ...] -m ptconvert heal ...
