@@ -218,8 +218,8 @@ def _heal(
     own = {n: p for n, p in model.named_parameters() if in_layers(f"model.{n}", block.layers)}
     for parameter in own.values():
         parameter.data, parameter.requires_grad = parameter.data.float(), True
-    rows = torch.split(order, settings.batch_size * settings.accumulation)
-    rows = [r for r in rows if len(r) == len(rows[0])]
+    together = settings.batch_size * settings.accumulation
+    rows = [r for r in torch.split(order, together) if len(r) == together]
     optimizer = torch.optim.AdamW(own.values(), lr=settings.block_learning_rate, weight_decay=0.0)
     warm = math.ceil(settings.warmup * len(rows))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, warm, len(rows)))
