@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import Convert, MakeDense, byte_level, load
+from conftest import Convert, MakeDense, byte_level, load, spec_text
 from test_cli import run
 
 import ptconvert
@@ -109,6 +109,25 @@ def test_kl_falls_and_the_result_is_a_checkpoint_like_the_one_given(
     card = (out / "README.md").read_text()
     assert "## Healing" in card and figures["data_digest"] in card
     assert f"| KL | {figures['rows'][-1]['loss']:.4f} |" in card and "without training" not in card
+
+
+def test_guesses_are_healed_too_and_the_assignment_stays(source: Path, tmp_path: Path) -> None:
+    spec, converted, out = (tmp_path / name for name in ("spec.yaml", "converted", "out"))
+    spec.write_text(spec_text(4, SCHEDULE, "assignment: affinity\nguess: {rank: 4}\n"))
+    size = ("--window", 32, "--tokens", 1024)
+    run("transform", source, converted, "--spec", spec, "--text", TEXT, *size)
+    figures = heal(converted, out, source, "--text", TEXT, *QUICK)
+    assert figures["kept"] == "KL" and kls(figures)["KL"] < 0.95 * kls(figures)["before"]
+    moved = differing(converted, out)
+    assert any(".guess." in name for name in moved)
+    assert not any(".assignment." in name for name in moved)
+
+
+def test_16_bits_on_a_cpu(source: Path, convert: Convert, tmp_path: Path) -> None:
+    converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
+    given = ("--text", TEXT, *QUICK, "--dtype", "bfloat16", "--blockwise")
+    figures = heal(converted, out, source, *given)
+    assert figures["kept"] == "KL" and kls(figures)["KL"] < 0.9 * kls(figures)["before"]
 
 
 def test_verify_and_eval_take_it_and_to_dense_refuses(
@@ -395,6 +414,8 @@ def test_a_local_dataset(
     source: Path, convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     file = tmp_path / "rows.jsonl"
     pieces = TEXT.read_text().split("\n\n")
     file.write_text("\n".join(json.dumps({"content": piece}) for piece in pieces))

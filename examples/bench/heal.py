@@ -76,6 +76,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=500_000, help="in each stage of healing")
     parser.add_argument("--rank", type=int, default=16, help="of the guesses")
     parser.add_argument("--heal", default="", help="further options of `ptconvert heal`")
+    parser.add_argument(
+        "--yardstick", type=json.loads, default={}, help="its Settings, JSON, as --heal has them"
+    )
     parser.add_argument("--without", default="", help="steps to leave out: affinity,guess,...")
     parser.add_argument("--cache", type=Path, default=cache_directory())
     parser.add_argument("--csv", type=Path)
@@ -234,7 +237,7 @@ class Bench:
         data = read_data(
             checkpoint, given.calibrate, None, (), given.window, given.tokens, self.progress
         )
-        settings = Settings(tokens=given.tokens, objective="cross_entropy")
+        settings = Settings(tokens=given.tokens, objective="cross_entropy", **given.yardstick)
         names = [n for n, _ in model.named_parameters() if n.startswith("model.layers.")]
         folder = given.work / "yardstick"
         moved = distill(model, teacher, names, data, settings, folder, self.progress, _quiet)

@@ -290,7 +290,8 @@ def _options(settings: Settings) -> dict[str, object]:
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and "WORLD_SIZE" in os.environ else None,
         "ddp_find_unused_parameters": False,
-        "bf16": not on_cpu and settings.dtype != "float32",
+        # the models are mixed then: what is trained is fp32, what is frozen has 16 bits
+        "bf16": settings.dtype == "bfloat16" or (settings.dtype == "auto" and not on_cpu),
         "per_device_train_batch_size": settings.batch_size,
         "per_device_eval_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.accumulation,
