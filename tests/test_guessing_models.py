@@ -16,6 +16,7 @@ from test_verify import expected_of, job, run_many
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.computed import Calibration
 from ptconvert.format import read_section
+from ptconvert.modeling.executor import OneProcess, Streams, run_stage
 from ptconvert.modeling.layers import Placement
 from ptconvert.presets import dense_schedule
 from ptconvert.runtime.launch import launch
@@ -151,3 +152,21 @@ def test_schedule_says_where_own_partials_are_read_alone() -> None:
     pairs = {f"{w}>{r}" for w, r in schedule.own_read()}
     assert pairs == {"m0>a1", "m0>m1", "m0>a2", "a1>a2", "m1>a2", "a1>m2", "m1>m2", "a2>m2",
                      "a3>m3"}  # fmt: skip
+
+
+def test_what_is_in_flight_has_landed_once_a_deferred_stage_is_over(
+    make_dense: MakeDense, convert: Convert
+) -> None:
+    rest = "  - {layers: 2-5, use: tensor_parallel}\n"
+    items = '  - {layers: 0-1, stages: "a0! m0^1 a1. m1!"}\n' + rest
+    decoder = load(convert(make_dense("llama"), 2, items)).model
+    embedded_BSD = decoder.embed_tokens(torch.tensor([[5, 6, 7, 8]]))
+    run, dense = decoder.runner(embedded_BSD), dense_schedule(decoder.schedule.layers)
+    student, whole = Streams(embedded_BSD), Streams(embedded_BSD)
+    for index in range(2):
+        for schedule, streams in ((decoder.schedule, student), (dense, whole)):
+            own = run_stage(schedule, index, streams.view(), run)
+            streams.end_stage(schedule, index, own, OneProcess())
+    for landed_BSD, view_BSD in zip(student.landed(), student.view(), strict=False):
+        assert torch.allclose(landed_BSD, whole.base, atol=1e-5)
+        assert not torch.allclose(view_BSD, whole.base, atol=1e-3)

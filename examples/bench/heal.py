@@ -73,7 +73,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--windows", type=int, default=24)
-    parser.add_argument("--tokens", type=int, default=500_000, help="in each stage of healing")
+    parser.add_argument(
+        "--tokens", type=int, default=500_000, help="to heal on, in all stages together"
+    )
     parser.add_argument("--rank", type=int, default=16, help="of the guesses")
     parser.add_argument("--heal", default="", help="further options of `ptconvert heal`")
     parser.add_argument(
@@ -85,6 +87,7 @@ def main() -> None:
     given = parser.parse_args()
     left_out = set(given.without.split(","))
     steps = [step for step in STEPS if step not in left_out]
+    given.without_stage = bool(left_out & {"blockwise", "KL"})
     given.work.mkdir(parents=True, exist_ok=True)
     with step_progress() as progress:
         bench = Bench(given, progress)
@@ -129,7 +132,8 @@ class Bench:
             if step == "uniform":
                 name = f"n{self.given.tracks}-w{waits}-uniform"
                 return self._measured(self._converted(self._uniform(waits), name))
-            return self._measured(self._made(waits, steps[1 : steps.index(step) + 1]))
+            so_far = steps[: steps.index(step) + 1]
+            return self._measured(self._made(waits, [s for s in so_far if s != "uniform"]))
 
         steps_so_far = "+".join(steps[: steps.index(step) + 1])
         return self._kept(f"n{self.given.tracks}-w{waits}-{steps_so_far}", make)
@@ -141,6 +145,7 @@ class Bench:
     def _kept(self, name: str, make: Callable[[], Cell]) -> Cell:
         given = self.given
         told = [name, given.tokens, given.window, given.rank, given.heal, given.windows]
+        told += [given.yardstick, *map(str, (given.model, *given.calibrate, *given.report))]
         file = given.work / f"{name}.json"
         if file.is_file():
             found = json.loads(file.read_text())
@@ -164,7 +169,8 @@ class Bench:
         destination: Path = given.work / name
         if not destination.exists():
             stage = ["--blockwise", "--no-kl"] if step == "blockwise" else []
-            sizes = ["--tokens", str(given.tokens), "--window", str(given.window)]
+            tokens = given.tokens // (1 if given.without_stage else 2)
+            sizes = ["--tokens", str(tokens), "--window", str(given.window)]
             teacher = ["--teacher", str(given.model)]
             source = str(self._made(waits, before))
             options = [*teacher, *self.texts, *sizes, *stage, *shlex.split(given.heal)]

@@ -64,7 +64,7 @@ def calibration_windows(
     most = longest if isinstance(longest, int) else DEFAULT_WINDOW
     length = window or min(DEFAULT_WINDOW, most)
     whole = windows_for(source, texts, length, 1).tokens
-    possible = max(1, (whole - 1) // length)
+    possible = max(1, (whole - length - 1) // length)  # as many as don't overlap
     wanted = max(1, (tokens or DEFAULT_TOKENS) // length)
     return windows_for(source, texts, length, min(possible, wanted))
 

@@ -74,7 +74,7 @@ def fit_guesses(decoder: Any, ids_NT: torch.Tensor, rank: int, progress: Progres
         ]
         if index in stages:
             deferred = schedule.stages[index].ending == DEFERRED
-            behind = _behind(schedule, index, batches, views, updates) if deferred else None
+            behind = _behind(schedule, index, batches, updates) if deferred else None
             for place, sublayer in enumerate(sublayers):
                 own = [update[place] for update in updates]
                 lacks = behind if sublayer is sublayers[-1] else None
@@ -97,23 +97,24 @@ def _behind(
     schedule: Schedule,
     index: int,
     batches: Sequence[_Batch],
-    views: Sequence[PerTrack],
     updates: Sequence[Sequence[Update]],
 ) -> list[PerTrack] | None:
     """What each track's stream would lack against the dense model's after stage `index`, if it saw
-    all partials of this stage; None where the dense model never has run just these sublayers."""
+    all partials of this stage and all that is in flight, which is merged while the guess is seen;
+    None where the dense model never has run just these sublayers."""
     positions = [s.position for stage in schedule.stages[: index + 1] for s in stage.sublayers]
     if max(positions) + 1 != len(positions):
         return None
     dense = dense_schedule(schedule.layers)
     found = []
-    for batch, view, update in zip(batches, views, updates, strict=True):
+    for batch, update in zip(batches, updates, strict=True):
         for i in range(batch.dense_done, len(positions)):
             own = batch.run(dense.stages[i].sublayers[0], batch.dense.view(), False)
             batch.dense.end_stage(dense, i, own, OneProcess())
         batch.dense_done = len(positions)
-        whole = sum((_whole(u) for u in update), start=torch.zeros_like(view[0]))
-        found.append([batch.dense.base - whole - v for v in view])
+        landed = batch.student.landed()
+        whole = sum((_whole(u) for u in update), start=torch.zeros_like(landed[0]))
+        found.append([batch.dense.base - whole - stream for stream in landed])
     return found
 
 

@@ -136,8 +136,8 @@ if TYPE_CHECKING:  # they import torch
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="What to hold frozen weights in and to compute in; auto is float32 on a CPU, else what "
-    "is stored. Trained weights are float32.",
+    help="What to hold frozen weights in and to compute in; auto is float32 on a CPU and for "
+    "weights stored so, else bfloat16. Trained weights are float32.",
 )
 @click.option(
     "--work",
@@ -197,8 +197,15 @@ def _case(checkpoint: str, folder: Path, given: dict[str, Any], progress: Any) -
     from ptconvert.healing.settings import Settings
 
     device = torch_device(given["device"])
-    dtype = "float32" if given["dtype"] == "auto" and device == "cpu" else given["dtype"]
+    if device.startswith("cuda:"):  # transformers' Trainer takes the first GPU that it sees
+        raise HealError(
+            f"--device {device}: use --device cuda and CUDA_VISIBLE_DEVICES={device[5:]}"
+        )
     student = open_checkpoint(locate(checkpoint, None))
+    dtype = given["dtype"]
+    if dtype == "auto":
+        stored = {entry.dtype for entry in student.tensors.values()}
+        dtype = "float32" if device == "cpu" or "F32" in stored else "bfloat16"
     teacher = open_checkpoint(locate(given["teacher"], given["revision"]))
     check_pair(student, teacher)
     dataset = None

@@ -70,7 +70,7 @@ def blocks_of(schedule: Schedule) -> Iterator[Block]:
 class Pieces:
     """A checkpoint's decoder of which a few layers at a time are in memory."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None, device: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> None:
         ptconvert.register()
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
@@ -116,7 +116,7 @@ def heal_blocks(
     Finished blocks are kept in `work` and not trained again. A block whose error on the held-out
     windows didn't fall keeps its own weights. Raises HealError.
     """
-    dtype = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     pieces = Pieces(student, dtype, settings.device)
     dense = Pieces(teacher, dtype, settings.device)
     order = data.order(settings.tokens, settings.seed)

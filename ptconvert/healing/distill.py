@@ -220,6 +220,8 @@ def distill(
     if not trainer.state.best_global_step:
         return {}
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if arguments.process_index:
+        return {}  # where the model is sharded, the first process alone is given all of it
     state = {name: tensor.detach().cpu() for name, tensor in state.items()}
     return _merged(state, names) if settings.lora else {name: state[name] for name in names}
 
@@ -291,7 +293,7 @@ def _options(settings: Settings) -> dict[str, object]:
         "ddp_backend": "gloo" if on_cpu and "WORLD_SIZE" in os.environ else None,
         "ddp_find_unused_parameters": False,
         # the models are mixed then: what is trained is fp32, what is frozen has 16 bits
-        "bf16": settings.dtype == "bfloat16" or (settings.dtype == "auto" and not on_cpu),
+        "bf16": settings.dtype == "bfloat16",
         "per_device_train_batch_size": settings.batch_size,
         "per_device_eval_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.accumulation,

@@ -97,10 +97,10 @@ def share(student: nn.Module, teacher: nn.Module) -> int:
     saved = 0
     for name, own in student.named_parameters():
         whole = theirs.get(_TRACK.sub(".", name))
-        if own.requires_grad or own.ndim != 2 or whole is None:
+        if own.requires_grad or own.ndim != 2 or whole is None or whole.dtype != own.dtype:
             continue
         same = next((v for v in _slices(whole.data, own.shape) if torch.equal(v, own)), None)
-        if same is not None and same.dtype == own.dtype:
+        if same is not None:
             own.data = same
             saved += same.nbytes
     return saved

@@ -34,7 +34,7 @@ class Settings:
     patience: int = 10
     seed: int = 0
     objective: str = "kl"
-    dtype: str = "auto"
+    dtype: str = "float32"
     device: str = "cpu"
     gradient_checkpointing: bool = False
     options: Mapping[str, object] = field(default_factory=dict)

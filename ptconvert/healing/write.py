@@ -14,6 +14,7 @@ from ptconvert.errors import CheckpointError
 from ptconvert.format import MODELING_FILE, SPEC_FILE
 from ptconvert.healing.work import Tensors
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -40,6 +41,9 @@ def write(
                 target = directory / path.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
+            if checkpoint.config.get("tie_word_embeddings") and HEAD in checkpoint.tensors:
+                # a copy that some tied checkpoints carry
+                healed = healed | {HEAD: healed[EMBEDDING]} if EMBEDDING in healed else healed
             for name, tensor in rounded(checkpoint, healed).items():
                 _replace(directory, checkpoint.tensors[name], tensor)
             (directory / "README.md").write_text(card, encoding="utf-8")

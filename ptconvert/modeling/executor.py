@@ -110,6 +110,13 @@ class Streams:
             view = view if flight.seen is None else add_per_track(view, flight.seen)
         return view
 
+    def landed(self) -> PerTrack:
+        """What the tracks would read if all that is in flight were merged already."""
+        base_BSD = self.base
+        for flight in self.in_flight:
+            base_BSD = flight.merge(base_BSD)
+        return Streams(base_BSD, self.waiting).view()
+
     def end_stage(
         self,
         schedule: Schedule,
