@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument(
         "--yardstick", type=json.loads, default={}, help="its Settings, JSON, as --heal has them"
     )
+    parser.add_argument("--no-overlap", action="store_true", help="plan without overlap")
     parser.add_argument("--without", default="", help="steps to leave out: affinity,guess,...")
     parser.add_argument("--cache", type=Path, default=cache_directory())
     parser.add_argument("--csv", type=Path)
@@ -145,7 +146,7 @@ class Bench:
     def _kept(self, name: str, make: Callable[[], Cell]) -> Cell:
         given = self.given
         told = [name, given.tokens, given.window, given.rank, given.heal, given.windows]
-        told += [given.yardstick, *map(str, (given.model, *given.calibrate, *given.report))]
+        told += [given.no_overlap, given.yardstick, *map(str, (given.model, *given.calibrate, *given.report))]
         file = given.work / f"{name}.json"
         if file.is_file():
             found = json.loads(file.read_text())
@@ -215,7 +216,7 @@ class Bench:
         meter = Meter(
             self.source, given.tracks, windows, store, dtype, device, batch, self.progress
         )
-        return search(meter, waited_for(True), target=8)
+        return search(meter, waited_for(not given.no_overlap), target=8)
 
     def _windows(self, texts: list[Path]) -> Windows:
         given, tokenizer = self.given, open_tokenizer(self.source)
