@@ -146,7 +146,8 @@ class Bench:
     def _kept(self, name: str, make: Callable[[], Cell]) -> Cell:
         given = self.given
         told = [name, given.tokens, given.window, given.rank, given.heal, given.windows]
-        told += [given.no_overlap, given.yardstick, *map(str, (given.model, *given.calibrate, *given.report))]
+        files = (given.model, *given.calibrate, *given.report)
+        told += [given.no_overlap, given.yardstick, *map(str, files)]
         file = given.work / f"{name}.json"
         if file.is_file():
             found = json.loads(file.read_text())
