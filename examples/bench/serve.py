@@ -190,29 +190,23 @@ def measure(network: str, models: dict[str, Path], arguments: Any, directory: Pa
     """Runs both ranks on a network; raises Failed where a rank does."""
     link: Any = Link(int(network)) if network.isdigit() else Loopback()
     mode = "compiled" if arguments.compiled else "eager"
-    rendezvous = directory / f"vllm_dist_{os.getpid()}_{network}_{mode}"
     job, result = directory / "job.json", directory / "result.json"
-    job.write_text(
-        json.dumps(
-            {
-                "network": network,
-                "models": {name: str(path) for name, path in models.items()},
-                "batches": arguments.batches,
-                "repeats": arguments.repeats,
-                "compiled": arguments.compiled,
-                "rendezvous": str(rendezvous),
-            }
-        )
-    )
     result.unlink(missing_ok=True)
-    script = Path(__file__)
-    try:
-        with link:
-            what: list[str | Path] = [script, "--on-rank", job, result]
-            on_ranks(link, f"{network}, {mode}", what, directory, LIMIT_SECONDS)
-    finally:
-        for left in Path("/dev/shm").glob(f"{rendezvous.name}*"):
-            left.unlink(missing_ok=True)
+    with link, lockstep.meeting(directory) as rendezvous:
+        job.write_text(
+            json.dumps(
+                {
+                    "network": network,
+                    "models": {name: str(path) for name, path in models.items()},
+                    "batches": arguments.batches,
+                    "repeats": arguments.repeats,
+                    "compiled": arguments.compiled,
+                    "rendezvous": str(rendezvous),
+                }
+            )
+        )
+        what: list[str | Path] = [Path(__file__), "--on-rank", job, result]
+        on_ranks(link, f"{network}, {mode}", what, directory, LIMIT_SECONDS)
     return list(rows_of(network, mode, json.loads(result.read_text())))
 
 

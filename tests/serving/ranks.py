@@ -1,4 +1,4 @@
-"""One rank of the engines that test_parity.py looks at: python ranks.py RANK RANKS DIRECTORY.
+"""One rank of test_parity.py's engines: python ranks.py RANK RANKS DIRECTORY MEETING.
 
 Reads DIRECTORY/cases.json, runs each case in an engine and writes DIRECTORY/found.RANK.json.
 """
@@ -22,12 +22,12 @@ BLOCK = 32  # tokens in a block of the KV cache; whole blocks are what prefix ca
 
 def main() -> None:
     rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    meeting = sys.argv[4]  # how the files begin in which the ranks meet, one for each engine
     lockstep.bind(rank)
     found = {}
     for index, case in enumerate(json.loads((directory / "cases.json").read_text())):
-        rendezvous = directory / f"vllm_dist_{directory.name}_{index}"
         try:
-            found[case["name"]] = run(case, rank, ranks, rendezvous)
+            found[case["name"]] = run(case, rank, ranks, Path(f"{meeting}_{index}"))
         except Exception:
             found[case["name"]] = {"error": traceback.format_exc()}
             break  # the ranks may not be in step any more

@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import lockstep
 import pytest
 import torch
 from conftest import LAYERS
@@ -104,24 +105,25 @@ def run_cases(directory: Path, cases: list[dict[str, Any]], ranks: int) -> Any:
     (directory / "cases.json").write_text(json.dumps(cases))
     script = Path(__file__).with_name("ranks.py")
     outputs = [(directory / f"output.{rank}").open("wb") for rank in range(ranks)]
-    running = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(ranks), directory],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        for rank, output in enumerate(outputs)
-    ]
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while any(p.poll() is None for p in running) and not any(p.poll() for p in running):
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.2)
-    codes = [process.poll() for process in running]
-    for process, output in zip(running, outputs, strict=True):
-        process.kill()
-        process.wait()
-        output.close()
+    with lockstep.meeting(directory) as meeting:
+        running = [
+            subprocess.Popen(
+                [sys.executable, script, str(rank), str(ranks), directory, meeting],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            for rank, output in enumerate(outputs)
+        ]
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while any(p.poll() is None for p in running) and not any(p.poll() for p in running):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        codes = [process.poll() for process in running]
+        for process, output in zip(running, outputs, strict=True):
+            process.kill()
+            process.wait()
+            output.close()
     said = [(directory / f"output.{rank}").read_text()[-2000:] for rank in range(ranks)]
     assert codes == [0] * ranks, "\n".join(said)
     return [json.loads((directory / f"found.{r}.json").read_text()) for r in range(ranks)]
