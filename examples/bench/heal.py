@@ -49,6 +49,10 @@ from ptconvert.schedule import Schedule
 WAITS = (24, 12, 8, 6, 4, 3, 2)
 STEPS = ("uniform", "planned", "affinity", "guess", "blockwise", "KL")
 YARDSTICK = "yardstick"
+DECISIVE = (  # the options that a cell depends on
+    *("model", "calibrate", "report", "window", "windows"),
+    *("tokens", "rank", "heal", "yardstick", "no_overlap"),
+)
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ class Bench:
         self.given, self.progress = given, progress
         self.source = open_checkpoint(given.model)
         self.layers = int(str(self.source.config["num_hidden_layers"]))
+        self._told = json.loads(json.dumps(vars(given), default=str))
         self.texts = [part for file in given.calibrate for part in ("--text", str(file))]
 
     def cell(self, waits: int, step: str, steps: list[str]) -> Cell:
@@ -144,16 +149,14 @@ class Bench:
         return self._kept(YARDSTICK, self._trained)
 
     def _kept(self, name: str, make: Callable[[], Cell]) -> Cell:
-        given = self.given
-        told = [name, given.tokens, given.window, given.rank, given.heal, given.windows]
-        files = (given.model, *given.calibrate, *given.report)
-        told += [given.no_overlap, given.yardstick, *map(str, files)]
-        file = given.work / f"{name}.json"
+        told = {key: self._told[key] for key in DECISIVE}
+        file = self.given.work / f"{name}.json"
         if file.is_file():
             found = json.loads(file.read_text())
-            if found["of"] == told:
-                return Cell(found["loss"], found["kl"])
-            sys.exit(f"{file} was made by other options: {found['of']}; name another --work")
+            other = [key for key in DECISIVE if found["of"][key] != told[key]]
+            if other:
+                sys.exit(f"{file} was made with another {', '.join(other)}; name another --work")
+            return Cell(found["loss"], found["kl"])
         cell = make()
         file.write_text(json.dumps({"of": told, "loss": cell.loss, "kl": cell.kl}))
         return cell
