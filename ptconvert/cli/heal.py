@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -251,8 +252,10 @@ def _say(text: str) -> None:
 
 
 def _command() -> str:
-    """The command line, for the model card."""
-    return shlex.join(["ptconvert", *sys.argv[1:]])
+    """The command line, for the model card; of many texts in a row the first three."""
+    text = r" --text[ =]\S+"
+    line = shlex.join(["ptconvert", *sys.argv[1:]])
+    return re.sub(rf"((?:{text}){{3}})(?:{text})+", r"\1 --text ...", line)
 
 
 def _print_healed(console: Console, figures: dict[str, Any]) -> None:
