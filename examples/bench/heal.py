@@ -25,9 +25,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from ptconvert import presets
 from ptconvert.checkpoint.reader import open_checkpoint
-from ptconvert.cli.common import quiet_libraries, step_progress
+from ptconvert.cli.common import step_progress
 from ptconvert.evaluate import divergence
 from ptconvert.evaluate.divergence import Reference, Windows, read_windows
 from ptconvert.evaluate.models import (
@@ -90,7 +92,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=cache_directory())
     parser.add_argument("--csv", type=Path)
     given = parser.parse_args()
-    quiet_libraries()
+    disable_progress_bar()  # of transformers; ours are shown
     left_out = set(given.without.split(","))
     steps = [step for step in STEPS if step not in left_out]
     given.without_stage = bool(left_out & {"blockwise", "KL"})
