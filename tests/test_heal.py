@@ -23,6 +23,7 @@ import ptconvert
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.checkpoint.writer import same_bytes
 from ptconvert.cli import main
+from ptconvert.cli.heal import command_line
 from ptconvert.evaluate import divergence
 from ptconvert.evaluate.models import BatchSize, open_model, schedule_of
 from ptconvert.healing.blockwise import Pieces, blocks_of
@@ -220,6 +221,14 @@ def test_which_layers_a_schedule_changes() -> None:
     mixed = "a0! m0! a1! m1~1 a2! m2! a3. m3! a4! m4! a5! m5!"
     assert changed_layers(Schedule.parse(mixed)) == {1, 2, 3}
     assert changed_layers(Schedule.parse("a0! m0! a1! m1!")) == frozenset()
+
+
+def test_the_model_cards_command_shows_three_of_many_texts() -> None:
+    few = ["heal", "in", "out", "--text", "a 1.txt", "--text", "b.txt", "--seed", "1"]
+    assert command_line(few) == "ptconvert heal in out --text 'a 1.txt' --text b.txt --seed 1"
+    many = ["heal", *(part for name in "abcde" for part in ("--text", name)), "--seed", "1"]
+    shown = "ptconvert heal --text a --text b --text c --text ... --seed 1"
+    assert command_line(many) == shown
 
 
 # Going on

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +181,7 @@ def heal(
     with step_progress() as progress:
         case = _case(checkpoint, folder, options, progress)
         try:
-            report = run(case, destination, _command(), overwrite)
+            report = run(case, destination, command_line(sys.argv[1:]), overwrite)
         except KeyboardInterrupt:
             click.echo(f"what was trained is in {folder}; the same command goes on", err=True)
             raise
@@ -251,10 +252,10 @@ def _say(text: str) -> None:
         click.echo(text, err=True)
 
 
-def _command() -> str:
+def command_line(arguments: Sequence[str]) -> str:
     """The command line, for the model card; of many texts in a row the first three."""
     text = r" --text[ =]\S+"
-    line = shlex.join(["ptconvert", *sys.argv[1:]])
+    line = shlex.join(["ptconvert", *arguments])
     return re.sub(rf"((?:{text}){{3}})(?:{text})+", r"\1 --text ...", line)
 
 
