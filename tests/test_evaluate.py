@@ -315,19 +315,19 @@ def test_one_model_at_a_time_is_in_memory(
 
 def test_metrics_are_paired_by_name_and_document() -> None:
     def metric(name: str, documents: tuple[str, ...], *values: float) -> Metric:
-        return Metric(name, "none", 0.0, None, True, documents, values, mean)
+        return Metric(name, "none", None, True, documents, values, mean)
 
     one, two = ("0:a", "1:b"), ("0:a", "1:c")
     source = Task("t", "1", "generate_until", 0, (metric("b", one, 5, 5), metric("c", one, 1, 2)))
     ours = Task("t", "1", "generate_until", 0, (metric("a", one, 1, 1), metric("c", two, 1, 2)))
-    rows = list(report._rows(Scores((source,), (), 1), Scores((ours,), (), 1), 0))
+    rows = list(report._rows(Scores((source,), ()), Scores((ours,), ()), 0))
     assert [(row.metric, row.source, row.unpaired) for row in rows] == [
         ("a", None, True),
         ("c", None, True),
     ]
     (same,) = report._rows(
-        Scores((source,), (), 1),
-        Scores((dataclasses.replace(source, metrics=source.metrics[1:]),), (), 1),
+        Scores((source,), ()),
+        Scores((dataclasses.replace(source, metrics=source.metrics[1:]),), ()),
         0,
     )
     assert same.source is not None and same.source.value == 1.5 and not same.unpaired

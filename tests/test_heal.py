@@ -469,6 +469,8 @@ def test_errors_are_one_line(
     refused("the model has 512 positions", converted, source, *text, *QUICK, "--window", 600)
     refused("no such field", converted, source, *text, *QUICK, "--set", "speed=9")
     refused("must be KEY=VALUE", converted, source, *text, *QUICK, "--set", "speed")
+    for work in (out, out / "state", tmp_path):
+        refused("may not lie in DST", converted, source, *text, *QUICK, "--work", work)
     out.mkdir()
     error = heal(converted, out, source, *text, *QUICK, code=2)
     assert "exists; name another, or use --overwrite" in error

@@ -178,6 +178,9 @@ def heal(
 
     check_destination(destination, overwrite)
     folder = options["work"] or destination.with_name(f"{destination.name}.healing")
+    real, kept = destination.resolve(), folder.resolve()
+    if real.is_relative_to(kept) or kept.is_relative_to(real):
+        raise HealError(f"--work {folder}: it may not lie in DST, nor DST in it")
     with step_progress() as progress:
         case = _case(checkpoint, folder, options, progress)
         try:

@@ -56,11 +56,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric of one task: its value, and its value for each document in order."""
+    """One metric of one task: its value for each document, in order."""
 
     name: str
     filter: str
-    value: float
     stderr: float | None  # lm-eval's own, of this model alone
     higher_is_better: bool | None
     documents: tuple[str, ...]  # which documents, in order: number and hash
@@ -96,7 +95,6 @@ class Scores:
 
     tasks: tuple[Task, ...]
     groups: tuple[GroupOfTasks, ...]
-    batch_size: int
 
 
 class _Tasks(TaskManager):  # type: ignore[misc]
@@ -164,7 +162,7 @@ def score(
     tasks = tuple(
         _task(name, manager.loaded["tasks"][name], results) for name in results["samples"]
     )
-    return Scores(tasks, tuple(_groups(manager.loaded["groups"], tasks)), batch.size)
+    return Scores(tasks, tuple(_groups(manager.loaded["groups"], tasks)))
 
 
 def _manager(settings: Settings) -> _Tasks:
@@ -256,12 +254,11 @@ def _task(name: str, task: Any, results: Mapping[str, Any]) -> Task:
         metric, filtered = key
         some = [s for s in samples if s["filter"] == filtered and metric in s]
         some.sort(key=lambda s: s["doc_id"])
-        value, stderr = (figures[f"{m},{filtered}"] for m in (metric, f"{metric}_stderr"))
+        stderr = figures[f"{metric}_stderr,{filtered}"]
         metrics.append(
             Metric(
                 name=metric,
                 filter=filtered,
-                value=float(value),
                 stderr=float(stderr) if isinstance(stderr, float) else None,
                 higher_is_better=results["higher_is_better"][name].get(metric),
                 documents=tuple(f"{s['doc_id']}:{s['doc_hash']}" for s in some),
