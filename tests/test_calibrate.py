@@ -19,13 +19,16 @@ from test_modeling import SCHEDULES
 from test_transform import back, same, tensors
 
 from ptconvert.calibrate import affinity
+from ptconvert.calibrate.conversion import calibrate
 from ptconvert.calibrate.guess import _pick_rank, fit_guesses
 from ptconvert.calibrate.regression import Moments, best, fits
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
 from ptconvert.computed import Assignment, Calibration, guess_cost
 from ptconvert.errors import CheckpointError, SpecError
-from ptconvert.schedule import Kind, Schedule, Sublayer
+from ptconvert.evaluate.divergence import Windows
+from ptconvert.modeling.executor import OneProcess, Streams, add_per_track, run_stage
+from ptconvert.schedule import DEFERRED, Kind, Schedule, Sublayer
 from ptconvert.shape import ModelShape, read_config
 from ptconvert.spec import parse_spec
 from ptconvert.transform import execute, plan_conversion, plan_to_dense
@@ -235,6 +238,79 @@ def test_fitted_guesses_bring_the_model_nearer_to_its_source(
     found = fit_guesses(model.model, ids_NT, 32, quiet)
     assert [str(f.sublayer) for f in found] == [f"a{i}" for i in range(6)]
     assert all(f.rank and f.error < 0.01 for f in found)
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("name", ["track-4", "track-2-overlap-1", "sync_point_drop"])
+def test_the_model_errs_as_the_fit_says(
+    name: str, rank: int, make_dense: MakeDense, tmp_path: Path
+) -> None:
+    """What its streams lack against the dense model's after each stage that guesses, with its
+    guess over without it, on the held-out windows: so each fit saw all guesses before it."""
+    source = byte_level(make_dense, tmp_path / "source")
+    spec = parse_spec(spec_text(4, SCHEDULES[name], f"guess: {{rank: {rank}}}\n"), "s")
+    ids = torch.randint(3, 96, (40, 25), generator=torch.Generator().manual_seed(0))
+    checkpoint, windows = open_checkpoint(source), Windows(ids, 25, ids.numel())
+    found = calibrate(checkpoint, spec, windows, "cpu", tmp_path, quiet)
+    calibration = found.calibration
+    execute(
+        plan_conversion(checkpoint, spec, source_name="s", calibration=calibration),
+        tmp_path / "out",
+    )
+    ids_BT, decoder = ids[32:, :-1], load(tmp_path / "out").model  # each fifth batch of 8
+    dense, schedule = dense_streams(source, ids_BT), decoder.schedule
+    base_BTD = decoder.embed_tokens(ids_BT)
+    streams, run = Streams(base_BTD), decoder.runner(base_BTD)
+    errors = {}
+    with torch.no_grad():
+        for index, stage in enumerate(schedule.stages):
+            view = streams.view()
+            own = run_stage(schedule, index, view, run)
+            if own.guesses is not None:
+                if stage.ending == DEFERRED:
+                    target_BTD = dense[stage.sublayers[-1]]
+                    got = add_per_track(streams.landed(), own.seen)
+                else:
+                    target_BTD, got = sum(own.partials), own.seen
+                missed = sum(float((target_BTD - g).square().sum()) for g in got)
+                got = [g - guess for g, guess in zip(got, own.guesses, strict=True)]
+                without = sum(float((target_BTD - g).square().sum()) for g in got)
+                errors[str(stage.sublayers[-1])] = missed / without
+            streams.end_stage(schedule, index, own, OneProcess())
+    assert errors and errors == pytest.approx(
+        {str(f.sublayer): f.error for f in found.fitted if f.rank}, rel=1e-3
+    )
+    assert len(errors) > 2 or rank == 1
+
+
+def dense_streams(source: Path, ids_BT: torch.Tensor) -> dict[Sublayer, torch.Tensor]:
+    """The dense model's residual stream after each sublayer."""
+    model, updates = load(source), {}
+    for i, layer in enumerate(model.model.layers):
+        for kind, block in ((Kind.ATTENTION, layer.self_attn), (Kind.MLP, layer.mlp)):
+
+            def keep(_: object, __: object, out: Any, at: Sublayer = Sublayer(i, kind)) -> None:
+                updates[at] = out[0] if isinstance(out, tuple) else out
+
+            block.register_forward_hook(keep)
+    with torch.no_grad():
+        model(input_ids=ids_BT)
+        stream_BTD, found = model.model.embed_tokens(ids_BT), {}
+        for sublayer, update_BTD in updates.items():
+            stream_BTD = stream_BTD + update_BTD
+            found[sublayer] = stream_BTD
+    return found
+
+
+def test_a_sublayer_that_writes_nothing_is_not_guessed(
+    make_dense: MakeDense, convert: Convert
+) -> None:
+    model = load(convert(make_dense("llama"), 2, "use: sync_point_drop"))
+    for track in model.model.layers[0].tracks.values():
+        torch.nn.init.zeros_(track.self_attn.o_proj.weight)
+    ids_NT = torch.randint(3, 96, (40, 24), generator=torch.Generator().manual_seed(0))
+    found = {str(f.sublayer): f.rank for f in fit_guesses(model.model, ids_NT, 8, quiet)}
+    assert found["a0"] == 0 and found["a1"]
 
 
 def test_guesses_of_overlapping_windows_see_what_is_before_them(

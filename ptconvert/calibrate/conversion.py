@@ -120,7 +120,7 @@ def calibrate(
 def _stored(tensor: torch.Tensor, dtype: str) -> NDArray[np.uint8]:
     """A tensor's bytes in a dtype by safetensors' name."""
     name = next(torch_name for torch_name, stored in DTYPES.items() if stored == dtype)
-    stored = tensor.to(getattr(torch, name)).contiguous().cpu()
+    stored = tensor.to(getattr(torch, name)).cpu().flatten()  # view needs strides of 1, rank 1 too
     assert stored.element_size() == DTYPE_BYTES[dtype]
     raw: NDArray[np.uint8] = stored.view(torch.uint8).numpy()
     return raw

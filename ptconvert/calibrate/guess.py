@@ -151,6 +151,8 @@ def _fit_sublayer(
             inputs[b].append(z_PF)
         candidates.append(fits(train, test))
         before += test.energy
+    if not before > 0:  # a sublayer that writes nothing
+        return Fitted(sublayer, 0, 1.0)
     chosen = best(list(zip(*candidates, strict=True)), min(rank, width))
     errors = torch.stack([fit.errors for fit in chosen]).sum(0) / before
     picked = _pick_rank([float(e) for e in errors], min(rank, width))
