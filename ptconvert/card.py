@@ -110,10 +110,14 @@ def healed_card(converted: Path, name: str, report: Healed, command: str) -> str
 def _healing(report: Healed, command: str) -> str:
     """The section of a card that records a healing."""
     settings = report.settings
-    stages = ["block by block"] if settings.blockwise else []
-    stages += ["end to end by KL(source || healed)"] if settings.kl else []
-    weights = "all weights" if settings.train == "all" else "the weights of the changed layers"
-    how = f"a LoRA of rank {settings.lora} on {weights}, merged" if settings.lora else weights
+    changed, rate = "the weights of the changed layers", "learning rate"
+    stages = []
+    if settings.blockwise:
+        stages.append(f"block by block ({changed}; {rate} {settings.block_learning_rate:g})")
+    if settings.kl:
+        weights = "all weights" if settings.train == "all" else changed
+        how = f"a LoRA of rank {settings.lora} on {weights}, merged" if settings.lora else weights
+        stages.append(f"end to end by KL(source || healed) ({how}; {rate} {settings.rate:g})")
     names = ", ".join(report.data[:3])
     names += f" and {len(report.data) - 3} more" if len(report.data) > 3 else ""
     rows = "\n".join(f"| {row.name} | {row.loss:.4f} | {row.kl:.4f} |" for row in report.rows)
@@ -122,10 +126,10 @@ def _healing(report: Healed, command: str) -> str:
         kept = f"this checkpoint is the one after `{report.kept}`"
     return f"""## Healing
 
-Distilled from `{report.teacher}`: {" and ".join(stages)}, training {how}.
+Distilled from `{report.teacher}`: {" and then ".join(stages)}.
 
 - at most {report.tokens} tokens of {names}; sha256 of the windows: `{report.data_digest}`
-- learning rate {settings.rate:g}, seed {settings.seed}
+- seed {settings.seed}
 - `{command}`
 
 On {report.held_out_tokens} tokens held out, in nats per token; {kept}:

@@ -8,6 +8,7 @@
   "assignment": "contiguous", or "affinity": each layer of tracks then has the order of its units
   "guess": {"a3": 64, ...},  sublayers whose tracks guess each other's partials, with the rank; not
                              there where none does
+  "trained": true,           not there where the weights are still the source's, each in its place
   "spec_digest": "sha256:...",
   "source_name": "meta-llama/Llama-3.1-8B",
   "source": {...}            what the conversion replaced in the source's config.json
@@ -51,6 +52,7 @@ class Section:
     spec_digest: object = None
     assignment: str = ASSIGNMENTS[0]
     guesses: Mapping[Sublayer, int] = field(default_factory=dict)  # ranks
+    trained: bool = False
 
     @property
     def assigned(self) -> bool:
@@ -95,8 +97,13 @@ def read_section(config: Mapping[str, Any], where: str = "config.json") -> Secti
     if assignment not in ASSIGNMENTS:
         raise ConfigError(f"{where}: {SECTION}.assignment must be {' or '.join(ASSIGNMENTS)}")
     guesses = _guesses(section.get("guess", {}), schedule, tracks, where)
-    digest = section.get("spec_digest")
-    return Section(schedule, tracks, deferred, source, digest, assignment, guesses)
+    digest, trained = section.get("spec_digest"), section.get("trained") is True
+    return Section(schedule, tracks, deferred, source, digest, assignment, guesses, trained)
+
+
+def trained_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A converted checkpoint's config.json once its weights were trained."""
+    return {**config, SECTION: {**config[SECTION], "trained": True}}
 
 
 def _guesses(given: object, schedule: Schedule, tracks: int, where: str) -> Mapping[Sublayer, int]:

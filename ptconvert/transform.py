@@ -200,6 +200,8 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
     if SECTION not in checkpoint.config:
         raise ConfigError(f"{where} has no {SECTION} section; only converted checkpoints have one")
     section = read_section(checkpoint.config, where)
+    if section.trained:
+        raise ConfigError(f"{where}: healed since the conversion; the source's weights are gone")
     config = source_config(checkpoint.config, section)
     shape = ModelShape.from_config(config, where)
     if reason := shape.indivisible(section.tracks):

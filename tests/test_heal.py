@@ -98,8 +98,10 @@ def test_kl_falls_and_the_result_is_a_checkpoint_like_the_one_given(
     files = {p.name for p in converted.iterdir()}
     assert files == {p.name for p in out.iterdir()}
     for name in files:
-        if not name.endswith((".safetensors", ".md")):
+        if name != "config.json" and not name.endswith((".safetensors", ".md")):
             assert (converted / name).read_bytes() == (out / name).read_bytes()
+    before, after = (json.loads((p / "config.json").read_text()) for p in (converted, out))
+    assert after == {**before, "ptconvert": {**before["ptconvert"], "trained": True}}
     # eval's own divergence of what was written is what heal reports
     windows, batch = data_of(b).held_out, BatchSize(4, "cpu")
     models = [open_model(open_checkpoint(p), "float32", "cpu") for p in (source, out)]
@@ -108,6 +110,7 @@ def test_kl_falls_and_the_result_is_a_checkpoint_like_the_one_given(
     assert tokens.kl.mean() == pytest.approx(kls(figures)["KL"], rel=1e-4)
     assert load(out)(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
     card = (out / "README.md").read_text()
+    assert "(the weights of the changed layers; learning rate 0.001)" in card
     assert "## Healing" in card and figures["data_digest"] in card
     assert f"| KL | {figures['rows'][-1]['loss']:.4f} |" in card and "without training" not in card
 
@@ -140,7 +143,7 @@ def test_verify_and_eval_take_it_and_to_dense_refuses(
     size = ("--window", 32, "--windows", 8)
     run("eval", out, "--baseline", source, "--text", TEXT, *size, "--cache", tmp_path)
     _, error = run("transform", out, tmp_path / "back", "--to-dense", code=2)
-    assert "the tracks were trained since the conversion" in error and error.count("\n") == 1
+    assert "config.json: healed since the conversion" in error and error.count("\n") == 1
 
 
 def test_two_runs_are_equal_and_another_seed_is_not(
@@ -158,6 +161,7 @@ def test_never_worse_than_before(source: Path, convert: Convert, tmp_path: Path)
     rates = ("--learning-rate", 3, "--block-learning-rate", 3)
     figures = heal(converted, out, source, "--text", TEXT, *SIZE, "--blockwise", *rates)
     assert figures["kept"] == "before" and not differing(converted, out)
+    assert (out / "config.json").read_bytes() == (converted / "config.json").read_bytes()
     assert "training did not help" in (out / "README.md").read_text()
 
 
@@ -171,6 +175,10 @@ def test_a_gentle_schedule_of_layers_held_dense_is_healed_too(
     assert kls(figures)["KL"] < kls(figures)["before"]
     # m2 is overlapped too, as layer 3's attention doesn't see it
     assert {int(name.split(".")[2]) for name in differing(converted, out)} == {2, 3, 4, 5}
+    # nothing but the config tells that these are not the source's weights
+    run("transform", converted, tmp_path / "back", "--to-dense")
+    _, error = run("transform", out, tmp_path / "again", "--to-dense", code=2)
+    assert "config.json: healed since the conversion" in error
 
 
 # Block by block
@@ -264,6 +272,27 @@ def test_killed_runs_end_in_the_same_bytes(source: Path, convert: Convert, tmp_p
     assert not differing(tmp_path / "whole", out)
 
 
+def test_nothing_trained_is_nothing_to_go_on_from(
+    source: Path, convert: Convert, tmp_path: Path
+) -> None:
+    """After a failure before the first state, other settings may follow."""
+    converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
+    options = ("--text", TEXT, *QUICK)
+    error = heal(converted, out, source, *options, "--set", "fsdp=full_shard", code=2)
+    assert error.splitlines()[-1].startswith("error: --set: ")
+    assert (tmp_path / "out.healing" / "key.json").is_file()
+    heal(converted, out, source, *options)
+    assert out.is_dir() and not (tmp_path / "out.healing").exists()
+
+
+def test_the_work_folder_may_be_a_link(source: Path, convert: Convert, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "work").symlink_to(tmp_path / "scratch")
+    converted, work = convert(source, 4, MIDDLE), tmp_path / "work"
+    heal(converted, tmp_path / "out", source, "--text", TEXT, *QUICK, "--work", work)
+    assert not (tmp_path / "scratch").exists()
+
+
 def test_other_settings_dont_go_on_from_it(source: Path, convert: Convert, tmp_path: Path) -> None:
     converted, out, work = convert(source, 4, MIDDLE), tmp_path / "out", tmp_path / "out.healing"
     work.mkdir()
@@ -272,6 +301,7 @@ def test_other_settings_dont_go_on_from_it(source: Path, convert: Convert, tmp_p
     assert "is no healing's work folder" in error
     (work / "mine.txt").unlink()
     (work / "key.json").write_text(json.dumps({"learning_rate": 0.5}))
+    (work / "block-0.safetensors").touch()
     error = heal(converted, out, source, "--text", TEXT, *QUICK, code=2)
     assert "learning_rate was 0.5, is 0.001" in error and error.count("\n") == 1
     assert not out.exists()
@@ -468,7 +498,20 @@ def test_errors_are_one_line(
     refused("of one step", converted, source, *text, *QUICK, "--batch-size", 500)
     refused("the model has 512 positions", converted, source, *text, *QUICK, "--window", 600)
     refused("no such field", converted, source, *text, *QUICK, "--set", "speed=9")
-    refused("must be KEY=VALUE", converted, source, *text, *QUICK, "--set", "speed")
+    for given, told in (
+        ("speed", "must be KEY=VALUE"),
+        ("weight_decay=much", "weight_decay"),
+        ("learning_rate=1", "use --learning-rate"),
+        ("save_strategy=no", "keeping the best state depends on it"),
+    ):
+        refused(told, converted, source, *text, *QUICK, "--set", given)
+    short = tmp_path / "short.txt"
+    short.write_text("a few words")
+    refused("less than one window", converted, source, *text, *QUICK, "--held-out", short)
+    refused("given to train on and", converted, source, *text, *QUICK, "--held-out", TEXT)
+    refused("--split: for --dataset only", converted, source, *text, *QUICK, "--split", "x")
+    no_kl = ("--blockwise", "--no-kl", "--lora", 4)
+    refused("--lora: for the end-to-end stage", converted, source, *text, *QUICK, *no_kl)
     for work in (out, out / "state", tmp_path):
         refused("may not lie in DST", converted, source, *text, *QUICK, "--work", work)
     out.mkdir()

@@ -267,6 +267,14 @@ def test_max_loss_and_no_overlap(source: Path, tmp_path: Path) -> None:
     assert chosen["all_reduces"] == chosen["waited_for"]
 
 
+def test_without_overlap_no_objective_overlaps(source: Path, tmp_path: Path) -> None:
+    asked = ("--tracks", 4, "--objective", "latency", "--hardware", "h100-pcie", "--max-loss", 5)
+    for overlap, wanted in (("--overlap", True), ("--no-overlap", False)):
+        figures = json.loads(plan(source, tmp_path, *asked, overlap, "--json")[0])
+        found = [Schedule.parse(row["schedule"]).counts for row in figures["frontier"]]
+        assert any(c.waited_for < c.all_reduces for c in found) == wanted
+
+
 def test_latency_is_the_estimates(source: Path, tmp_path: Path) -> None:
     asked = ("--tracks", 4, "--objective", "latency", "--max-loss", 0.5, "--json")
     out, _ = plan(source, tmp_path, *asked, "--hardware", "h100-pcie")
@@ -293,6 +301,7 @@ def test_latency_is_the_estimates(source: Path, tmp_path: Path) -> None:
         (("--tracks", 4, "--max-syncs", 4, "--device", "cuda:99"), "--device"),
         (("--tracks", 4, "--max-syncs", 4, "--window", 100_000), "positions"),
         (("--tracks", 4, "--max-syncs", 4, "--objective", "latency"), "--hardware"),
+        (("--tracks", 4, "--max-syncs", 4, "--ranks", 2), "--ranks: for --objective latency only"),
         (
             ("--tracks", 4, "--max-loss", 1, "--objective", "latency", "--hardware", "none"),
             "none",

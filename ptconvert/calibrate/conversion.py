@@ -25,7 +25,6 @@ from ptconvert.spec import Spec
 from ptconvert.transform import execute, plan_conversion
 
 DEFAULT_TOKENS = 65536
-DEFAULT_WINDOW = 1024
 
 
 @dataclass(frozen=True)
@@ -56,15 +55,12 @@ class Calibrated:
 def calibration_windows(
     source: Checkpoint, texts: Sequence[Path], tokens: int | None, window: int | None
 ) -> Windows:
-    """Windows over the texts, of about `tokens` in all or as many as there are.
+    """Windows over the texts, of about `tokens` in all or as many as there are without overlap.
 
     Raises PTConvertError.
     """
-    longest = source.config.get("max_position_embeddings")
-    most = longest if isinstance(longest, int) else DEFAULT_WINDOW
-    length = window or min(DEFAULT_WINDOW, most)
-    whole = windows_for(source, texts, length, 1).tokens
-    possible = max(1, (whole - length - 1) // length)  # as many as don't overlap
+    one = windows_for(source, texts, window, 1)
+    length, possible = one.length, max(1, (one.tokens - one.length - 1) // one.length)
     wanted = max(1, (tokens or DEFAULT_TOKENS) // length)
     return windows_for(source, texts, length, min(possible, wanted))
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -85,6 +86,17 @@ def model_shape(model: str, revision: str | None) -> ModelShape:
 
     path = locate(model, revision, config_only=True)
     return ModelShape.from_config(read_config(path), str(path))
+
+
+def given(*names: str) -> str:
+    """Those of the command's options, by their parameters' names, that its line has."""
+    context = click.get_current_context()
+    return ", ".join(
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in names
+        and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    )
 
 
 def print_figures(figures: dict[str, Any], as_json: bool, show: Callable[[Console], None]) -> None:

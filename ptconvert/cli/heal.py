@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from ptconvert.checkpoint.source import display_name, locate
 from ptconvert.cli.common import (
+    given,
     need_packages,
     print_figures,
     quiet_libraries,
@@ -66,7 +66,9 @@ if TYPE_CHECKING:  # they import torch
 )
 @click.option("--window", type=click.IntRange(2), help="Tokens in a window of the text. [1024]")
 @click.option(
-    "--blockwise", is_flag=True, help="First train block by block, with one block in memory."
+    "--blockwise",
+    is_flag=True,
+    help="First train block by block, with one block in memory; whole weights, with --lora too.",
 )
 @click.option(
     "--kl/--no-kl", default=True, show_default=True, help="Train end to end by KL(teacher || it)."
@@ -79,7 +81,9 @@ if TYPE_CHECKING:  # they import torch
     show_default=True,
     help="Weights that move: of the layers that the schedule changes, or all, embeddings too.",
 )
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="See below.")
+@click.option(
+    "--learning-rate", type=click.FloatRange(0, min_open=True), help="End to end; see below."
+)
 @click.option(
     "--block-learning-rate",
     type=click.FloatRange(0, min_open=True),
@@ -129,7 +133,7 @@ if TYPE_CHECKING:  # they import torch
     "options",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Any field of transformers' TrainingArguments; may be given again.",
+    help="A field of transformers' TrainingArguments; may be given again.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--device", metavar="NAME", help="Default: cuda where there is.")
@@ -171,6 +175,11 @@ def heal(
     quiet_libraries()
     if bool(options["texts"]) == bool(options["dataset"]):
         raise click.UsageError("give what to train on, one of --text FILE and --dataset ID")
+    if not options["dataset"] and (unused := given("dataset_config", "split", "column")):
+        raise click.UsageError(f"{unused}: for --dataset only")
+    end_to_end = ("lora", "train", "gradient_checkpointing", "options")
+    if not options["kl"] and (unused := given(*end_to_end)):
+        raise click.UsageError(f"{unused}: for the end-to-end stage, which --no-kl leaves out")
     if options["dataset"] and importlib.util.find_spec("datasets") is None:
         raise HealError("--dataset needs the package datasets, not installed here")
     from ptconvert.checkpoint.atomic import check_destination
@@ -193,60 +202,47 @@ def heal(
         print_figures(figures, as_json, lambda console: _print_healed(console, figures))
 
 
-def _case(checkpoint: str, folder: Path, given: dict[str, Any], progress: Any) -> Case:
+def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) -> Case:
     """The checkpoints opened, the text read and the settings made of the options."""
     from ptconvert.checkpoint.reader import open_checkpoint
     from ptconvert.healing.data import DatasetSource, read_data
+    from ptconvert.healing.distill import read_options
     from ptconvert.healing.models import check_pair
     from ptconvert.healing.run import Case
     from ptconvert.healing.settings import Settings
 
-    device = torch_device(given["device"])
+    device = torch_device(chosen["device"])
     if device.startswith("cuda:"):  # transformers' Trainer takes the first GPU that it sees
         raise HealError(
             f"--device {device}: use --device cuda and CUDA_VISIBLE_DEVICES={device[5:]}"
         )
     student = open_checkpoint(locate(checkpoint, None))
-    dtype = given["dtype"]
+    dtype = chosen["dtype"]
     if dtype == "auto":
         stored = {entry.dtype for entry in student.tensors.values()}
         dtype = "float32" if device == "cpu" or "F32" in stored else "bfloat16"
-    teacher = open_checkpoint(locate(given["teacher"], given["revision"]))
+    teacher = open_checkpoint(locate(chosen["teacher"], chosen["revision"]))
     check_pair(student, teacher)
     dataset = None
-    if given["dataset"]:
+    if chosen["dataset"]:
         dataset = DatasetSource(
-            given["dataset"], given["dataset_config"], given["split"], given["column"]
+            chosen["dataset"], chosen["dataset_config"], chosen["split"], chosen["column"]
         )
     data = read_data(
-        student, given["texts"], dataset, given["held_out"], given["window"], given["tokens"],
+        student, chosen["texts"], dataset, chosen["held_out"], chosen["window"], chosen["tokens"],
         progress,
     )  # fmt: skip
     names = ("tokens", "train", "blockwise", "kl", "lora", "learning_rate", "block_learning_rate")
     more = ("batch_size", "accumulation", "warmup", "evaluations", "patience", "seed")
     settings = Settings(
-        **{name: given[name] for name in (*names, *more, "gradient_checkpointing")},
+        **{name: chosen[name] for name in (*names, *more, "gradient_checkpointing")},
         dtype=dtype,
         device=device,
-        options=_options(given["options"]),
+        options=read_options(chosen["options"]),
     )
     return Case(
-        student, teacher, display_name(given["teacher"]), data, settings, folder, progress, _say
+        student, teacher, display_name(chosen["teacher"]), data, settings, folder, progress, _say
     )
-
-
-def _options(pairs: tuple[str, ...]) -> dict[str, object]:
-    """KEY=VALUE pairs, values as YAML has them. Raises HealError."""
-    found: dict[str, object] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            equals = ""
-        if not equals:
-            raise HealError(f"--set {pair}: it must be KEY=VALUE, such as weight_decay=0.01")
-    return found
 
 
 def _say(text: str) -> None:

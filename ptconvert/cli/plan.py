@@ -9,6 +9,7 @@ import click
 
 from ptconvert.checkpoint.source import display_name, locate
 from ptconvert.cli.common import (
+    given,
     need_packages,
     print_figures,
     quiet_libraries,
@@ -132,8 +133,12 @@ def plan(
     quiet_libraries()
     if (options["max_syncs"] is None) == (options["max_loss"] is None):
         raise click.UsageError("give a budget, one of --max-syncs K and --max-loss X")
-    if options["objective"] == "latency" and not (options["hardware"] and options["max_loss"]):
+    by_latency = options["objective"] == "latency"
+    if by_latency and (options["hardware"] is None or options["max_loss"] is None):
         raise click.UsageError("--objective latency needs --hardware NAME and --max-loss X")
+    for_latency = ("hardware", "engine", "ranks", "batch", "prompt", "new")
+    if not by_latency and (unused := given(*for_latency)):
+        raise click.UsageError(f"{unused}: for --objective latency only")
     for file in (output, frontier_file):
         if file is not None and not file.resolve().parent.is_dir():
             raise click.UsageError(f"{file}: its directory does not exist")
@@ -249,7 +254,7 @@ def _objective(options: dict[str, Any], shape: ModelShape) -> Objective:
         )
         return workload.batch * workload.new / found.tokens_per_second
 
-    return latency(seconds, shape.layers)
+    return latency(seconds, shape.layers, options["overlap"])
 
 
 def _closest(frontier: Frontier) -> str:

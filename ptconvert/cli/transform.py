@@ -140,10 +140,11 @@ def transform(
 
 
 def _check_text(spec: Spec | None, texts: tuple[Path, ...], dry_run: bool) -> None:
-    """Raises SpecError where a text is missing, or given for nothing."""
+    """Raises SpecError where a text is missing; says where one is given for nothing, as to a spec
+    of `plan`, which may have found no use for it."""
     needed = spec is not None and spec.needs_text
     if texts and not needed:
-        raise SpecError(["--text: nothing in the spec needs a text; leave it out"])
+        click.echo("--text isn't read: nothing in the spec needs a text", err=True)
     if spec is not None and needed and not texts and not dry_run:
         wants = "guess" if spec.guess is not None else f"assignment: {spec.assignment}"
         raise SpecError([f"{spec.name}: {wants} is computed from a text: --text FILE"])

@@ -90,6 +90,8 @@ def read_data(
     windows of `held_out`, or some of the others, evenly spread. Raises EvaluationError and
     HealError.
     """
+    if both := {path.resolve() for path in texts} & {path.resolve() for path in held_out}:
+        raise HealError(f"{min(both)}: given to train on and, as --held-out, to judge by")
     tokenizer, longest = open_tokenizer(checkpoint), positions(checkpoint)
     length = min(DEFAULT_LENGTH, longest) if length is None else length
     if length > longest:
@@ -104,6 +106,11 @@ def read_data(
     windows_NS = _windows(token_ids(strings, tokenizer), length, most, progress)
     if held_out:
         held_NS = _windows(token_ids(map(read_text, held_out), tokenizer), length, None, progress)
+        if not len(held_NS):
+            raise HealError(
+                f"--held-out: less than one window of {length} tokens; give more text, or a "
+                "smaller --window"
+            )
         step = -(-len(held_NS) // max(1, HELD_OUT_TOKENS // length))
         train, held_NS = windows_NS, held_NS[::step]
     else:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import (
     EarlyStoppingCallback,
+    HfArgumentParser,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -38,6 +39,31 @@ from ptconvert.healing.work import Tensors
 Report = Callable[..., None]  # the step, how much is done, of how much, and a note
 _STATE = "trainer_state.json"
 _FIELDS = frozenset(field.name for field in dataclasses.fields(TrainingArguments))
+# Fields that the other options decide, and those on which keeping the best state depends.
+_OPTIONS = {
+    "output_dir": "--work",
+    "learning_rate": "--learning-rate",
+    "per_device_train_batch_size": "--batch-size",
+    "per_device_eval_batch_size": "--batch-size",
+    "gradient_accumulation_steps": "--gradient-accumulation",
+    "gradient_checkpointing": "--gradient-checkpointing",
+    "activation_checkpointing": "--gradient-checkpointing",
+    "max_steps": "--tokens",
+    "num_train_epochs": "--tokens",
+    "warmup_steps": "--warmup",
+    "warmup_ratio": "--warmup",
+    "eval_steps": "--evaluations",
+    "save_steps": "--evaluations",
+    "seed": "--seed",
+    "use_cpu": "--device",
+    "bf16": "--dtype",
+    "fp16": "--dtype",
+}
+_FIXED = (
+    *("eval_strategy", "save_strategy", "eval_on_start", "load_best_model_at_end", "label_names"),
+    *("metric_for_best_model", "greater_is_better", "train_sampling_strategy"),
+    *("remove_unused_columns", "restore_callback_states_from_checkpoint"),
+)
 _CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # its new name and its old
 _LOGITS_AT_ONCE = 1 << 24  # 64 MiB of fp32 for each of the few copies that KL needs
 
@@ -202,19 +228,24 @@ def distill(
             say(f"student and teacher share {shared / 1e6:.1f} MB")
     set_seed(settings.seed)
     model = student if settings.lora is None else _with_adapters(student, names, settings.lora)
-    trainer = Distillation(
-        model,
-        arguments,
-        train_dataset=_Rows(data.train, order),
-        eval_dataset=_Rows(data.held_out.ids, torch.arange(len(data.held_out.ids))),
-        compute_metrics=held_out_means,
-        callbacks=[
-            EarlyStoppingCallback(early_stopping_patience=settings.patience),
-            _Watch(metric, progress, say),
-        ],
-        teacher=teacher,
-        objective=settings.objective,
-    )
+    try:
+        trainer = Distillation(
+            model,
+            arguments,
+            train_dataset=_Rows(data.train, order),
+            eval_dataset=_Rows(data.held_out.ids, torch.arange(len(data.held_out.ids))),
+            compute_metrics=held_out_means,
+            callbacks=[
+                EarlyStoppingCallback(early_stopping_patience=settings.patience),
+                _Watch(metric, progress, say),
+            ],
+            teacher=teacher,
+            objective=settings.objective,
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        if not settings.options:
+            raise
+        raise HealError(f"--set: {first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
     if not trainer.state.best_global_step:
@@ -242,11 +273,34 @@ def last_state(work: Path) -> Path | None:
     return None
 
 
+class _Parser(HfArgumentParser):  # type: ignore[misc]
+    """transformers' parser of its own command lines, whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise HealError(f"--set: {message.removeprefix('argument --')}")
+
+
+def read_options(pairs: Sequence[str]) -> dict[str, object]:
+    """KEY=VALUE pairs as fields of TrainingArguments, read as transformers' own scripts read them.
+    Raises HealError."""
+    keys = []
+    for pair in pairs:
+        key, equals, _ = pair.partition("=")
+        if not equals:
+            raise HealError(f"--set {pair}: it must be KEY=VALUE, such as weight_decay=0.01")
+        if key not in _FIELDS:
+            raise HealError(f"--set {key}: transformers' TrainingArguments has no such field")
+        if key in _OPTIONS:
+            raise HealError(f"--set {key}: use {_OPTIONS[key]}")
+        if key in _FIXED:
+            raise HealError(f"--set {key}: keeping the best state depends on it; leave it out")
+        keys.append(key)
+    parsed = _Parser(TrainingArguments).parse_args([f"--{pair}" for pair in pairs])
+    return {key: getattr(parsed, key) for key in keys}
+
+
 def check(settings: Settings, windows: int) -> None:
-    """Raises HealError for options that TrainingArguments doesn't have, and for too few windows."""
-    for name in settings.options:
-        if name not in _FIELDS:
-            raise HealError(f"--set {name}: transformers' TrainingArguments has no such field")
+    """Raises HealError for too few windows."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     together = settings.batch_size * settings.accumulation * processes
     if windows < together:

@@ -23,12 +23,18 @@ from ptconvert.healing.data import Data
 from ptconvert.healing.distill import check, distill
 from ptconvert.healing.models import changed_layers, check_pair, freeze_but, put, trainable
 from ptconvert.healing.settings import Settings
-from ptconvert.healing.work import Tensors, load_tensors, save_tensors, wait_for, work_folder
+from ptconvert.healing.work import (
+    START,
+    Tensors,
+    load_tensors,
+    save_tensors,
+    wait_for,
+    work_folder,
+)
 from ptconvert.healing.write import rounded, write
 
 _BLOCKS = "blocks.safetensors"  # what the blockwise stage made
 _KL = "kl.safetensors"  # and the KL stage
-_START = "start.safetensors"  # what the KL stage begins with: the same, or nothing if it hurt
 
 
 @dataclass(frozen=True)
@@ -99,16 +105,16 @@ def heal(
         raise HealError("the schedule changes no layer, so there is nothing to heal")
     check(case.settings, len(case.data.order(case.settings.tokens, case.settings.seed)))
     if not _is_first():
-        wait_for(case.folder / _START)
+        wait_for(case.folder / START)
         if case.settings.kl:
-            _distilled(case, load_tensors(case.folder / _START))
+            _distilled(case, load_tensors(case.folder / START))
         return None
     with work_folder(case.folder, _key(case)):
         report, healed = _stages(case)
         card = healed_card(case.student.path, destination.name, report, command)
         case.progress(f"writing {destination.name}", 0, None)
         write(case.student, healed, card, destination, overwrite)
-    shutil.rmtree(case.folder, ignore_errors=True)
+    shutil.rmtree(case.folder.resolve(), ignore_errors=True)  # it may be a link
     return report
 
 
@@ -123,7 +129,7 @@ def _stages(case: Case) -> tuple[Healed, Tensors]:
         rows.append(_measured(case, reference, "blockwise", blocks)[1])
         if rows[-1].kl < best.kl:
             best, healed = rows[-1], blocks
-    save_tensors(case.folder / _START, healed)
+    save_tensors(case.folder / START, healed)
     if case.settings.kl and (moved := _distilled(case, healed)):
         rows.append(_measured(case, reference, "KL", healed | moved)[1])
         if rows[-1].kl < best.kl:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from ptconvert.errors import HealError
 
 Tensors = dict[str, torch.Tensor]
+START = "start.safetensors"  # what the KL stage begins with, written when it does
 _KEY, _LOCK = "key.json", "lock"
 _POLL_SECONDS = 0.5
 
@@ -24,8 +25,8 @@ _POLL_SECONDS = 0.5
 def work_folder(path: Path, key: Mapping[str, object]) -> Iterator[Path]:
     """The folder of the healing that `key` describes, held by this process alone.
 
-    Raises HealError where it holds another healing's state, naming what differs, something else,
-    or where another process is at work in it.
+    Raises HealError where it holds what another healing trained, naming what differs, something
+    else, or where another process is at work in it.
     """
     made = not path.exists()
     if not made and not (path / _KEY).is_file() and any(p.name != _LOCK for p in path.iterdir()):
@@ -56,7 +57,10 @@ def _check_key(path: Path, key: dict[str, object]) -> None:
         raise HealError(f"{file} can't be read; remove {path}, or name another with --work")
     differing = [name for name in key | found if key.get(name) != found.get(name)]
     differing.sort(key=lambda name: name not in found)
-    if differing:
+    if differing and not _trained(path):
+        (path / START).unlink(missing_ok=True)
+        write_text(file, json.dumps(key, indent=2) + "\n")
+    elif differing:
         what = "; ".join(
             f"{name} was {_short(found.get(name))}, is {_short(key.get(name))}"
             for name in differing[:3]
@@ -65,6 +69,11 @@ def _check_key(path: Path, key: dict[str, object]) -> None:
             f"{path} holds the state of another healing ({what}): remove it, or name another with "
             "--work"
         )
+
+
+def _trained(path: Path) -> bool:
+    """Whether a folder holds anything that took time to make."""
+    return any(p.is_file() and p.name not in (_KEY, _LOCK, START) for p in path.rglob("*"))
 
 
 def _short(value: object) -> str:

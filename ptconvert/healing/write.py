@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from ptconvert.beside import as_json
 from ptconvert.checkpoint.atomic import new_directory
 from ptconvert.checkpoint.reader import SMALL_FILES, Checkpoint, TensorEntry
 from ptconvert.errors import CheckpointError
-from ptconvert.format import MODELING_FILE, SPEC_FILE
+from ptconvert.format import MODELING_FILE, SPEC_FILE, trained_config
 from ptconvert.healing.work import Tensors
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -28,8 +29,9 @@ def write(
 ) -> None:
     """Writes a copy of a checkpoint in which these tensors are replaced, and the model card.
 
-    Every tensor keeps its file, place, shape and dtype; config, spec, tokenizer and modelling file
-    come along. `destination` appears whole or not at all. Raises CheckpointError.
+    Every tensor keeps its file, place, shape and dtype; spec, tokenizer and modelling file come
+    along, and the config, which says that the weights were trained if any were. `destination`
+    appears whole or not at all. Raises CheckpointError.
     """
     source = checkpoint.path
     names = (*SMALL_FILES, SPEC_FILE, MODELING_FILE)
@@ -46,6 +48,9 @@ def write(
                 healed = healed | {HEAD: healed[EMBEDDING]} if EMBEDDING in healed else healed
             for name, tensor in rounded(checkpoint, healed).items():
                 _replace(directory, checkpoint.tensors[name], tensor)
+            if healed:
+                config = as_json(trained_config(checkpoint.config))
+                (directory / "config.json").write_text(config, encoding="utf-8")
             (directory / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{error.filename or destination}: {error.strerror}") from None

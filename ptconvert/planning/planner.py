@@ -56,15 +56,19 @@ def waited_for(overlap: bool) -> Objective:
     )
 
 
-def latency(seconds: Callable[[Schedule], float], layers: int, grain: float = 1e-3) -> Objective:
-    """Estimated seconds; sums of segments are rounded to `grain` of the dense model's time."""
+def latency(
+    seconds: Callable[[Schedule], float], layers: int, overlap: bool = True, grain: float = 1e-3
+) -> Objective:
+    """Estimated seconds; sums of segments are rounded to `grain` of the dense model's time. Without
+    `overlap` no all-reduce runs beside computation."""
     dense = seconds(together(run(p, p + 1, BLOCKING) for p in range(2 * layers)))
 
     def added(segment: Segment) -> int:
         return round((seconds(alone(segment, layers)) - dense) / (grain * dense))
 
-    runs = (BLOCKING, OWN_SEEN, OWN_SEEN_LATER)
-    return Objective("latency", "ms", lambda s: 1e3 * seconds(s), added, (*runs, HIDDEN), runs)
+    runs = (BLOCKING, OWN_SEEN, OWN_SEEN_LATER) if overlap else (BLOCKING,)
+    singles = (*runs, HIDDEN) if overlap else runs
+    return Objective("latency", "ms", lambda s: 1e3 * seconds(s), added, singles, runs)
 
 
 @dataclass(frozen=True)
