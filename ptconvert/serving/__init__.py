@@ -11,8 +11,9 @@ _MODEL = "ptconvert.serving.model:PTConvertForCausalLM"
 def register() -> None:
     """Makes vLLM know converted checkpoints; the entry point `vllm.general_plugins`.
 
-    vLLM calls it in every process that it starts, some of them more than once. It imports no model
-    code and touches no device: vLLM imports the model class by its name when it needs it.
+    vLLM calls it in every process that it starts, some of them more than once. It touches no
+    device and imports no code of vLLM's models: vLLM imports the model class by its name when it
+    needs it.
     """
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP

@@ -1,10 +1,12 @@
-"""The asynchronous all-reduce at a boundary between stages, as one operation.
+"""Operations that compilers can't see into: the asynchronous all-reduce at a boundary between
+stages, and the end of a partial's making.
 
-One opaque operation launches this boundary's all-reduce first, then waits for those that are due
-and returns their sum. Compilers can't see into it and can't move it: what it takes is made by the
-stage before it, what it returns is read by the stage after it. (Two operations, start and wait,
-would let a compiler sink the start to its wait; functional collectives gave wrong tokens under
-torch.compile on CPU.)
+One operation launches a boundary's all-reduce first, then waits for those that are due and gives
+their sum. Compilers can't move it: what it takes is made by the stage before it, what it gives is
+read by the stage after it. (Two operations, start and wait, would let a compiler sink the start to
+its wait; functional collectives gave wrong tokens under torch.compile on CPU.) It writes into a
+tensor made before it, as vLLM's attention does: where pieces of CUDA graphs run around it, the
+piece after it reads the memory that it read when it was captured.
 
 The all-reduces are torch.distributed's, on the process group that vLLM made for the tensor-parallel
 ranks: gloo's own threads on CPU; on CUDA a NCCL communicator and stream other than those of vLLM's
@@ -22,7 +24,7 @@ import torch.distributed as dist
 from vllm.distributed import get_tp_group
 from vllm.utils.torch_utils import direct_register_custom_op
 
-BOUNDARY = "ptconvert::all_reduce_boundary"
+BOUNDARY, FINISHED = "ptconvert::all_reduce_boundary", "ptconvert::finished"
 NO_LAUNCH = -1
 
 
@@ -50,9 +52,11 @@ def _wait(work: Any, buffer_TD: torch.Tensor) -> None:
     work.wait()
 
 
-def _all_reduce_boundary(after_TD: torch.Tensor, launch: int, wait: list[int]) -> torch.Tensor:
+def _all_reduce_boundary(
+    after_TD: torch.Tensor, merged_TD: torch.Tensor, launch: int, wait: list[int]
+) -> None:
     """Launches the sum of `after_TD` over ranks as stage `launch`'s, unless that is NO_LAUNCH; then
-    returns the sum of the stages `wait`, zeros where there is none."""
+    fills `merged_TD` with the sum of the stages `wait`, zeros where there is none."""
     if launch != NO_LAUNCH:
         buffer_TD = after_TD.clone()  # the compiler may give after_TD's memory to another tensor
         group = get_tp_group()
@@ -60,23 +64,52 @@ def _all_reduce_boundary(after_TD: torch.Tensor, launch: int, wait: list[int]) -
         if group.world_size > 1:
             work = dist.all_reduce(buffer_TD, group=group.device_group, async_op=True)
         _in_flight.by_stage[launch] = buffer_TD, work
-    merged_TD = None
-    for stage in wait:
+    if not wait:
+        merged_TD.zero_()
+    for number, stage in enumerate(wait):
         buffer_TD, work = _in_flight.by_stage.pop(stage)
         if work is not None:
             _wait(work, buffer_TD)
-        merged_TD = buffer_TD if merged_TD is None else merged_TD.add_(buffer_TD)
-    return torch.zeros_like(after_TD) if merged_TD is None else merged_TD
+        if number:
+            merged_TD.add_(buffer_TD)
+        else:
+            merged_TD.copy_(buffer_TD)
 
 
-def _fake(after_TD: torch.Tensor, launch: int, wait: list[int]) -> torch.Tensor:  # noqa: ARG001
-    return torch.empty_like(after_TD)
+def _no_boundary(
+    after_TD: torch.Tensor, merged_TD: torch.Tensor, launch: int, wait: list[int]
+) -> None:
+    """What a compiler is told of it: it returns nothing."""
+
+
+def _finished(x_TD: torch.Tensor) -> torch.Tensor:
+    return x_TD.clone()
 
 
 _library: Any = torch.library.Library(BOUNDARY.split("::")[0], "FRAGMENT")  # type: ignore[no-untyped-call]
 direct_register_custom_op(
-    BOUNDARY.split("::")[1], _all_reduce_boundary, fake_impl=_fake, target_lib=_library
+    BOUNDARY.split("::")[1],
+    _all_reduce_boundary,
+    mutates_args=["merged_TD"],
+    fake_impl=_no_boundary,
+    target_lib=_library,
 )
+direct_register_custom_op(
+    FINISHED.split("::")[1], _finished, fake_impl=torch.empty_like, target_lib=_library
+)
+
+
+def finished(x_TD: torch.Tensor) -> torch.Tensor:
+    """The same numbers, for compiled code on CPU to read only once they are there.
+
+    vLLM's matrix products on CPU write into a tensor made before them, and torch 2.13's Inductor
+    loses sight of that where it fuses sums of several of them: it reads them before they are
+    written. It keeps the order of operations that it can't see into.
+    """
+    if x_TD.device.type != "cpu" or not torch.compiler.is_compiling():
+        return x_TD
+    out_TD: torch.Tensor = torch.ops.ptconvert.finished(x_TD)
+    return out_TD
 
 
 def all_reduce_boundary(after_TD: torch.Tensor, launch: int, wait: list[int]) -> torch.Tensor:
@@ -86,5 +119,6 @@ def all_reduce_boundary(after_TD: torch.Tensor, launch: int, wait: list[int]) ->
     the stages that are merged here. Collective: every rank of vLLM's tensor-parallel group calls
     it with the same numbers, in the same order.
     """
-    out_TD: torch.Tensor = torch.ops.ptconvert.all_reduce_boundary(after_TD, launch, wait)
-    return out_TD
+    merged_TD = torch.empty_like(after_TD)
+    torch.ops.ptconvert.all_reduce_boundary(after_TD, merged_TD, launch, wait)
+    return finished(merged_TD)

@@ -25,6 +25,7 @@ from ptconvert.modeling.executor import PerTrack
 from ptconvert.modeling.layers import OUTPUT_PROJECTIONS, guess_modules
 from ptconvert.modeling.model import layer_types
 from ptconvert.schedule import Kind
+from ptconvert.serving.collectives import finished
 from ptconvert.shape import ModelShape
 
 WHOLE = "whole"  # the only part of a layer held dense, where others have tracks
@@ -91,9 +92,9 @@ class ServedLayer(nn.Module):
         """Each part's partial of the attention or the MLP, from its own normed input."""
         parts: Any = list(self.parts.values())
         if kind is Kind.MLP:
-            return [part.mlp(x_TD) for part, x_TD in zip(parts, normed, strict=True)]
+            return [finished(part.mlp(x_TD)) for part, x_TD in zip(parts, normed, strict=True)]
         return [
-            part.self_attn(positions=positions_T, hidden_states=x_TD)
+            finished(part.self_attn(positions=positions_T, hidden_states=x_TD))
             for part, x_TD in zip(parts, normed, strict=True)
         ]
 

@@ -40,6 +40,12 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
         )
     if vllm_config.lora_config is not None:
         yield "enable_lora: adapters name a dense model's layers; merge them before converting"
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name) > 1:
+            yield (
+                f"{name} {getattr(parallel, name)}: ranks would share keys and values, but each "
+                "track has its own; leave it at 1"
+            )
     if parallel.pipeline_parallel_size > 1:
         yield (
             f"pipeline_parallel_size {parallel.pipeline_parallel_size}: a schedule's all-reduces "

@@ -69,6 +69,16 @@ def test_what_cannot_be_served_is_refused_by_name(
     assert all(word in str(refused.value) for word in words)
 
 
+def test_context_parallelism_is_refused(tmp_path: Path) -> None:
+    """vLLM would take it where KV heads are repeated on its ranks, as if they were the same."""
+    from vllm import EngineArgs
+
+    arguments = {"tensor_parallel_size": 4, "decode_context_parallel_size": 2}
+    path = make_model(tmp_path, "llama-mqa", 4, MIXED)
+    with pytest.raises(ValueError, match="decode_context_parallel_size 2: ranks would share keys"):
+        EngineArgs(str(path), **arguments).create_engine_config()
+
+
 def test_the_plugin_can_run_twice_and_touches_no_device() -> None:
     code = """
 import sys
@@ -107,9 +117,12 @@ def test_a_rank_reads_its_own_tracks_only(checkpoint: Path, tmp_path: Path) -> N
 def _verify(path: Path, *options: str) -> tuple[int, dict[str, Any]]:
     command = [sys.executable, "-m", "ptconvert", "verify", str(path), "--engine", "vllm"]
     command += ["--ranks", "2", "--json", "-", *options]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)
-    assert "{" in ran.stdout, ran.stderr[-2000:]
-    return ran.returncode, json.loads(ran.stdout[ran.stdout.index("{\n") :])
+    talkative = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}
+    ran = subprocess.run(
+        command, capture_output=True, text=True, timeout=LIMIT_SECONDS, env=talkative
+    )
+    assert "INFO" in ran.stderr and ran.stdout.startswith("{"), ran.stderr[-2000:]
+    return ran.returncode, json.loads(ran.stdout)
 
 
 def test_verify_counts_inside_the_workers(checkpoint: Path) -> None:

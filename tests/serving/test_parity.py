@@ -40,6 +40,9 @@ class Case:
     eager: bool = True
 
 
+DENSE_THEN_TRACKS = """  - {layers: 0-1, use: tensor_parallel}
+  - {layers: 2-5, use: parallel_track, depth: 2}
+"""
 GUESSES = "assignment: {method: affinity}\nguess: {rank: 8}\n"
 CASES = {
     "parallel_track, depth 1": Case("llama", 2, "use: parallel_track, depth: 1"),
@@ -58,6 +61,7 @@ CASES = {
     "guesses, mixed, 2 tracks per rank": Case("llama-biases", 4, MIXED, GUESSES),
     "guesses, in flight, compiled": Case("llama", 2, "use: delayed, delay: 2", GUESSES, False),
     "mixed, compiled": Case("llama-biases", 4, MIXED, eager=False),
+    "dense layers, then tracks, compiled": Case("llama", 4, DENSE_THEN_TRACKS, eager=False),
     "dense": Case("llama", 0),
 }
 WITH_FAULTS = (
@@ -210,7 +214,11 @@ def test_faults_are_seen(name: str, found: Any, references: dict[str, Answers]) 
 def test_one_rank_holds_all_tracks(
     tmp_path: Path, paths: dict[str, Path], references: dict[str, Answers]
 ) -> None:
-    name = "mixed, biases, 2 tracks per rank"
-    (rank,) = of_case(run_on_ranks(tmp_path, [name], paths, 1), name)
-    assert apart(rank["answers"], references[name]) <= TOLERANCE
-    assert not any(c["op"] == "all_reduce" for one in rank["passes"] for c in one["collectives"])
+    names = ["mixed, biases, 2 tracks per rank", "dense layers, then tracks, compiled"]
+    found = run_on_ranks(tmp_path, names, paths, 1)
+    for name in names:
+        (rank,) = of_case(found, name)
+        assert apart(rank["answers"], references[name]) <= TOLERANCE
+        assert not any(
+            c["op"] == "all_reduce" for one in rank["passes"] for c in one["collectives"]
+        )
