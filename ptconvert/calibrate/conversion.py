@@ -59,10 +59,7 @@ def calibration_windows(
 
     Raises PTConvertError.
     """
-    one = windows_for(source, texts, window, 1)
-    length, possible = one.length, max(1, (one.tokens - one.length - 1) // one.length)
-    wanted = max(1, (tokens or DEFAULT_TOKENS) // length)
-    return windows_for(source, texts, length, min(possible, wanted))
+    return windows_for(source, texts, window, None, tokens or DEFAULT_TOKENS)
 
 
 def calibrate(

@@ -21,9 +21,14 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 def check_apart(destination: Path, source: Path) -> None:
     """Raises CheckpointError where writing the destination would touch the source."""
-    real, real_source = _real(destination), _real(source)
-    if real == real_source or real_source in real.parents or real in real_source.parents:
+    if nested(destination, source):
         raise CheckpointError(f"{destination} and the source {source} must not contain each other")
+
+
+def nested(one: Path, other: Path) -> bool:
+    """Whether two paths are the same place, or one lies in the other."""
+    one, other = _real(one), _real(other)
+    return one.is_relative_to(other) or other.is_relative_to(one)
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:

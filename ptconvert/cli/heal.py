@@ -182,14 +182,11 @@ def heal(
         raise click.UsageError(f"{unused}: for the end-to-end stage, which --no-kl leaves out")
     if options["dataset"] and importlib.util.find_spec("datasets") is None:
         raise HealError("--dataset needs the package datasets, not installed here")
-    from ptconvert.checkpoint.atomic import check_destination
+    from ptconvert.healing.run import check_places
     from ptconvert.healing.run import heal as run
 
-    check_destination(destination, overwrite)
     folder = options["work"] or destination.with_name(f"{destination.name}.healing")
-    real, kept = destination.resolve(), folder.resolve()
-    if real.is_relative_to(kept) or kept.is_relative_to(real):
-        raise HealError(f"--work {folder}: it may not lie in DST, nor DST in it")
+    check_places(destination, folder, overwrite)
     with step_progress() as progress:
         case = _case(checkpoint, folder, options, progress)
         try:

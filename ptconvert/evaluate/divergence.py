@@ -143,12 +143,18 @@ def token_ids(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
 
 
 def read_windows(
-    texts: Sequence[Path], tokenizer: Any, length: int | None, count: int | None, longest: int
+    texts: Sequence[Path],
+    tokenizer: Any,
+    length: int | None,
+    count: int | None,
+    longest: int,
+    tokens: int | None = None,
 ) -> Windows:
     """Cuts texts into windows: tokenized one by one by `token_ids`, joined, and cut at even steps.
 
     `length` defaults to 1024 tokens, or less where the model or the text is shorter, `count` to as
-    many windows as don't overlap, at most 64. `longest` is the model's number of positions.
+    many windows as don't overlap, at most 64 or about `tokens` in all. `longest` is the model's
+    number of positions.
     Raises EvaluationError for a text that is no text, or too short.
     """
     ids = list(itertools.chain.from_iterable(token_ids(map(read_text, texts), tokenizer)))
@@ -159,7 +165,8 @@ def read_windows(
         raise EvaluationError(f"the text has {len(ids)} tokens; {wanted}")
     length = min(DEFAULT_LENGTH, longest, len(ids) - 1) if length is None else length
     if count is None:
-        count = max(1, min(DEFAULT_WINDOWS, (len(ids) - length - 1) // length))
+        most = DEFAULT_WINDOWS if tokens is None else tokens // length
+        count = max(1, min(most, (len(ids) - length - 1) // length))
     step = (len(ids) - length - 1) // count
     if count > 1 and step == 0:
         raise EvaluationError(
@@ -172,10 +179,15 @@ def read_windows(
 
 
 def windows_for(
-    checkpoint: Checkpoint, texts: Sequence[Path], length: int | None, count: int | None
+    checkpoint: Checkpoint,
+    texts: Sequence[Path],
+    length: int | None,
+    count: int | None,
+    tokens: int | None = None,
 ) -> Windows:
     """`read_windows` by a checkpoint's tokenizer and number of positions. Raises PTConvertError."""
-    return read_windows(texts, open_tokenizer(checkpoint), length, count, positions(checkpoint))
+    tokenizer, longest = open_tokenizer(checkpoint), positions(checkpoint)
+    return read_windows(texts, tokenizer, length, count, longest, tokens)
 
 
 def positions(checkpoint: Checkpoint) -> int:

@@ -39,15 +39,15 @@ from ptconvert.healing.work import Tensors
 Report = Callable[..., None]  # the step, how much is done, of how much, and a note
 _STATE = "trainer_state.json"
 _FIELDS = frozenset(field.name for field in dataclasses.fields(TrainingArguments))
+_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # its new name and its old
 # Fields that the other options decide, and those on which keeping the best state depends.
-_OPTIONS = {
+_BY_OPTION = {
     "output_dir": "--work",
     "learning_rate": "--learning-rate",
     "per_device_train_batch_size": "--batch-size",
     "per_device_eval_batch_size": "--batch-size",
     "gradient_accumulation_steps": "--gradient-accumulation",
-    "gradient_checkpointing": "--gradient-checkpointing",
-    "activation_checkpointing": "--gradient-checkpointing",
+    **dict.fromkeys(_CHECKPOINTING, "--gradient-checkpointing"),
     "max_steps": "--tokens",
     "num_train_epochs": "--tokens",
     "warmup_steps": "--warmup",
@@ -59,12 +59,17 @@ _OPTIONS = {
     "bf16": "--dtype",
     "fp16": "--dtype",
 }
-_FIXED = (
-    *("eval_strategy", "save_strategy", "eval_on_start", "load_best_model_at_end", "label_names"),
-    *("metric_for_best_model", "greater_is_better", "train_sampling_strategy"),
-    *("remove_unused_columns", "restore_callback_states_from_checkpoint"),
-)
-_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # its new name and its old
+_FIXED: dict[str, object] = {
+    "train_sampling_strategy": "sequential",  # the order is made already
+    "remove_unused_columns": False,
+    "label_names": [],
+    "greater_is_better": False,
+    "load_best_model_at_end": True,
+    "restore_callback_states_from_checkpoint": True,
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+}
+_BY_STAGE = ("metric_for_best_model", "eval_on_start")  # fixed too, by the objective and the state
 _LOGITS_AT_ONCE = 1 << 24  # 64 MiB of fp32 for each of the few copies that KL needs
 
 
@@ -290,9 +295,9 @@ def read_options(pairs: Sequence[str]) -> dict[str, object]:
             raise HealError(f"--set {pair}: it must be KEY=VALUE, such as weight_decay=0.01")
         if key not in _FIELDS:
             raise HealError(f"--set {key}: transformers' TrainingArguments has no such field")
-        if key in _OPTIONS:
-            raise HealError(f"--set {key}: use {_OPTIONS[key]}")
-        if key in _FIXED:
+        if key in _BY_OPTION:
+            raise HealError(f"--set {key}: use {_BY_OPTION[key]}")
+        if key in _FIXED or key in _BY_STAGE:
             raise HealError(f"--set {key}: keeping the best state depends on it; leave it out")
         keys.append(key)
     parsed = _Parser(TrainingArguments).parse_args([f"--{pair}" for pair in pairs])
@@ -343,6 +348,7 @@ def _options(settings: Settings) -> dict[str, object]:
     """The fields of TrainingArguments that don't depend on the data or the state."""
     on_cpu = torch.device(settings.device).type == "cpu"
     return {
+        **_FIXED,
         "use_cpu": on_cpu,
         "ddp_backend": "gloo" if on_cpu and "WORLD_SIZE" in os.environ else None,
         "ddp_find_unused_parameters": False,
@@ -354,15 +360,7 @@ def _options(settings: Settings) -> dict[str, object]:
         "learning_rate": settings.rate,
         "lr_scheduler_type": "cosine",
         "num_train_epochs": 1,
-        "train_sampling_strategy": "sequential",  # the order is made already
-        "remove_unused_columns": False,
-        "label_names": [],
         "seed": settings.seed,
-        "greater_is_better": False,
-        "load_best_model_at_end": True,
-        "restore_callback_states_from_checkpoint": True,
-        "eval_strategy": "steps",
-        "save_strategy": "steps",
         "save_total_limit": 2,
         "logging_steps": 1,
         "disable_tqdm": True,

@@ -12,7 +12,7 @@ from typing import Any
 
 from ptconvert import __version__
 from ptconvert.card import healed_card
-from ptconvert.checkpoint.atomic import check_apart, check_destination
+from ptconvert.checkpoint.atomic import check_apart, check_destination, nested
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.errors import HealError
 from ptconvert.evaluate import divergence
@@ -85,6 +85,14 @@ class Healed:
         return asdict(self)
 
 
+def check_places(destination: Path, folder: Path, overwrite: bool) -> None:
+    """Raises PTConvertError where the result can't be written, or would be gone with the work
+    folder, which is removed at the end."""
+    check_destination(destination, overwrite)
+    if nested(destination, folder):
+        raise HealError(f"--work {folder}: it may not lie in DST, nor DST in it")
+
+
 def heal(
     case: Case, destination: Path, command: str = "", overwrite: bool = False
 ) -> Healed | None:
@@ -95,7 +103,7 @@ def heal(
     launch`, torchrun) every process calls this; the first one measures and writes, the others
     return None. Raises PTConvertError.
     """
-    check_destination(destination, overwrite)
+    check_places(destination, case.folder, overwrite)
     for other in (case.student, case.teacher):
         check_apart(destination, other.path)
     check_pair(case.student, case.teacher)

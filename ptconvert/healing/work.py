@@ -46,21 +46,15 @@ def work_folder(path: Path, key: Mapping[str, object]) -> Iterator[Path]:
 
 def _check_key(path: Path, key: dict[str, object]) -> None:
     file = path / _KEY
-    if not file.is_file():
-        write_text(file, json.dumps(key, indent=2) + "\n")
-        return
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError:
         found = None
     if not isinstance(found, dict):
         raise HealError(f"{file} can't be read; remove {path}, or name another with --work")
     differing = [name for name in key | found if key.get(name) != found.get(name)]
     differing.sort(key=lambda name: name not in found)
-    if differing and not _trained(path):
-        (path / START).unlink(missing_ok=True)
-        write_text(file, json.dumps(key, indent=2) + "\n")
-    elif differing:
+    if differing and _trained(path):
         what = "; ".join(
             f"{name} was {_short(found.get(name))}, is {_short(key.get(name))}"
             for name in differing[:3]
@@ -69,6 +63,9 @@ def _check_key(path: Path, key: dict[str, object]) -> None:
             f"{path} holds the state of another healing ({what}): remove it, or name another with "
             "--work"
         )
+    if differing:
+        (path / START).unlink(missing_ok=True)
+        write_text(file, json.dumps(key, indent=2) + "\n")
 
 
 def _trained(path: Path) -> bool:

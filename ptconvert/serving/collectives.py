@@ -24,7 +24,7 @@ import torch.distributed as dist
 from vllm.distributed import get_tp_group
 from vllm.utils.torch_utils import direct_register_custom_op
 
-BOUNDARY, FINISHED = "ptconvert::all_reduce_boundary", "ptconvert::finished"
+BOUNDARY = "ptconvert::all_reduce_boundary"
 NO_LAUNCH = -1
 
 
@@ -94,9 +94,7 @@ direct_register_custom_op(
     fake_impl=_no_boundary,
     target_lib=_library,
 )
-direct_register_custom_op(
-    FINISHED.split("::")[1], _finished, fake_impl=torch.empty_like, target_lib=_library
-)
+direct_register_custom_op("finished", _finished, fake_impl=torch.empty_like, target_lib=_library)
 
 
 def finished(x_TD: torch.Tensor) -> torch.Tensor:
