@@ -51,10 +51,10 @@ class Calibration:
 
 
 def order_tensors(
-    shape: ModelShape, schedule: Schedule, tracks: int
+    shape: ModelShape, schedule: Schedule
 ) -> Iterator[tuple[int, str, str, tuple[int, ...]]]:
     """Layer, field of Assignment, name and shape of each tensor that holds an assignment."""
-    for layer in sorted(schedule.track_layers(tracks)):
+    for layer in sorted(schedule.track_layers):
         for of, size in (("kv_heads", shape.kv_heads), ("neurons", shape.neurons)):
             yield layer, of, f"model.layers.{layer}.assignment.{of}", (size,)
 
@@ -67,7 +67,7 @@ def order_values(
         return {}
     return {
         name: getattr(known.assignments.get(layer, contiguous(shape)), of)
-        for layer, of, name, _ in order_tensors(shape, schedule, spec.tracks)
+        for layer, of, name, _ in order_tensors(shape, schedule)
     }
 
 
@@ -82,7 +82,7 @@ def read_orders(
         return {}, {}
     shapes: dict[str, tuple[int, ...]] = {}
     found: dict[int, dict[str, NDArray[np.int32]]] = {}
-    for layer, of, name, size in order_tensors(shape, section.schedule, section.tracks):
+    for layer, of, name, size in order_tensors(shape, section.schedule):
         entry = checkpoint.tensors.get(name)
         order = np.zeros(0, np.int32)
         if entry is not None and (entry.shape, entry.dtype) == (size, ORDER_DTYPE):

@@ -20,7 +20,7 @@ def schedule_diagram(schedule: Schedule, tracks: int) -> Html:
     cells = endings(schedule)
     columns = min(schedule.layers, _PER_ROW)
     rows = [range(i, min(i + columns, schedule.layers)) for i in range(0, schedule.layers, columns)]
-    tracked = schedule.track_layers(tracks)
+    tracked = schedule.track_layers if tracks > 1 else frozenset()
     parts = [part for n, row in enumerate(rows) for part in _row(row, n * _ROW, cells, tracked)]
     width, height = max(_LEFT + columns * _CELL, 760), len(rows) * _ROW
     used = {cell[0] for cell in cells.values()}

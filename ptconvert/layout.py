@@ -61,7 +61,7 @@ def dense_tensors(
     `model.layers.{i}.common.o_proj_bias` and `….down_proj_bias`. Layers without an assignment are
     assigned contiguously.
     """
-    tracked = schedule.track_layers(tracks)
+    tracked = schedule.track_layers
     rules = {f"model.layers.{i}.{r.name}": (i, r) for i in tracked for r in shape.rules}
     for name, size in shape.tensors():
         if name not in rules:

@@ -36,7 +36,7 @@ def diagram(schedule: Schedule, tracks: int, width: int) -> RenderableType:
     `width` is the terminal's, in characters; layers that don't fit go into further rows.
     """
     cells = endings(schedule)
-    tracked = schedule.track_layers(tracks)
+    tracked = schedule.track_layers if tracks > 1 else frozenset()
     column = 1 + max(len(str(schedule.layers - 1)), *(len(cell) for cell in cells.values()))
     per_row = max(1, (width - 11) // column)
     rows: list[RenderableType] = []

@@ -274,10 +274,13 @@ class Schedule:
                 yield range(first, index + 1)
                 first = index + 1
 
-    def track_layers(self, tracks: int) -> frozenset[int]:
-        """The layers in which tracks differ, and which a checkpoint therefore holds per track."""
-        if tracks == 1:
-            return frozenset()
+    @cached_property
+    def track_layers(self) -> frozenset[int]:
+        """The layers in which tracks differ, and which a checkpoint therefore holds per track.
+
+        A single track is held as one too: its partial is apart from the output bias, which nobody
+        sees before the merge.
+        """
         return frozenset(
             s.layer for stage, diverged in self.diverged() if diverged for s in stage.sublayers
         )

@@ -143,7 +143,7 @@ def parse_spec(text: str, name: str) -> Spec:
     reader.raise_faults()
     spec = Spec(name, tracks, tuple(items), deferred, assignment, text, tracks_line, guess)
     schedule = spec.schedule()
-    if assignment != ASSIGNMENTS[0] and not schedule.track_layers(tracks):
+    if assignment != ASSIGNMENTS[0] and not schedule.own_kept(tracks):
         reader.fault(top["assignment"][0], f"assignment is {assignment}, {_NO_TRACKS}")
     if guess is not None and not schedule.own_kept(tracks):
         reader.fault(top["guess"][0], f"guess: {_NO_GUESSES}")

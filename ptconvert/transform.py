@@ -95,7 +95,7 @@ class Plan:
 
     def summary(self) -> dict[str, Any]:
         """The plan in figures, as `--json` prints it."""
-        tracked = sorted(self.schedule.track_layers(self.tracks))
+        tracked = sorted(self.schedule.track_layers)
         before = dense_schedule(self.shape.layers).counts
         after = self.schedule.counts
         if self.to_dense:

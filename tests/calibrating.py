@@ -17,14 +17,14 @@ from ptconvert.shape import ModelShape
 TOP = "assignment: affinity\nguess: {rank: 5}\n"
 
 
-def random_assignments(shape: ModelShape, schedule: Schedule, tracks: int) -> dict[int, Assignment]:
+def random_assignments(shape: ModelShape, schedule: Schedule) -> dict[int, Assignment]:
     """An order of its own for each layer of tracks."""
     draw = np.random.default_rng(0)
     return {
         layer: Assignment(
             *(draw.permutation(n).astype(np.int32) for n in (shape.kv_heads, shape.neurons))
         )
-        for layer in schedule.track_layers(tracks)
+        for layer in schedule.track_layers
     }
 
 
@@ -38,7 +38,7 @@ def random_calibration(source: Path, schedule: Schedule, tracks: int) -> Calibra
         name: (0.3 * torch.randn(size)).view(torch.uint8).numpy()
         for _, name, size in guess_tensors(shape, ranks, tracks)
     }
-    return Calibration(random_assignments(shape, schedule, tracks), ranks, tensors)
+    return Calibration(random_assignments(shape, schedule), ranks, tensors)
 
 
 def for_reference(calibration: Calibration, tracks: int) -> Guesses:

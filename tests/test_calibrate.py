@@ -405,4 +405,4 @@ def test_the_command(make_dense: MakeDense, tmp_path: Path) -> None:
 
 def test_random_assignments_cover_layers_of_tracks(make_dense: MakeDense) -> None:
     schedule = Schedule.parse("a0! m0! a1. m1! a2! m2! a3! m3! a4! m4! a5! m5!")
-    assert set(random_assignments(shape_at(make_dense("llama")), schedule, 2)) == {1}
+    assert set(random_assignments(shape_at(make_dense("llama")), schedule)) == {1}

@@ -174,8 +174,7 @@ def test_any_text_parses_or_is_refused(text: str) -> None:
 )
 def test_layers_in_which_tracks_differ(text: str, tracked: list[int]) -> None:
     schedule = Schedule.parse(text)
-    assert sorted(schedule.track_layers(2)) == tracked
-    assert not schedule.track_layers(1)
+    assert sorted(schedule.track_layers) == tracked
 
 
 def test_parameters_come_from_the_presets() -> None:

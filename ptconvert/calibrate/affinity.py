@@ -255,5 +255,5 @@ def assignments(
                 for k in (Kind.ATTENTION, Kind.MLP)
             )
         )
-        for layer in schedule.track_layers(tracks)
+        for layer in schedule.track_layers
     }, (mean[0], mean[1])

@@ -53,7 +53,7 @@ def show(
         "schedule": str(schedule),
         "tracks": tracks,
         "layers": schedule.layers,
-        "layers_as_tracks": sorted(schedule.track_layers(tracks)),
+        "layers_as_tracks": sorted(schedule.track_layers),
         "all_reduces": {"before": 2 * schedule.layers, "after": counts.all_reduces},
         "waited_for": {"before": 2 * schedule.layers, "after": counts.waited_for},
         "bytes_per_token_per_all_reduce": carries,

@@ -86,7 +86,7 @@ def step(
 
 def _tracked(schedule: Schedule, ranks: int, tracks: int) -> frozenset[int]:
     """The layers of which a rank runs more than one track."""
-    return schedule.track_layers(tracks) if tracks > ranks else frozenset()
+    return schedule.track_layers if tracks > ranks else frozenset()
 
 
 def reduction(

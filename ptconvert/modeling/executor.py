@@ -8,6 +8,7 @@ sequence, D residual stream width.
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,14 +26,15 @@ PerTrack = list[torch.Tensor]
 class Update:
     """What sublayers contribute to the residual stream.
 
-    `partials` are per local track, or a single one where the sublayer isn't divided into tracks;
-    over all processes they sum to the sublayer's output less `common`, its output bias, which
-    every process knows and which is counted once, at the merge. `guesses`, per local track, stand
-    for the partials of all other tracks until the merge: each track sees its own guess beside its
-    own partial, and none is ever summed or merged.
+    `partials` are those of the local tracks, or a single one where the sublayer isn't divided into
+    tracks: shares of a sum, of which there may be any number. Over all processes they sum to the
+    output of the sublayers less `common`, output biases that every process knows and that are
+    counted once, at the merge. `guesses`, per local track, stand for the partials of all other
+    tracks until the merge: each track sees its own guess beside its own partial, and none is ever
+    summed or merged.
     """
 
-    partials: PerTrack
+    partials: list[torch.Tensor]
     common: torch.Tensor | None = None
     guesses: PerTrack | None = None
 
@@ -43,12 +45,18 @@ class Update:
         guesses = self.guesses
         if other.guesses is not None:
             guesses = add_per_track(guesses, other.guesses)
-        return Update(add_per_track(self.partials, other.partials), common, guesses)
+        return Update(add_partials(self.partials, other.partials), common, guesses)
 
     @property
     def seen(self) -> PerTrack:
         """What each track sees of it before the merge: its own partial, and its guess."""
         return self.partials if self.guesses is None else add_per_track(self.guesses, self.partials)
+
+    def to(self, device: torch.device) -> Update:
+        """The same on a device."""
+        common = None if self.common is None else self.common.to(device)
+        guesses = None if self.guesses is None else _all_to(self.guesses, device)
+        return Update(_all_to(self.partials, device), common, guesses)
 
 
 # A sublayer's Update for what each track reads, and whether with guesses: where no track goes on
@@ -86,8 +94,8 @@ class _InFlight:
     common: torch.Tensor | None
 
     def merge(self, base_BSD: torch.Tensor) -> torch.Tensor:
-        merged_BSD = base_BSD + self.wait()
-        return merged_BSD if self.common is None else merged_BSD + self.common
+        merged_BSD = base_BSD + self.wait().to(base_BSD.device)
+        return merged_BSD if self.common is None else merged_BSD + self.common.to(base_BSD.device)
 
 
 @dataclass(eq=False)
@@ -129,6 +137,7 @@ class Streams:
 
         `waiting_weight` is what partials of earlier stages count at the all-reduce.
         """
+        self._follow(own.partials[0].device)
         pending = own if self.waiting is None else self.waiting + own
         merged_after, merge = schedule.merged_after(index), schedule.stages[index].ending.merge
         if merged_after is None:
@@ -148,6 +157,16 @@ class Streams:
         for flight in [f for f in self.in_flight if f.merged_after == index]:
             self.base = flight.merge(self.base)
             self.in_flight.remove(flight)
+
+    def _follow(self, device: torch.device) -> None:
+        """Brings the streams to the device of the layer that ran last: layers may lie on several,
+        as transformers' `device_map` has them, and the streams move on with them."""
+        if self.base.device == device:
+            return
+        self.base = self.base.to(device)
+        self.waiting = None if self.waiting is None else self.waiting.to(device)
+        for flight in self.in_flight:
+            flight.seen = None if flight.seen is None else _all_to(flight.seen, device)
 
 
 def run_schedule(
@@ -184,11 +203,26 @@ def run_stage(schedule: Schedule, index: int, view: PerTrack, run_sublayer: RunS
     """What the sublayers of stage `index` give together for what each track reads."""
     guess = schedule.keeps_own(index)
     updates = [run_sublayer(s, view, guess) for s in schedule.stages[index].sublayers]
-    return functools.reduce(operator.add, updates)
+    device = updates[-1].partials[0].device
+    return functools.reduce(operator.add, [update.to(device) for update in updates])
 
 
 def _already(reduced_BSD: torch.Tensor) -> Callable[[], torch.Tensor]:
     return lambda: reduced_BSD
+
+
+def _all_to(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    return [tensor.to(device) for tensor in tensors]
+
+
+def add_partials(a: list[torch.Tensor] | None, b: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Partials whose sum is that of all in both; of what each track owns, track by track.
+
+    Not `add_per_track`: the single partial of a sublayer that isn't divided is one share, and
+    joins that of one track. (Beside tracks it is never seen, only summed: such a stage reduces.)
+    """
+    pairs = itertools.zip_longest(a or (), b)
+    return [x if y is None else y if x is None else x + y for x, y in pairs]
 
 
 def add_per_track(a: PerTrack | None, b: PerTrack) -> PerTrack:

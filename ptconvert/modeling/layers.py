@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptconvert.modeling.executor import PerTrack, Update
 from ptconvert.schedule import Kind
@@ -66,22 +67,37 @@ class Placement:
         return range(self.rank * share, (self.rank + 1) * share)
 
 
-class BiasApart(nn.Linear):
-    """A Linear that keeps its bias for the caller to add, once, after the all-reduce."""
+@functools.cache
+def _dense_class(layer_class: Any) -> Any:
+    """A family's decoder layer whose call is one of its sublayers, not the whole of it.
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return functional.linear(input, self.weight)
+    Called, because that is where accelerate's hooks, FSDP and gradient checkpointing sit; nothing
+    else about the layer differs, so whatever replaces or reads its modules finds what it knows.
+    """
+
+    class DenseLayer(layer_class):  # type: ignore[misc]
+        def forward(
+            self, kind: Kind, guess: bool, attention: dict[str, Any], x_BSD: torch.Tensor
+        ) -> tuple[torch.Tensor]:
+            assert not guess, "tracks that go on with their own partials reached a dense layer"
+            return (run_block(self, kind, x_BSD, attention),)
+
+        def common_bias(self, kind: Kind) -> None:
+            """Nothing: the output projections add their own biases."""
+
+    return DenseLayer
 
 
-def dense_layer(config: Any, index: int, ranks: int = 1) -> nn.Module:
-    """The family's decoder layer, or one rank's cut, its output biases set apart."""
-    own = config if ranks == 1 else TrackConfig(config, ranks)
-    layer: nn.Module = family_class(config, "DecoderLayer")(own, index)
-    for block, projection in OUTPUT_PROJECTIONS.values():
-        linear = getattr(getattr(layer, block), projection)
-        if linear.bias is not None:
-            apart = BiasApart(linear.in_features, linear.out_features)
-            setattr(getattr(layer, block), projection, apart)
+def dense_layer(config: Any, index: int, placement: Placement) -> nn.Module:
+    """The family's decoder layer, or one rank's cut of it.
+
+    An output bias belongs to the partial of rank 0, so that the ranks' sum has it once.
+    """
+    own = config if placement.ranks == 1 else TrackConfig(config, placement.ranks)
+    layer: nn.Module = _dense_class(family_class(config, "DecoderLayer"))(own, index)
+    if placement.rank > 0:
+        for block, projection in OUTPUT_PROJECTIONS.values():
+            getattr(getattr(layer, block), projection).register_parameter("bias", None)
     return layer
 
 
@@ -110,7 +126,17 @@ def guess_modules(width: int, ranks: Mapping[Kind, int]) -> nn.ModuleDict:
     return nn.ModuleDict({OUTPUT_PROJECTIONS[k][0]: Guess(width, r) for k, r in ranks.items()})
 
 
-class TrackedLayer(nn.Module):
+class CommonBiases(nn.Module):
+    """The output biases of a layer of tracks, `o_proj_bias` and `down_proj_bias`, each (width,)."""
+
+    def forward(self, kind: Kind) -> torch.Tensor | None:
+        """That of the attention or the MLP, where it has one. Called, so that hooks which bring
+        parameters from a disk see it."""
+        bias: torch.Tensor | None = getattr(self, f"{OUTPUT_PROJECTIONS[kind][1]}_bias", None)
+        return bias
+
+
+class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     """A layer held as tracks: each a small decoder layer of the family, with its own norms.
 
     `cache_indices` gives the local tracks' places in the KV cache; `tracks` counts all tracks.
@@ -131,12 +157,12 @@ class TrackedLayer(nn.Module):
         view = TrackConfig(config, tracks)
         layer_class = family_class(config, "DecoderLayer")
         self.tracks = nn.ModuleDict({str(t): layer_class(view, index) for t in cache_indices})
-        self.common = nn.ParameterDict()  # output biases, which all tracks know
+        self.common = CommonBiases()  # which all tracks know
         first = next(iter(self.tracks.values()))
         for block, projection in OUTPUT_PROJECTIONS.values():
             if getattr(getattr(first, block), projection).bias is not None:
                 bias = nn.Parameter(torch.zeros(config.hidden_size))
-                self.common[f"{projection}_bias"] = bias
+                self.common.register_parameter(f"{projection}_bias", bias)
         for t, cache_index in cache_indices.items():
             track: Any = self.tracks[str(t)]
             track.self_attn.layer_idx = cache_index
@@ -150,37 +176,39 @@ class TrackedLayer(nn.Module):
             for name, size in sizes.items():
                 self.assignment.register_buffer(name, torch.arange(size, dtype=torch.int32))
 
+    def forward(
+        self, kind: Kind, guess: bool, attention: dict[str, Any], *view: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Each local track's partial of one sublayer, and after them, with `guess` and where the
+        layer has guesses of it, each track's guess of the others' partials."""
+        block = OUTPUT_PROJECTIONS[kind][0]
+        partials, guesses = [], []
+        tracks: list[Any] = list(self.tracks.values())
+        for t, track in enumerate(tracks):
+            x_BSD = apply_norm(track, kind, view[t % len(view)])
+            partials.append(run_normed(track, kind, x_BSD, attention))
+            if guess and block in getattr(track, "guess", ()):
+                guesses.append(track.guess[block](x_BSD, partials[-1]))
+        return (*partials, *guesses)
+
     def common_bias(self, kind: Kind) -> torch.Tensor | None:
         """The output bias of the attention or the MLP, which all tracks know."""
-        bias: torch.Tensor | None = self.common.get(f"{OUTPUT_PROJECTIONS[kind][1]}_bias", None)
+        bias: torch.Tensor | None = self.common(kind)
         return bias
 
 
 def run_layer(
-    layer: nn.Module,
-    kind: Kind,
-    view: PerTrack,
-    guess: bool,
-    attention: dict[str, Any],
-    run: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    layer: Any, kind: Kind, view: PerTrack, guess: bool, attention: dict[str, Any]
 ) -> Update:
     """One sublayer on what each track reads; `attention` are the keywords of self_attn.
 
     A dense layer runs once, on the stream that all tracks agree on. With `guess` come the guesses,
-    where the layer has them. `run` is run_block, or what calls it under gradient checkpointing.
+    where the layer has them.
     """
-    if isinstance(layer, TrackedLayer):
-        found = [
-            run(track, kind, view[t % len(view)], guess, attention)
-            for t, track in enumerate(layer.tracks.values())
-        ]
-        guesses = [g for _, g in found if g is not None]
-        return Update([p for p, _ in found], layer.common_bias(kind), guesses or None)
-    assert len(view) == 1, "tracks that differ reached a layer held dense"
-    block, projection = OUTPUT_PROJECTIONS[kind]
-    bias = getattr(getattr(layer, block), projection).bias
-    partial_BSD, _ = run(layer, kind, view[0], False, attention)
-    return Update([partial_BSD], bias)
+    count = len(layer.tracks) if isinstance(layer, TrackedLayer) else 1
+    assert len(view) in (1, count), "tracks that differ reached a layer held dense"
+    found = layer(kind, guess, attention, *view)
+    return Update(list(found[:count]), layer.common_bias(kind), list(found[count:]) or None)
 
 
 def apply_norm(layer: Any, kind: Kind, x_BSD: torch.Tensor) -> torch.Tensor:
@@ -191,18 +219,18 @@ def apply_norm(layer: Any, kind: Kind, x_BSD: torch.Tensor) -> torch.Tensor:
 
 
 def run_block(
-    layer: Any, kind: Kind, x_BSD: torch.Tensor, guess: bool, attention: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The norm and the attention or MLP of one decoder layer, without the residual connection.
+    layer: Any, kind: Kind, x_BSD: torch.Tensor, attention: dict[str, Any]
+) -> torch.Tensor:
+    """The norm and the attention or MLP of one decoder layer, without the residual connection."""
+    return run_normed(layer, kind, apply_norm(layer, kind, x_BSD), attention)
 
-    With it, where asked for and held, the track's guess of the other tracks' partials.
-    """
-    x_BSD = apply_norm(layer, kind, x_BSD)
+
+def run_normed(
+    layer: Any, kind: Kind, x_BSD: torch.Tensor, attention: dict[str, Any]
+) -> torch.Tensor:
+    """The same, of what the norm gave."""
     if kind is Kind.MLP:
         out_BSD: torch.Tensor = layer.mlp(x_BSD)
     else:
         out_BSD, _ = layer.self_attn(hidden_states=x_BSD, **attention)
-    block = OUTPUT_PROJECTIONS[kind][0]
-    if guess and block in getattr(layer, "guess", ()):
-        return out_BSD, layer.guess[block](x_BSD, out_BSD)
-    return out_BSD, None
+    return out_BSD

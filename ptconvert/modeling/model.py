@@ -6,7 +6,6 @@ One implementation for all families; the classes at the end bind it to each fami
 from __future__ import annotations
 
 import copy
-import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +39,6 @@ from ptconvert.modeling.layers import (
     TrackedLayer,
     dense_layer,
     family_class,
-    run_block,
     run_layer,
 )
 from ptconvert.schedule import Sublayer
@@ -67,6 +65,7 @@ class PTConvertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["DenseLayer", "TrackedLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq"]
     _supports_flash_attn = True
@@ -100,7 +99,7 @@ class PTConvertModel(PTConvertPreTrainedModel):
         self.track_count = section.tracks
         self.deferred = section.deferred
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        tracked = self.schedule.track_layers(self.track_count)
+        tracked = self.schedule.track_layers
         self._cache_layer_of = list(range(config.num_hidden_layers))
         layers: list[nn.Module] = []
         for index in range(config.num_hidden_layers):
@@ -112,7 +111,7 @@ class PTConvertModel(PTConvertPreTrainedModel):
                     TrackedLayer(config, index, self.track_count, places, guesses, section.assigned)
                 )
             else:
-                layers.append(dense_layer(config, index, placement.ranks))
+                layers.append(dense_layer(config, index, placement))
         self.layers = nn.ModuleList(layers)
         self.norm = family_class(config, "RMSNorm")(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = family_class(config, "RotaryEmbedding")(config=config)
@@ -171,10 +170,6 @@ class PTConvertModel(PTConvertPreTrainedModel):
         masks = self._masks(attention_mask, stream_BSD, past_key_values, position_ids)
         position_embeddings = self.rotary_emb(stream_BSD, position_ids)
 
-        run: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = run_block
-        if self.gradient_checkpointing and self.training:
-            run = functools.partial(self._gradient_checkpointing_func, run_block)
-
         def run_sublayer(sublayer: Sublayer, view: PerTrack, guess: bool) -> Update:
             attention = dict(
                 kwargs,
@@ -185,7 +180,7 @@ class PTConvertModel(PTConvertPreTrainedModel):
                 use_cache=use_cache,
             )
             layer = self.layers[sublayer.layer]
-            return run_layer(layer, sublayer.kind, view, guess, attention, run)
+            return run_layer(layer, sublayer.kind, view, guess, attention)
 
         return run_sublayer
 

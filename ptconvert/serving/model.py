@@ -30,7 +30,7 @@ from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
 from ptconvert.format import read_section, source_config
-from ptconvert.modeling.executor import PerTrack, add_per_track
+from ptconvert.modeling.executor import PerTrack, add_partials, add_per_track
 from ptconvert.modeling.layers import Placement
 from ptconvert.schedule import Merge
 from ptconvert.serving.collectives import BOUNDARY, NO_LAUNCH, all_reduce_boundary
@@ -73,7 +73,7 @@ class PTConvertModel(nn.Module):
             prefix=maybe_prefix(prefix, "embed_tokens"),
             disable_tp=True,
         )
-        tracked = section.schedule.track_layers(section.tracks)
+        tracked = section.schedule.track_layers
         self.layers = nn.ModuleList(
             ServedLayer(
                 vllm_config,
@@ -116,12 +116,12 @@ class PTConvertModel(nn.Module):
                 normed, base_TD = read_stream(norms, base_TD, merged_TD, own)
                 merged_TD = None
                 outputs = layer.run(sublayer.kind, normed, positions)
-                partials = add_per_track(partials, outputs)
+                partials = add_partials(partials, outputs)
                 guess = layer.guess(sublayer.kind, normed, outputs) if step.keeps_own else None
                 if guess is not None:
                     guessed = add_per_track(guessed, guess)
             assert partials is not None
-            pending = add_per_track(waiting, partials)
+            pending = add_partials(waiting, partials)
             if step.ending is Merge.DEFERRED:
                 local_TD, waiting = partials[-1], pending
             else:
@@ -138,7 +138,7 @@ class PTConvertModel(nn.Module):
         """What this rank gives to an all-reduce: its tracks' partials, and those that waited."""
         if waiting is not None and self.waiting_weight != 1.0:
             waiting = [p_TD * self.waiting_weight for p_TD in waiting]
-        return functools.reduce(operator.add, add_per_track(waiting, partials))
+        return functools.reduce(operator.add, add_partials(waiting, partials))
 
     def _cross(self, step: Step, local_TD: torch.Tensor) -> torch.Tensor | None:
         """The boundary after a stage: all-reduces, and the sum of what is merged here."""

@@ -65,7 +65,7 @@ def random_calibration(plan: Plan) -> Calibration:
             random.permutation(shape.kv_heads).astype(np.int32),
             random.permutation(shape.neurons).astype(np.int32),
         )
-        for layer in plan.schedule.track_layers(plan.tracks)
+        for layer in plan.schedule.track_layers
     }
     tensors = {
         name: random.normal(scale=0.1, size=size).astype(np.float32).view(np.uint8)

@@ -39,6 +39,8 @@ def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[s
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import default_loader
 
+    from ptconvert.schedule import Schedule
+    from ptconvert.serving.program import lower
     from ptconvert.serving.verify import generate
 
     files: list[str] = []
@@ -72,14 +74,20 @@ def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[s
     llm.collective_rpc("ptconvert_start_counting")
     generate(llm, [[7, 8, 9, 10, 11]], 3)
     found["passes"] = llm.collective_rpc("ptconvert_stop_counting")[0]
-    if case["faults"]:
-        model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
-        found["faults"] = {}
-        with set_current_vllm_config(llm.llm_engine.vllm_config):
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    with set_current_vllm_config(llm.llm_engine.vllm_config):
+        if case["faults"]:
+            found["faults"] = {}
             for name, undo in faults(model.model):
                 llm.reset_prefix_cache()
                 found["faults"][name] = generate(llm, prompts, new)
                 undo()
+        if case["drawn"]:
+            found["drawn"] = {}
+            for schedule in case["drawn"]:
+                model.model.program = lower(Schedule.parse(schedule))
+                llm.reset_prefix_cache()
+                found["drawn"][schedule] = generate(llm, prompts[:4], 4)
     llm.llm_engine.engine_core.shutdown()
     return found
 

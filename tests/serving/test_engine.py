@@ -102,7 +102,13 @@ def test_a_rank_reads_its_own_tracks_only(checkpoint: Path, tmp_path: Path) -> N
             file = own / f"track-{track:02}-of-04.safetensors"
             ruined = {n: torch.full_like(t, torch.nan) for n, t in load_file(file).items()}
             save_file(ruined, file, metadata={"format": "pt"})
-    case = {"name": "own", "path": str(tmp_path / "{rank}"), "eager": True, "faults": False}
+    case = {
+        "name": "own",
+        "path": str(tmp_path / "{rank}"),
+        "eager": True,
+        "faults": False,
+        "drawn": [],
+    }
     reference = [
         single_process(checkpoint, torch.tensor([p]), NEW_TOKENS, torch.float32)[0]
         for p in prompts()

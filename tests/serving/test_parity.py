@@ -15,8 +15,10 @@ from typing import Any
 import lockstep
 import pytest
 import torch
-from conftest import LAYERS
+from conftest import LAYERS, random_model
+from drawing import drawn_schedule, spans_both
 from engines import MIXED, SIZES, make_model
+from reference import reference_logits
 
 from ptconvert.format import read_section
 from ptconvert.presets import dense_schedule
@@ -71,6 +73,20 @@ WITH_FAULTS = (
     "mixed, biases, 2 tracks per rank",
     "parallel_track, depth 3, guesses",
 )
+# Its model, in which layers 1 and 2 are held as tracks, runs other schedules too: see `drawn`.
+DRAWN = "mixed, biases, 2 tracks per rank"
+
+
+def drawn() -> list[Schedule]:
+    """Random schedules in which tracks differ in layers 1 and 2 at most; half of them have stages
+    that run sublayers of these beside such of layers held dense."""
+    random, spanning, others = Random(0), set[Schedule](), set[Schedule]()
+    while len(spanning) < 6 or len(others) < 6:
+        schedule = drawn_schedule(random, LAYERS)
+        if schedule.track_layers and schedule.track_layers <= {1, 2}:
+            some = spanning if spans_both(schedule) else others
+            some |= {schedule} if len(some) < 6 else set()
+    return sorted(spanning | others, key=str)
 
 
 def prompts() -> list[list[int]]:
@@ -96,6 +112,7 @@ def run_on_ranks(directory: Path, names: Sequence[str], paths: dict[str, Path], 
             "path": str(paths[name]),
             "eager": CASES[name].eager,
             "faults": name in WITH_FAULTS,
+            "drawn": [str(s) for s in drawn()] if name == DRAWN else [],
         }
         for name in names
     ]
@@ -190,6 +207,40 @@ def test_all_reduces_are_the_schedules(name: str, found: Any, paths: dict[str, P
     )
 
 
+def literal(model: Any, schedule: str, tracks: int, prompt: list[int], new: int) -> Any:
+    """Greedy tokens and their log-probabilities by the literal reference."""
+    ids, logs = torch.tensor([prompt]), []
+    for _ in range(new):
+        log_V = reference_logits(model, schedule, tracks, ids)[0, -1].log_softmax(-1)
+        logs.append(float(log_V.max()))
+        ids = torch.cat([ids, log_V.argmax().view(1, 1)], dim=1)
+    return ids[0, len(prompt) :].tolist(), logs
+
+
+@pytest.fixture(scope="session")
+def literals() -> dict[str, Answers]:
+    """What the literal reference answers to some prompts, by drawn schedule."""
+    case = CASES[DRAWN]
+    dense = random_model(case.variant, **SIZES)
+    dense.set_attn_implementation("eager")
+    return {
+        text: [literal(dense, text, case.tracks, p, 4) for p in prompts()[:4]]
+        for text in map(str, drawn())
+    }
+
+
+def check_drawn(ranks: list[dict[str, Any]], literals: dict[str, Answers]) -> None:
+    for schedule, expected in literals.items():
+        for rank in ranks:
+            assert apart(rank["drawn"][schedule], expected) <= TOLERANCE, schedule
+
+
+def test_drawn_schedules_against_the_literal_reference(
+    found: Any, literals: dict[str, Answers]
+) -> None:
+    check_drawn(of_case(found, DRAWN), literals)
+
+
 def test_vllms_own_dense_model_does_one_more_for_its_embedding(found: Any) -> None:
     for rank in of_case(found, "dense"):
         counts = [
@@ -212,10 +263,14 @@ def test_faults_are_seen(name: str, found: Any, references: dict[str, Answers]) 
 
 
 def test_one_rank_holds_all_tracks(
-    tmp_path: Path, paths: dict[str, Path], references: dict[str, Answers]
+    tmp_path: Path,
+    paths: dict[str, Path],
+    references: dict[str, Answers],
+    literals: dict[str, Answers],
 ) -> None:
-    names = ["mixed, biases, 2 tracks per rank", "dense layers, then tracks, compiled"]
+    names = [DRAWN, "dense layers, then tracks, compiled"]
     found = run_on_ranks(tmp_path, names, paths, 1)
+    check_drawn(of_case(found, DRAWN), literals)
     for name in names:
         (rank,) = of_case(found, name)
         assert apart(rank["answers"], references[name]) <= TOLERANCE
