@@ -22,15 +22,17 @@ _CONFIG_NAMES = {
 
 
 def register() -> None:
-    """Registers the config and model classes with transformers' Auto classes.
+    """Registers the config, tokenizer and model classes with transformers' Auto classes.
 
     Opening a converted checkpoint does this by itself; `AutoModelForCausalLM.from_config` with a
     config made by hand needs it called.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from ptconvert.modeling.config import register_tokenizers
     from ptconvert.modeling.model import CAUSAL_LMS
 
+    register_tokenizers()
     for model in CAUSAL_LMS:
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
         AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)

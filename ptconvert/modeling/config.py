@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.models.auto import tokenization_auto
 
 from ptconvert.format import MODEL_TYPE_PREFIX
 
@@ -43,3 +44,20 @@ CONFIGS = (
     PTConvertQwen2Config,
     PTConvertQwen3Config,
 )
+
+
+def register_tokenizers() -> None:
+    """Makes AutoTokenizer choose the class for a converted checkpoint that it chooses for the
+    source: it goes by the config's class and model_type, of which ours are given the same rows."""
+    names = tokenization_auto.TOKENIZER_MAPPING_NAMES
+    # whose tokenizer_config.json transformers overrules
+    overruled = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())
+    mapping = tokenization_auto.TOKENIZER_MAPPING
+    for config_class in CONFIGS:
+        source = config_class.__base__
+        if source.model_type in names:
+            names[config_class.model_type] = names[source.model_type]
+        if source.model_type in overruled:
+            overruled.add(config_class.model_type)
+        if (tokenizer_class := mapping.get(source, None)) is not None:
+            mapping.register(config_class, tokenizer_class, exist_ok=True)

@@ -27,6 +27,8 @@ Apache-2.0.
 
 from __future__ import annotations
 '''
+# What importing the package does for its classes, this file's import does for its own.
+_TAIL = "\n\nregister_tokenizers()\n"
 
 
 def modeling_source() -> str:
@@ -36,7 +38,7 @@ def modeling_source() -> str:
     for module in MODULES:
         text = package.joinpath(*module.split("/")).read_text(encoding="utf-8")
         parts.append(f"\n# ---- ptconvert/{module}\n{_without_own_imports(text).strip()}\n")
-    return "\n".join(parts)
+    return "\n".join(parts) + _TAIL
 
 
 def _without_own_imports(text: str) -> str:
