@@ -30,14 +30,19 @@ def converted_config(
     schedule: Schedule,
     source_name: str,
     known: Calibration,
+    replaced: Mapping[str, object],
 ) -> dict[str, object]:
-    """config.json of the result: every field of the source's, and the `ptconvert` section."""
+    """config.json of the result: every field of the source's, and the `ptconvert` section.
+
+    `replaced` are fields that are other than the source's, which the section keeps.
+    """
     family = FAMILIES[str(source["model_type"])]
     classes = "PTConvert" + family.causal_lm
     stem = MODELING_FILE.removesuffix(".py")
     config_class = classes.replace("ForCausalLM", "Config")
     return {
         **source,
+        **replaced,
         "model_type": MODEL_TYPE_PREFIX + family.model_type,
         "architectures": [classes],
         "auto_map": {
@@ -53,7 +58,7 @@ def converted_config(
             **({"guess": {str(s): r for s, r in known.guesses.items()}} if known.guesses else {}),
             "spec_digest": spec.digest,
             "source_name": source_name,
-            "source": {key: source[key] for key in REPLACED_KEYS if key in source},
+            "source": {k: source[k] for k in (*REPLACED_KEYS, *replaced) if k in source},
         },
     }
 

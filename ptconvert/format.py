@@ -9,6 +9,7 @@
   "guess": {"a3": 64, ...},  sublayers whose tracks guess each other's partials, with the rank; not
                              there where none does
   "trained": true,           not there where the weights are still the source's, each in its place
+  "tensors_digest": "sha256:...", of the source's tensors as they lie here (`tensors_digest`)
   "spec_digest": "sha256:...",
   "source_name": "meta-llama/Llama-3.1-8B",
   "source": {...}            what the conversion replaced in the source's config.json
@@ -53,6 +54,7 @@ class Section:
     assignment: str = ASSIGNMENTS[0]
     guesses: Mapping[Sublayer, int] = field(default_factory=dict)  # ranks
     trained: bool = False
+    tensors_digest: object = None
 
     @property
     def assigned(self) -> bool:
@@ -97,13 +99,27 @@ def read_section(config: Mapping[str, Any], where: str = "config.json") -> Secti
     if assignment not in ASSIGNMENTS:
         raise ConfigError(f"{where}: {SECTION}.assignment must be {' or '.join(ASSIGNMENTS)}")
     guesses = _guesses(section.get("guess", {}), schedule, tracks, where)
-    digest, trained = section.get("spec_digest"), section.get("trained") is True
-    return Section(schedule, tracks, deferred, source, digest, assignment, guesses, trained)
+    return Section(
+        schedule,
+        tracks,
+        deferred,
+        source,
+        section.get("spec_digest"),
+        assignment,
+        guesses,
+        section.get("trained") is True,
+        section.get("tensors_digest"),
+    )
 
 
 def trained_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A converted checkpoint's config.json once its weights were trained."""
     return {**config, SECTION: {**config[SECTION], "trained": True}}
+
+
+def with_digest(config: Mapping[str, Any], digest: str) -> dict[str, Any]:
+    """A converted checkpoint's config.json with the digest of its tensors."""
+    return {**config, SECTION: {**config[SECTION], "tensors_digest": digest}}
 
 
 def _guesses(given: object, schedule: Schedule, tracks: int, where: str) -> Mapping[Sublayer, int]:

@@ -16,7 +16,8 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 ORDER_DTYPE = "I32"  # of what a converted checkpoint holds beside weights: orders of units
 ELEMENT_BYTES = {**DTYPE_BYTES, ORDER_DTYPE: 4}
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TIED = "tie_word_embeddings"
 _MAX_SIZE = 2**31
 MAX_HEADS = 65536
 
@@ -71,7 +72,7 @@ class ModelShape:
                 yield f"model.layers.{i}.{rule.name}", self.size(rule)
         yield "model.norm.weight", (self.width,)
         if not self.tied:
-            yield "lm_head.weight", (self.vocabulary, self.width)
+            yield HEAD, (self.vocabulary, self.width)
 
     def indivisible(self, tracks: int) -> str | None:
         """Why `tracks` can't share this model evenly, and what would do; None if they can."""
@@ -137,7 +138,7 @@ class ModelShape:
             head_size=head_size,
             neurons=size("intermediate_size"),
             vocabulary=size("vocab_size"),
-            tied=get.get("tie_word_embeddings") is True,
+            tied=get.get(TIED) is True,
             dtype=DTYPES[dtype] if isinstance(dtype, str) else None,
             rules=family.layer_rules(get),
         )

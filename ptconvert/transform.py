@@ -8,6 +8,7 @@ execute(plan, destination) -> None
 from __future__ import annotations
 
 import errno
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,15 @@ from ptconvert.beside import (
 from ptconvert.card import model_card
 from ptconvert.checkpoint.atomic import check_apart, check_destination, new_directory
 from ptconvert.checkpoint.reader import INDEX, Checkpoint, TensorEntry
-from ptconvert.checkpoint.writer import Move, Target, copy_moves, lay_out, same_bytes, write_arrays
+from ptconvert.checkpoint.writer import (
+    Digests,
+    Move,
+    Target,
+    copy_moves,
+    lay_out,
+    same_bytes,
+    write_arrays,
+)
 from ptconvert.computed import (
     Calibration,
     guess_cost,
@@ -46,12 +55,13 @@ from ptconvert.format import (
     SPEC_FILE,
     read_section,
     source_config,
+    with_digest,
 )
 from ptconvert.layout import SHARED, DenseTensor, Part, dense_tensors, place, track_stem
 from ptconvert.modeling.export import modeling_source
 from ptconvert.presets import dense_schedule
 from ptconvert.schedule import Counts, Schedule, Sublayer
-from ptconvert.shape import DTYPE_BYTES, ORDER_DTYPE, ModelShape
+from ptconvert.shape import DTYPE_BYTES, EMBEDDING, HEAD, ORDER_DTYPE, TIED, ModelShape
 from ptconvert.spec import Spec, parse_spec
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -61,7 +71,10 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 class Plan:
     """Everything that an execution does: which tensor parts go where, and the files beside them.
 
-    `replicas` are pairs of source tensors that must hold the same bytes (going to dense).
+    `config` is the result's config.json, less what is known only when all is written. `converted`
+    are the tensors of the converted checkpoint that hold the source's, in order, and `digest` what
+    they must have (going to dense). `replicas` are pairs of source tensors that must hold the same
+    bytes (likewise).
     `computed` are tensors of the result that come from no source tensor; `guesses` are their ranks.
     A plan is `complete` unless it lacks what its spec wants to be computed from a text.
     """
@@ -72,9 +85,12 @@ class Plan:
     tracks: int
     targets: tuple[Target, ...]
     moves: tuple[Move, ...]
+    config: Mapping[str, object]
     texts: Mapping[str, str]
     carried: tuple[Path, ...]
+    converted: tuple[str, ...]
     to_dense: bool = False
+    digest: object = None
     replicas: tuple[tuple[str, str], ...] = ()
     computed: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     assignment: str = ASSIGNMENTS[0]
@@ -89,7 +105,7 @@ class Plan:
     @property
     def needed_bytes(self) -> int:
         """Bytes of disk that the result takes, tensors and the files beside them."""
-        texts = sum(len(text.encode()) for text in self.texts.values())
+        texts = sum(len(t.encode()) for t in (as_json(self.config), *self.texts.values()))
         headers = 256 * len(self.targets)
         return self.nbytes + texts + headers + sum(p.stat().st_size for p in self.carried)
 
@@ -147,7 +163,8 @@ def plan_conversion(
     Raises PTConvertError, one line or one per fault of the spec, before anything is written.
     """
     where = str(checkpoint.path / "config.json")
-    shape = ModelShape.from_config(checkpoint.config, where)
+    replaced = as_opened(checkpoint)
+    shape = ModelShape.from_config({**checkpoint.config, **replaced}, where)
     spec = _spec_for(checkpoint, shape, spec)
     spec.check(shape)
     schedule = spec.schedule()
@@ -166,11 +183,10 @@ def plan_conversion(
     for track, guess, size in guess_tensors(shape, known.guesses, spec.tracks):
         targets.append(Target(guess, track_stem(track, spec.tracks), dtype, size))
     placed = place(targets, shard_bytes)
-    config = converted_config(checkpoint.config, spec, schedule, source_name, known)
+    config = converted_config(checkpoint.config, spec, schedule, source_name, known, replaced)
     if ladder_layers_config:
         config["ladder_layers"] = ladder_layers_key(spec, schedule)
     texts = {
-        "config.json": as_json(config),
         INDEX: index_text(placed),
         SPEC_FILE: spec.text,
         MODELING_FILE: modeling_source(),
@@ -185,8 +201,10 @@ def plan_conversion(
         tracks=spec.tracks,
         targets=placed,
         moves=tuple(moves),
+        config=config,
         texts=texts,
         carried=carried_files(checkpoint.path, texts),
+        converted=tuple(part.name for t in tensors for part in t.parts),
         computed={**orders, **known.tensors},
         assignment=spec.assignment,
         guesses=known.guesses,
@@ -203,7 +221,8 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
     if section.trained:
         raise ConfigError(f"{where}: healed since the conversion; the source's weights are gone")
     config = source_config(checkpoint.config, section)
-    shape = ModelShape.from_config(config, where)
+    tied = checkpoint.config.get(TIED)  # not the source's word, where its tensors say otherwise
+    shape = ModelShape.from_config({**config, TIED: tied}, where)
     if reason := shape.indivisible(section.tracks):
         raise ConfigError(f"{where}: {reason}")
     orders, assignments = read_orders(checkpoint, shape, section)
@@ -223,9 +242,7 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
             else:
                 replicas.append((original.name, part.name))
     placed = place(targets, shard_bytes)
-    texts = {"config.json": as_json(config)}
-    if len({t.file for t in placed}) > 1:
-        texts[INDEX] = index_text(placed)
+    texts = {INDEX: index_text(placed)} if len({t.file for t in placed}) > 1 else {}
     return Plan(
         source=checkpoint,
         shape=shape,
@@ -233,9 +250,12 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
         tracks=section.tracks,
         targets=placed,
         moves=tuple(moves),
+        config=config,
         texts=texts,
         carried=carried_files(checkpoint.path, texts),
+        converted=tuple(part.name for t in tensors for part in t.parts),
         to_dense=True,
+        digest=section.tensors_digest,
         replicas=tuple(replicas),
     )
 
@@ -259,13 +279,14 @@ def execute(
     if free < plan.needed_bytes:
         raise CheckpointError(_disk_full(plan, destination, free))
     check_replicas(plan)
-    sources = plan.source.tensors
+    sources, digests = plan.source.tensors, Digests(of_sources=plan.to_dense)
     try:
         with new_directory(destination, overwrite) as directory:
             placed = lay_out(directory, plan.targets)
-            copy_moves(sources, placed, plan.moves, progress)
+            copy_moves(sources, placed, plan.moves, progress, digests)
             write_arrays(placed, plan.computed, progress)
-            for name, text in plan.texts.items():
+            texts = {**plan.texts, "config.json": _config_text(plan, placed, digests)}
+            for name, text in texts.items():
                 (directory / name).write_text(text, encoding="utf-8")
             for path in plan.carried:
                 target = directory / path.relative_to(plan.source.path)
@@ -275,6 +296,42 @@ def execute(
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CheckpointError(_disk_full(plan, destination, free)) from None
         raise CheckpointError(f"{error.filename or destination}: {error.strerror}") from None
+
+
+def tensors_digest(plan: Plan, entries: Mapping[str, TensorEntry], digests: Digests) -> str:
+    """One digest of a converted checkpoint's tensors that hold the source's: the SHA-256 of their
+    SHA-256, in the order of the source's tensors and within each in that of its parts."""
+    same = {copy: name for name, copy in plan.replicas}  # whose bytes were compared
+    whole = hashlib.sha256()
+    for name in plan.converted:
+        whole.update(digests.of(entries[same.get(name, name)]))
+    return f"sha256:{whole.hexdigest()}"
+
+
+def _config_text(plan: Plan, placed: Mapping[str, TensorEntry], digests: Digests) -> str:
+    """config.json of what was written; on the way back, once the tensors were found unchanged."""
+    if plan.to_dense:
+        check_digest(plan, digests)
+        return as_json(plan.config)
+    return as_json(with_digest(plan.config, tensors_digest(plan, placed, digests)))
+
+
+def check_unchanged(plan: Plan) -> None:
+    """Raises CheckpointError where the tensors of a converted checkpoint are not the source's any
+    more (going to dense). Reads them all."""
+    check_replicas(plan)
+    check_digest(plan, Digests(of_sources=True))
+
+
+def check_digest(plan: Plan, digests: Digests) -> None:
+    """Raises CheckpointError where the tensors aren't those that the conversion wrote. Checkpoints
+    of versions that kept no digest pass."""
+    entries = plan.source.tensors
+    if plan.digest is not None and tensors_digest(plan, entries, digests) != plan.digest:
+        raise CheckpointError(
+            f"{plan.source.path}: the weights changed since the conversion (trained, or saved in "
+            "another type), so they are not the source's; use the source itself"
+        )
 
 
 def check_replicas(plan: Plan) -> None:
@@ -298,6 +355,16 @@ def _disk_full(plan: Plan, destination: Path, free: int) -> str:
         f"{destination}: the disk is full: {plan.needed_bytes} bytes are needed and {free} were "
         "free at the start; nothing was written"
     )
+
+
+def as_opened(checkpoint: Checkpoint) -> dict[str, object]:
+    """What of a source's config.json its tensors overrule where transformers opens them: a tied
+    lm_head that is stored, and is not the embedding, is not tied."""
+    head, embedding = (checkpoint.tensors.get(name) for name in (HEAD, EMBEDDING))
+    if checkpoint.config.get(TIED) is not True or head is None or embedding is None:
+        return {}
+    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    return {} if same and same_bytes(head, embedding) else {TIED: False}
 
 
 def _spec_for(checkpoint: Checkpoint, shape: ModelShape, spec: Spec | None) -> Spec:
@@ -352,7 +419,7 @@ def _check_tensors(
         if name in expected or name in orders:
             continue
         embeddings = (shape.vocabulary, shape.width)
-        tied_copy = name == "lm_head.weight" and shape.tied and entry.shape == embeddings
+        tied_copy = name == HEAD and shape.tied and entry.shape == embeddings
         buffer = name.endswith(CARRIED_BUFFERS) and entry.nbytes > 0 and entry.shape
         if (tied_copy or buffer) and entry.dtype in DTYPE_BYTES:
             extras.append(entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -67,6 +68,36 @@ class Move:
             yield int(take[start]), int(put[start]), stop - start
 
 
+class Digests:
+    """SHA-256 of the tensors on one side of some moves, taken as their bytes pass.
+
+    Each is read or written by one move, from its first byte to its last; a tensor that no move has
+    is read by `of`.
+    """
+
+    def __init__(self, of_sources: bool) -> None:
+        self._of_sources = of_sources
+        self._hashes: dict[str, Any] = {}
+
+    def update(self, source: str | None, target: str | None, block: memoryview) -> None:
+        """Takes in the next bytes of a source, of a target or of both. Threads may call it, each
+        for tensors of its own."""
+        name = source if self._of_sources else target
+        if name is not None:
+            self._hashes.setdefault(name, hashlib.sha256()).update(block)
+
+    def of(self, entry: TensorEntry) -> bytes:
+        """The digest of a tensor."""
+        if entry.name not in self._hashes:
+            self._hashes[entry.name] = digest = hashlib.sha256()
+            with entry.file.open("rb") as stream:
+                stream.seek(entry.offset)
+                for start in range(0, entry.nbytes, BLOCK_BYTES):
+                    digest.update(stream.read(min(BLOCK_BYTES, entry.nbytes - start)))
+        found: bytes = self._hashes[entry.name].digest()
+        return found
+
+
 def lay_out(directory: Path, targets: Iterable[Target]) -> dict[str, TensorEntry]:
     """Creates the files with their headers, at full size; returns where each tensor goes."""
     by_file: dict[str, list[Target]] = {}
@@ -98,10 +129,12 @@ def copy_moves(
     targets: Mapping[str, TensorEntry],
     moves: Sequence[Move],
     progress: Callable[[int], object],
+    digests: Digests,
 ) -> None:
     """Carries out all moves and flushes the target files to disk.
 
     `progress` is called from several threads, with the bytes written since its last call.
+    `digests` are told all bytes of the tensors on their side.
     Raises CheckpointError when a source file ends early, OSError when the disk is full or fails.
     """
     stop = threading.Event()
@@ -116,7 +149,7 @@ def copy_moves(
 
         def carry_out(group: list[Move]) -> None:
             copy = _copy_rows if group[0].axis == 0 else _copy_columns
-            for nbytes in copy(sources, targets, handles, group):
+            for nbytes in copy(sources, targets, handles, group, digests):
                 progress(nbytes)
                 if stop.is_set():
                     return
@@ -157,6 +190,7 @@ def _copy_rows(
     targets: Mapping[str, TensorEntry],
     handles: Mapping[Path, int],
     group: list[Move],
+    digests: Digests,
 ) -> Iterator[int]:
     """Copies the rows of one move; yields bytes as they are written."""
     (move,) = group
@@ -169,6 +203,7 @@ def _copy_rows(
         for start in range(begin, end, BLOCK_BYTES):
             block = buffer[: min(BLOCK_BYTES, end - start)]
             read_into(handles[source.file], block, source, start)
+            digests.update(source.name, target.name, block)
             _write(handles[target.file], block, start + shift)
             yield len(block)
 
@@ -178,6 +213,7 @@ def _copy_columns(
     targets: Mapping[str, TensorEntry],
     handles: Mapping[Path, int],
     group: list[Move],
+    digests: Digests,
 ) -> Iterator[int]:
     """Copies columns between one wide tensor and its narrow parts, a block of rows at a time."""
     read = {m.source: sources[m.source] for m in group}
@@ -195,12 +231,14 @@ def _copy_columns(
             block = buffers[name][:count]
             start = first * block.shape[1] * itemsize
             read_into(handles[source.file], block.data.cast("B"), source, start)
+            digests.update(name, None, block.data.cast("B"))
         for move in group:
             part = buffers[move.source][:count, _selector(move.take)]
             buffers[move.target][:count, _selector(move.put)] = part
         for name, target in write.items():
             block = buffers[name][:count]
             offset = target.offset + first * block.shape[1] * itemsize
+            digests.update(None, name, block.data.cast("B"))
             _write(handles[target.file], block.data.cast("B"), offset)
             yield block.nbytes
 

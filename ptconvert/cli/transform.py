@@ -85,7 +85,7 @@ def transform(
     from ptconvert.checkpoint.reader import open_checkpoint
     from ptconvert.checkpoint.source import display_name, locate
     from ptconvert.transform import (
-        check_replicas,
+        check_unchanged,
         execute,
         free_bytes,
         plan_conversion,
@@ -124,7 +124,8 @@ def transform(
     free = free_bytes(destination)
     figures = {**plan.summary(), "bytes_free": free, "calibration": computed}
     if dry_run:
-        check_replicas(plan)
+        if to_dense:
+            check_unchanged(plan)
         print_figures(figures, as_json, lambda console: _print_plan(console, figures, free))
         return
     if push_to_hub:

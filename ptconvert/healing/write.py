@@ -14,8 +14,8 @@ from ptconvert.checkpoint.reader import SMALL_FILES, Checkpoint, TensorEntry
 from ptconvert.errors import CheckpointError
 from ptconvert.format import MODELING_FILE, SPEC_FILE, trained_config
 from ptconvert.healing.work import Tensors
+from ptconvert.shape import EMBEDDING, HEAD, TIED
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -43,7 +43,7 @@ def write(
                 target = directory / path.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
-            if checkpoint.config.get("tie_word_embeddings") and HEAD in checkpoint.tensors:
+            if checkpoint.config.get(TIED) and HEAD in checkpoint.tensors:
                 # a copy that some tied checkpoints carry
                 healed = healed | {HEAD: healed[EMBEDDING]} if EMBEDDING in healed else healed
             for name, tensor in rounded(checkpoint, healed).items():

@@ -51,7 +51,9 @@ def register_tokenizers() -> None:
     source: it goes by the config's class and model_type, of which ours are given the same rows."""
     names = tokenization_auto.TOKENIZER_MAPPING_NAMES
     # whose tokenizer_config.json transformers overrules
-    overruled = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())
+    overruled: set[str] = getattr(
+        tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set()
+    )
     mapping = tokenization_auto.TOKENIZER_MAPPING
     for config_class in CONFIGS:
         source = config_class.__base__

@@ -17,7 +17,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from ptconvert.format import MODELING_FILE, read_section
 from ptconvert.modeling.config import (
@@ -43,7 +43,9 @@ from ptconvert.modeling.layers import (
 )
 from ptconvert.schedule import Sublayer
 
+logger = logging.get_logger(__name__)
 WHOLE = Placement()
+_NO_STATES = "tracks have no one state per layer"
 _MASKS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
@@ -203,13 +205,16 @@ class PTConvertModel(PTConvertPreTrainedModel):
         """As transformers' decoders: ids or embeddings (BS or BSD) in, last hidden state out.
 
         Raises ValueError when both or neither are given, and for output_hidden_states and
-        output_attentions: with tracks there is no one state per layer.
+        output_attentions: with tracks there is no one state per layer. Where only the config asks
+        for them, as its source's may, they are left out, and a warning says so.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         for flag in ("output_hidden_states", "output_attentions"):
-            if kwargs.pop(flag, None) or getattr(self.config, flag, False):
-                raise ValueError(f"{flag} is not supported: tracks have no one state per layer")
+            if kwargs.pop(flag, None):
+                raise ValueError(f"{flag} is not supported: {_NO_STATES}")
+            if getattr(self.config, flag, False):
+                logger.warning_once(f"{flag} of config.json is left out: {_NO_STATES}")
         kwargs.pop("return_dict", None)
         stream_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
