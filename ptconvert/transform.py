@@ -29,14 +29,7 @@ from ptconvert.card import model_card
 from ptconvert.checkpoint.atomic import check_apart, check_destination, new_directory
 from ptconvert.checkpoint.reader import INDEX, Checkpoint, TensorEntry
 from ptconvert.checkpoint.writer import Move, Target, copy_moves, lay_out, same_bytes, write_arrays
-from ptconvert.computed import (
-    Calibration,
-    guess_cost,
-    guess_tensors,
-    most_guesses,
-    order_values,
-    read_orders,
-)
+from ptconvert.computed import Calibration, order_values, read_orders
 from ptconvert.errors import CheckpointError, ConfigError, SpecError
 from ptconvert.families import CARRIED_BUFFERS
 from ptconvert.format import (
@@ -47,6 +40,7 @@ from ptconvert.format import (
     read_section,
     source_config,
 )
+from ptconvert.guesses import guess_cost, guess_tensors, most_guesses
 from ptconvert.layout import SHARED, DenseTensor, Part, dense_tensors, place, track_stem
 from ptconvert.modeling.export import modeling_source
 from ptconvert.presets import dense_schedule
@@ -151,7 +145,8 @@ def plan_conversion(
     spec = _spec_for(checkpoint, shape, spec)
     spec.check(shape)
     schedule = spec.schedule()
-    known = calibration or Calibration(guesses=most_guesses(spec, shape))
+    guesses = most_guesses(schedule, spec.tracks, spec.guess, shape)
+    known = calibration or Calibration(guesses=guesses)
     tensors = list(dense_tensors(shape, schedule, spec.tracks, known.assignments))
     dtype, extras = _check_tensors(checkpoint, {t.name: t.shape for t in tensors}, shape)
     targets, moves = _copied(extras, SHARED)
