@@ -65,7 +65,7 @@ def show(
         if figures["guess"]:
             print_guess_cost(console, figures["guess"], at_most=not spec.is_dir())
         if figures["note"]:
-            console.print(figures["note"], style="dim", soft_wrap=True)
+            console.print(figures["note"], style="dim")
 
     print_figures(figures, as_json, show)
 

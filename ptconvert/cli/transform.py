@@ -175,7 +175,7 @@ def _print_plan(console: Console, figures: dict[str, Any], free: int) -> None:
 
     console.print(plan_table(figures, free))
     if figures["note"]:
-        console.print(figures["note"], style="dim", soft_wrap=True)
+        console.print(figures["note"], style="dim")
     if figures["guess"]:
         console.print("Guesses are counted at their full rank: the text decides.", style="dim")
     console.print("Nothing was written (--dry-run).", style="dim")
@@ -196,6 +196,6 @@ def _print_done(console: Console, figures: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     if figures["note"]:
-        console.print(figures["note"], style="dim", soft_wrap=True)
+        console.print(figures["note"], style="dim")
     if "commit" in figures:
         console.print(f"pushed: {figures['commit']}", soft_wrap=True)
