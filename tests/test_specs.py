@@ -68,7 +68,7 @@ def test_show_says_what_fewer_ranks_than_tracks_mean() -> None:
         command = ["show", str(SPECS / f"{name}.yaml"), "--layers", "32", *options]
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 0, result.output
-        return result.stdout
+        return " ".join(result.stdout.split())
 
     said = "For 8 ranks, a track each. On 1, 2 or 4 a rank runs several tracks one after another"
     assert said in shown("llama-3.1-8b-balanced")
