@@ -28,6 +28,10 @@ from ptconvert.shape import ModelShape
 
 DATA = Path(__file__).parent / "calibration"
 Rows = Mapping[str, Any]  # hardware and engine rows by name
+ENGINES = {  # as the Parallel Track paper's tables name them
+    "tensorrt_llm": "tensorrt-llm",
+    "vllm": "vllm-parallel-track-paper",
+}
 # Every fitted constant: the files and the field that hold it.
 H100 = ("h100-sxm", "h100-sxm-p2p-off")
 FITTED: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -47,10 +51,10 @@ FITTED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("tensorrt-llm",), "step_us"),
     (("tensorrt-llm",), "request_us"),
     (("tensorrt-llm",), "kv_reach"),
-    (("vllm",), "step_us"),
-    (("vllm",), "request_us"),
-    (("vllm",), "kv_reach"),
-    (("vllm",), "matmul_reach"),
+    ((ENGINES["vllm"],), "step_us"),
+    ((ENGINES["vllm"],), "request_us"),
+    ((ENGINES["vllm"],), "kv_reach"),
+    ((ENGINES["vllm"],), "matmul_reach"),
 )
 LL_TO_SIMPLE_US = 9.0  # between the network link's two protocols, as in NCCL's tuning.cc
 NETWORK = "h100-sxm-p2p-off", "links.1.protocols"
@@ -167,7 +171,7 @@ def pt_rows() -> Iterator[Observation]:
                 "PT 30B",
                 f"{row['engine']} {metric}, {prompt} + {row['output_tokens']}",
                 "h100-sxm",
-                row["engine"].replace("_", "-"),
+                ENGINES[row["engine"]],
                 architecture,
                 8,
                 Workload(256 if metric == "throughput" else 1, prompt, new),
@@ -218,7 +222,7 @@ def estimated(one: Observation, rows: Rows, architecture: str | None = None) -> 
 def packaged() -> dict[str, Any]:
     """The rows and engines as they are shipped."""
     hardware = {name: read_hardware(name) for name in (*H100, "2x8-h100-sxm-ib400")}
-    return {**hardware, **{n: read_engine(n) for n in ("gpt-fast", "tensorrt-llm", "vllm")}}
+    return {**hardware, **{n: read_engine(n) for n in ("gpt-fast", *ENGINES.values())}}
 
 
 def get(row: Any, path: str) -> Any:

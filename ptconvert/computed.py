@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +11,8 @@ from numpy.typing import NDArray
 from ptconvert.checkpoint.reader import Checkpoint, read_tensor
 from ptconvert.errors import CheckpointError
 from ptconvert.format import ASSIGNMENTS, Section
-from ptconvert.schedule import Kind, Schedule, Sublayer
-from ptconvert.shape import DTYPE_BYTES, EMBEDDING, ORDER_DTYPE, ModelShape
+from ptconvert.schedule import Schedule, Sublayer
+from ptconvert.shape import ORDER_DTYPE, ModelShape
 from ptconvert.spec import Spec
 
 
@@ -94,54 +92,3 @@ def read_orders(
         shapes[name] = size
         found.setdefault(layer, {})[of] = order
     return shapes, {layer: Assignment(**orders) for layer, orders in found.items()}
-
-
-def guess_tensors(
-    shape: ModelShape, guesses: Mapping[Sublayer, int], tracks: int
-) -> Iterator[tuple[int, str, tuple[int, ...]]]:
-    """Track, name and shape of each tensor of the guesses, given their ranks by sublayer."""
-    blocks = {Kind.ATTENTION: "self_attn", Kind.MLP: "mlp"}
-    for sublayer, rank in guesses.items():
-        sizes = {
-            "from_input.weight": (rank, shape.width),
-            "from_partial.weight": (rank, shape.width),
-            "to_stream.weight": (shape.width, rank),
-            "to_stream.bias": (shape.width,),
-        }
-        for track in range(tracks):
-            owner = f"model.layers.{sublayer.layer}.tracks.{track}.guess.{blocks[sublayer.kind]}"
-            for name, size in sizes.items():
-                yield track, f"{owner}.{name}", size
-
-
-def most_guesses(spec: Spec, shape: ModelShape) -> dict[Sublayer, int]:
-    """The guesses that a conversion by a spec can have at most: wherever one can be."""
-    if spec.guess is None:
-        return {}
-    rank = min(spec.guess, shape.width)
-    return dict.fromkeys(spec.schedule().own_kept(spec.tracks), rank)
-
-
-def guess_cost(
-    shape: ModelShape, guesses: Mapping[Sublayer, int], tracks: int
-) -> dict[str, Any] | None:
-    """What the guesses add over all tracks, with their share of the dense model's own.
-
-    FLOPs are of the projections of one token, 2 for each weight of a matrix: embeddings are looked
-    up, not multiplied.
-    """
-    if not guesses:
-        return None
-    added = [size for _, _, size in guess_tensors(shape, guesses, tracks)]
-    dense = dict(shape.tensors())
-    matrices = [s for n, s in dense.items() if len(s) == 2 and (shape.tied or n != EMBEDDING)]
-    parameters = sum(map(math.prod, added))
-    flops = 2 * sum(math.prod(s) for s in added if len(s) == 2)
-    return {
-        "ranks": {str(s): rank for s, rank in guesses.items()},
-        "parameters": parameters,
-        "parameters_share": parameters / sum(map(math.prod, dense.values())),
-        "bytes": parameters * DTYPE_BYTES[shape.dtype or "BF16"],
-        "flops_per_token": flops,
-        "flops_share": flops / (2 * sum(map(math.prod, matrices))),
-    }

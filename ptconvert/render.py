@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -185,6 +185,20 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in parts)
 
 
+def fewer_ranks(tracks: int, tracked: Collection[int]) -> str | None:
+    """What becomes of `tracks` on fewer ranks; None where no layer is held as tracks."""
+    fewer = [str(n) for n in range(1, tracks) if tracks % n == 0]
+    if not tracked or not fewer:
+        return None
+    *others, last = fewer
+    listed = f"{', '.join(others)} or {last}" if others else last
+    return (
+        f"For {tracks} ranks, a track each. On {listed} a rank runs several tracks one after "
+        "another, each with its own kernels, and tensor parallelism can be faster: for fewer ranks "
+        "take a spec of as many tracks."
+    )
+
+
 def print_schedule(
     console: Console, schedule: Schedule, tracks: int, bytes_per_token: int | None
 ) -> None:
@@ -264,11 +278,11 @@ def _comparison_table(figures: Mapping[str, Any]) -> RenderableType:
 def print_estimates(console: Console, rows: Sequence[Row], setting: Setting) -> None:
     """Estimates of schedules against tensor parallelism's."""
     from ptconvert.estimate.compare import accuracy
-    from ptconvert.estimate.report import HEADER, cells, notes
+    from ptconvert.estimate.report import HEADER, cells, notes, served_by
 
     workload = setting.workload
     title = (
-        f"{setting.hardware.name}, {setting.engine_name}, {setting.ranks} ranks, batch "
+        f"{setting.hardware.name}, {served_by(setting)}, {setting.ranks} ranks, batch "
         f"{workload.batch}, {workload.prompt} + {workload.new} tokens"
     )
     table = Table(
@@ -276,8 +290,6 @@ def print_estimates(console: Console, rows: Sequence[Row], setting: Setting) -> 
         pad_edge=False,
         collapse_padding=True,
         header_style="bold",
-        title=title,
-        title_justify="left",
     )
     for name in HEADER:
         left = name == HEADER[0]
@@ -285,6 +297,7 @@ def print_estimates(console: Console, rows: Sequence[Row], setting: Setting) -> 
         table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for row in rows:
         table.add_row(*cells(row))
+    console.print(Text(title, style="italic"), soft_wrap=True)
     console.print(table)
     for note in notes(rows, setting):
         console.print(Text(f"note: {note}", style="yellow"))

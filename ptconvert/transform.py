@@ -38,14 +38,7 @@ from ptconvert.checkpoint.writer import (
     same_bytes,
     write_arrays,
 )
-from ptconvert.computed import (
-    Calibration,
-    guess_cost,
-    guess_tensors,
-    most_guesses,
-    order_values,
-    read_orders,
-)
+from ptconvert.computed import Calibration, order_values, read_orders
 from ptconvert.errors import CheckpointError, ConfigError, SpecError
 from ptconvert.families import CARRIED_BUFFERS
 from ptconvert.format import (
@@ -57,6 +50,7 @@ from ptconvert.format import (
     source_config,
     with_digest,
 )
+from ptconvert.guesses import guess_cost, guess_tensors, most_guesses
 from ptconvert.layout import SHARED, DenseTensor, Part, dense_tensors, place, track_stem
 from ptconvert.modeling.export import modeling_source
 from ptconvert.presets import dense_schedule
@@ -168,7 +162,8 @@ def plan_conversion(
     spec = _spec_for(checkpoint, shape, spec)
     spec.check(shape)
     schedule = spec.schedule()
-    known = calibration or Calibration(guesses=most_guesses(spec, shape))
+    guesses = most_guesses(schedule, spec.tracks, spec.guess, shape)
+    known = calibration or Calibration(guesses=guesses)
     tensors = list(dense_tensors(shape, schedule, spec.tracks, known.assignments))
     dtype, extras = _check_tensors(checkpoint, {t.name: t.shape for t in tensors}, shape)
     targets, moves = _copied(extras, SHARED)

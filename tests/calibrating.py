@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from reference import Guesses
 
-from ptconvert.computed import Assignment, Calibration, guess_tensors
+from ptconvert.computed import Assignment, Calibration
+from ptconvert.guesses import guess_tensors
 from ptconvert.schedule import Schedule, Sublayer
 from ptconvert.shape import ModelShape
 

@@ -25,9 +25,10 @@ from ptconvert.calibrate.guess import _pick_rank, fit_guesses
 from ptconvert.calibrate.regression import Moments, best, fits
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
-from ptconvert.computed import Assignment, Calibration, guess_cost
+from ptconvert.computed import Assignment, Calibration
 from ptconvert.errors import CheckpointError, SpecError
 from ptconvert.evaluate.divergence import Windows
+from ptconvert.guesses import guess_cost
 from ptconvert.modeling.executor import OneProcess, Streams, add_per_track, run_stage
 from ptconvert.schedule import DEFERRED, Kind, Schedule, Sublayer
 from ptconvert.shape import ModelShape, read_config

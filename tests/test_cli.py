@@ -61,10 +61,12 @@ def test_verify_says_which_engine_takes_an_option(tmp_path: Path) -> None:
 def test_transform_and_back(make_dense: MakeDense, spec: Path, tmp_path: Path) -> None:
     source = make_dense("llama")
     out, err = run("transform", source, tmp_path / "out", "--spec", spec)
-    assert out.count("\n") == 1 and "12 → 3" in out and err == ""
+    first, said = out.split("\n", 1)
+    assert "12 → 3" in first and err == ""
+    assert " ".join(said.split()).startswith("For 4 ranks, a track each. On 1 or 2 a rank runs")
     out, _ = run("transform", tmp_path / "out", tmp_path / "back", "--to-dense", "--json")
     figures = json.loads(out)
-    assert figures["all_reduces"] == {"before": 3, "after": 12}
+    assert figures["all_reduces"] == {"before": 3, "after": 12} and figures["note"] is None
     a, b = (load_file(p / "model.safetensors") for p in (source, tmp_path / "back"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 

@@ -11,6 +11,7 @@ from estimating import (
     H100,
     LAYERS,
     LINKS,
+    ROOT,
     SCHEDULES,
     SETTINGS,
     SHAPE,
@@ -21,18 +22,20 @@ from estimating import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptconvert.estimate.collective import Transfer, all_reduce
+from ptconvert.estimate.collective import Reduction, Transfer, all_reduce
 from ptconvert.estimate.compare import faster
 from ptconvert.estimate.hardware import (
     Link,
     Protocol,
+    read_engine,
     read_hardware,
 )
-from ptconvert.estimate.model import Workload, estimate, step
-from ptconvert.estimate.roofline import Pass
+from ptconvert.estimate.model import Workload, estimate, reduction, step
+from ptconvert.estimate.roofline import Pass, rank_bytes
 from ptconvert.estimate.timeline import run
-from ptconvert.presets import dense_schedule
+from ptconvert.presets import PRESETS, dense_schedule
 from ptconvert.schedule import Schedule
+from ptconvert.shape import ModelShape, read_config
 
 
 def test_a_decode_step_by_hand() -> None:
@@ -112,24 +115,91 @@ def test_turning_peer_to_peer_off_makes_nothing_faster() -> None:
                 assert slow >= fast, (ranks, nbytes)
 
 
+def _alike(fixed: float, moving: float = 0.0) -> Reduction:
+    """An all-reduce that takes as long whatever its ending."""
+    return Reduction(Transfer(fixed, moving), Transfer(fixed, moving))
+
+
 def test_an_overlapped_all_reduce_hides_under_the_stages_before_its_merge() -> None:
     device = replace(H100.device, overlap_share=0.0, bulk_overlap_share=0.0)
     schedule = Schedule.parse("a0~1 m0~1 a1~1 m1!")
-    hidden = run(schedule, [10.0] * 4, 0.0, Transfer(6.0), device)
+    hidden = run(schedule, [10.0] * 4, 0.0, _alike(6.0), device)
     assert hidden.seconds == 46  # only the last is waited for
     assert [s.waited for s in hidden.spans] == [0, 0, 0, 6]
-    exposed = run(schedule, [10.0] * 4, 0.0, Transfer(14.0), device)
+    exposed = run(schedule, [10.0] * 4, 0.0, _alike(14.0), device)
     # stages begin at 0, 10, 24 (a0's merge), 38 (m0's); the last waits for a1's, then its own
     assert [s.compute[0] for s in exposed.spans] == [0, 10, 24, 38]
     assert exposed.seconds == 66 and exposed.spans[3].waited == 18
-    two = run(schedule, [10.0] * 4, 0.0, Transfer(14.0), replace(device, reduces_at_once=2))
+    two = run(schedule, [10.0] * 4, 0.0, _alike(14.0), replace(device, reduces_at_once=2))
     assert [s.compute[0] for s in two.spans] == [0, 10, 24, 34] and two.seconds == 58
-    shared = run(schedule, [10.0] * 4, 0.0, Transfer(6.0), replace(device, overlap_share=0.5))
+    shared = run(schedule, [10.0] * 4, 0.0, _alike(6.0), replace(device, overlap_share=0.5))
     assert shared.seconds == 46 + 3 * 3
     bulky = replace(device, overlap_share=0.5, bulk_overlap_share=0.75)
-    assert run(schedule, [10.0] * 4, 0.0, Transfer(2.0, 4.0), bulky).seconds == 46 + 3 * 4
-    blocking = run(Schedule.parse("a0! m0! a1. m1!"), [10.0] * 4, 1.0, Transfer(6.0), device)
+    assert run(schedule, [10.0] * 4, 0.0, _alike(2.0, 4.0), bulky).seconds == 46 + 3 * 4
+    blocking = run(Schedule.parse("a0! m0! a1. m1!"), [10.0] * 4, 1.0, _alike(6.0), device)
     assert blocking.seconds == 40 + 3 * 6 + 1 and blocking.compute == 41
+
+
+def test_each_kind_of_ending_has_its_own_all_reduce() -> None:
+    """A blocking one of 2 and an overlapped one of 6, also where it is merged at once."""
+    device = replace(H100.device, overlap_share=0.5, bulk_overlap_share=0.0)
+    moved = Reduction(Transfer(2.0), Transfer(6.0))
+    found = run(Schedule.parse("a0! m0~1 a1. m1~1"), [10.0] * 4, 0.0, moved, device)
+    assert [s.reduce for s in found.spans] == [(10, 12), (22, 28), None, (45, 51)]
+    assert found.seconds == 40 + 2 + 3 + 6  # a1 gives 3 to the all-reduce beside it
+
+
+def test_overlapped_all_reduces_are_nccl_where_blocking_ones_are_one_shot() -> None:
+    """So ladder gains nothing from vLLM over NVLink at batch 1, where NCCL for both would have it
+    gain. By hand: 16 kB on 8 ranks, one-shot 3.75 us and 7 x 16384 B over 370 GB/s; a ring 7.4 us,
+    14 steps of 1.11 us and 14/8 x 16384 B over 141 GB/s."""
+    one = Pass(1, 1, past=1280, allocated=1536)
+    link = H100.links[0]
+    for name in ("vllm", "vllm-parallel-track-paper"):
+        moved = reduction(SHAPE, H100, read_engine(name), 8, one)
+        shot = link.one_shot_us * 1e-6 + 7 * 16384 / 370e9
+        ring = (link.base_us + 14 * link.protocols[0].step_us) * 1e-6 + 14 / 8 * 16384 / 141e9
+        assert moved.blocking.seconds == pytest.approx(shot)
+        assert moved.overlapped.seconds == pytest.approx(ring) and ring > 5 * shot
+    alike = reduction(SHAPE, H100, GPT_FAST, 8, one)
+    assert alike.blocking == alike.overlapped
+
+
+def test_ladder_over_nvlink_is_no_faster_in_vllm() -> None:
+    """On 8 ranks at batch 1, 1024 + 512 tokens; it would be if blocking all-reduces were NCCL's."""
+    vllm, workload = read_engine("vllm-parallel-track-paper"), Workload(1, 1024, 512)
+    for model, expected in (("8b", 0.99), ("70b", 0.98)):
+        shape = ModelShape.from_config(
+            read_config(ROOT / "specs" / "configs" / f"llama-3.1-{model}.json")
+        )
+        ladder = Schedule(PRESETS["ladder"](range(shape.layers)))
+        base, ours, base_by_nccl, ours_by_nccl = (
+            estimate(schedule, shape, H100, engine, 8, workload).tokens_per_second
+            for engine in (vllm, replace(vllm, one_shot="none"))
+            for schedule in (dense_schedule(shape.layers), ladder)
+        )
+        assert ours / base == pytest.approx(expected, abs=0.005)
+        assert ours_by_nccl / base_by_nccl > 1.05
+
+
+def test_guesses_take_time_and_memory() -> None:
+    """Of rank 64 after every deferred sublayer: A, B, V and b of each track, x, p and the guess
+    in and out, and 4 kernels; twice that where a rank has two tracks."""
+    schedule, one = SCHEDULES["parallel_track"], Pass(1, 1, past=100, allocated=200)
+    guesses = dict.fromkeys(schedule.own_kept(8), 64)
+    assert len(guesses) == 160 - schedule.counts.all_reduces
+    elements = 3 * 64 * 8192 + 8192
+    moved = 2 * (elements + 4 * 8192 + 4 * 64) / (3350e9 * H100.device.memory_reach)
+    each = moved + 4 * H100.device.kernel_us * 1e-6
+    for ranks, tracks in ((8, 1), (4, 2)):
+        without, with_them = (
+            step(schedule, SHAPE, H100, VLLM, ranks, one, tracks=8, guesses=g)
+            for g in ({}, guesses)
+        )
+        more = with_them.compute - without.compute
+        assert more == pytest.approx(tracks * len(guesses) * each)
+        held, empty = (rank_bytes(SHAPE, VLLM, ranks, one, 8, 80, g) for g in (guesses, {}))
+        assert held - empty == pytest.approx(tracks * len(guesses) * 2 * elements)
 
 
 @given(SETTINGS)

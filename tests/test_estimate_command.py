@@ -16,7 +16,9 @@ from estimating import GPT_FAST, H100, LAYERS, ROOT, SCHEDULES, SHAPE, VLLM
 from hypothesis import example, given, settings
 from test_schedule import schedules
 
+from ptconvert.beside import converted_config
 from ptconvert.cli import main
+from ptconvert.computed import Calibration
 from ptconvert.errors import HardwareError
 from ptconvert.estimate.compare import UNCHECKED, Candidate, Setting, compare
 from ptconvert.estimate.hardware import (
@@ -27,9 +29,11 @@ from ptconvert.estimate.hardware import (
 from ptconvert.estimate.model import Workload, step
 from ptconvert.estimate.report import lane_group, layer_group, to_html
 from ptconvert.estimate.roofline import Pass
+from ptconvert.guesses import most_guesses
 from ptconvert.presets import PRESETS
 from ptconvert.schedule import Schedule
-from ptconvert.shape import DTYPES
+from ptconvert.shape import DTYPES, ModelShape
+from ptconvert.spec import read_spec
 
 
 def run_command(*arguments: object, code: int = 0) -> tuple[str, str]:
@@ -45,7 +49,8 @@ GIVEN = (SPEC, "--model", MODEL, "--hardware", "l40s-pcie", "--ranks", 8)
 
 def test_the_table_and_the_figures() -> None:
     out, err = run_command(*GIVEN)
-    assert "8x L40S over PCIe, vllm, 8 ranks, batch 1, 1024 + 512 tokens" in out and not err
+    title = "8x L40S over PCIe, vllm (0.23.0, 2026-06), 8 ranks, batch 1, 1024 + 512 tokens\n"
+    assert out.startswith(title) and not err
     assert all(word in out for word in ("TTFT", "TPOT", "tokens/s", "waited", "64", "22", "1.00"))
     figures = json.loads(run_command(*GIVEN, "--json")[0])
     base, ours = figures["rows"]
@@ -99,7 +104,46 @@ def test_notes_and_the_accuracy_say_what_was_not_checked() -> None:
     assert "hardware's rate" not in text["bfloat16"] + text["float16"]
     assert UNCHECKED in text["bfloat16"]
     checked = json.loads(run_command(*GIVEN[:4], "h100-sxm", *GIVEN[5:], "--json")[0])
-    assert checked["accuracy"] == H100.accuracy != ""
+    assert checked["accuracy"] == f"{H100.accuracy}; {VLLM.accuracy}" and H100.accuracy
+    fitted = (*GIVEN[:4], "h100-sxm", *GIVEN[5:], "--engine", "gpt-fast", "--json")
+    assert json.loads(run_command(*fitted)[0])["accuracy"] == H100.accuracy
+
+
+def test_fewer_ranks_than_tracks_are_said_to_be_slow() -> None:
+    """With what as many tracks as ranks would give, which is what the spec for them gives."""
+    few, gentle = (SPEC.with_stem(f"llama-3.1-8b-{x}") for x in ("balanced-2-ranks", "gentle"))
+    config = ("--model", MODEL, "--hardware", "h100-sxm", "--ranks", 2)
+    out = " ".join(run_command(SPEC, few, gentle, *config)[0].split())
+    figures = json.loads(run_command(SPEC, few, *config, "--json")[0])
+    slow, fast = (row["speed_up"]["tokens_per_second"] for row in figures["rows"][1:])
+    assert slow < 0.9 and fast > 1 and out.count("note:") == 1
+    said = (
+        "note: llama-3.1-8b-balanced has 8 tracks: each of 2 ranks runs 4 of them one after "
+        "another, with kernels of their own. With 2 tracks its speed-up would be "
+    )
+    assert f"{said}{fast:.2f}, not {slow:.2f}." in out
+    for ranks in (8, 1):
+        assert "note:" not in run_command(SPEC, *config[:4], "--ranks", ranks)[0]
+
+
+def test_guesses_of_a_spec_and_of_a_checkpoint_are_counted(tmp_path: Path) -> None:
+    """A checkpoint's are those that it has, a spec's all that there can be."""
+    spec = tmp_path / "guessing.yaml"
+    spec.write_text(SPEC.read_text() + "guess: {rank: 64}\n")
+    config = json.loads(MODEL.read_text())
+    read, shape = read_spec(spec), ModelShape.from_config(config)
+    all_of_them = most_guesses(read.schedule(), 8, 64, shape)
+    for name, guesses in (("all", all_of_them), ("one", dict([*all_of_them.items()][:1]))):
+        (tmp_path / name).mkdir()
+        known = Calibration(guesses=guesses)
+        section = converted_config(config, read, read.schedule(), "source", known)
+        (tmp_path / name / "config.json").write_text(json.dumps(section))
+    out, _ = run_command(SPEC, spec, tmp_path / "all", tmp_path / "one", *GIVEN[1:], "--json")
+    plain, *guessing = json.loads(out)["rows"][1:]
+    assert [len(row["guesses"]) for row in guessing] == [42, 42, 1] and plain["guesses"] == {}
+    times = [row["tpot_seconds"] - plain["tpot_seconds"] for row in guessing]
+    assert times[0] == times[1] == pytest.approx(42 * times[2]) and times[2] > 0
+    assert guessing[0]["bytes_per_rank"] - plain["bytes_per_rank"] == 42 * 2 * (3 * 64 + 1) * 4096
 
 
 def test_the_report_is_whole_and_draws_to_scale(tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import re
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,58 @@ from ptconvert.estimate.hardware import (
     read_hardware,
     to_yaml,
 )
+from ptconvert.estimate.model import Workload, estimate
+from ptconvert.presets import dense_schedule
+from ptconvert.shape import ModelShape, read_config
+
+
+def test_engines_say_their_version_and_the_default_is_the_newest_vllm() -> None:
+    engines = {name: read_engine(name) for name in engine_names()}
+    for engine in engines.values():
+        assert engine.version and re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", engine.date)
+    assert {read_hardware(name).engine for name in hardware_names()} == {"vllm"}
+    vllms = {name: engine.date for name, engine in engines.items() if name.startswith("vllm")}
+    assert max(vllms, key=vllms.__getitem__) == "vllm" and len(vllms) == 2
+    assert "no published runs" in engines["vllm"].accuracy
+
+
+def test_the_host_times_of_vllm_are_what_its_sources_leave() -> None:
+    """After the roofline on one GPU; and other published runs are within a tenth."""
+    engine, seen = read_engine("vllm"), []
+    hostless = replace(engine, step_us=0.0, request_us=0.0)
+    with (ROOT / "examples" / "calibration" / "vllm_one_gpu.csv").open() as stream:
+        for row in csv.DictReader(stream):
+            device = replace(
+                H100.device,
+                memory_gb_s=float(row["memory_gb_s"]),
+                matmul_tflops=float(row["matmul_tflops"]),
+            )
+            shape = ModelShape.from_config(
+                read_config(ROOT / "specs" / "configs" / f"{row['model']}.json")
+            )
+            schedule = dense_schedule(shape.layers)
+            workload = Workload(1, int(row["prompt_tokens"]), int(row["new_tokens"]))
+            ours, without = (
+                estimate(schedule, shape, replace(H100, device=device), e, 1, workload)
+                for e in (engine, hostless)
+            )
+            times = {"ttft": ours.ttft, "tpot": ours.tpot}
+            times["request"] = workload.new / ours.tokens_per_second
+            seen.append((row, float(row["milliseconds"]), times[row["metric"]] * 1e3, without))
+    (_, tpot, _, step), (_, ttft, _, request) = seen[:2]
+    assert engine.step_us == pytest.approx(1e3 * tpot - 1e6 * step.tpot, abs=5)
+    left = 1e3 * ttft - 1e6 * request.ttft - engine.step_us
+    assert engine.request_us == pytest.approx(left, abs=50)
+    for row, published, estimated, _ in seen[2:]:
+        assert estimated == pytest.approx(published, rel=0.1), row
+
+
+def test_an_engine_file_says_for_which_endings_a_way_is_open(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    text = (ROOT / "ptconvert" / "engines" / "vllm.yaml").read_text()
+    file.write_text(text.replace("one_shot: blocking", 'one_shot: "yes"'))
+    with pytest.raises(HardwareError, match="one_shot is yes; it must be none or blocking or ov"):
+        read_engine(str(file))
 
 
 @pytest.mark.parametrize("name", [*hardware_names(), *engine_names()])

@@ -276,9 +276,11 @@ def test_without_overlap_no_objective_overlaps(source: Path, tmp_path: Path) -> 
 
 
 def test_latency_is_the_estimates(source: Path, tmp_path: Path) -> None:
-    asked = ("--tracks", 4, "--objective", "latency", "--max-loss", 0.5, "--json")
+    """Which --hardware alone asks for; the guesses that the spec will have are counted."""
+    asked = ("--tracks", 4, "--max-loss", 0.5, "--guess", 8, "--json")
     out, _ = plan(source, tmp_path, *asked, "--hardware", "h100-pcie")
     figures = json.loads(out)
+    assert figures["objective"] == "latency"
     times = [p["milliseconds"] for p in figures["frontier"]]
     assert times == sorted(times) and figures["chosen"]["loss_increase"] <= 0.5
     assert figures["frontier"][-1]["schedule"] == str(dense_schedule(LAYERS))
@@ -301,7 +303,12 @@ def test_latency_is_the_estimates(source: Path, tmp_path: Path) -> None:
         (("--tracks", 4, "--max-syncs", 4, "--device", "cuda:99"), "--device"),
         (("--tracks", 4, "--max-syncs", 4, "--window", 100_000), "positions"),
         (("--tracks", 4, "--max-syncs", 4, "--objective", "latency"), "--hardware"),
-        (("--tracks", 4, "--max-syncs", 4, "--ranks", 2), "--ranks: for --objective latency only"),
+        (("--tracks", 4, "--max-syncs", 4, "--ranks", 2), "--ranks: for latency only"),
+        (("--tracks", 4, "--max-syncs", 4, "--hardware", "h100-pcie"), "needs --max-loss X"),
+        (
+            ("--tracks", 4, "--max-loss", 1, "--objective", "syncs", "--hardware", "h100-pcie"),
+            "--hardware: for latency only",
+        ),
         (
             ("--tracks", 4, "--max-loss", 1, "--objective", "latency", "--hardware", "none"),
             "none",

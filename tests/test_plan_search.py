@@ -7,8 +7,11 @@ import random
 from collections.abc import Iterator, Sequence
 
 import pytest
+from estimating import SHAPE, VLLM
 
 from ptconvert import presets
+from ptconvert.estimate.hardware import Hardware, read_hardware
+from ptconvert.estimate.model import Workload, estimate
 from ptconvert.planning.planner import latency, undominated, waited_for
 from ptconvert.planning.search import Prices, best_mixtures
 from ptconvert.planning.segments import (
@@ -147,6 +150,50 @@ def test_objectives() -> None:
     dense = seconds(dense_schedule(3))
     assert objective.whole(dense_schedule(3)) == pytest.approx(1e3 * dense)
     assert objective.segment(run(0, 3, BLOCKING)) == round(-2 / (0.1 * dense))
+    assert latency(seconds, 3).segment(run(0, 3, BLOCKING)) == -2 * 4
+
+
+def test_latency_knows_where_overlapping_gains_nothing() -> None:
+    """Of 160 all-reduces each is small, but none is rounded away: over NVLink vLLM's overlapped
+    ones cost more than its blocking ones, over PCIe they gain, and dropping one gains on both."""
+    layers, workload = SHAPE.layers, Workload(1, 1024, 512)
+    for name, gains in (("h100-sxm", False), ("h100-pcie", True)):
+        hardware = read_hardware(name)
+
+        def seconds(schedule: Schedule, hardware: Hardware = hardware) -> float:
+            found = estimate(schedule, SHAPE, hardware, VLLM, 8, workload, tracks=8)
+            return 512 / found.tokens_per_second
+
+        objective = latency(seconds, layers)
+        assert objective.segment(run(60, 62, BLOCKING)) <= -2
+        for ending in (HIDDEN, OWN_SEEN, OWN_SEEN_LATER):
+            added = objective.segment(run(60, 61, ending))
+            assert added < 0 if gains else added > 0
+
+
+def test_sums_of_segments_are_the_latency_of_the_whole() -> None:
+    """Up to rounding, wherever the segments stand; also where many overlap in a row."""
+    hardware, layers = read_hardware("h100-pcie"), 12
+
+    def seconds(schedule: Schedule) -> float:
+        found = estimate(schedule, SHAPE, hardware, VLLM, 8, Workload(1, 64, 64))
+        return 64 / found.tokens_per_second
+
+    objective, dense = latency(seconds, layers, grain=1e-6), seconds(dense_schedule(layers))
+    singles = [run(p, p + 1, OWN_SEEN) for p in range(23)]
+    for parts in (
+        [*singles, run(23, 24, BLOCKING)],
+        [
+            run(0, 5, BLOCKING),
+            run(5, 8, OWN_SEEN_LATER),
+            run(8, 16, OWN_SEEN),
+            run(16, 24, BLOCKING),
+        ],
+        [run(0, 22, HIDDEN), run(22, 23, HIDDEN), run(23, 24, BLOCKING)],
+    ):
+        whole = seconds(Schedule(tuple(stage for part in parts for stage in part.stages)))
+        added = 1e-6 * sum(map(objective.segment, parts))
+        assert added == pytest.approx(whole / dense - 1, rel=0.05)
 
 
 # Specs

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from click.testing import CliRunner
 
+from ptconvert.cli import main
 from ptconvert.shape import ModelShape, read_config
 from ptconvert.spec import read_spec
 
 SPECS = Path(__file__).parents[1] / "specs"
 MODELS = sorted(p.stem for p in (SPECS / "configs").glob("*.json"))
 HEAD = re.compile(r"All-reduces per forward pass: (\d+) before, (\d+) after; waited for: \d+ before, (\d+) after")  # fmt: skip # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def specs() -> ModuleType:
+    """examples/specs.py as a module."""
+    file = SPECS.parent / "examples" / "specs.py"
+    found = importlib.util.spec_from_file_location("specs", file)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 def test_all_models_are_there() -> None:
@@ -25,7 +41,40 @@ def test_all_models_are_there() -> None:
         "qwen3-0.6b",
         "qwen3-8b",
     ]
-    assert len(list(SPECS.glob("*.yaml"))) == 3 * len(MODELS)
+    ready = [path for path in SPECS.glob("*.yaml") if "-ranks" not in path.stem]
+    assert len(ready) == 3 * len(MODELS)
+
+
+def test_there_is_a_spec_of_as_many_tracks_as_ranks(specs: ModuleType) -> None:
+    """For 2, 4 and 8 ranks, as far as the model's own spec goes, which one spec serves where no
+    layer is held as tracks; each with nothing but its tracks changed, as examples/specs.py does."""
+    expected = dict(specs.variants())
+    assert set(expected) == set(SPECS.glob("*-ranks.yaml")) and len(expected) == 22
+    for path, text in expected.items():
+        assert path.read_text(encoding="utf-8") == text
+        own, ranks = re.fullmatch(r"(.*)-(\d)-ranks", path.stem).groups()  # type: ignore[union-attr]
+        few, many = read_spec(path), read_spec(path.with_stem(own))
+        assert (few.tracks, few.schedule()) == (int(ranks), many.schedule())
+        assert many.tracks in (4, 8) and few.tracks < many.tracks
+        model = own.rsplit("-", 1)[0]
+        few.check(ModelShape.from_config(read_config(SPECS / "configs" / f"{model}.json")))
+        assert f", for {ranks} ranks: " in few.text.splitlines()[0]
+    gentle = [read_spec(path) for path in SPECS.glob("*-gentle.yaml")]
+    assert not any(spec.schedule().track_layers for spec in gentle)
+
+
+def test_show_says_what_fewer_ranks_than_tracks_mean() -> None:
+    def shown(name: str, *options: str) -> str:
+        command = ["show", str(SPECS / f"{name}.yaml"), "--layers", "32", *options]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output
+        return " ".join(result.stdout.split())
+
+    said = "For 8 ranks, a track each. On 1, 2 or 4 a rank runs several tracks one after another"
+    assert said in shown("llama-3.1-8b-balanced")
+    assert json.loads(shown("llama-3.1-8b-balanced", "--json"))["note"].startswith(said)
+    assert "For 2 ranks, a track each. On 1 a rank" in shown("llama-3.1-8b-balanced-2-ranks")
+    assert json.loads(shown("llama-3.1-8b-gentle", "--json"))["note"] is None
 
 
 @pytest.mark.parametrize("strength", ["gentle", "balanced", "aggressive"])

@@ -10,6 +10,7 @@ import click
 
 from ptconvert.cli.common import model_shape, print_figures, waiting
 from ptconvert.cli.show import converted
+from ptconvert.guesses import most_guesses
 from ptconvert.shape import DTYPES, ModelShape
 from ptconvert.spec import read_spec
 
@@ -93,6 +94,8 @@ def _estimate(
     figures = {
         "hardware": row.name,
         "engine": engine_name,
+        "engine_version": engine.version,
+        "engine_date": engine.date,
         "accuracy": accuracy(setting),
         "ranks": ranks,
         "batch": workload.batch,
@@ -108,13 +111,15 @@ def _candidate(spec: Path, name: str, shape: ModelShape | None) -> tuple[Any, Mo
     from ptconvert.estimate.compare import Candidate
 
     if spec.is_dir():
-        schedule, tracks, own = converted(spec)
-        return Candidate(name, schedule, tracks), own
+        section, own = converted(spec)
+        return Candidate(name, section.schedule, section.tracks, section.guesses), own
     if shape is None:
         raise click.UsageError(f"{spec}: a spec file needs --model SRC")
     read = read_spec(spec)
     read.check(shape)
-    return Candidate(name, read.schedule(), read.tracks), None
+    schedule = read.schedule()
+    guesses = most_guesses(schedule, read.tracks, read.guess, shape)
+    return Candidate(name, schedule, read.tracks, guesses), None
 
 
 def _measure(out: Path, ranks: int | None) -> None:
@@ -134,8 +139,15 @@ def _measure(out: Path, ranks: int | None) -> None:
 
 
 def _list() -> None:
-    from ptconvert.estimate.hardware import engine_names, hardware_names, read_hardware
+    from ptconvert.estimate.hardware import (
+        engine_names,
+        hardware_names,
+        read_engine,
+        read_hardware,
+    )
 
-    for name in hardware_names():
-        click.echo(f"{name:24} {read_hardware(name).name}")
-    click.echo(f"engines: {', '.join(engine_names())}")
+    for title, names in (("hardware", hardware_names()), ("engines", engine_names())):
+        click.echo(f"{title}:")
+        for name in names:
+            what = read_engine(name).edition if title == "engines" else read_hardware(name).name
+            click.echo(f"  {name:26} {what}")

@@ -54,11 +54,13 @@ if TYPE_CHECKING:  # they import torch
 @click.option(
     "--objective",
     type=click.Choice(["syncs", "latency"]),
-    default="syncs",
-    show_default=True,
-    help="What to make small within --max-loss; latency is estimated, see below.",
+    help="What to make small. [latency with --hardware, else syncs]",
 )
-@click.option("--hardware", metavar="NAME|FILE", help="For latency: a row of `estimate --list`.")
+@click.option(
+    "--hardware",
+    metavar="NAME|FILE",
+    help="What it is for, a row of `estimate --list`: minimise latency there.",
+)
 @click.option("--engine", metavar="NAME|FILE", help="For latency. Default: the hardware's.")
 @click.option("--ranks", type=click.IntRange(2), help="For latency. Default: one per track.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
@@ -126,19 +128,15 @@ def plan(
     searches all mixtures of them, measures the best ones whole, and writes the best for the budget
     as a spec for `ptconvert transform`. Needs a copy of SRC on disk while it runs.
 
-    --objective latency minimises the time of a request (--batch, --prompt, --new) as `ptconvert
-    estimate` has it for --hardware.
+    With --hardware it minimises the time of a request there (--batch, --prompt, --new) within
+    --max-loss, as `ptconvert estimate` has it. Without, it counts all-reduces that are waited for:
+    an overlapped one is free then, which on fast links it is not.
     """
     need_packages("plan", "accelerate", "scipy")
     quiet_libraries()
     if (options["max_syncs"] is None) == (options["max_loss"] is None):
         raise click.UsageError("give a budget, one of --max-syncs K and --max-loss X")
-    by_latency = options["objective"] == "latency"
-    if by_latency and (options["hardware"] is None or options["max_loss"] is None):
-        raise click.UsageError("--objective latency needs --hardware NAME and --max-loss X")
-    for_latency = ("hardware", "engine", "ranks", "batch", "prompt", "new")
-    if not by_latency and (unused := given(*for_latency)):
-        raise click.UsageError(f"{unused}: for --objective latency only")
+    _settle_objective(options)
     for file in (output, frontier_file):
         if file is not None and not file.resolve().parent.is_dir():
             raise click.UsageError(f"{file}: its directory does not exist")
@@ -146,6 +144,20 @@ def plan(
         raise click.UsageError(f"--frontier {frontier_file}: its name must end in .csv or .html")
     planned = _plan(source, revision, options)
     _write(planned, output, frontier_file, as_json)
+
+
+def _settle_objective(options: dict[str, Any]) -> None:
+    """Fills in the objective that the options imply. Raises UsageError where they contradict."""
+    hardware = options["hardware"]
+    options["objective"] = options["objective"] or ("syncs" if hardware is None else "latency")
+    if options["objective"] == "latency":
+        for name, value in (("--hardware NAME", hardware), ("--max-loss X", options["max_loss"])):
+            if value is None:
+                raise click.UsageError(f"to minimise latency, plan needs {name}")
+    elif unused := given("hardware", "engine", "ranks", "batch", "prompt", "new"):
+        raise click.UsageError(
+            f"{unused}: for latency only; give --hardware NAME and leave out --objective syncs"
+        )
 
 
 def _write(
@@ -241,16 +253,20 @@ def _objective(options: dict[str, Any], shape: ModelShape) -> Objective:
         return waited_for(options["overlap"])
     from ptconvert.estimate.hardware import read_engine, read_hardware
     from ptconvert.estimate.model import Workload, estimate
+    from ptconvert.guesses import most_guesses
 
-    hardware, ranks = read_hardware(options["hardware"]), options["ranks"] or options["tracks"]
-    if options["tracks"] % ranks:
-        raise PlanError(f"--ranks {ranks} doesn't divide --tracks {options['tracks']}")
+    tracks = options["tracks"]
+    hardware, ranks = read_hardware(options["hardware"]), options["ranks"] or tracks
+    if tracks % ranks:
+        raise PlanError(f"--ranks {ranks} doesn't divide --tracks {tracks}")
     engine = read_engine(options["engine"] or hardware.engine)
     workload = Workload(options["batch"], options["prompt"], options["new"])
 
     def seconds(schedule: Schedule) -> float:
         found = estimate(
-            schedule, shape, hardware, engine, ranks, workload, tracks=options["tracks"]
+            *(schedule, shape, hardware, engine, ranks, workload),
+            tracks=tracks,
+            guesses=most_guesses(schedule, tracks, options["guess"], shape),
         )
         return workload.batch * workload.new / found.tokens_per_second
 

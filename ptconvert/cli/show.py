@@ -9,8 +9,8 @@ import click
 from rich.console import Console
 
 from ptconvert.cli.common import model_shape, print_figures
-from ptconvert.format import read_section, source_config
-from ptconvert.schedule import Schedule
+from ptconvert.format import Section, read_section, source_config
+from ptconvert.guesses import guess_cost, most_guesses
 from ptconvert.shape import ModelShape, read_config
 from ptconvert.spec import read_spec
 
@@ -28,8 +28,7 @@ def show(
 
     A spec is checked against --model, or against a number of --layers.
     """
-    from ptconvert.computed import guess_cost, most_guesses
-    from ptconvert.render import print_guess_cost, print_schedule
+    from ptconvert.render import fewer_ranks, print_guess_cost, print_schedule
 
     if sum(given is not None for given in (model, layers)) != (0 if spec.is_dir() else 1):
         raise click.UsageError(
@@ -37,16 +36,16 @@ def show(
         )
     shape = model_shape(model, revision) if model else None
     if spec.is_dir():
-        schedule, tracks, shape = converted(spec)
-        guesses = read_section(read_config(spec)).guesses
+        section, shape = converted(spec)
+        schedule, tracks, guesses = section.schedule, section.tracks, section.guesses
     else:
         read = read_spec(spec)
-        guesses = most_guesses(read, shape) if shape is not None else {}
         if shape is not None:
             read.check(shape)
         elif layers is not None:
             read.check_layers(layers)
         schedule, tracks = read.schedule(), read.tracks
+        guesses = most_guesses(schedule, tracks, read.guess, shape) if shape is not None else {}
     carries = shape.bytes_per_token if shape else None
     counts = schedule.counts
     figures: dict[str, Any] = {
@@ -58,19 +57,22 @@ def show(
         "waited_for": {"before": 2 * schedule.layers, "after": counts.waited_for},
         "bytes_per_token_per_all_reduce": carries,
         "guess": guess_cost(shape, guesses, tracks) if shape is not None else None,
+        "note": fewer_ranks(tracks, schedule.track_layers),
     }
 
     def show(console: Console) -> None:
         print_schedule(console, schedule, tracks, carries)
         if figures["guess"]:
             print_guess_cost(console, figures["guess"], at_most=not spec.is_dir())
+        if figures["note"]:
+            console.print(figures["note"], style="dim")
 
     print_figures(figures, as_json, show)
 
 
-def converted(path: Path) -> tuple[Schedule, int, ModelShape]:
-    """The schedule, tracks and source shape of a converted checkpoint."""
+def converted(path: Path) -> tuple[Section, ModelShape]:
+    """What a converted checkpoint says of itself, and its source's shape."""
     config = read_config(path)
     section = read_section(config, str(path / "config.json"))
     shape = ModelShape.from_config(source_config(config, section), str(path / "config.json"))
-    return section.schedule, section.tracks, shape
+    return section, shape

@@ -84,6 +84,7 @@ def transform(
     from ptconvert.checkpoint.atomic import check_apart, check_destination
     from ptconvert.checkpoint.reader import open_checkpoint
     from ptconvert.checkpoint.source import display_name, locate
+    from ptconvert.render import fewer_ranks
     from ptconvert.transform import (
         check_unchanged,
         execute,
@@ -122,7 +123,9 @@ def transform(
             plan = plan_conversion(checkpoint, read, calibration=calibrated.calibration, **options)
             computed = calibrated.figures()
     free = free_bytes(destination)
-    figures = {**plan.summary(), "bytes_free": free, "calibration": computed}
+    figures = {**plan.summary(), "bytes_free": free, "calibration": computed, "note": None}
+    if not to_dense:
+        figures["note"] = fewer_ranks(figures["tracks"], figures["layers_as_tracks"])
     if dry_run:
         if to_dense:
             check_unchanged(plan)
@@ -172,6 +175,8 @@ def _print_plan(console: Console, figures: dict[str, Any], free: int) -> None:
     from ptconvert.render import plan_table
 
     console.print(plan_table(figures, free))
+    if figures["note"]:
+        console.print(figures["note"], style="dim")
     if figures["guess"]:
         console.print("Guesses are counted at their full rank: the text decides.", style="dim")
     console.print("Nothing was written (--dry-run).", style="dim")
@@ -191,5 +196,7 @@ def _print_done(console: Console, figures: dict[str, Any]) -> None:
         f"{waited['after']}",
         soft_wrap=True,
     )
+    if figures["note"]:
+        console.print(figures["note"], style="dim")
     if "commit" in figures:
         console.print(f"pushed: {figures['commit']}", soft_wrap=True)

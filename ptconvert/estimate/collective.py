@@ -38,6 +38,14 @@ class Transfer:
         return Transfer(self.fixed + other.fixed, self.moving + other.moving)
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """One all-reduce of a pass, as a blocking ending's and as an overlapped one's."""
+
+    blocking: Transfer
+    overlapped: Transfer
+
+
 def all_reduce(
     nbytes: float,
     ranks: int,

@@ -5,15 +5,15 @@ Speed-up is tensor parallelism's time over the schedule's, on the same ranks and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ptconvert.errors import ConfigError
 from ptconvert.estimate.hardware import Engine, Hardware, Link
 from ptconvert.estimate.model import Estimate, Workload, estimate
 from ptconvert.presets import dense_schedule, tensor_parallel
-from ptconvert.schedule import Schedule
+from ptconvert.schedule import Schedule, Sublayer
 from ptconvert.shape import ModelShape
 
 BASELINE = tensor_parallel.__name__
@@ -30,8 +30,9 @@ LIMITS = (
     "gains 28 to 35% where 36 to 58% are estimated.",
     "Speed-ups on two nodes over InfiniBand are underestimated, by 9% on average and up to 17%: "
     "all-reduces between nodes take longer than the formula of two levels says.",
-    "The steps' and requests' fixed times of vllm and tensorrt-llm are those of the versions that "
-    "the Parallel Track paper ran. Newer ones have smaller ones, and gain more from a schedule.",
+    "The host's times of vllm are what one-GPU runs of others leave; those of tensorrt-llm and "
+    "vllm-parallel-track-paper are of the versions that the paper ran. The smaller they are, the "
+    "more a schedule gains.",
     "Every rank is equally fast, and nothing else uses the links. The numbers of hardware other "
     "than H100 SXM are from data sheets and others' measurements; --measure replaces them.",
 )
@@ -39,11 +40,13 @@ LIMITS = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """A schedule to estimate, and the tracks of the checkpoint that it runs on."""
+    """A schedule to estimate, and the checkpoint that it runs on: its tracks, and the ranks of
+    their guesses by sublayer."""
 
     name: str
     schedule: Schedule
     tracks: int
+    guesses: Mapping[Sublayer, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Row:
             "name": self.candidate.name,
             "schedule": str(self.candidate.schedule),
             "tracks": self.candidate.tracks,
+            "guesses": {str(s): rank for s, rank in self.candidate.guesses.items()},
             "all_reduces": counts.all_reduces,
             "waited_for": counts.waited_for,
             "ttft_seconds": e.ttft,
@@ -97,8 +101,9 @@ class Row:
 
 
 def accuracy(setting: Setting) -> str:
-    """How far off estimates for the setting's hardware were found to be."""
-    return setting.hardware.accuracy or UNCHECKED
+    """How far off estimates for the setting's hardware and engine were found to be."""
+    said = (setting.hardware.accuracy or UNCHECKED, setting.engine.accuracy)
+    return "; ".join(filter(None, said))
 
 
 def most_memory(rows: Sequence[Row]) -> Row:
@@ -129,11 +134,25 @@ def _rows(candidates: Sequence[Candidate], setting: Setting) -> list[Row]:
     base = Candidate(BASELINE, dense_schedule(setting.shape.layers), setting.ranks)
     s = setting
     estimates = [
-        estimate(c.schedule, s.shape, s.hardware, s.engine, s.ranks, s.workload, tracks=c.tracks)
+        estimate(
+            *(c.schedule, s.shape, s.hardware, s.engine, s.ranks, s.workload),
+            tracks=c.tracks,
+            guesses=c.guesses,
+        )
         for c in (base, *candidates)
     ]
     pairs = zip((base, *candidates), estimates, strict=True)
     return [Row(candidate, e, estimates[0]) for candidate, e in pairs]
+
+
+def one_track_each(row: Row, setting: Setting) -> Row | None:
+    """The row's schedule with as many tracks as ranks, where its ranks run several tracks of a
+    layer one after another; None where they don't, and for one rank, which has none to cut into."""
+    candidate, ranks = row.candidate, setting.ranks
+    several = candidate.tracks > ranks and candidate.schedule.track_layers
+    if not several or ranks == 1:
+        return None
+    return _rows([replace(candidate, tracks=ranks)], setting)[-1]
 
 
 def over_batches(candidates: Sequence[Candidate], setting: Setting) -> dict[int, list[Row]]:

@@ -35,6 +35,7 @@ from ptconvert.strict_yaml import Value, YAMLError, load
 
 FORMAT = 1
 _WHOLE = ("ranks", "reduces_at_once")
+_ENDINGS = ("none", "blocking", "overlapped", "all")
 
 
 def _number(least: float = 0.0, most: float = 1e9, default: Any = MISSING) -> Any:
@@ -133,8 +134,11 @@ class Hardware:
 class Engine:
     """How a serving engine runs a model: what it fixes per kernel, step and request.
 
+    - `version`, `date`: of the engine that the numbers are of; `accuracy`: how far they were
+      checked, where the hardware's doesn't say it.
     - `attention_kernels`, `mlp_kernels`: of one sublayer, its norm and the addition to the
-      residual stream included; `head_kernels`: of embeddings, final norm and lm_head.
+      residual stream included; `head_kernels`: of embeddings, final norm and lm_head;
+      `guess_kernels`: of one track's guess after a sublayer.
     - `step_us`, `request_us`: host time per pass, and per request until its first token;
       `prefill_launch_us`: what a prefill's kernel takes longer to launch than one in a graph.
     - `matmul_reach`: the share of the device's FLOP/s that it attains in a prefill.
@@ -145,13 +149,19 @@ class Engine:
     - `score_passes`: times that a prefill's attention scores travel to or from memory; 0 where
       kernels are fused.
     - `cache`: whether attention reads the tokens so far or the whole allocated cache; `logits`: of
-      which positions; `vocabulary`: whether lm_head is cut by rank; `one_shot`, `in_switch`:
-      whether there are one-shot all-reduces, and reductions in the switch.
+      which positions; `vocabulary`: whether lm_head is cut by rank.
+    - `one_shot`, `in_switch`: the endings whose all-reduces may be one-shot kernels, and reductions
+      in the switch: an engine's blocking all-reduces and its overlapped ones are often different
+      libraries'.
     """
 
+    version: str = ""
+    date: str = ""
+    accuracy: str = ""
     attention_kernels: float = _number(1)
     mlp_kernels: float = _number(1)
     head_kernels: float = _number(1)
+    guess_kernels: float = _number(1, default=4.0)
     step_us: float = _number()
     request_us: float = _number()
     prefill_launch_us: float = _number()
@@ -163,8 +173,13 @@ class Engine:
     cache: str = _choice("so far", "allocated")
     logits: str = _choice("last", "all")
     vocabulary: str = _choice("sharded", "replicated")
-    one_shot: str = _choice("yes", "no")
-    in_switch: str = _choice("yes", "no")
+    one_shot: str = _choice(*_ENDINGS)
+    in_switch: str = _choice(*_ENDINGS)
+
+    @property
+    def edition(self) -> str:
+        """What its numbers are of: version and date, as far as the file says."""
+        return ", ".join(filter(None, (self.version, self.date)))
 
 
 def _packaged(directory: str) -> Mapping[str, Traversable]:

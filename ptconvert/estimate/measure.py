@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ptconvert.errors import HardwareError
-from ptconvert.estimate.collective import Transfer
+from ptconvert.estimate.collective import Reduction, Transfer
 from ptconvert.estimate.hardware import (
     Device,
     Engine,
@@ -264,10 +264,11 @@ def _overlap_share(
     schedule = Schedule(ladder(range(_LAYERS)))
     stages = [engine.attention_kernels * kernel, engine.mlp_kernels * kernel] * _LAYERS
     head = engine.head_kernels * kernel
+    once = Transfer(reduce_seconds)
 
     def seconds(share: float) -> float:
         sharing = replace(device, overlap_share=share)
-        return run(schedule, stages, head, Transfer(reduce_seconds), sharing).seconds
+        return run(schedule, stages, head, Reduction(once, once), sharing).seconds
 
     shares = np.linspace(0.0, 0.99, 100)
     return float(min(shares, key=lambda share: abs(seconds(float(share)) - steps["overlapped"])))

@@ -6,13 +6,21 @@ request: a prefill, then decode steps at a cache that grows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ptconvert.estimate.collective import Transfer, all_gather, all_reduce
+from ptconvert.estimate.collective import Reduction, Transfer, all_gather, all_reduce
 from ptconvert.estimate.hardware import Engine, Hardware
-from ptconvert.estimate.roofline import Pass, head_seconds, logits_of, rank_bytes, stage_seconds
+from ptconvert.estimate.roofline import (
+    NO_GUESSES,
+    Pass,
+    head_seconds,
+    logits_of,
+    rank_bytes,
+    stage_seconds,
+)
 from ptconvert.estimate.timeline import Timeline, run
-from ptconvert.schedule import Schedule
+from ptconvert.schedule import Schedule, Sublayer
 from ptconvert.shape import ModelShape
 
 
@@ -61,10 +69,12 @@ def step(
     one: Pass,
     *,
     tracks: int = 0,
+    guesses: Mapping[Sublayer, int] = NO_GUESSES,
 ) -> Timeline:
     """The timeline of one forward pass on `ranks` ranks.
 
-    `tracks` is the checkpoint's, where it has more than ranks. Raises HardwareError where the
+    `tracks` is the checkpoint's, where it has more than ranks; `guesses` are the ranks of its
+    tracks' guesses, for the sublayers that have one. Raises HardwareError where the
     hardware's links don't join so many ranks.
     """
     hardware.check_ranks(ranks)
@@ -72,10 +82,15 @@ def step(
     known: dict[object, float] = {}  # a model has a few kinds of stages, many times over
     stages = []
     for stage in schedule.stages:
-        key = tuple((s.kind, s.layer in tracked) for s in stage.sublayers)
+        key = tuple(
+            (s.kind, s.layer in tracked, guesses.get(s) if guesses else None)
+            for s in stage.sublayers
+        )
         if key not in known:
             known[key] = stage_seconds(
-                stage.sublayers, shape, hardware.device, engine, ranks, one, tracks, tracked
+                stage.sublayers,
+                *(shape, hardware.device, engine, ranks, one),
+                *(tracks, tracked, guesses),
             )
         stages.append(known[key])
     head = head_seconds(shape, hardware.device, engine, ranks, one)
@@ -91,15 +106,19 @@ def _tracked(schedule: Schedule, ranks: int, tracks: int) -> frozenset[int]:
 
 def reduction(
     shape: ModelShape, hardware: Hardware, engine: Engine, ranks: int, one: Pass
-) -> Transfer:
-    """One all-reduce of a pass, in the ways that the engine has."""
-    return all_reduce(
-        one.total * shape.bytes_per_token,
-        ranks,
-        hardware.links,
-        one_shot=engine.one_shot == "yes",
-        in_switch=engine.in_switch == "yes",
-    )
+) -> Reduction:
+    """One all-reduce of a pass, in the ways that the engine opens to each kind of ending."""
+
+    def ended(ending: str) -> Transfer:
+        return all_reduce(
+            one.total * shape.bytes_per_token,
+            ranks,
+            hardware.links,
+            one_shot=engine.one_shot in ("all", ending),
+            in_switch=engine.in_switch in ("all", ending),
+        )
+
+    return Reduction(ended("blocking"), ended("overlapped"))
 
 
 def vocabulary_seconds(
@@ -113,7 +132,7 @@ def vocabulary_seconds(
         return 0.0
     nbytes = logits_of(engine, one) * shape.vocabulary * shape.bytes_per_token / shape.width
     gathered = all_gather(nbytes, ranks, hardware.links)
-    return reduction(shape, hardware, engine, ranks, one).seconds + gathered.seconds
+    return reduction(shape, hardware, engine, ranks, one).blocking.seconds + gathered.seconds
 
 
 def estimate(
@@ -125,12 +144,15 @@ def estimate(
     workload: Workload,
     *,
     tracks: int = 0,
+    guesses: Mapping[Sublayer, int] = NO_GUESSES,
 ) -> Estimate:
     """Times and throughput of a workload under a schedule. Raises HardwareError as `step` does."""
     passes = (workload.prefill, workload.decode)
     prefill, decode = (
-        step(schedule, shape, hardware, engine, ranks, one, tracks=tracks) for one in passes
+        step(schedule, shape, hardware, engine, ranks, one, tracks=tracks, guesses=guesses)
+        for one in passes
     )
+    tracked = len(_tracked(schedule, ranks, tracks))
     ttft = prefill.seconds + engine.request_us * 1e-6
     whole = ttft + (workload.new - 1) * decode.seconds
     return Estimate(
@@ -140,7 +162,5 @@ def estimate(
         workload.batch * workload.new / whole,
         prefill,
         decode,
-        rank_bytes(
-            shape, engine, ranks, workload.decode, tracks, len(_tracked(schedule, ranks, tracks))
-        ),
+        rank_bytes(shape, engine, ranks, workload.decode, tracks, tracked, guesses),
     )

@@ -12,6 +12,7 @@ from ptconvert.estimate.compare import (
     Setting,
     accuracy,
     most_memory,
+    one_track_each,
     over_batches,
     over_link_speed,
     over_ranks,
@@ -39,7 +40,7 @@ def to_html(rows: Sequence[Row], setting: Setting) -> str:
     """The report as one self-contained document."""
     candidates = [row.candidate for row in rows[1:]]
     s = setting
-    subtitle = f"{s.hardware.name}, {s.engine_name}; {accuracy(s)}."
+    subtitle = f"{s.hardware.name}, {served_by(s)}; {accuracy(s)}."
     return html.page(
         "What a schedule buys",
         subtitle[0].upper() + subtitle[1:],
@@ -79,6 +80,12 @@ def _result(rows: Sequence[Row], setting: Setting) -> html.Html:
     return html.section("Result", *blocks)
 
 
+def served_by(setting: Setting) -> str:
+    """The engine, and the version that its numbers are of."""
+    edition = setting.engine.edition
+    return f"{setting.engine_name} ({edition})" if edition else setting.engine_name
+
+
 def dtype(setting: Setting) -> str:
     """What the model is served in, as the command line names it."""
     return next(
@@ -111,6 +118,15 @@ def notes(rows: Sequence[Row], setting: Setting) -> list[str]:
             f"{largest.candidate.name} needs {needed:.0f} GB for weights and cache on each rank, "
             f"which has {held:g} GB: it can't run."
         )
+    for row in rows:
+        alone = one_track_each(row, setting)
+        if alone is not None:
+            found.append(
+                f"{row.candidate.name} has {row.candidate.tracks} tracks: each of {setting.ranks} "
+                f"ranks runs {row.candidate.tracks // setting.ranks} of them one after another, "
+                f"with kernels of their own. With {setting.ranks} tracks its speed-up would be "
+                f"{alone.speed_up:.2f}, not {row.speed_up:.2f}."
+            )
     if (setting.shape.dtype == "F32") != (device.matmul_dtype == "float32"):
         found.append(
             f"The model is served in {dtype(setting)}, but the hardware's rate of matrix products "
@@ -197,7 +213,10 @@ def _by_hand(setting: Setting) -> html.Html:
             " The vocabulary is cut by rank: to all-reduce the embeddings and gather the logits "
             f"takes {cut[0]:,.1f} us of a prefill and {cut[1]:,.1f} us of a decode step."
         )
-    header = ("pass", "sublayer", "GFLOP", "MB", "roofline, us", "kernels, us", "all-reduce, us")
+    header = (
+        *("pass", "sublayer", "GFLOP", "MB", "roofline, us", "kernels, us"),
+        *("blocking all-reduce, us", "overlapped all-reduce, us"),
+    )
     return html.section(
         "By hand",
         html.paragraph(
@@ -221,7 +240,8 @@ def _stage_by_hand(what: str, name: str, kind: Kind, one: Pass, setting: Setting
         f"{sum(p.nbytes for p in parts) / 1e6:,.1f}",
         f"{roofline * 1e6:,.1f}",
         f"{fixed * 1e6:,.1f}",
-        f"{moved.seconds * 1e6:,.1f}",
+        f"{moved.blocking.seconds * 1e6:,.1f}",
+        f"{moved.overlapped.seconds * 1e6:,.1f}",
     ]
 
 

@@ -10,12 +10,17 @@ cache, and activations, each once (Pope et al., "Efficiently Scaling Transformer
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ptconvert.estimate.hardware import Device, Engine
+from ptconvert.guesses import guess_tensors
 from ptconvert.schedule import Kind, Sublayer
 from ptconvert.shape import ModelShape
+
+NO_GUESSES: Mapping[Sublayer, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,12 @@ def stage_seconds(
     one: Pass,
     tracks: int = 0,
     tracked: frozenset[int] = frozenset(),
+    guesses: Mapping[Sublayer, int] = NO_GUESSES,
 ) -> float:
     """Seconds that one of `ranks` computes for sublayers that run one after another.
 
-    A rank runs tracks / ranks tracks of a `tracked` layer one by one, each with its own kernels.
+    A rank runs tracks / ranks tracks of a `tracked` layer one by one, each with its own kernels;
+    and as many guesses of the rank given after a sublayer that has them.
     """
     total = 0.0
     for sublayer in sublayers:
@@ -76,6 +83,10 @@ def stage_seconds(
         once = sum(part.seconds(device, engine) for part in parts)
         fixed = kernel_seconds(kernels_of(sublayer.kind, engine), device, engine, one)
         total += cut // ranks * (once + fixed)
+        if sublayer in guesses:
+            guess = guess_part(shape, guesses[sublayer], one).seconds(device, engine)
+            fixed = kernel_seconds(engine.guess_kernels, device, engine, one)
+            total += max(tracks, ranks) // ranks * (guess + fixed)
     return total
 
 
@@ -84,6 +95,25 @@ def sublayer_parts(
 ) -> tuple[Part, ...]:
     """The parts of a sublayer's work, for one of `cut` equal shares of its heads or neurons."""
     return _attention(shape, engine, cut, one) if kind is Kind.ATTENTION else _mlp(shape, cut, one)
+
+
+def guess_part(shape: ModelShape, rank: int, one: Pass) -> Part:
+    """The work of one track's guess of the others' partials, and of its addition to the stream.
+
+    V (A x + B p) + b with A and B of (rank, width) and V of (width, rank).
+    """
+    sizes = _guess_sizes(shape, rank)
+    weights = sum(math.prod(size) for size in sizes if len(size) > 1)
+    biases = sum(math.prod(size) for size in sizes) - weights
+    moved = one.total * (4 * shape.width + 4 * rank)  # x, p, guess out and in; products, their sum
+    size = _bytes(shape)
+    nbytes = (weights + biases + moved) * size
+    return Part(2 * one.total * weights, nbytes, _batched(weights, one) * size)
+
+
+def _guess_sizes(shape: ModelShape, rank: int) -> list[tuple[int, ...]]:
+    one_sublayer = {Sublayer(0, Kind.ATTENTION): rank}
+    return [size for _, _, size in guess_tensors(shape, one_sublayer, 1)]
 
 
 def kernels_of(kind: Kind, engine: Engine) -> float:
@@ -168,11 +198,18 @@ def _batched(weights: float, one: Pass) -> float:
 
 
 def rank_bytes(
-    shape: ModelShape, engine: Engine, ranks: int, one: Pass, tracks: int = 0, tracked: int = 0
+    shape: ModelShape,
+    engine: Engine,
+    ranks: int,
+    one: Pass,
+    tracks: int = 0,
+    tracked: int = 0,
+    guesses: Mapping[Sublayer, int] = NO_GUESSES,
 ) -> float:
     """Bytes of weights and KV cache that a rank holds for a pass.
 
-    A rank holds tracks / ranks tracks of each of the `tracked` layers, with KV heads of their own.
+    A rank holds tracks / ranks tracks of each of the `tracked` layers, with KV heads of their own,
+    and their guesses.
     """
     layers = 0.0
     for count, cut in ((shape.layers - tracked, ranks), (tracked, max(tracks, ranks))):
@@ -182,4 +219,5 @@ def rank_bytes(
         layers += count * cut // ranks * (weights + cache)
     rows = shape.vocabulary / (ranks if engine.vocabulary == "sharded" else 1)
     vocabulary = rows * shape.width * (1 if shape.tied else 2)
-    return (layers + vocabulary) * _bytes(shape)
+    guessed = sum(math.prod(size) for _, _, size in guess_tensors(shape, guesses, 1))
+    return (layers + max(tracks, ranks) // ranks * guessed + vocabulary) * _bytes(shape)

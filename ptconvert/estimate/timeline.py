@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ptconvert.estimate.collective import Transfer
+from ptconvert.estimate.collective import Reduction
 from ptconvert.estimate.hardware import Device
-from ptconvert.schedule import Schedule
+from ptconvert.schedule import Merge, Schedule
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,19 @@ def run(
     schedule: Schedule,
     stages: Sequence[float],
     head: float,
-    reduction: Transfer,
+    reduction: Reduction,
     device: Device,
     outside: float = 0.0,
 ) -> Timeline:
     """The timeline of a pass whose stages compute for `stages` seconds each, and its head after.
 
-    `reduction` is one all-reduce; `outside` are seconds of collectives before and after the stages.
+    `reduction` is one all-reduce, by the kind of ending; `outside` are seconds of collectives
+    before and after the stages.
     """
     now, owed = 0.0, 0.0
-    taken = device.overlap_share * reduction.fixed + device.bulk_overlap_share * reduction.moving
+    beside = reduction.overlapped
+    blocking, overlapped = reduction.blocking.seconds, beside.seconds
+    taken = device.overlap_share * beside.fixed + device.bulk_overlap_share * beside.moving
     busy = [0.0] * device.reduces_at_once  # until when
     due: dict[int, float] = {}
     spans = []
@@ -70,11 +73,11 @@ def run(
         merged, transfer = schedule.merged_after(index), None
         if merged is not None:
             start = max(end, min(busy))
-            transfer = (start, start + reduction.seconds)
+            launched = schedule.stages[index].ending.merge is not Merge.BLOCKING
+            transfer = (start, start + (overlapped if launched else blocking))
             busy = [*sorted(busy)[1:], transfer[1]]
             due[merged] = max(transfer[1], due.get(merged, 0.0))
-        overlapped = merged is not None and merged > index
-        owed = taken if overlapped else 0.0
+        owed = taken if merged is not None and merged > index else 0.0
         ready = max(end, due.pop(index, end))
         spans.append(Span((now, end), transfer, ready - end))
         now = ready

@@ -13,7 +13,8 @@ import numpy as np
 from conftest import random_model, spec_text
 
 from ptconvert.checkpoint.reader import open_checkpoint
-from ptconvert.computed import Assignment, Calibration, guess_tensors
+from ptconvert.computed import Assignment, Calibration
+from ptconvert.guesses import guess_tensors
 from ptconvert.spec import parse_spec
 from ptconvert.transform import Plan, execute, plan_conversion
 
