@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from ptconvert.cli.common import model_shape, print_figures, waiting
+from ptconvert.cli.common import model_shape, print_figures
+from ptconvert.cli.progress import waiting
 from ptconvert.cli.show import converted
 from ptconvert.shape import DTYPES, ModelShape
 from ptconvert.spec import read_spec

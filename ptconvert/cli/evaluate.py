@@ -12,7 +12,8 @@ import click
 from rich.console import Console
 
 from ptconvert.checkpoint.source import display_name, locate
-from ptconvert.cli.common import need_packages, quiet_libraries, step_progress, torch_device
+from ptconvert.cli.common import need_packages, quiet_libraries, torch_device
+from ptconvert.cli.progress import step_progress
 
 if TYPE_CHECKING:  # they import torch
     from ptconvert.evaluate.report import Report, Text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shlex
 import sys
@@ -16,14 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ptconvert.checkpoint.source import display_name, locate
-from ptconvert.cli.common import (
-    given,
-    need_packages,
-    print_figures,
-    quiet_libraries,
-    step_progress,
-    torch_device,
-)
+from ptconvert.cli.common import given, need_packages, print_figures, quiet_libraries, torch_device
+from ptconvert.cli.progress import first_process, step_progress
 from ptconvert.errors import HealError
 
 if TYPE_CHECKING:  # they import torch
@@ -213,6 +206,7 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
         raise HealError(
             f"--device {device}: use --device cuda and CUDA_VISIBLE_DEVICES={device[5:]}"
         )
+    progress(f"finding {checkpoint} and {chosen['teacher']}", 0, None)
     student = open_checkpoint(locate(checkpoint, None))
     dtype = chosen["dtype"]
     if dtype == "auto":
@@ -244,7 +238,7 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
 
 def _say(text: str) -> None:
     """A line of what happened, on stderr, by the first of several processes."""
-    if os.environ.get("RANK", "0") == "0":
+    if first_process():
         click.echo(text, err=True)
 
 

@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ptconvert.checkpoint.source import display_name, locate
-from ptconvert.cli.common import (
-    given,
-    need_packages,
-    print_figures,
-    quiet_libraries,
-    step_progress,
-    torch_device,
-)
+from ptconvert.cli.common import given, need_packages, print_figures, quiet_libraries, torch_device
+from ptconvert.cli.progress import step_progress
 from ptconvert.errors import PlanError
 from ptconvert.format import ASSIGNMENTS, MAX_GUESS_RANK
 

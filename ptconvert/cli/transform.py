@@ -12,13 +12,12 @@ from rich.filesize import decimal
 
 from ptconvert.cli.common import (
     ByteSize,
-    byte_progress,
     need_packages,
     print_figures,
     quiet_libraries,
-    step_progress,
     torch_device,
 )
+from ptconvert.cli.progress import byte_progress, step_progress, waiting
 from ptconvert.errors import SpecError
 from ptconvert.spec import Spec, read_spec
 
@@ -103,7 +102,8 @@ def transform(
         from ptconvert.checkpoint import hub
 
         push_to_hub = hub.whole_id(push_to_hub)
-    checkpoint = open_checkpoint(locate(source, revision))
+    with waiting(f"finding {source}", bars_of_its_own=True):
+        checkpoint = open_checkpoint(locate(source, revision))
     check_apart(destination, checkpoint.path)
     computed: dict[str, Any] | None = None
     if to_dense:
@@ -135,7 +135,8 @@ def transform(
     figures["seconds"] = time.monotonic() - started
     figures["destination"] = str(destination)
     if push_to_hub:
-        figures["commit"] = hub.push(destination, push_to_hub)
+        with waiting(f"uploading to {push_to_hub}", bars_of_its_own=True):
+            figures["commit"] = hub.push(destination, push_to_hub)
     print_figures(figures, as_json, lambda console: _print_done(console, figures))
 
 

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
-from ptconvert.cli.common import waiting
+from ptconvert.cli.progress import waiting
 
 _TORCH_ONLY = ("device", "backend", "repeats", "timeout", "trace")
 
