@@ -48,5 +48,5 @@ done
 for kind in parallel-track ladder healed; do
     say "Evaluate $out/$kind against its source, on text that was never trained on"
     ptconvert eval "$out/$kind" --baseline "$out/source" --text "$out/held-out.txt" \
-        --windows 24 --make-tasks "$out/tasks" --limit 60 --cache "$out/cache" --html "$out/$kind.html"
+        --windows 24 --blocks --make-tasks "$out/tasks" --limit 60 --cache "$out/cache" --html "$out/$kind.html"
 done

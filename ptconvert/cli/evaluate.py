@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 
 from ptconvert.checkpoint.source import display_name, locate
-from ptconvert.cli.common import need_packages, quiet_libraries, torch_device
+from ptconvert.cli.common import given, need_packages, quiet_libraries, torch_device
 from ptconvert.cli.progress import step_progress
 
 if TYPE_CHECKING:  # they import torch
@@ -56,6 +56,9 @@ class _BatchSize(click.ParamType):  # type: ignore[type-arg]
 @click.option("--window", type=click.IntRange(1), help="Tokens in a window of the text. [1024]")
 @click.option(
     "--windows", type=click.IntRange(1), help="Windows, evenly over the text. [all, at most 64]"
+)
+@click.option(
+    "--blocks", is_flag=True, help="Also run each block of the schedule alone: a pass for each."
 )
 @click.option(
     "--make-tasks",
@@ -111,14 +114,16 @@ def evaluate(
     device: str | None,
     window: int | None,
     windows: int | None,
+    blocks: bool,
     **options: Any,
 ) -> None:
     """Score the checkpoint CKPT and its source, and say whether the difference is real.
 
     Both models answer the same documents of lm-eval's tasks; intervals and p-values are of paired
     tests. --text compares the models' predictions on your own text, which is the most sensitive
-    and needs no task. Without --tasks, --text alone measures just that; else it is gsm8k, ifeval
-    and wikitext, which show the damage of such conversions (multiple choice hides it).
+    and needs no task; --blocks also says what each block of the schedule costs. Without --tasks,
+    --text alone measures just that; else it is gsm8k, ifeval and wikitext, which show the damage
+    of such conversions (multiple choice hides it).
 
     --make-tasks DIR --text FILE writes two tasks; with CKPT, they are scored at once.
     """
@@ -134,8 +139,8 @@ def evaluate(
         raise click.UsageError("give the checkpoint to score: ptconvert eval CKPT --baseline SRC")
     if html_file is not None and not os.access(html_file.resolve().parent, os.W_OK):
         raise click.UsageError(f"{html_file}: its directory isn't there or can't be written to")
-    if (window or windows) and not texts:
-        raise click.UsageError("--window and --windows are for --text FILE")
+    if not texts and (unused := given("window", "windows", "blocks")):
+        raise click.UsageError(f"{unused}: for --text FILE only")
     names = tuple(dict.fromkeys(t.strip() for t in (tasks or "").split(",") if t.strip()))
     if make_tasks is not None:
         made = write_tasks(make_tasks, texts, options["seed"] or 0)
@@ -158,7 +163,7 @@ def evaluate(
         baseline,
         revision,
         dict(options, tasks=names, include_path=include_paths, device=torch_device(device)),
-        Text(texts, window, windows) if texts and baseline else None,
+        Text(texts, window, windows, blocks) if texts and baseline else None,
         cache,
     )
     if as_json:
@@ -203,6 +208,7 @@ def _run(
                 cache,
                 progress,
                 (names[0] or "", names[1]),
+                lambda line: click.echo(line, err=True),
             )
         except KeyboardInterrupt:
             if options["tasks"]:
