@@ -398,9 +398,42 @@ def test_the_command(make_dense: MakeDense, tmp_path: Path) -> None:
     code, out = run("show", tmp_path / "out", "--json")
     assert json.loads(out)["guess"] == figures["guess"]
     code, out = run("transform", source, tmp_path / "two", "--spec", spec, "--text", text,
-                    "--windows", 32, "--window", 64, "--device", "cpu")  # fmt: skip
-    assert code == 0 and "affinity between units of different tracks" in out and "guesses: " in out
+                    "--tokens", 2048, "--window", 64, "--device", "cpu")  # fmt: skip
+    assert code == 0 and out.startswith("--tokens N: use --windows")  # the name that it had
+    assert "affinity between units of different tracks" in out and "guesses: " in out
     assert same(tensors(tmp_path / "out"), tensors(tmp_path / "two"))
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "opened"),
+    [
+        ("cpu", "auto", "float32"),
+        ("cpu", "bfloat16", "bfloat16"),
+        ("meta", "auto", "auto"),
+        ("meta", "float16", "float16"),
+    ],
+)
+def test_what_the_text_is_run_in(
+    device: str,
+    asked: str,
+    opened: str,
+    make_dense: MakeDense,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, seen = byte_level(make_dense, tmp_path / "source"), []
+    (tmp_path / "text.txt").write_text("the quick brown fox " * 40)
+    (tmp_path / "spec.yaml").write_text(spec_text(4, "use: parallel_track, depth: 2", TOP))
+
+    def stop(_: object, dtype: str, device: str) -> None:
+        seen.append((dtype, device))
+        raise CheckpointError("far enough")
+
+    monkeypatch.setattr("ptconvert.calibrate.conversion.open_model", stop)
+    files = ("--spec", tmp_path / "spec.yaml", "--text", tmp_path / "text.txt", "--window", 32)
+    code, out = run("transform", source, tmp_path / "out", *files, "--device", device,
+                    "--dtype", asked)  # fmt: skip
+    assert (code, out, seen) == (2, "error: far enough\n", [(opened, device)])
 
 
 def test_random_assignments_cover_layers_of_tracks(make_dense: MakeDense) -> None:

@@ -67,6 +67,16 @@ def test_what_an_earlier_run_did_is_not_this_ones_speed() -> None:
     assert log.lines == ["training: 910 of 1000, 0:00:10 so far, about 0:01:30 left"]
 
 
+def test_the_time_left_falls_while_nothing_is_heard() -> None:
+    log = Log()
+    log.of.tell("source model", 0, 30)
+    log.now += 60
+    log.of.tell("source model", 15, 30)
+    log.times(100)
+    left = [line.rsplit("about ", 1)[1] for line in log.lines]
+    assert left == ["0:01:00 left", "0:00:40 left", "0:00:13 left", "0:00:00 left"]
+
+
 def test_short_steps_and_many_calls_are_few_lines() -> None:
     log = Log()
     for _ in range(18):  # 1.8 s: nothing

@@ -151,14 +151,16 @@ def _logged(amount: Callable[[int], str]) -> Iterator[Advance]:
 @dataclass
 class _Step:
     """A step as far as it is known; `began` and `before` are time and amount at its first call, so
-    that what an earlier run did doesn't count as this one's speed."""
+    that what an earlier run did doesn't count as this one's speed, and `moved` is when it last got
+    on."""
 
     name: str
     began: float
     before: int
-    done: int
-    total: int | None
-    note: str
+    moved: float
+    done: int = 0
+    total: int | None = None
+    note: str = ""
     said: bool = False
 
 
@@ -184,8 +186,11 @@ class Lines:
     def tell(self, step: str, done: int, total: int | None, note: str = "") -> None:
         """Takes in how far a step has come, and says it where a line is due."""
         with self._lock:
+            now = self._clock()
             if self._step is None or self._step.name != step:
-                self._step = _Step(step, self._clock(), done, done, total, note)
+                self._step = _Step(step, now, done, now)
+            if self._step.done != done:
+                self._step.moved = now
             self._step.done, self._step.total, self._step.note = done, total, note
             self._say(self._step)
 
@@ -202,15 +207,16 @@ class Lines:
         new = not step.said and now - step.began >= interval * _FIRST
         if new or now - self._last >= interval:
             self._last, step.said = now, True
-            self._write(self._line(step, now - step.began))
+            self._write(self._line(step, now))
 
-    def _line(self, step: _Step, gone: float) -> str:
-        parts = [f"{_duration(gone)} so far"]
+    def _line(self, step: _Step, now: float) -> str:
+        parts = [f"{_duration(now - step.began)} so far"]
         if step.total is not None:
             parts.insert(0, f"{self._amount(step.done)} of {self._amount(step.total)}")
             if step.before < step.done < step.total:
-                left = gone * (step.total - step.done) / (step.done - step.before)
-                parts.append(f"about {_duration(left)} left")
+                each = (step.moved - step.began) / (step.done - step.before)
+                left = each * (step.total - step.done) - (now - step.moved)
+                parts.append(f"about {_duration(max(left, 0))} left")
         elif step.done:
             parts.insert(0, self._amount(step.done))
         if step.note:
