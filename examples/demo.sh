@@ -31,7 +31,7 @@ ptconvert plan "$out/source" --tracks 4 "${texts[@]}" --windows 16 --max-syncs 2
 
 say "Convert it by that, and heal it"
 ptconvert transform "$out/source" "$out/planned" --spec "$out/planned.yaml" \
-    "${texts[@]}" --tokens 16384 --overwrite
+    "${texts[@]}" --windows 128 --overwrite
 ptconvert heal "$out/planned" "$out/healed" --teacher "$out/source" "${texts[@]}" \
     --tokens 20000 --learning-rate 2e-4 --evaluations 4 --overwrite
 
@@ -48,5 +48,5 @@ done
 for kind in parallel-track ladder healed; do
     say "Evaluate $out/$kind against its source, on text that was never trained on"
     ptconvert eval "$out/$kind" --baseline "$out/source" --text "$out/held-out.txt" \
-        --windows 24 --make-tasks "$out/tasks" --limit 60 --cache "$out/cache" --html "$out/$kind.html"
+        --windows 24 --blocks --make-tasks "$out/tasks" --limit 60 --cache "$out/cache" --html "$out/$kind.html"
 done

@@ -253,7 +253,7 @@ def test_the_model_errs_as_the_fit_says(
     spec = parse_spec(spec_text(4, SCHEDULES[name], f"guess: {{rank: {rank}}}\n"), "s")
     ids = torch.randint(3, 96, (40, 25), generator=torch.Generator().manual_seed(0))
     checkpoint, windows = open_checkpoint(source), Windows(ids, 25, ids.numel())
-    found = calibrate(checkpoint, spec, windows, "cpu", tmp_path, quiet)
+    found = calibrate(checkpoint, spec, windows, "cpu", "auto", tmp_path, quiet)
     calibration = found.calibration
     execute(
         plan_conversion(checkpoint, spec, source_name="s", calibration=calibration),
@@ -380,7 +380,7 @@ def test_the_command(make_dense: MakeDense, tmp_path: Path) -> None:
     code, out = run("transform", source, tmp_path / "out", "--spec", spec, "--dry-run")
     assert code == 0 and "rank 5" in out and not (tmp_path / "out").exists()
     code, out = run("transform", source, tmp_path / "out", "--spec", spec, "--text", text,
-                    "--tokens", 2048, "--window", 64, "--device", "cpu", "--json")  # fmt: skip
+                    "--windows", 32, "--window", 64, "--device", "cpu", "--json")  # fmt: skip
     assert code == 0, out
     figures: dict[str, Any] = json.loads(out)
     assert figures["assignment"] == "affinity" and figures["calibration"]["tokens"] == 2048
@@ -394,14 +394,47 @@ def test_the_command(make_dense: MakeDense, tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"source", "text.txt", "spec.yaml", "plain.yaml",
                                                     "out", "back"}  # fmt: skip
     code, out = run("transform", source, tmp_path / "few", "--spec", spec, "--text", text,
-                    "--tokens", 256, "--window", 64)  # fmt: skip
+                    "--windows", 4, "--window", 64)  # fmt: skip
     assert code == 2 and "error: the text gives 4 windows of 64 tokens; guesses need at" in out
     code, out = run("show", tmp_path / "out", "--json")
     assert json.loads(out)["guess"] == figures["guess"]
     code, out = run("transform", source, tmp_path / "two", "--spec", spec, "--text", text,
                     "--tokens", 2048, "--window", 64, "--device", "cpu")  # fmt: skip
-    assert code == 0 and "affinity between units of different tracks" in out and "guesses: " in out
+    assert code == 0 and out.startswith("--tokens N: use --windows")  # the name that it had
+    assert "affinity between units of different tracks" in out and "guesses: " in out
     assert same(tensors(tmp_path / "out"), tensors(tmp_path / "two"))
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "opened"),
+    [
+        ("cpu", "auto", "float32"),
+        ("cpu", "bfloat16", "bfloat16"),
+        ("meta", "auto", "auto"),
+        ("meta", "float16", "float16"),
+    ],
+)
+def test_what_the_text_is_run_in(
+    device: str,
+    asked: str,
+    opened: str,
+    make_dense: MakeDense,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, seen = byte_level(make_dense, tmp_path / "source"), []
+    (tmp_path / "text.txt").write_text("the quick brown fox " * 40)
+    (tmp_path / "spec.yaml").write_text(spec_text(4, "use: parallel_track, depth: 2", TOP))
+
+    def stop(_: object, dtype: str, device: str) -> None:
+        seen.append((dtype, device))
+        raise CheckpointError("far enough")
+
+    monkeypatch.setattr("ptconvert.calibrate.conversion.open_model", stop)
+    files = ("--spec", tmp_path / "spec.yaml", "--text", tmp_path / "text.txt", "--window", 32)
+    code, out = run("transform", source, tmp_path / "out", *files, "--device", device,
+                    "--dtype", asked)  # fmt: skip
+    assert (code, out, seen) == (2, "error: far enough\n", [(opened, device)])
 
 
 def test_random_assignments_cover_layers_of_tracks(make_dense: MakeDense) -> None:

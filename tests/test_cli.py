@@ -46,15 +46,15 @@ def test_help_and_version() -> None:
     assert __version__ in subprocess.run(version, capture_output=True, text=True, check=True).stdout
 
 
-def test_verify_says_which_engine_takes_an_option(tmp_path: Path) -> None:
+def test_verify_says_which_runtime_takes_an_option(tmp_path: Path) -> None:
     for options, word in (
-        (("--engine", "torch", "--enforce-eager"), "--enforce-eager"),
-        (("--engine", "vllm", "--backend", "gloo"), "--backend"),
+        (("--runtime", "torch", "--enforce-eager"), "--enforce-eager"),
+        (("--runtime", "vllm", "--backend", "gloo"), "--backend"),
     ):
         _, err = run("verify", tmp_path, "--ranks", 2, *options, code=2)
         assert f"takes no {word}" in err
     if importlib.util.find_spec("vllm") is None:
-        _, err = run("verify", tmp_path, "--ranks", 2, "--engine", "vllm", code=2)
+        _, err = run("verify", tmp_path, "--ranks", 2, "--runtime", "vllm", code=2)
         assert "pip install 'ptconvert[vllm]'" in err
 
 

@@ -363,7 +363,7 @@ def test_outputs_that_are_not_finite_are_said(source: Path, tmp_path: Path, run:
 
 def test_a_model_and_itself_do_not_diverge(source: Path, convert: Convert, tmp_path: Path) -> None:
     asked = Settings((), dtype="float32")
-    text = Text(TEXTS, 64, 12)
+    text = Text(TEXTS, 64, 12, blocks=True)
     for other in (source, convert(source, 4, "use: tensor_parallel")):
         found = evaluate(other, source, asked, text, tmp_path, quiet).divergence
         assert found is not None and found.by_block == ()
@@ -407,7 +407,7 @@ def test_a_block_alone_is_the_model_converted_so(
         "  - {layers: 3-5, use: delayed, delay: 2}\n"
     )
     alone = "  - {layers: 0-2, use: tensor_parallel}\n  - {layers: 3-5, use: delayed, delay: 2}\n"
-    asked, text = Settings((), dtype="float32"), Text(TEXTS, 48, 8)
+    asked, text = Settings((), dtype="float32"), Text(TEXTS, 48, 8, blocks=True)
     whole, part = (
         evaluate(convert(source, 4, r), source, asked, text, tmp_path, quiet).divergence
         for r in (rows, alone)
@@ -480,8 +480,13 @@ def test_the_whole_command(source: Path, convert: Convert, run: Answers, tmp_pat
     texts = [x for path in TEXTS for x in ("--text", path)]
     arguments = [converted, "--baseline", source, *texts, "--window", 64, "--windows", 8]
     arguments += ["--make-tasks", tmp_path / "made", "--limit", 6, "--dtype", "float32"]
-    done = run(*arguments, "--html", page)
+    done = run(*arguments, "--blocks", "--html", page)
     assert done.exit_code == 0, done.output
+    assert re.search(
+        r"^--blocks: 3 x a pass over 8 windows, about \d:\d\d:\d\d \(one over all 8 took ",
+        done.stderr,
+        re.MULTILINE,
+    )
     for word in (*MADE, "KL(source || converted)", "a0. m0. a1. m1!", "--limit 6"):
         assert word in done.stdout, word
     html = page.read_text()
@@ -495,7 +500,8 @@ def test_the_whole_command(source: Path, convert: Convert, run: Answers, tmp_pat
     assert row["difference"]["interval"][0] <= row["difference"]["value"]
     assert row["verdict"] in ("worse", "better", "no difference found")
     assert data["divergence"]["whole"]["kl"]["value"] > 0
-    assert len(data["divergence"]["by_block"]) == 3
+    assert data["divergence"]["by_block"] == []  # only where asked for
+    assert "--blocks" not in again.stderr
     assert data["digests"].keys() == {"source", "converted"}
 
 
@@ -505,7 +511,9 @@ def test_a_ladder_checkpoint_of_its_authors_is_scored_as_ladder(
     theirs = shutil.copytree(source, tmp_path / "theirs")
     config = json.loads((theirs / "config.json").read_text())
     (theirs / "config.json").write_text(json.dumps({**config, "ladder_layers": [2, 3, 4, 5]}))
-    done = run(theirs, "--baseline", source, "--text", TEXTS[0], "--window", 48, "--json")
+    done = run(
+        theirs, "--baseline", source, "--text", TEXTS[0], "--window", 48, "--blocks", "--json"
+    )
     found = json.loads(done.stdout)["divergence"]
     assert found["whole"]["kl"]["value"] > 0 and len(found["by_block"]) == 1
 
@@ -533,7 +541,8 @@ def test_a_ladder_checkpoint_of_its_authors_is_scored_as_ladder(
         (["{src}", "--baseline", "{src}/none", "--tasks", "x"], "neither a directory nor a hub id"),
         (["{src}", "--tasks", "x", "--device", "warp"], "--device warp: torch can't use it"),
         (["{src}", "--batch-size", "0"], "neither auto nor a number"),
-        (["{src}", "--windows", "3"], "are for --text"),
+        (["{src}", "--windows", "3"], "--windows: for --text FILE only"),
+        (["{src}", "--tasks", "x", "--blocks"], "--blocks: for --text FILE only"),
         (["--tasks", "x"], "give the checkpoint"),
         (["--make-tasks", "{dir}"], "needs a text"),
         (["--make-tasks", "{dir}", "--text", "{short}"], "too short to make tasks of"),

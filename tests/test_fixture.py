@@ -149,13 +149,13 @@ def test_assignment_and_guesses_bring_eight_all_reduces_near_the_source(
     """Calibrated on a fortieth of the calibration split, reported on dev, with no training."""
     windows, predictions = source
     checkpoint, losses = open_checkpoint(FIXTURE / "model"), list[float]()
-    text = calibration_windows(checkpoint, split("calibration"), 8192, LENGTH)
+    text = calibration_windows(checkpoint, split("calibration"), LENGTH, tokens=8192)
     for top in ("", "assignment: affinity\n", "assignment: affinity\nguess: {rank: 16}\n"):
         schedule = f'  - layers: 0-11\n    stages: "{PLANNED}"\n'
         spec = parse_spec(f"format: 1\ntracks: 4\n{top}schedule:\n{schedule}", "planned")
         known = None
         if spec.needs_text:
-            known = calibrate(checkpoint, spec, text, "cpu", tmp_path, quiet).calibration
+            known = calibrate(checkpoint, spec, text, "cpu", "auto", tmp_path, quiet).calibration
         path = tmp_path / f"converted-{len(losses)}"
         execute(plan_conversion(checkpoint, spec, source_name="x", calibration=known), path)
         model = open_model(open_checkpoint(path), "float32", "cpu")

@@ -139,7 +139,7 @@ def test_verify_and_eval_take_it_and_to_dense_refuses(
 ) -> None:
     converted, out = convert(source, 2, SCHEDULE), tmp_path / "out"
     heal(converted, out, source, "--text", TEXT, *QUICK)
-    run("verify", out, "--ranks", 2, "--prompt-tokens", 4, "--new-tokens", 3)
+    run("verify", out, "--ranks", 2, "--prompt", 4, "--new", 3)
     size = ("--window", 32, "--windows", 8)
     run("eval", out, "--baseline", source, "--text", TEXT, *size, "--cache", tmp_path)
     _, error = run("transform", out, tmp_path / "back", "--to-dense", code=2)

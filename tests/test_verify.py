@@ -345,7 +345,7 @@ def test_wrong_input(make_dense: MakeDense, convert: Convert) -> None:
 def test_command_line(make_dense: MakeDense, convert: Convert, tmp_path: Path) -> None:
     path = convert(make_dense("llama"), 2, "use: ladder")
     trace, report = tmp_path / "trace.json", tmp_path / "report.json"
-    arguments = ["--ranks", "2", "--repeats", "2", "--trace", trace, "--json", report]
+    arguments = ["--ranks", "2", "--repeats", "2", "--trace", trace, "--report", report]
     result = CliRunner().invoke(main, ["verify", str(path), *map(str, arguments)])
     assert result.exit_code == 0, result.output
     assert "all checks hold" in result.stdout and "1.0" in result.stdout
@@ -363,7 +363,7 @@ def test_command_line(make_dense: MakeDense, convert: Convert, tmp_path: Path) -
 def test_under_torchrun(make_dense: MakeDense, convert: Convert) -> None:
     path = convert(make_dense("llama"), 2, "use: parallel_track, depth: 2")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launcher, "-m", "ptconvert", "verify", str(path), "--json", "-"]
+    command = [sys.executable, *launcher, "-m", "ptconvert", "verify", str(path), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     start = done.stdout.index("{")

@@ -70,7 +70,7 @@ def measured(checkpoint: Path, ranks: int, repeats: int, file: Path) -> dict[str
     """verify's seconds of prefill and decode step, in the fastest repeat, as the row's are."""
     ptconvert(
         *("verify", checkpoint, "--ranks", ranks, "--device", "cpu", "--repeats", repeats),
-        *("--prompt-tokens", PROMPT, "--new-tokens", NEW, "--json", file),
+        *("--prompt", PROMPT, "--new", NEW, "--report", file),
     )
     compared = json.loads(file.read_text())["comparison"]
     return {

@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ptconvert import presets
 from ptconvert.checkpoint.reader import open_checkpoint
-from ptconvert.cli.common import step_progress
+from ptconvert.cli.progress import step_progress
 from ptconvert.evaluate import divergence
 from ptconvert.evaluate.divergence import Reference, Windows, read_windows
 from ptconvert.evaluate.models import (

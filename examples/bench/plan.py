@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ptconvert import presets
 from ptconvert.checkpoint.reader import open_checkpoint
-from ptconvert.cli.common import step_progress
+from ptconvert.cli.progress import step_progress
 from ptconvert.evaluate.divergence import read_windows
 from ptconvert.evaluate.models import (
     BatchSize,

@@ -329,8 +329,8 @@ class Bench:
         """verify's figures for a schedule at a delay."""
         arguments: list[str | Path] = ["-m", "ptconvert", "verify", self._paths[name]]
         arguments += ["--device", "cpu", "--dtype", "float32", "--repeats", str(self._repeats)]
-        arguments += ["--prompt-tokens", str(PROMPT_TOKENS), "--new-tokens", str(NEW_TOKENS)]
-        arguments += ["--timeout", str(LIMIT_SECONDS), "--json"]
+        arguments += ["--prompt", str(PROMPT_TOKENS), "--new", str(NEW_TOKENS)]
+        arguments += ["--timeout", str(LIMIT_SECONDS), "--report"]
         with Link(delay) as link:
             report = self._run(link, f"{delay} us, {name}", arguments, len(arguments))
         milliseconds = [1e3 * s for s in report["comparison"]["schedule"]["seconds"]["decode"]]

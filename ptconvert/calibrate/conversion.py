@@ -53,13 +53,16 @@ class Calibrated:
 
 
 def calibration_windows(
-    source: Checkpoint, texts: Sequence[Path], tokens: int | None, window: int | None
+    source: Checkpoint,
+    texts: Sequence[Path],
+    window: int | None = None,
+    windows: int | None = None,
+    tokens: int | None = None,
 ) -> Windows:
-    """Windows over the texts, of about `tokens` in all or as many as there are without overlap.
-
-    Raises PTConvertError.
+    """So many windows over the texts, or as many as there are without overlap, of about `tokens`
+    in all, by default DEFAULT_TOKENS. Raises PTConvertError.
     """
-    return windows_for(source, texts, window, None, tokens or DEFAULT_TOKENS)
+    return windows_for(source, texts, window, windows, tokens or DEFAULT_TOKENS)
 
 
 def calibrate(
@@ -67,21 +70,25 @@ def calibrate(
     spec: Spec,
     windows: Windows,
     device: str,
+    dtype: str,
     scratch: Path,
     progress: Progress,
 ) -> Calibrated:
     """Computes a spec's assignment and guesses on windows of a text.
 
     Opens the dense model for the one, and for the other a conversion that lies in the directory
-    `scratch` meanwhile: in float32 on the CPU, elsewhere in the type stored. Raises PTConvertError.
+    `scratch` meanwhile. `dtype` is torch's name of one, or `auto`: float32 on the CPU, elsewhere
+    the one stored. Raises PTConvertError.
     """
     if spec.guess is not None and len(windows.ids) < HELD_OUT:
         raise EvaluationError(
             f"the text gives {len(windows.ids)} windows of {windows.length} tokens; guesses need "
-            f"at least {HELD_OUT}: a longer text, more --tokens or a smaller --window"
+            f"at least {HELD_OUT}: a longer text, more --windows or a smaller --window"
         )
     shape = ModelShape.from_config(source.config, str(source.path / "config.json"))
-    ids_NT, dtype = windows.ids[:, :-1], "float32" if device == "cpu" else "auto"
+    ids_NT = windows.ids[:, :-1]
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"
     found: Mapping[int, Assignment] = {}
     lost, fitted = None, []
     if spec.assignment != ASSIGNMENTS[0]:

@@ -1,4 +1,4 @@
-"""What the commands share: errors as one line, sizes, progress, output."""
+"""What the commands share: errors as one line, sizes, output."""
 
 from __future__ import annotations
 
@@ -11,26 +11,12 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import click
 from click.core import ParameterSource
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.text import Text
 
 from ptconvert.errors import EvaluationError, PTConvertError
 from ptconvert.shape import ModelShape, read_config
@@ -106,85 +92,12 @@ def print_figures(figures: dict[str, Any], as_json: bool, show: Callable[[Consol
         show(Console(highlight=False, markup=False))
 
 
-@contextmanager
-def waiting(label: str) -> Iterator[None]:
-    """A spinner with the time gone by on a terminal; nothing elsewhere."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    quiet = not sys.stderr.isatty()
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
-        bar.add_task(label, total=None)
-        yield
-
-
-@contextmanager
-def byte_progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar in bytes on a terminal; nothing elsewhere."""
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not sys.stderr.isatty(),
-        transient=True,
-    ) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda nbytes: bar.advance(task, nbytes)
-
-
-class _Count(MofNCompleteColumn):
-    """How much of how much, where that is known."""
-
-    def render(self, task: Task) -> Text:
-        return Text("") if task.total is None else super().render(task)
-
-
 def quiet_libraries() -> None:
     """Our own progress is shown, not that of every library below; called before their import."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # what they will rename in their next versions
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-
-
-class Advance(Protocol):
-    """Told how far a long step has come."""
-
-    def __call__(self, step: str, done: int, total: int | None, note: str = "") -> None: ...
-
-
-@contextmanager
-def step_progress() -> Iterator[Advance]:
-    """A bar for the step at hand, on a terminal: told the step, how much is done and of how many,
-    and how well it goes.
-
-    A total of None shows that something goes on. To be called from one thread.
-    """
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        _Count(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        transient=True,
-    ) as bar:
-        current, shown = bar.add_task("", total=None), ""
-
-        def advance(step: str, done: int, total: int | None, note: str = "") -> None:
-            nonlocal current, shown
-            if step != shown:
-                bar.remove_task(current)
-                current, shown = bar.add_task(step, total=total), step
-            description = f"{step}: {note}" if note else step
-            bar.update(current, completed=done, total=total, description=description)
-
-        yield advance
 
 
 def need_packages(extra: str, *packages: str) -> None:

@@ -8,28 +8,28 @@ from typing import Any
 
 import click
 
-from ptconvert.cli.common import model_shape, print_figures, waiting
+from ptconvert.cli.common import model_shape, print_figures
+from ptconvert.cli.options import shared
+from ptconvert.cli.progress import waiting
 from ptconvert.cli.show import converted
 from ptconvert.guesses import most_guesses
 from ptconvert.shape import DTYPES, ModelShape
 from ptconvert.spec import read_spec
 
-_TOKENS = click.IntRange(1, 2**24)
-
 
 @click.command()
 @click.argument("specs", metavar="SPEC...", nargs=-1, type=click.Path(path_type=Path, exists=True))
-@click.option("--model", metavar="SRC", help="The model: a directory, a config.json or a hub id.")
-@click.option("--revision", help="Branch, tag or commit, where --model is a hub id.")
-@click.option("--hardware", metavar="NAME|FILE", help="A row of the package's, or a file.")
-@click.option("--engine", metavar="NAME|FILE", help="What serves it. Default: the hardware's.")
-@click.option("--ranks", type=click.IntRange(1, 2**20), help="Ranks that share the model.")
-@click.option("--batch", type=click.IntRange(1, 2**20), default=1, show_default=True)
-@click.option("--prompt", type=_TOKENS, default=1024, show_default=True, metavar="TOKENS")
-@click.option("--new", type=_TOKENS, default=512, show_default=True, metavar="TOKENS")
-@click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Default: the model's.")
-@click.option("--json", "as_json", is_flag=True, help="Print the estimates as JSON.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a report.")
+@shared("--model")
+@shared("--revision")
+@shared("--hardware")
+@shared("--engine", says="the hardware's")
+@shared("--ranks")
+@shared("--batch")
+@shared("--prompt", 1024)
+@shared("--new", 512)
+@shared("--dtype", "auto", says="auto: the model's")
+@shared("--json")
+@shared("--html")
 @click.option(
     "--measure",
     type=click.Path(path_type=Path),
@@ -82,15 +82,15 @@ def _estimate(
         candidates.append(candidate)
         shape = shape or own
     assert shape is not None
-    if options["dtype"]:
+    if options["dtype"] != "auto":
         shape = replace(shape, dtype=DTYPES[options["dtype"]])
     workload = Workload(options["batch"], options["prompt"], options["new"])
     setting = Setting(shape, row, engine, engine_name, ranks, workload)
     rows = compare(candidates, setting)
-    if options["html"]:
+    if options["html_file"]:
         from ptconvert.estimate.report import to_html
 
-        options["html"].write_text(to_html(rows, setting), encoding="utf-8")
+        options["html_file"].write_text(to_html(rows, setting), encoding="utf-8")
     figures = {
         "hardware": row.name,
         "engine": engine_name,

@@ -12,25 +12,12 @@ import click
 from rich.console import Console
 
 from ptconvert.checkpoint.source import display_name, locate
-from ptconvert.cli.common import need_packages, quiet_libraries, step_progress, torch_device
+from ptconvert.cli.common import given, need_packages, quiet_libraries, torch_device
+from ptconvert.cli.options import shared
+from ptconvert.cli.progress import step_progress
 
 if TYPE_CHECKING:  # they import torch
     from ptconvert.evaluate.report import Report, Text
-
-
-class _BatchSize(click.ParamType):  # type: ignore[type-arg]
-    """`auto` (None) or a number of sequences."""
-
-    name = "auto|N"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | None:
-        if value is None or value == "auto":
-            return None
-        if str(value).isdecimal() and 0 < int(value) <= 65_536:
-            return int(value)
-        return self.fail(f"{value!r} is neither auto nor a number of sequences", param, ctx)
 
 
 @click.command("eval")
@@ -44,17 +31,11 @@ class _BatchSize(click.ParamType):  # type: ignore[type-arg]
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="A directory with lm-eval tasks of your own (YAML); may be given again.",
 )
+@shared("--text")
+@shared("--window", says="1024")
+@shared("--windows", says="all, at most 64")
 @click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Measure the divergence from --baseline on this text; may be given again.",
-)
-@click.option("--window", type=click.IntRange(1), help="Tokens in a window of the text. [1024]")
-@click.option(
-    "--windows", type=click.IntRange(1), help="Windows, evenly over the text. [all, at most 64]"
+    "--blocks", is_flag=True, help="Also run each block of the schedule alone: a pass for each."
 )
 @click.option(
     "--make-tasks",
@@ -68,34 +49,18 @@ class _BatchSize(click.ParamType):  # type: ignore[type-arg]
     help="Documents per task; below 1, the share of them.",
 )
 @click.option("--num-fewshot", type=click.IntRange(0), help="Examples in each prompt.")
-@click.option("--batch-size", type=_BatchSize(), default="auto", show_default=True)
+@shared("--batch-size", "auto")
 @click.option("--apply-chat-template", is_flag=True, help="Prompt as a chat.")
-@click.option("--device", metavar="NAME", help="Default: cuda where there is.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="What to compute in; auto is what is stored.",
-)
-@click.option("--seed", type=click.IntRange(0), help="[lm-eval's own]")
+@shared("--device", says="cuda where there is")
+@shared("--dtype", "auto", says="auto: what is stored")
+@shared("--seed", says="lm-eval's own")
 @click.option(
     "--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run what a model writes."
 )
-@click.option("--revision", help="Branch, tag or commit, where --baseline is a hub id.")
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Where answers are kept. [~/.cache/ptconvert]",
-)
-@click.option(
-    "--html",
-    "html_file",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Also write the report as one self-contained page.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@shared("--revision")
+@shared("--cache", says="~/.cache/ptconvert")
+@shared("--html")
+@shared("--json")
 def evaluate(
     checkpoint: str | None,
     baseline: str | None,
@@ -110,14 +75,16 @@ def evaluate(
     device: str | None,
     window: int | None,
     windows: int | None,
+    blocks: bool,
     **options: Any,
 ) -> None:
     """Score the checkpoint CKPT and its source, and say whether the difference is real.
 
     Both models answer the same documents of lm-eval's tasks; intervals and p-values are of paired
     tests. --text compares the models' predictions on your own text, which is the most sensitive
-    and needs no task. Without --tasks, --text alone measures just that; else it is gsm8k, ifeval
-    and wikitext, which show the damage of such conversions (multiple choice hides it).
+    and needs no task; --blocks also says what each block of the schedule costs. Without --tasks,
+    --text alone measures just that; else it is gsm8k, ifeval and wikitext, which show the damage
+    of such conversions (multiple choice hides it).
 
     --make-tasks DIR --text FILE writes two tasks; with CKPT, they are scored at once.
     """
@@ -133,8 +100,8 @@ def evaluate(
         raise click.UsageError("give the checkpoint to score: ptconvert eval CKPT --baseline SRC")
     if html_file is not None and not os.access(html_file.resolve().parent, os.W_OK):
         raise click.UsageError(f"{html_file}: its directory isn't there or can't be written to")
-    if (window or windows) and not texts:
-        raise click.UsageError("--window and --windows are for --text FILE")
+    if not texts and (unused := given("window", "windows", "blocks")):
+        raise click.UsageError(f"{unused}: for --text FILE only")
     names = tuple(dict.fromkeys(t.strip() for t in (tasks or "").split(",") if t.strip()))
     if make_tasks is not None:
         made = write_tasks(make_tasks, texts, options["seed"] or 0)
@@ -157,7 +124,7 @@ def evaluate(
         baseline,
         revision,
         dict(options, tasks=names, include_path=include_paths, device=torch_device(device)),
-        Text(texts, window, windows) if texts and baseline else None,
+        Text(texts, window, windows, blocks) if texts and baseline else None,
         cache,
     )
     if as_json:
@@ -202,6 +169,7 @@ def _run(
                 cache,
                 progress,
                 (names[0] or "", names[1]),
+                lambda line: click.echo(line, err=True),
             )
         except KeyboardInterrupt:
             if options["tasks"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shlex
 import sys
@@ -16,14 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ptconvert.checkpoint.source import display_name, locate
-from ptconvert.cli.common import (
-    given,
-    need_packages,
-    print_figures,
-    quiet_libraries,
-    step_progress,
-    torch_device,
-)
+from ptconvert.cli.common import given, need_packages, print_figures, quiet_libraries, torch_device
+from ptconvert.cli.options import shared
+from ptconvert.cli.progress import first_process, step_progress
 from ptconvert.errors import HealError
 
 if TYPE_CHECKING:  # they import torch
@@ -34,14 +28,7 @@ if TYPE_CHECKING:  # they import torch
 @click.argument("checkpoint", metavar="CKPT")
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--teacher", required=True, metavar="SRC", help="CKPT's source: directory or hub id.")
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Train on this plain text; may be given again.",
-)
+@shared("--text")
 @click.option(
     "--dataset",
     metavar="ID",
@@ -64,7 +51,7 @@ if TYPE_CHECKING:  # they import torch
     help="Tokens that each stage trains on, passes over the text repeated as needed. [one pass; of "
     "a dataset 10 million]",
 )
-@click.option("--window", type=click.IntRange(2), help="Tokens in a window of the text. [1024]")
+@shared("--window", says="1024")
 @click.option(
     "--blockwise",
     is_flag=True,
@@ -91,13 +78,7 @@ if TYPE_CHECKING:  # they import torch
     show_default=True,
     help="Of --blockwise.",
 )
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=8,
-    show_default=True,
-    help="Windows at once, in each process.",
-)
+@shared("--batch-size", 8)
 @click.option(
     "--gradient-accumulation",
     "accumulation",
@@ -135,24 +116,21 @@ if TYPE_CHECKING:  # they import torch
     metavar="KEY=VALUE",
     help="A field of transformers' TrainingArguments; may be given again.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--device", metavar="NAME", help="Default: cuda where there is.")
-@click.option(
+@shared("--seed", 0)
+@shared("--device", says="cuda where there is")
+@shared(
     "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
-    default="auto",
-    show_default=True,
-    help="What to hold frozen weights in and to compute in; auto is float32 on a CPU and for "
-    "weights stored so, else bfloat16. Trained weights are float32.",
+    "auto",
+    says="auto: float32 on a CPU and for weights stored so, else bfloat16",
 )
 @click.option(
     "--work",
     type=click.Path(path_type=Path, file_okay=False),
     help="Where the state is kept until it is done. [DST.healing]",
 )
-@click.option("--revision", help="Branch, tag or commit, where --teacher is a hub id.")
-@click.option("--overwrite", is_flag=True, help="Replace DST if it is a checkpoint.")
-@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+@shared("--revision")
+@shared("--overwrite")
+@shared("--json")
 def heal(
     checkpoint: str,
     destination: Path,
@@ -165,7 +143,8 @@ def heal(
     By KL(source || converted) at each token of your text, through transformers' Trainer; with
     --blockwise first block by block. Part of the text is held out; the state with the smallest KL
     on it is written, and never one worse than CKPT. The default learning rate is 2e-5, and 2e-4
-    with --lora, for models of billions of parameters; small ones take more.
+    with --lora, for models of billions of parameters; small ones take more. --batch-size is each
+    process's; --dtype is what frozen weights are held in, trained ones are float32.
 
     After Ctrl-C or a crash the same command goes on from the last state saved. On several GPUs:
     accelerate launch [--use_fsdp ...] -m ptconvert heal ...
@@ -173,6 +152,8 @@ def heal(
     lora = ("peft",) if options["lora"] else ()
     need_packages("heal", "accelerate", "scipy", *lora)
     quiet_libraries()
+    if options["batch_size"] is None or options["dtype"] == "float16":
+        raise click.UsageError("training takes no --batch-size auto and no --dtype float16")
     if bool(options["texts"]) == bool(options["dataset"]):
         raise click.UsageError("give what to train on, one of --text FILE and --dataset ID")
     if not options["dataset"] and (unused := given("dataset_config", "split", "column")):
@@ -213,6 +194,7 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
         raise HealError(
             f"--device {device}: use --device cuda and CUDA_VISIBLE_DEVICES={device[5:]}"
         )
+    progress(f"finding {checkpoint} and {chosen['teacher']}", 0, None)
     student = open_checkpoint(locate(checkpoint, None))
     dtype = chosen["dtype"]
     if dtype == "auto":
@@ -244,7 +226,7 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
 
 def _say(text: str) -> None:
     """A line of what happened, on stderr, by the first of several processes."""
-    if os.environ.get("RANK", "0") == "0":
+    if first_process():
         click.echo(text, err=True)
 
 

@@ -8,14 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ptconvert.checkpoint.source import display_name, locate
-from ptconvert.cli.common import (
-    given,
-    need_packages,
-    print_figures,
-    quiet_libraries,
-    step_progress,
-    torch_device,
-)
+from ptconvert.cli.common import given, need_packages, print_figures, quiet_libraries, torch_device
+from ptconvert.cli.options import shared
+from ptconvert.cli.progress import step_progress
 from ptconvert.errors import PlanError
 from ptconvert.format import ASSIGNMENTS, MAX_GUESS_RANK
 
@@ -29,15 +24,7 @@ if TYPE_CHECKING:  # they import torch
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.option("--tracks", type=click.IntRange(2, 4096), required=True, help="Tracks to cut into.")
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    required=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="What the model is for, as plain text; may be given again.",
-)
+@shared("--text", required=True)
 @click.option("--max-syncs", type=click.IntRange(1), metavar="K", help="All-reduces to wait for.")
 @click.option(
     "--max-loss",
@@ -56,16 +43,12 @@ if TYPE_CHECKING:  # they import torch
     type=click.Choice(["syncs", "latency"]),
     help="What to make small. [latency with --hardware, else syncs]",
 )
-@click.option(
-    "--hardware",
-    metavar="NAME|FILE",
-    help="What it is for, a row of `estimate --list`: minimise latency there.",
-)
-@click.option("--engine", metavar="NAME|FILE", help="For latency. Default: the hardware's.")
-@click.option("--ranks", type=click.IntRange(2), help="For latency. Default: one per track.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--prompt", type=click.IntRange(1), default=1024, show_default=True, metavar="TOKENS")
-@click.option("--new", type=click.IntRange(1), default=512, show_default=True, metavar="TOKENS")
+@shared("--hardware")
+@shared("--engine", says="the hardware's")
+@shared("--ranks", says="one per track")
+@shared("--batch")
+@shared("--prompt", 1024)
+@shared("--new", 512)
 @click.option(
     "-o",
     "--output",
@@ -91,29 +74,15 @@ if TYPE_CHECKING:  # they import torch
     metavar="RANK",
     help="For the spec: tracks guess each other's partials. [they don't]",
 )
-@click.option("--window", type=click.IntRange(2), help="Tokens in a window of the text. [1024]")
-@click.option(
-    "--windows",
-    type=click.IntRange(1),
-    help="Windows, evenly over the text. [all, at most 64]",
-)
+@shared("--window", says="1024")
+@shared("--windows", says="all, at most 64")
 @click.option("--rounds", type=click.IntRange(1), help="Rounds of the search, at most. [12]")
-@click.option("--batch-size", type=click.IntRange(1), help="[as many as fit]")
-@click.option("--device", metavar="NAME", help="Default: cuda where there is.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="What to compute in; auto is what is stored.",
-)
-@click.option("--revision", help="Branch, tag or commit, where SRC is a hub id.")
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Where measurements are kept. [~/.cache/ptconvert]",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the frontier as JSON.")
+@shared("--batch-size", "auto")
+@shared("--device", says="cuda where there is")
+@shared("--dtype", "auto", says="auto: what is stored")
+@shared("--revision")
+@shared("--cache", says="~/.cache/ptconvert")
+@shared("--json")
 def plan(
     source: str,
     output: Path | None,

@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 
 from ptconvert.cli.common import model_shape, print_figures
+from ptconvert.cli.options import shared
 from ptconvert.format import Section, read_section, source_config
 from ptconvert.guesses import guess_cost, most_guesses
 from ptconvert.shape import ModelShape, read_config
@@ -17,10 +18,10 @@ from ptconvert.spec import read_spec
 
 @click.command()
 @click.argument("spec", metavar="SPEC", type=click.Path(path_type=Path, exists=True))
-@click.option("--model", metavar="SRC", help="The model: a directory, a config.json or a hub id.")
+@shared("--model")
 @click.option("--layers", type=click.IntRange(1, 4096), help="Its number of layers, instead.")
-@click.option("--revision", help="Branch, tag or commit, where --model is a hub id.")
-@click.option("--json", "as_json", is_flag=True, help="Print the schedule and counts as JSON.")
+@shared("--revision")
+@shared("--json")
 def show(
     spec: Path, model: str | None, layers: int | None, revision: str | None, as_json: bool
 ) -> None:

@@ -12,13 +12,13 @@ from rich.filesize import decimal
 
 from ptconvert.cli.common import (
     ByteSize,
-    byte_progress,
     need_packages,
     print_figures,
     quiet_libraries,
-    step_progress,
     torch_device,
 )
+from ptconvert.cli.options import shared
+from ptconvert.cli.progress import byte_progress, step_progress, waiting
 from ptconvert.errors import SpecError
 from ptconvert.spec import Spec, read_spec
 
@@ -31,39 +31,36 @@ if TYPE_CHECKING:  # they import torch
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--spec", type=click.Path(path_type=Path), help="The YAML spec to convert by.")
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    metavar="FILE",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="For a spec with assignment or guess: what the model is for, as plain text.",
-)
-@click.option("--tokens", type=click.IntRange(2), help="Of the text, at most. [65536]")
-@click.option("--window", type=click.IntRange(2), help="Tokens in a window of it. [1024]")
-@click.option("--device", metavar="NAME", help="Where the text is run. [cuda where there is]")
+@shared("--text")
+@shared("--windows", says="all, of 65,536 tokens at most")
+@click.option("--tokens", type=click.IntRange(2), hidden=True)
+@shared("--window", says="1024")
+@shared("--device", says="cuda where there is")
+@shared("--dtype", "auto", says="auto: float32 on a CPU, else what is stored")
 @click.option("--to-dense", is_flag=True, help="Undo a conversion: SRC is a converted checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace DST if it is a checkpoint.")
+@shared("--overwrite")
 @click.option(
     "--shard-size", type=ByteSize(), default="5GB", show_default=True, help="Largest file written."
 )
-@click.option("--revision", help="Branch, tag or commit, where SRC is a hub id.")
+@shared("--revision")
 @click.option("--push-to-hub", metavar="REPO", help="Upload the result, with a model card.")
 @click.option(
     "--ladder-layers-config",
     is_flag=True,
     help="Also write ladder_layers to config.json, for the Ladder Residual authors' code.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print figures as JSON.")
+@shared("--json")
 def transform(
     source: str,
     destination: Path,
     spec: Path | None,
     texts: tuple[Path, ...],
-    tokens: int | None,
     window: int | None,
+    windows: int | None,
+    tokens: int | None,
     device: str | None,
+    dtype: str,
     to_dense: bool,
     dry_run: bool,
     overwrite: bool,
@@ -79,7 +76,7 @@ def transform(
     not at all. Without --spec, SRC must have ladder_layers in its config.json.
 
     A spec with `assignment: affinity` or `guess` has something to compute from a --text; that runs
-    the whole model.
+    the whole model, on --device and in --dtype.
     """
     from ptconvert.checkpoint.atomic import check_apart, check_destination
     from ptconvert.checkpoint.reader import open_checkpoint
@@ -97,6 +94,8 @@ def transform(
         raise click.UsageError(
             "--to-dense takes none of --spec, --ladder-layers-config and --push-to-hub"
         )
+    if tokens is not None:
+        click.echo("--tokens N: use --windows, N tokens in windows of --window", err=True)
     read = read_spec(spec) if spec is not None else None
     _check_text(read, texts, dry_run)
     check_destination(destination, overwrite)
@@ -104,7 +103,8 @@ def transform(
         from ptconvert.checkpoint import hub
 
         push_to_hub = hub.whole_id(push_to_hub)
-    checkpoint = open_checkpoint(locate(source, revision))
+    with waiting(f"finding {source}", bars_of_its_own=True):
+        checkpoint = open_checkpoint(locate(source, revision))
     check_apart(destination, checkpoint.path)
     computed: dict[str, Any] | None = None
     if to_dense:
@@ -118,8 +118,8 @@ def transform(
         }
         plan = plan_conversion(checkpoint, read, **options)  # finds faults before any work
         if read is not None and not plan.complete and not dry_run:
-            windows = (texts, tokens, window)
-            calibrated = _calibrate(checkpoint, read, windows, device, destination)
+            asked = (texts, window, windows, tokens)
+            calibrated = _calibrate(checkpoint, read, asked, device, dtype, destination)
             plan = plan_conversion(checkpoint, read, calibration=calibrated.calibration, **options)
             computed = calibrated.figures()
     free = free_bytes(destination)
@@ -139,7 +139,8 @@ def transform(
     figures["seconds"] = time.monotonic() - started
     figures["destination"] = str(destination)
     if push_to_hub:
-        figures["commit"] = hub.push(destination, push_to_hub)
+        with waiting(f"uploading to {push_to_hub}", bars_of_its_own=True):
+            figures["commit"] = hub.push(destination, push_to_hub)
     print_figures(figures, as_json, lambda console: _print_done(console, figures))
 
 
@@ -157,8 +158,9 @@ def _check_text(spec: Spec | None, texts: tuple[Path, ...], dry_run: bool) -> No
 def _calibrate(
     checkpoint: Checkpoint,
     spec: Spec,
-    asked: tuple[tuple[Path, ...], int | None, int | None],
+    asked: tuple[tuple[Path, ...], int | None, int | None, int | None],
     device: str | None,
+    dtype: str,
     destination: Path,
 ) -> Calibrated:
     need_packages("plan", "accelerate", "scipy")
@@ -166,9 +168,10 @@ def _calibrate(
     from ptconvert.calibrate.conversion import calibrate, calibration_windows
 
     with step_progress() as progress:
+        progress("reading the text", 0, None)
         windows = calibration_windows(checkpoint, *asked)
         scratch = destination.resolve().parent
-        return calibrate(checkpoint, spec, windows, torch_device(device), scratch, progress)
+        return calibrate(checkpoint, spec, windows, torch_device(device), dtype, scratch, progress)
 
 
 def _print_plan(console: Console, figures: dict[str, Any], free: int) -> None:

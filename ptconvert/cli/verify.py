@@ -12,36 +12,53 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
-from ptconvert.cli.common import waiting
+from ptconvert.cli.options import Renamed, shared
+from ptconvert.cli.progress import waiting
 
 _TORCH_ONLY = ("device", "backend", "repeats", "timeout", "trace")
 
 
-@click.command()
-@click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
-@click.option(
-    "--ranks", type=click.IntRange(1), help="Processes to run on; must divide the tracks."
+class _JsonFile(click.Command):
+    """Takes `--json FILE`, as it was, for `--report FILE`, and `--json -` for `--json`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        flag, equals = "--json", "--json="
+        args = [part for a in args for part in ((flag, a[7:]) if a.startswith(equals) else (a,))]
+        value = args.index(flag) + 1 if flag in args else len(args)
+        if value < len(args) and (args[value] == "-" or not args[value].startswith("-")):
+            _, too_many, _ = self.make_parser(ctx).parse_args(list(args))
+            if too_many:  # else what follows is CKPT
+                file = args.pop(value)
+                new = [flag] if file == "-" else ["--report", file]
+                click.echo(f"{flag} {file} is now {' '.join(new)}", err=True)
+                args[value - 1 : value] = new
+        return super().parse_args(ctx, args)
+
+
+class _Verify(Renamed, _JsonFile):
+    """`verify` with the options that it had."""
+
+
+@click.command(
+    cls=_Verify,
+    renamed={"--engine": "--runtime", "--prompt-tokens": "--prompt", "--new-tokens": "--new"},
 )
+@click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
+@shared("--ranks")
 @click.option(
-    "--engine",
+    "--runtime",
     type=click.Choice(["torch", "vllm"]),
     default="torch",
     show_default=True,
     help="What runs it: ptconvert's own runtime, or vLLM on so many tensor-parallel ranks.",
 )
 @click.option("--enforce-eager", is_flag=True, help="vLLM: without torch.compile and CUDA graphs.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda where there is.")
+@shared("--device", says="cuda where there is")
 @click.option("--backend", type=click.Choice(["gloo", "nccl"]), help="Default: the best that fits.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-    help="What to compute in.",
-)
-@click.option("--prompt-tokens", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--new-tokens", type=click.IntRange(2), default=8, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@shared("--dtype", "float32")
+@shared("--prompt", 16)
+@shared("--new", 8)
+@shared("--batch")
 @click.option(
     "--repeats",
     type=click.IntRange(1),
@@ -56,7 +73,7 @@ _TORCH_ONLY = ("device", "backend", "repeats", "timeout", "trace")
     show_default=True,
     help="Seconds until ranks that are not done are ended.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@shared("--seed", 0)
 @click.option(
     "--trace",
     type=click.Path(path_type=Path),
@@ -64,49 +81,59 @@ _TORCH_ONLY = ("device", "backend", "repeats", "timeout", "trace")
     help="Write rank 0's Chrome/Perfetto trace, with stages named.",
 )
 @click.option(
-    "--json",
-    "json_file",
-    type=click.Path(path_type=Path),
+    "--report",
+    "report_file",
+    type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Also write the whole report as JSON; - is standard output.",
+    help="Also write all figures as JSON.",
 )
+@shared("--json")
 @click.pass_context
 def verify(
     ctx: click.Context,
     /,
     checkpoint: Path,
     ranks: int | None,
-    engine: str,
+    runtime: str,
     enforce_eager: bool,
-    json_file: Path | None,
+    report_file: Path | None,
+    as_json: bool,
+    prompt: int,
+    new: int,
     **options: Any,
 ) -> None:
-    """Run the converted checkpoint CKPT on real ranks and check what it promises.
+    """Run the converted checkpoint CKPT on real ranks, which must divide its tracks, and check what
+    it promises.
 
     Counts every all-reduce by two independent means, compares logits and greedy tokens with the
     single-process model, measures how far overlapped all-reduces are hidden, and times it against
     the same weights under tensor parallelism. Under torchrun it joins the ranks that are there.
 
-    With --engine vllm it counts the all-reduces of each forward pass inside vLLM's workers, and
+    With --runtime vllm it counts the all-reduces of each forward pass inside vLLM's workers, and
     compares greedy tokens and their log-probabilities.
     """
     from ptconvert.render import print_report
     from ptconvert.runtime.launch import under_torchrun
     from ptconvert.verify import Report, Settings, default_device, verify
 
-    for file in (options["trace"], json_file):
+    for file in (options["trace"], report_file):
         if file is not None and not file.resolve().parent.is_dir():
             raise click.UsageError(f"{file}: the directory {file.resolve().parent} does not exist")
-    _check_options(ctx, engine)
+    _check_options(ctx, runtime)
+    if new < 2:
+        raise click.UsageError("--new: at least 2, so that there is a decode step")
     options["device"] = options["device"] or default_device()
-    if engine == "torch" and under_torchrun():
+    if options["device"] not in ("cpu", "cuda"):
+        raise click.UsageError(f"--device {options['device']}: ranks run on cpu or cuda")
+    options["dtype"] = None if options["dtype"] == "auto" else options["dtype"]
+    if runtime == "torch" and under_torchrun():
         ranks = int(os.environ["WORLD_SIZE"])
     if ranks is None:
         raise click.UsageError("give the number of processes: --ranks R")
     with waiting(f"verifying on {ranks} ranks"):
-        settings = Settings(ranks=ranks, **options)
+        settings = Settings(ranks=ranks, prompt_tokens=prompt, new_tokens=new, **options)
         report: Report | None
-        if engine == "vllm":
+        if runtime == "vllm":
             from ptconvert.serving.verify import verify_in_vllm
 
             report = verify_in_vllm(checkpoint, settings, enforce_eager)
@@ -115,21 +142,21 @@ def verify(
     if report is None:
         return
     text = json.dumps(report.to_json(), indent=2)
-    if json_file == Path("-"):
+    if report_file is not None:
+        report_file.write_text(text + "\n", encoding="utf-8")
+    if as_json:
         click.echo(text)
     else:
-        if json_file is not None:
-            json_file.write_text(text + "\n", encoding="utf-8")
         print_report(Console(highlight=False, markup=False), report)
     if not report.ok:
         raise SystemExit(1)
 
 
-def _check_options(ctx: click.Context, engine: str) -> None:
-    """Raises for options that the engine doesn't have, and where vLLM isn't installed."""
+def _check_options(ctx: click.Context, runtime: str) -> None:
+    """Raises for options that the runtime doesn't have, and where vLLM isn't installed."""
     others = {"torch": ("enforce_eager",), "vllm": _TORCH_ONLY}
-    for name in others[engine]:
+    for name in others[runtime]:
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--engine {engine} takes no --{name.replace('_', '-')}")
-    if engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise click.UsageError("--engine vllm needs vLLM: pip install 'ptconvert[vllm]'")
+            raise click.UsageError(f"--runtime {runtime} takes no --{name.replace('_', '-')}")
+    if runtime == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise click.UsageError("--runtime vllm needs vLLM: pip install 'ptconvert[vllm]'")

@@ -95,7 +95,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Divergence:
-    """All of it: over the text, by position in the window, and by block of the schedule."""
+    """All of it: over the text, by position in the window, and, where asked for, by block of the
+    schedule."""
 
     texts: tuple[str, ...]
     tokens: int
@@ -344,17 +345,18 @@ def by_block(
 
     Returns the blocks that aren't dense, and on how many windows they were measured.
     """
-    every = math.ceil(len(windows.ids) / BLOCK_WINDOWS)
-    dense = dense_schedule(schedule.layers)
-    converted = [b for b in schedule.blocks() if with_only(schedule, b) != dense]
+    every = _block_step(windows)
+    converted = converted_blocks(schedule)
+    each = block_windows(windows)
     blocks = []
-    for number, block in enumerate(converted, 1):
+    for number, block in enumerate(converted):
         stages = schedule.stages[block.start : block.stop]
         sublayers = [s for stage in stages for s in stage.sublayers]
         model.model.schedule = with_only(schedule, block)
         try:
-            step = f"block {number} of {len(converted)}"
-            tokens = measure(model, source, windows, batch, progress, step, every)
+            step = f"windows of {len(converted)} blocks, each alone"
+            within = _part(progress, number * each, len(converted) * each)
+            tokens = measure(model, source, windows, batch, within, step, every)
         finally:
             model.model.schedule = schedule
         blocks.append(
@@ -367,4 +369,24 @@ def by_block(
                 closeness=tokens.closeness(seed),
             )
         )
-    return tuple(blocks), len(range(0, len(windows.ids), every))
+    return tuple(blocks), each
+
+
+def _part(progress: Progress, before: int, total: int) -> Progress:
+    """Progress in a part of something, of which so much was done before."""
+    return lambda step, done, _: progress(step, before + done, total)
+
+
+def converted_blocks(schedule: Schedule) -> list[range]:
+    """The stages of each block that isn't dense."""
+    dense = dense_schedule(schedule.layers)
+    return [b for b in schedule.blocks() if with_only(schedule, b) != dense]
+
+
+def block_windows(windows: Windows) -> int:
+    """On how many of the windows each block is measured: BLOCK_WINDOWS at most."""
+    return len(range(0, len(windows.ids), _block_step(windows)))
+
+
+def _block_step(windows: Windows) -> int:
+    return math.ceil(len(windows.ids) / BLOCK_WINDOWS)

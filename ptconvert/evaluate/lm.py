@@ -11,9 +11,6 @@ from lm_eval.models.huggingface import HFLM
 
 from ptconvert.evaluate.models import BatchSize, Progress
 
-# Rolling requests are saved when a call of lm-eval's is through with them: so, few per call.
-_ROLLING_AT_ONCE = 16
-
 
 class FittingHFLM(HFLM):  # type: ignore[misc]
     """lm-eval's model for transformers, with batches that halve when memory runs out."""
@@ -36,9 +33,10 @@ class FittingHFLM(HFLM):  # type: ignore[misc]
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """A batch of requests per call of lm-eval's: it saves them when it is through with all."""
         answers: list[float] = []
-        for first in range(0, len(requests), _ROLLING_AT_ONCE):
-            some = requests[first : first + _ROLLING_AT_ONCE]
+        while len(answers) < len(requests):
+            some = requests[len(answers) : len(answers) + self.batch.size]
             answers += super().loglikelihood_rolling(some, disable_tqdm)
         return answers
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +27,20 @@ from ptconvert.evaluate.models import (
 )
 from ptconvert.evaluate.statistics import Difference, Estimate, Seed
 from ptconvert.format import read_section
+from ptconvert.schedule import Schedule
 
 SIGNIFICANT = 1 - statistics.CONFIDENCE
 
 
 @dataclass(frozen=True)
 class Text:
-    """The text for the divergence, and how it is cut into windows of tokens."""
+    """The text for the divergence, how it is cut into windows of tokens, and whether each block of
+    the schedule is also run alone, which takes a pass over some windows for each."""
 
     paths: tuple[Path, ...]
     length: int | None = None
     windows: int | None = None
+    blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,13 +120,15 @@ def evaluate(
     cache: Path,
     progress: Progress,
     names: tuple[str, str | None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Scores a converted checkpoint, beside its source where `baseline` is given.
 
     Tasks run if `settings` names any, the divergence if there is a `text` (and a baseline). One
     model at a time is in memory. Answers are kept in `cache` as they come, of both models, so a
     run that was interrupted goes on where it was, and the next conversion of the same source finds
-    the source's. `names` are what the report calls the models. Raises PTConvertError.
+    the source's. `names` are what the report calls the models; `say` gets a line before what takes
+    long. Raises PTConvertError.
     """
     found = open_checkpoint(checkpoint)
     source = open_checkpoint(baseline) if baseline is not None else None
@@ -160,7 +167,7 @@ def evaluate(
         notes += _notes(scores["converted"], settings, rows)
     apart = None
     if text is not None and source is not None and windows is not None:
-        apart = _divergence(source, found, text, windows, settings, progress)
+        apart = _divergence(source, found, text, windows, settings, progress, say)
         if not math.isfinite(apart.whole.kl.value):
             notes.append(
                 f"a model's outputs are not all finite in {settings.dtype}, so neither are the "
@@ -214,6 +221,7 @@ def _divergence(
     windows: divergence.Windows,
     settings: Settings,
     progress: Progress,
+    say: Callable[[str], None],
 ) -> Divergence:
     """Both models on the text, one after the other."""
     seed = settings.seed or 0
@@ -224,12 +232,16 @@ def _divergence(
     del model
     progress("divergence: opening the converted model", 0, None)
     model = open_model(found, settings.dtype, settings.device)
+    started = time.monotonic()
     tokens = divergence.measure(model, reference, windows, batch, progress)
+    pass_seconds = time.monotonic() - started
     blocks: tuple[divergence.Block, ...] = ()
     block_windows = 0
-    if not is_dense(found):
+    if text.blocks and not is_dense(found):
+        schedule = schedule_of(found)
+        say(_blocks_cost(schedule, windows, pass_seconds))
         blocks, block_windows = divergence.by_block(
-            model, schedule_of(found), reference, windows, batch, progress, seed
+            model, schedule, reference, windows, batch, progress, seed
         )
     return Divergence(
         texts=tuple(path.name for path in text.paths),
@@ -241,6 +253,19 @@ def _divergence(
         by_position=tuple(divergence.by_position(tokens, seed)),
         by_block=blocks,
         block_windows=block_windows,
+    )
+
+
+def _blocks_cost(schedule: Schedule, windows: divergence.Windows, pass_seconds: float) -> str:
+    """What running each block alone takes, by the seconds of the whole model's pass."""
+    blocks = len(divergence.converted_blocks(schedule))
+    each, total = divergence.block_windows(windows), len(windows.ids)
+    one, all_of_them = (
+        timedelta(seconds=round(s)) for s in (pass_seconds, blocks * pass_seconds * each / total)
+    )
+    return (
+        f"--blocks: {blocks} x a pass over {each} windows, about {all_of_them} "
+        f"(one over all {total} took {one})"
     )
 
 

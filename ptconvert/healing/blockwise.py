@@ -121,6 +121,7 @@ def heal_blocks(
     dense = Pieces(teacher, dtype, settings.device)
     order = data.order(settings.tokens, settings.seed)
     used, order = torch.unique(order, return_inverse=True)  # streams of no other windows are kept
+    progress("embedding the windows", 0, None)
     streams = [
         _first_streams(pieces, ids_NS[:, :-1], work / f"stream-{which}")
         for which, ids_NS in (("train", data.train[used]), ("held-out", data.held_out.ids))
@@ -141,8 +142,9 @@ def heal_blocks(
             if block == changed[-1]:
                 break
         model = _loaded(pieces, block, healed)
+        step = f"streams past layers {block.layers.start}-{block.layers.stop - 1}"
         for stream_NTD in streams:
-            _advance(model, stream_NTD, settings.batch_size)
+            _advance(model, stream_NTD, settings.batch_size, step, progress)
     for path in work.glob("stream-*"):
         path.unlink()
     return healed
@@ -172,9 +174,10 @@ def _first_streams(pieces: Pieces, ids_NT: torch.Tensor, file: Path) -> torch.Te
 
 
 @torch.no_grad()
-def _advance(model: Any, stream_NTD: torch.Tensor, batch: int) -> None:
+def _advance(model: Any, stream_NTD: torch.Tensor, batch: int, step: str, progress: Report) -> None:
     """Moves streams past the block that the model holds, in place."""
     for start in range(0, len(stream_NTD), batch):
+        progress(step, start, len(stream_NTD))
         rows = slice(start, start + batch)
         stream_NTD[rows] = _run(model, stream_NTD[rows]).to("cpu", stream_NTD.dtype)
 
@@ -223,6 +226,7 @@ def _heal(
     optimizer = torch.optim.AdamW(own.values(), lr=settings.block_learning_rate, weight_decay=0.0)
     warm = math.ceil(settings.warmup * len(rows))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, warm, len(rows)))
+    progress(step, 0, len(rows))
     before = _held_out(model, target, held_NTD, settings.batch_size)
     if not math.isfinite(before):
         raise HealError(f"{_shortened(block.text)}: its stream isn't finite; try --dtype float32")

@@ -184,6 +184,9 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self.metric, self.progress, self.say = metric, progress, say
         self.loss, self.held_out = math.nan, math.nan
 
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        self.progress("training", state.global_step, state.max_steps)
+
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         note = f"held-out {self.metric} {self.held_out:.4f}"
         if not math.isnan(self.loss):

@@ -160,6 +160,7 @@ def _stages(case: Case) -> tuple[Healed, Tensors]:
 def _reference(case: Case) -> Reference:
     """The teacher's predictions on the held-out windows."""
     settings = case.settings
+    case.progress("opening the teacher", 0, None)
     model = open_model(case.teacher, settings.dtype, settings.device)
     batch = BatchSize(None, settings.device)
     return divergence.reference(model, case.data.held_out, batch, case.progress)
@@ -170,6 +171,7 @@ def _measured(
 ) -> tuple[Measured, Measured]:
     """The source and the model with these tensors, as they would be written, on held-out text."""
     settings = case.settings
+    case.progress(f"opening the model to measure: {name}", 0, None)
     model = open_model(case.student, settings.dtype, settings.device)
     put(model, rounded(case.student, healed))
     tokens = divergence.measure(
@@ -205,6 +207,7 @@ def _distilled(case: Case, start: Tensors) -> Tensors:
     """The tensors of the KL stage, which begins with `start`, made now or by an earlier run."""
     if (case.folder / _KL).is_file():
         return load_tensors(case.folder / _KL)
+    case.progress("opening both models to train", 0, None)
     dtype = case.settings.dtype
     student, teacher = (open_model(c, dtype, "cpu") for c in (case.student, case.teacher))
     names = trainable(student, case.settings.train, schedule_of(case.student))

@@ -150,6 +150,7 @@ def search(
     tried: dict[Schedule, tuple[Mixture, float]] = {}
     for number in range(1, rounds + 1):
         step = f"round {number}"
+        meter.progress(f"{step}: searching", 0, None)
         found = _priced(meter, segments, weights, prices, step, every, within)
         new = {together(m.segments): m for m in found}
         new = {s: m for s, m in new.items() if s not in tried}

@@ -121,8 +121,8 @@ def test_a_rank_reads_its_own_tracks_only(checkpoint: Path, tmp_path: Path) -> N
 
 
 def _verify(path: Path, *options: str) -> tuple[int, dict[str, Any]]:
-    command = [sys.executable, "-m", "ptconvert", "verify", str(path), "--engine", "vllm"]
-    command += ["--ranks", "2", "--json", "-", *options]
+    command = [sys.executable, "-m", "ptconvert", "verify", str(path), "--runtime", "vllm"]
+    command += ["--ranks", "2", "--json", *options]
     talkative = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}
     ran = subprocess.run(
         command, capture_output=True, text=True, timeout=LIMIT_SECONDS, env=talkative

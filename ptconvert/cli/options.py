@@ -1,0 +1,102 @@
+"""Options that several commands have: each is defined here, once, so that a name has one type, one
+help and one meaning everywhere. README.md lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_COUNT = click.IntRange(1, 2**20)
+_TOKENS = click.IntRange(1, 2**24)
+
+
+class BatchSize(click.ParamType):  # type: ignore[type-arg]
+    """`auto` (None) or a number of sequences."""
+
+    name = "auto|N"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        if value is None or value == "auto":
+            return None
+        if str(value).isdecimal() and 0 < int(value) <= 65_536:
+            return int(value)
+        return self.fail(f"{value!r} is neither auto nor a number of sequences", param, ctx)
+
+
+_SHARED: dict[str, dict[str, Any]] = {
+    "--model": {"metavar": "SRC", "help": "The model: a directory, a config.json or a hub id."},
+    "--revision": {"help": "Branch, tag or commit of the source model, where it is a hub id."},
+    "--text": {
+        "name": "texts",
+        "multiple": True,
+        "metavar": "FILE",
+        "type": click.Path(path_type=Path, exists=True, dir_okay=False),
+        "help": "Plain text such as the model is for; may be given again.",
+    },
+    "--window": {"type": click.IntRange(2), "help": "Tokens in a window of the text."},
+    "--windows": {"type": click.IntRange(1), "help": "Windows, evenly over the text."},
+    "--batch-size": {"type": BatchSize(), "help": "Windows or documents at once."},
+    "--device": {"metavar": "NAME", "help": "Where it runs, as torch names it."},
+    "--dtype": {
+        "type": click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        "help": "What to compute in.",
+    },
+    "--seed": {"type": click.IntRange(0), "help": "Of all that is drawn at random."},
+    "--hardware": {"metavar": "NAME|FILE", "help": "A row of `estimate --list`, or a file."},
+    "--engine": {"metavar": "NAME|FILE", "help": "What serves it, as `estimate --list` has it."},
+    "--ranks": {"type": _COUNT, "help": "Ranks that share the model."},
+    "--batch": {"type": _COUNT, "default": 1, "help": "Requests at once."},
+    "--prompt": {"type": _TOKENS, "metavar": "TOKENS", "help": "Length of each prompt."},
+    "--new": {"type": _TOKENS, "metavar": "TOKENS", "help": "Tokens generated for each."},
+    "--cache": {
+        "type": click.Path(path_type=Path, file_okay=False),
+        "help": "Where answers and measurements are kept.",
+    },
+    "--overwrite": {"is_flag": True, "help": "Replace DST if it is a checkpoint."},
+    "--html": {
+        "name": "html_file",
+        "metavar": "FILE",
+        "type": click.Path(path_type=Path, dir_okay=False),
+        "help": "Also write a report as one self-contained page.",
+    },
+    "--json": {"name": "as_json", "is_flag": True, "help": "Print all figures as JSON instead."},
+}
+
+
+def shared(
+    flag: str, default: Any = None, says: str | None = None, required: bool = False
+) -> Callable[[F], F]:
+    """The option of that name. A command chooses only whether it must be given, its default, and
+    what to say of that in words."""
+    attributes = dict(_SHARED[flag], required=required)
+    names = (flag, attributes.pop("name", flag.strip("-").replace("-", "_")))
+    if default is not None:
+        attributes["default"] = default
+    if "default" in attributes and says is None:
+        attributes["show_default"] = True
+    if says is not None:
+        attributes["help"] += f" [{says}]"
+    return click.option(*names, **attributes)
+
+
+class Renamed(click.Command):
+    """A command that takes options by the names that they had, too, and says the new ones."""
+
+    def __init__(self, *arguments: Any, renamed: dict[str, str], **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        self.renamed = renamed
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for place, argument in enumerate(args):
+            old, *value = argument.split("=", 1)
+            if old in self.renamed:
+                click.echo(f"{old} is now {self.renamed[old]}", err=True)
+                args[place] = "=".join([self.renamed[old], *value])
+        return super().parse_args(ctx, args)
