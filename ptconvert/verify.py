@@ -19,6 +19,7 @@ from ptconvert.errors import CheckpointError
 from ptconvert.format import SECTION, SPEC_FILE, Section, read_section
 from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement
+from ptconvert.runtime.by_layer import by_layer_bytes
 from ptconvert.runtime.counters import ALL_REDUCE
 from ptconvert.runtime.expected import Expected, with_departures
 from ptconvert.runtime.launch import RankFailure, RanksFailed, join, launch, under_torchrun
@@ -206,28 +207,42 @@ def check_ranks(checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype) 
         raise CheckpointError(f"{longest} tokens are more than the model's {most} positions")
     if under_torchrun():
         return
+    free = available_bytes(settings.device)
+    for device, needed in enumerate(needed_bytes(checkpoint, ranks, len(free), dtype)):
+        if needed > free[device]:
+            where = f"GPU {device}" if settings.device == "cuda" else "this machine"
+            raise CheckpointError(
+                f"--ranks {ranks} needs about {needed / 1e9:.1f} GB of memory on {where}, "
+                f"{free[device] / 1e9:.1f} GB are available; use fewer ranks, a smaller --dtype, "
+                "or more machines with torchrun"
+            )
+
+
+def needed_bytes(checkpoint: Checkpoint, ranks: int, devices: int, dtype: torch.dtype) -> list[int]:
+    """About what each device must hold, over which ranks are dealt out in turn: their weights in
+    `dtype` and their processes; on rank 0's afterwards instead the single-process model, a layer at
+    a time. Activations and cache, of a few tokens, are not counted."""
+    shape = shape_of(checkpoint)
     scale = torch.empty((), dtype=dtype).element_size() / (shape.bytes_per_token // shape.width)
-    held = sum(rank_bytes(checkpoint, Placement(r, ranks)) for r in range(ranks))
-    needed = int(scale * (held + checkpoint.nbytes)) + ranks * _PROCESS_BYTES
-    free = _available_bytes(settings.device)
-    if needed > free:
-        raise CheckpointError(
-            f"--ranks {ranks} needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are "
-            "available; use fewer ranks, a smaller --dtype, or more machines with torchrun"
-        )
+    held = [0.0] * devices
+    for rank in range(ranks):
+        own = rank_bytes(checkpoint, Placement(rank, ranks))
+        held[rank % devices] += scale * own + _PROCESS_BYTES
+    held[0] = max(held[0], scale * by_layer_bytes(checkpoint) + _PROCESS_BYTES)
+    return [int(nbytes) for nbytes in held]
 
 
-def _available_bytes(device: str) -> int:
-    """Memory that can be had: of all GPUs, or of this machine within its control group's limit."""
+def available_bytes(device: str) -> list[int]:
+    """Memory that can be had on each GPU; or of this machine within its control group's limit."""
     if device == "cuda":
-        return sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+        return [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no such group, or its limit is "max"
         limit = int((group / "memory.max").read_text())
         free = min(free, limit - int((group / "memory.current").read_text()))
-    return free
+    return [free]
 
 
 def _checks(results: list[dict[str, Any]], expected: Expected) -> list[Check]:

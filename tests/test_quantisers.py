@@ -27,7 +27,8 @@ def by_transformers(config: Callable[[], Any]) -> Callable[[Path], Any]:
 
 
 def dynamic(path: Path) -> Any:
-    return torch.ao.quantization.quantize_dynamic(load(path), {nn.Linear}, dtype=torch.qint8)
+    quantise: Any = torch.ao.quantization.quantize_dynamic
+    return quantise(load(path), {nn.Linear}, dtype=torch.qint8)
 
 
 class _Rounded(nn.Module):

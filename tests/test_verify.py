@@ -337,7 +337,7 @@ def test_wrong_input(make_dense: MakeDense, convert: Convert) -> None:
     with pytest.raises(CheckpointError, match="is not converted"):
         verify(make_dense("llama"), SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ptconvert.verify._available_bytes", lambda _: 10**9)
+        patch.setattr("ptconvert.verify.available_bytes", lambda _: [10**9])
         with pytest.raises(CheckpointError, match=r"needs about 2\.0 GB of memory, 1\.0 GB are"):
             verify(path, replace(SETTINGS, ranks=4))
 

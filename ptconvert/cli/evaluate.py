@@ -88,7 +88,7 @@ def evaluate(
 
     --make-tasks DIR --text FILE writes two tasks; with CKPT, they are scored at once.
     """
-    need_packages("eval", "lm_eval", "accelerate", "scipy")
+    need_packages("eval", "lm_eval", "scipy")
     quiet_libraries()
     from ptconvert.evaluate.report import Text
     from ptconvert.evaluate.tasks import DEFAULT_TASKS

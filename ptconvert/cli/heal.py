@@ -150,7 +150,7 @@ def heal(
     accelerate launch [--use_fsdp ...] -m ptconvert heal ...
     """
     lora = ("peft",) if options["lora"] else ()
-    need_packages("heal", "accelerate", "scipy", *lora)
+    need_packages("heal", "scipy", *lora)
     quiet_libraries()
     if options["batch_size"] is None or options["dtype"] == "float16":
         raise click.UsageError("training takes no --batch-size auto and no --dtype float16")

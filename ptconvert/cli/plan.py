@@ -101,7 +101,7 @@ def plan(
     --max-loss, as `ptconvert estimate` has it. Without, it counts all-reduces that are waited for:
     an overlapped one is free then, which on fast links it is not.
     """
-    need_packages("plan", "accelerate", "scipy")
+    need_packages("plan", "scipy")
     quiet_libraries()
     if (options["max_syncs"] is None) == (options["max_loss"] is None):
         raise click.UsageError("give a budget, one of --max-syncs K and --max-loss X")

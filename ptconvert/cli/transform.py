@@ -163,7 +163,7 @@ def _calibrate(
     dtype: str,
     destination: Path,
 ) -> Calibrated:
-    need_packages("plan", "accelerate", "scipy")
+    need_packages("plan", "scipy")
     quiet_libraries()
     from ptconvert.calibrate.conversion import calibrate, calibration_windows
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement
 from ptconvert.presets import dense_schedule
+from ptconvert.runtime.by_layer import opened_by_layer, reorderings
 from ptconvert.runtime.communicator import ProcessGroupCommunicator
 from ptconvert.runtime.counters import FlightRecorder, Profile
 from ptconvert.runtime.launch import Rank
@@ -191,21 +191,14 @@ def _against_one_process(
     job: Job, ids_BS: torch.Tensor, logits: torch.Tensor, tokens: list[list[int]], device: Any
 ) -> dict[str, Any]:
     """The largest difference to the single-process model, fed the tokens that the ranks chose."""
-    transformers.utils.logging.disable_progress_bar()
-    model = (
-        transformers.AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype=job.dtype)
-        .to(device)
-        .eval()
-    )
     full = torch.cat([ids_BS, torch.tensor(tokens)[:, :-1]], dim=1).to(device)
-    with torch.inference_mode():
+    noise = 0.0
+    with opened_by_layer(job.checkpoint, job.dtype, device) as model, torch.inference_mode():
         expected = model(full).logits.float().cpu()
-        noise = 0.0
         if job.dtype != torch.float32:
-            noise = max(
-                float((_reordered(model, seed)(full).logits.float().cpu() - expected).abs().max())
-                for seed in range(4)
-            )
+            for _ in reorderings(model, 4):
+                again = model(full).logits.float().cpu()
+                noise = max(noise, float((again - expected).abs().max()))
     return {
         "difference": float((logits - expected).abs().max()),
         "noise": noise,
@@ -213,19 +206,3 @@ def _against_one_process(
             torch.equal(expected[:, job.prompt_tokens - 1 :].argmax(-1), torch.tensor(tokens))
         ),
     }
-
-
-def _reordered(model: Any, seed: int) -> Any:
-    """The same function with FFN neurons in another order, so that sums round differently."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in model.model.layers:
-        for own in layer.tracks.values() if hasattr(layer, "tracks") else [layer]:
-            mlp = own.mlp
-            order = torch.randperm(mlp.down_proj.in_features, generator=generator)
-            order = order.to(mlp.down_proj.weight.device)
-            mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, order].contiguous()
-            for projection in (mlp.gate_proj, mlp.up_proj):
-                projection.weight.data = projection.weight.data[order]
-                if projection.bias is not None:
-                    projection.bias.data = projection.bias.data[order]
-    return model

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import vllm
 
 from ptconvert.errors import EngineError
+from ptconvert.runtime.by_layer import opened_by_layer
 from ptconvert.runtime.counters import ALL_REDUCE
-from ptconvert.runtime.session import greedy_steps
 from ptconvert.schedule import Schedule
 from ptconvert.serving.counting import EXTENSION
 from ptconvert.shape import DTYPES, ModelShape
 from ptconvert.verify import Check, Report, Settings, as_converted, check_ranks, open_converted
 
 TOLERANCE = 1e-3  # of a log-probability, in float32
+Answers = list[tuple[list[int], list[float]]]  # of each prompt: tokens, log-probabilities
 Passes = list[dict[str, Any]]  # counting.Pass of each forward pass, in JSON types
 
 
@@ -42,7 +42,6 @@ def verify_in_vllm(path: Path, settings: Settings, eager: bool = False) -> Repor
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.batch, settings.prompt_tokens)
     ids_BS = torch.randint(shape.vocabulary, size, generator=generator)
-    reference = single_process(path, ids_BS, settings.new_tokens, getattr(torch, dtype))
     limits = {
         "max_num_seqs": settings.batch,
         "max_num_batched_tokens": max(ids_BS.numel(), settings.batch),
@@ -58,6 +57,7 @@ def verify_in_vllm(path: Path, settings: Settings, eager: bool = False) -> Repor
         answers = generate(llm, ids_BS.tolist(), settings.new_tokens)
         passes = llm.collective_rpc("ptconvert_stop_counting")
         ranks = llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
+    reference = single_process(path, ids_BS, answers, getattr(torch, dtype))
     checks = [
         *as_converted(path, section),
         *count_checks(passes, section.schedule, shape.width, settings.new_tokens),
@@ -126,9 +126,7 @@ def _cache_bytes(shape: ModelShape, tracks: int, settings: Settings) -> int:
     return 2**28 + 2 * 4 * kv_width * shape.layers * tokens
 
 
-def generate(
-    llm: Any, prompts: list[list[int]], new_tokens: int
-) -> list[tuple[list[int], list[float]]]:
+def generate(llm: Any, prompts: list[list[int]], new_tokens: int) -> Answers:
     """Greedy tokens of each prompt, and their log-probabilities."""
     greedy = vllm.SamplingParams(
         temperature=0, max_tokens=new_tokens, ignore_eos=True, logprobs=0, detokenize=False
@@ -143,19 +141,17 @@ def generate(
 
 
 def single_process(
-    path: Path, ids_BS: torch.Tensor, new_tokens: int, dtype: torch.dtype
-) -> list[tuple[list[int], list[float]]]:
-    """What the transformers model, all tracks in this process, answers to prompts of one length."""
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-    tokens, log_probabilities = [], []
-    for _, step in greedy_steps(model, ids_BS, new_tokens):
-        logits, chosen_B1 = step()
-        log_BV = logits[:, -1].float().log_softmax(-1)
-        tokens.append(chosen_B1)
-        log_probabilities.append(log_BV.gather(1, chosen_B1))
-    columns = torch.cat(tokens, 1).tolist(), torch.cat(log_probabilities, 1).tolist()
-    return list(zip(*columns, strict=True))
+    path: Path, ids_BS: torch.Tensor, answers: Answers, dtype: torch.dtype
+) -> Answers:
+    """What the single-process model, a layer of it at a time, says after each prompt and the
+    answer that vLLM gave so far: its first choice, and the log-probability of vLLM's."""
+    answers_BN = torch.tensor([tokens for tokens, _ in answers])
+    whole = torch.cat([ids_BS, answers_BN[:, :-1]], dim=1)
+    with opened_by_layer(path, dtype, "cpu") as model, torch.inference_mode():
+        logits_BNV = model(whole).logits[:, ids_BS.shape[1] - 1 :]
+    log_BNV = logits_BNV.float().log_softmax(-1)
+    chosen_BN = log_BNV.gather(2, answers_BN[:, :, None])[:, :, 0]
+    return list(zip(log_BNV.argmax(-1).tolist(), chosen_BN.tolist(), strict=True))
 
 
 def count_checks(
@@ -201,21 +197,16 @@ def _departure(
     return None
 
 
-def _answer_checks(answers: list[Any], reference: list[Any], dtype: str) -> list[Check]:
+def _answer_checks(answers: Answers, reference: Answers, dtype: str) -> list[Check]:
     """Greedy tokens and their log-probabilities against the single-process model's."""
     if dtype != "float32":
         return []  # rounding parts the tokens of any two implementations after a few steps
-    same, largest = 0, 0.0
-    for (ours, log_ours), (theirs, log_theirs) in zip(answers, reference, strict=True):
-        agreed = [a == b for a, b in zip(ours, theirs, strict=True)]
-        same += all(agreed)
-        # where they part too: near 0 there, it was a tie that rounding decided
-        together = len(agreed) if all(agreed) else agreed.index(False) + 1
-        pairs = zip(log_ours[:together], log_theirs[:together], strict=True)
-        largest = max(largest, *(abs(a - b) for a, b in pairs))
+    pairs = list(zip(answers, reference, strict=True))
+    same = sum(ours == theirs for (ours, _), (theirs, _) in pairs)
+    # where tokens part, too: near 0 there, it was a tie that rounding decided
+    largest = max(abs(a - b) for (_, a_N), (_, b_N) in pairs for a, b in zip(a_N, b_N, strict=True))
     seen = f"{same} of {len(reference)} prompts as the single-process model"
-    until = "" if same == len(reference) else " until tokens part"
-    said = f"largest difference{until} {largest:.2g}, allowed {TOLERANCE:g}"
+    said = f"largest difference {largest:.2g}, allowed {TOLERANCE:g}"
     return [
         Check("greedy tokens", same == len(reference), seen),
         Check("their log-probabilities", largest <= TOLERANCE, said),

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
 from conftest import random_model, spec_text
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.computed import Assignment, Calibration
 from ptconvert.guesses import guess_tensors
+from ptconvert.runtime.session import greedy_steps
 from ptconvert.spec import parse_spec
 from ptconvert.transform import Plan, execute, plan_conversion
 
@@ -56,6 +59,18 @@ def make_model(directory: Path, variant: str, tracks: int, schedule: str, top: s
         plan = plan_conversion(source, spec, source_name="dense", calibration=known)
     execute(plan, directory / "converted")
     return directory / "converted"
+
+
+def greedy(path: Path, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
+    """What the transformers model, all tracks in this process, answers in fp32: tokens and their
+    log-probabilities."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokens, log_probabilities = [], []
+    for _, step in greedy_steps(model, torch.tensor([prompt]), new_tokens):
+        logits, chosen_11 = step()
+        tokens.append(int(chosen_11))
+        log_probabilities.append(float(logits[0, -1].log_softmax(-1)[tokens[-1]]))
+    return tokens, log_probabilities
 
 
 def random_calibration(plan: Plan) -> Calibration:

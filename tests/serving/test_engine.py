@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from engines import MIXED, make_model
+from engines import MIXED, greedy, make_model
 from safetensors.torch import load_file, save_file
 from test_parity import NEW_TOKENS, apart, prompts, run_cases
 
-from ptconvert.serving.verify import TOLERANCE, single_process
+from ptconvert.serving.verify import TOLERANCE
 
 WORDS = [f"w{i}" for i in range(94)]
 LIMIT_SECONDS = 400
@@ -109,10 +109,7 @@ def test_a_rank_reads_its_own_tracks_only(checkpoint: Path, tmp_path: Path) -> N
         "faults": False,
         "drawn": [],
     }
-    reference = [
-        single_process(checkpoint, torch.tensor([p]), NEW_TOKENS, torch.float32)[0]
-        for p in prompts()
-    ]
+    reference = [greedy(checkpoint, p, NEW_TOKENS) for p in prompts()]
     found = run_cases(tmp_path, [case], 2)
     for rank, files in enumerate((("00", "01"), ("02", "03"))):
         assert apart(found[rank]["own"]["answers"], reference) <= TOLERANCE
@@ -213,8 +210,8 @@ def test_server_streams_a_chat_completion(server: str, checkpoint: Path) -> None
     )
     pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    ids = tokenizer(f"<s> {words} ", add_special_tokens=False, return_tensors="pt").input_ids
-    ((tokens, _),) = single_process(checkpoint, ids, 6, torch.float32)
+    ids = tokenizer(f"<s> {words} ", add_special_tokens=False).input_ids
+    tokens, _ = greedy(checkpoint, ids, 6)
     assert "".join(pieces).split() == tokenizer.decode(tokens).split()
     assert sum(bool(piece) for piece in pieces) > 1  # it came in pieces
 

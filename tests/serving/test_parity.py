@@ -17,13 +17,13 @@ import pytest
 import torch
 from conftest import LAYERS, random_model
 from drawing import drawn_schedule, spans_both
-from engines import MIXED, SIZES, make_model
+from engines import MIXED, SIZES, greedy, make_model
 from reference import reference_logits
 
 from ptconvert.format import read_section
 from ptconvert.presets import dense_schedule
 from ptconvert.schedule import Schedule
-from ptconvert.serving.verify import TOLERANCE, count_checks, single_process
+from ptconvert.serving.verify import TOLERANCE, count_checks
 from ptconvert.shape import read_config
 
 NEW_TOKENS = 8
@@ -158,12 +158,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) -> A
 @pytest.fixture(scope="session")
 def references(paths: dict[str, Path]) -> dict[str, Answers]:
     """What the single-process model answers, prompt by prompt."""
-    return {
-        name: [
-            single_process(path, torch.tensor([p]), NEW_TOKENS, torch.float32)[0] for p in prompts()
-        ]
-        for name, path in paths.items()
-    }
+    return {name: [greedy(path, p, NEW_TOKENS) for p in prompts()] for name, path in paths.items()}
 
 
 def of_case(found: Any, name: str) -> list[dict[str, Any]]:
