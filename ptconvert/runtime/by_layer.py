@@ -30,7 +30,7 @@ def opened_by_layer(path: Path, dtype: torch.dtype, device: torch.device | str) 
     config = transformers.AutoConfig.from_pretrained(path)
     places: dict[str, Any] = {f"model.layers.{i}": "disk" for i in range(config.num_hidden_layers)}
     outside = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")
-    places |= dict.fromkeys(outside, device)
+    places |= dict.fromkeys(outside, str(device))
     with tempfile.TemporaryDirectory(prefix="ptconvert-offload-") as folder:
         yield AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, device_map=places, offload_folder=folder
