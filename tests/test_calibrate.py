@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import gc
 import json
+import os
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +22,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_modeling import SCHEDULES
 from test_transform import back, same, tensors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from ptconvert.calibrate import affinity
+from ptconvert.calibrate import affinity, guess
 from ptconvert.calibrate.conversion import calibrate
 from ptconvert.calibrate.guess import _pick_rank, fit_guesses
-from ptconvert.calibrate.regression import Moments, best, fits
+from ptconvert.calibrate.regression import MATRICES, RIDGES, Moments, best, fits
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
 from ptconvert.computed import Assignment, Calibration, guess_cost
-from ptconvert.errors import CheckpointError, SpecError
+from ptconvert.errors import CheckpointError, EvaluationError, SpecError
 from ptconvert.evaluate.divergence import Windows
 from ptconvert.modeling.executor import OneProcess, Streams, add_per_track, run_stage
 from ptconvert.schedule import DEFERRED, Kind, Schedule, Sublayer
@@ -194,7 +200,7 @@ def planted(noise: float, pairs: int = 4000) -> tuple[Moments, Moments, torch.Te
 
 def test_regression_recovers_a_planted_map() -> None:
     train, test, true_FD = planted(noise=0.1)
-    (fit,) = best([[f] for f in fits(train, test)], 2)
+    (fit,) = best([[f] for f in fits(train, test, 6)], 2)
     affine = fit.affine(2)
     scale_F1 = torch.logspace(-2, 2, 12)[:, None]  # of the features
     found_FD = (affine.up @ affine.down).T.float()
@@ -203,8 +209,8 @@ def test_regression_recovers_a_planted_map() -> None:
     assert float(fit.errors[2]) == pytest.approx(least, rel=0.1)
     assert float(fit.errors[1]) > 10 * least  # one direction is not enough,
     assert float(fit.errors[6]) == pytest.approx(least, rel=0.1)  # and more than two gain nothing
-    whole = fits(train, test, [1e-9])[0]  # without rank and ridge: least squares
-    found_FD = whole.weights.float()
+    whole = fits(train, test, 6, [1e-9])[0]  # without rank and ridge: least squares
+    found_FD = (whole.affine(6).up @ whole.affine(6).down).T.float()
     torch.testing.assert_close(scale_F1 * found_FD, scale_F1 * true_FD, atol=0.02, rtol=0)
 
 
@@ -220,7 +226,7 @@ def test_a_guess_on_noise_is_dropped() -> None:
     train, test = Moments(12, 6), Moments(12, 6)
     for moments in (train, test):
         moments.add(*(torch.randn(300, n, generator=generator) for n in (12, 6)))
-    (fit,) = best([[f] for f in fits(train, test)], 6)
+    (fit,) = best([[f] for f in fits(train, test, 6)], 6)
     assert _pick_rank([float(e) / test.energy for e in fit.errors], 6) == 0
 
 
@@ -324,6 +330,104 @@ def test_guesses_of_overlapping_windows_see_what_is_before_them(
         model = load(convert(source, 4, SCHEDULES[name]))
         found = fit_guesses(model.model, ids_NT, 4, quiet)
         assert tuple(f.sublayer for f in found) == model.model.schedule.own_kept(4)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the tensors made inside of it: now, and the most at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._storages = set[int]()
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._storages:
+                    self._storages.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return made
+
+    def _gone(self, key: int, nbytes: int) -> None:
+        self._storages.discard(key)
+        self.now -= nbytes
+
+
+def test_a_regression_keeps_low_rank_factors_and_needs_so_many_matrices() -> None:
+    rank, width = 8, 128
+    features = 2 * width
+    with Alive() as alive:
+        moments = [Moments(features, width) for _ in range(2)]
+        for some in moments:
+            for _ in range(2 * width // 64 + 1):
+                some.add(torch.randn(64, features), torch.randn(64, width))
+        found = fits(*moments, rank)
+        assert alive.most <= 8 * MATRICES * features**2
+        del some, moments
+        gc.collect()
+        factors = 8 * len(RIDGES) * rank * (features + width)
+        assert factors <= alive.now <= factors + 8 * (len(found) + 2) * (features + width)
+    # at the shape of an 8B model in 8 tracks, with guesses of rank 64, what the docstring says
+    assert pytest.approx(5.9e9, rel=0.01) == 8 * MATRICES * 8192**2
+    assert 8 * 8 * len(RIDGES) * 64 * (8192 + 4096) == pytest.approx(0.2e9, rel=0.01)
+
+
+def test_of_all_windows_only_streams_are_kept(
+    make_dense: MakeDense, convert: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What 10 windows more take at most: 2n + 2 streams. Inputs and partials were as much again."""
+    monkeypatch.setattr(guess, "BATCH_TOKENS", 2 * 24)
+    tracks, width, most = 4, 32, list[int]()
+    source = make_dense("llama", num_hidden_layers=2)
+    model = load(convert(source, tracks, "  - {layers: 0-1, use: parallel_track, depth: 2}\n"))
+    for windows in (10, 20):
+        ids_NT = torch.randint(3, 96, (windows, 24), generator=torch.Generator().manual_seed(0))
+        with Alive() as alive:
+            fit_guesses(model.model, ids_NT, 4, quiet)
+        most.append(alive.most)
+    one = 10 * 24 * width * 4
+    assert most[1] - most[0] <= 1.2 * (2 * tracks + 2) * one
+    # at the shape of an 8B model in 8 tracks
+    assert pytest.approx(19e9, rel=0.02) == (2 * 8 + 2) * 65536 * 4096 * 4
+
+
+@pytest.mark.parametrize("name", ["mixed", "delayed-3"])
+def test_streams_on_disk_give_the_same_guesses(
+    name: str,
+    make_dense: MakeDense,
+    convert: Convert,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = load(convert(make_dense("llama-biases"), 4, SCHEDULES[name]))
+    ids_NT = torch.randint(3, 96, (10, 12), generator=torch.Generator().manual_seed(0))
+    expected = fit_guesses(model.model, ids_NT, 4, quiet)
+    monkeypatch.setattr(guess, "STREAM_BYTES", 0)
+    mapped, files = guess._mapped, []
+    monkeypatch.setattr(guess, "_mapped", lambda *a: files.append(a[0]) or mapped(*a))
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    found = fit_guesses(model.model, ids_NT, 4, quiet, folder)
+    assert set(files) == {folder} and not list(folder.iterdir())
+    assert [(f.sublayer, f.rank, f.error) for f in found] == [
+        (f.sublayer, f.rank, f.error) for f in expected
+    ]
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(a.up, b.up) for a, b in zip(one.guesses, other.guesses, strict=True))
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(EvaluationError, match="No space left on device: guesses need"):
+        guess._mapped(tmp_path, torch.zeros(3))
+    assert not list(tmp_path.iterdir())
 
 
 # ---- the command and the spec

@@ -60,8 +60,8 @@ def best_mixtures(segments: Iterable[Segment], weight: Weight, cost: Cost) -> li
         cost_E = labels_L["cost"][before_E] + cost_S[by_E]
         kept_K = _undominated(weight_E, cost_E)
         new_K = np.empty(len(kept_K), dtype=_LABEL)
-        for name, values_E in zip(_LABEL.names, (weight_E, cost_E, by_E, before_E), strict=True):
-            new_K[name] = values_E[kept_K]
+        new_K["weight"], new_K["cost"] = weight_E[kept_K], cost_E[kept_K]
+        new_K["by"], new_K["before"] = by_E[kept_K], before_E[kept_K]
         labels_L = np.concatenate([labels_L, new_K])
         position_L = np.append(position_L, np.full(len(new_K), position))
     ends = np.flatnonzero(position_L == last)
@@ -88,7 +88,8 @@ def _undominated(weight_E: Ints, cost_E: Floats) -> Ints:
     best_B = np.flatnonzero(cost_E == cheapest_W[from_E])
     weight_K, first_K = np.unique(from_E[best_B], return_index=True)
     lighter_W = np.minimum.accumulate(np.append(np.inf, cheapest_W[:-1]))
-    return best_B[first_K[(cheapest_W < lighter_W)[weight_K]]]
+    kept_E: Ints = best_B[first_K[(cheapest_W < lighter_W)[weight_K]]]
+    return kept_E
 
 
 def _mixture(labels_L: NDArray[np.void], index: int, chosen: Sequence[Segment]) -> Mixture:
