@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import gc
@@ -17,7 +18,7 @@ import pytest
 import torch
 from calibrating import TOP, random_assignments, random_calibration
 from click.testing import CliRunner
-from conftest import Convert, MakeDense, byte_level, load, spec_text
+from conftest import Convert, MakeDense, byte_level, load, random_model, spec_text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_modeling import SCHEDULES
@@ -161,8 +162,8 @@ def test_what_is_lost_is_what_the_model_loses(make_dense: MakeDense) -> None:
     model, shape = load(source), shape_at(source)
     ids_NT = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
     a, b = Sublayer(1, Kind.MLP), Sublayer(2, Kind.MLP)
-    seen = affinity.observe(model, shape, [a, b], ids_NT, quiet)
-    found = affinity.affinity(model, shape, (a, seen[a]), (b, seen[b]))
+    seen = affinity.observe(model, shape, [a, b], 4, ids_NT, quiet)
+    found = affinity.affinity(model, (a, seen[a]), (b, seen[b]))
     caught: dict[str, torch.Tensor] = {}
     writer, reader = model.model.layers[1], model.model.layers[2]
     writer.mlp.down_proj.register_forward_pre_hook(lambda _, x: caught.update(h=x[0]))
@@ -179,6 +180,37 @@ def test_what_is_lost_is_what_the_model_loses(make_dense: MakeDense) -> None:
             want += float(inverse * lost / linear(normed)[..., v].pow(2).mean())
         wrote = reader.mlp.down_proj.weight[:, v].pow(2).sum() * caught["out"][..., v].pow(2).mean()
     assert found[u, v] == pytest.approx(want * float(wrote), rel=1e-3)
+
+
+def test_a_kv_head_on_several_tracks_is_a_unit_of_each(make_dense: MakeDense) -> None:
+    """With two KV heads for four tracks, what stays within a track is what its own query heads
+    read and write: as in the model that holds each KV head twice, whose units are one a track."""
+    two = load(make_dense("llama", num_key_value_heads=2))
+    four = random_model("llama", num_key_value_heads=4)
+    tensors = two.state_dict()
+    for name in [n for n in tensors if n.endswith(("k_proj.weight", "v_proj.weight"))]:
+        heads = tensors[name].view(2, 4, 32)  # (KV head, channel, width)
+        tensors[name] = heads.repeat_interleave(2, 0).reshape(16, 32)
+    four.load_state_dict(tensors)
+    schedule = parse_spec(spec_text(4, "use: parallel_track, depth: 2"), "s").schedule()
+    ids_NT = torch.randint(3, 96, (6, 24), generator=torch.Generator().manual_seed(0))
+    found = []
+    for model, heads in ((two, 2), (four, 4)):
+        shape = dataclasses.replace(shape_at(make_dense("llama")), kv_heads=heads)
+        sublayers = [
+            Sublayer(0, Kind.ATTENTION),
+            Sublayer(0, Kind.MLP),
+            Sublayer(1, Kind.ATTENTION),
+        ]
+        seen = affinity.observe(model, shape, sublayers, 4, ids_NT, quiet)
+        pairs = [(w, r) for w, r in schedule.own_read() if w in sublayers and r in sublayers]
+        found.append([affinity.affinity(model, (w, seen[w]), (r, seen[r])) for w, r in pairs])
+        orders, _ = affinity.assignments(model, shape, schedule, 4, ids_NT, quiet)
+        assert heads == 4 or all(list(o.kv_heads) == [0, 1] for o in orders.values())
+        assert all(sorted(o.kv_heads) == list(range(heads)) for o in orders.values())
+    assert len(found[0]) == 3
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3)
 
 
 # ---- guesses
