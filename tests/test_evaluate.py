@@ -536,6 +536,33 @@ def test_a_ladder_checkpoint_of_its_authors_is_scored_as_ladder(
     assert found["whole"]["kl"]["value"] > 0 and len(found["by_block"]) == 1
 
 
+@pytest.mark.parametrize("owner", ["runner", "task"])
+def test_our_own_faults_are_not_called_a_tasks(
+    owner: str,
+    source: Path,
+    convert: Convert,
+    own_tasks: Path,
+    run: Answers,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A TypeError in the converted model's forward pass, and one in a task's own function."""
+    tasks_folder = shutil.copytree(own_tasks, tmp_path / "own")
+    converted = convert(source, 4, "use: parallel_track, depth: 2")
+    arguments = (converted, "--tasks", tasks.CLOZE_TASK, "--include-path", tasks_folder)
+    if owner == "task":
+        (tasks_folder / "code.py").write_text("def first(doc):\n    return doc + 1\n")
+        task = tasks_folder / f"{tasks.CLOZE_TASK}.yaml"
+        lines = [s for s in task.read_text().splitlines() if not s.startswith("doc_to_text")]
+        task.write_text("\n".join([*lines, "doc_to_text: !function code.first", ""]))
+        done = run(*arguments)
+        assert done.exit_code == 2 and "can't run it on this model: TypeError" in done.output
+    else:
+        monkeypatch.setattr(ptconvert.modeling.model, "run_schedule", lambda *_, **__: 1 + "x")
+        done = run(*arguments)
+        assert isinstance(done.exception, TypeError), done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
