@@ -364,11 +364,11 @@ def test_guesses_of_overlapping_windows_see_what_is_before_them(
         assert tuple(f.sublayer for f in found) == model.model.schedule.own_kept(4)
 
 
-class Alive(TorchDispatchMode):
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the tensors made inside of it: now, and the most at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._storages = set[int]()
 
@@ -397,7 +397,7 @@ def test_a_regression_keeps_low_rank_factors_and_needs_so_many_matrices() -> Non
         for some in moments:
             for _ in range(2 * width // 64 + 1):
                 some.add(torch.randn(64, features), torch.randn(64, width))
-        found = fits(*moments, rank)
+        found = fits(moments[0], moments[1], rank)
         assert alive.most <= 8 * MATRICES * features**2
         del some, moments
         gc.collect()
@@ -439,12 +439,17 @@ def test_streams_on_disk_give_the_same_guesses(
     ids_NT = torch.randint(3, 96, (10, 12), generator=torch.Generator().manual_seed(0))
     expected = fit_guesses(model.model, ids_NT, 4, quiet)
     monkeypatch.setattr(guess, "STREAM_BYTES", 0)
-    mapped, files = guess._mapped, []
-    monkeypatch.setattr(guess, "_mapped", lambda *a: files.append(a[0]) or mapped(*a))
+    mapped, folders = guess._mapped, set[Path | None]()
+
+    def seen(folder: Path | None, tensor: torch.Tensor) -> torch.Tensor:
+        folders.add(folder)
+        return mapped(folder, tensor)
+
+    monkeypatch.setattr(guess, "_mapped", seen)
     folder = tmp_path / "scratch"
     folder.mkdir()
     found = fit_guesses(model.model, ids_NT, 4, quiet, folder)
-    assert set(files) == {folder} and not list(folder.iterdir())
+    assert folders == {folder} and not list(folder.iterdir())
     assert [(f.sublayer, f.rank, f.error) for f in found] == [
         (f.sublayer, f.rank, f.error) for f in expected
     ]
