@@ -7,6 +7,7 @@ exception is what `ladder` is: a property of the reader (see `join`).
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -116,6 +117,7 @@ def join(parts: Iterable[tuple[str | None, Sequence[Stage]]]) -> Schedule:
     return Schedule(tuple(stages))
 
 
+@functools.cache
 def dense_schedule(layers: int) -> Schedule:
     """The schedule of the dense model, which every other is compared with."""
     return Schedule(tensor_parallel(range(layers)))

@@ -71,6 +71,11 @@ class Sublayer:
         """Its place among the dense model's 2L sublayers, which run one after the other."""
         return 2 * self.layer + (self.kind is Kind.MLP)
 
+    @staticmethod
+    def at(position: int) -> Sublayer:
+        """The sublayer at a position."""
+        return Sublayer(position // 2, Kind.MLP if position % 2 else Kind.ATTENTION)
+
     def __str__(self) -> str:
         return f"{self.kind.value}{self.layer}"
 
@@ -148,31 +153,29 @@ class Schedule:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ScheduleError("the schedule has no stages; it must run every sublayer once")
-        seen: set[Sublayer] = set()
+        seen: set[int] = set()  # positions
         for index, stage in enumerate(self.stages):
             for sublayer in stage.sublayers:
                 if sublayer.layer >= MAX_LAYERS:
                     raise _refused(self.stages, index, f"is past layer {MAX_LAYERS - 1}")
-                if sublayer in seen:
+                if sublayer.position in seen:
                     raise _refused(
                         self.stages, index, f"runs {sublayer} again; each sublayer runs once"
                     )
-                seen.add(sublayer)
+                seen.add(sublayer.position)
             for sublayer in stage.sublayers:
-                attention = Sublayer(sublayer.layer, Kind.ATTENTION)
-                if attention not in seen:
+                if 2 * sublayer.layer not in seen:
                     raise _refused(
                         self.stages,
                         index,
-                        f"runs {sublayer} before {attention}; an attention runs before its "
-                        "layer's MLP or beside it",
+                        f"runs {sublayer} before {Sublayer.at(2 * sublayer.layer)}; an attention "
+                        "runs before its layer's MLP or beside it",
                     )
-        for layer in range(self.layers):
-            for kind in Kind:
-                if Sublayer(layer, kind) not in seen:
-                    raise ScheduleError(
-                        f"{Sublayer(layer, kind)} is missing; each sublayer runs once: {self}"
-                    )
+        for position in range(2 * self.layers):
+            if position not in seen:
+                raise ScheduleError(
+                    f"{Sublayer.at(position)} is missing; each sublayer runs once: {self}"
+                )
         if self.stages[-1].ending == DEFERRED:
             raise _refused(
                 self.stages,

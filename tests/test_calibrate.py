@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import functools
+import gc
 import json
+import os
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +18,22 @@ import pytest
 import torch
 from calibrating import TOP, random_assignments, random_calibration
 from click.testing import CliRunner
-from conftest import Convert, MakeDense, byte_level, load, spec_text
+from conftest import Convert, MakeDense, byte_level, load, random_model, spec_text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_modeling import SCHEDULES
 from test_transform import back, same, tensors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from ptconvert.calibrate import affinity
+from ptconvert.calibrate import affinity, guess
 from ptconvert.calibrate.conversion import calibrate
 from ptconvert.calibrate.guess import _pick_rank, fit_guesses
-from ptconvert.calibrate.regression import Moments, best, fits
+from ptconvert.calibrate.regression import MATRICES, RIDGES, Moments, best, fits
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
 from ptconvert.computed import Assignment, Calibration
-from ptconvert.errors import CheckpointError, SpecError
+from ptconvert.errors import CheckpointError, EvaluationError, SpecError
 from ptconvert.evaluate.divergence import Windows
 from ptconvert.guesses import guess_cost
 from ptconvert.modeling.executor import OneProcess, Streams, add_per_track, run_stage
@@ -156,8 +163,8 @@ def test_what_is_lost_is_what_the_model_loses(make_dense: MakeDense) -> None:
     model, shape = load(source), shape_at(source)
     ids_NT = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
     a, b = Sublayer(1, Kind.MLP), Sublayer(2, Kind.MLP)
-    seen = affinity.observe(model, shape, [a, b], ids_NT, quiet)
-    found = affinity.affinity(model, shape, (a, seen[a]), (b, seen[b]))
+    seen = affinity.observe(model, shape, [a, b], 4, ids_NT, quiet)
+    found = affinity.affinity(model, (a, seen[a]), (b, seen[b]))
     caught: dict[str, torch.Tensor] = {}
     writer, reader = model.model.layers[1], model.model.layers[2]
     writer.mlp.down_proj.register_forward_pre_hook(lambda _, x: caught.update(h=x[0]))
@@ -174,6 +181,37 @@ def test_what_is_lost_is_what_the_model_loses(make_dense: MakeDense) -> None:
             want += float(inverse * lost / linear(normed)[..., v].pow(2).mean())
         wrote = reader.mlp.down_proj.weight[:, v].pow(2).sum() * caught["out"][..., v].pow(2).mean()
     assert found[u, v] == pytest.approx(want * float(wrote), rel=1e-3)
+
+
+def test_a_kv_head_on_several_tracks_is_a_unit_of_each(make_dense: MakeDense) -> None:
+    """With two KV heads for four tracks, what stays within a track is what its own query heads
+    read and write: as in the model that holds each KV head twice, whose units are one a track."""
+    two = load(make_dense("llama", num_key_value_heads=2))
+    four = random_model("llama", num_key_value_heads=4)
+    tensors = two.state_dict()
+    for name in [n for n in tensors if n.endswith(("k_proj.weight", "v_proj.weight"))]:
+        heads = tensors[name].view(2, 4, 32)  # (KV head, channel, width)
+        tensors[name] = heads.repeat_interleave(2, 0).reshape(16, 32)
+    four.load_state_dict(tensors)
+    schedule = parse_spec(spec_text(4, "use: parallel_track, depth: 2"), "s").schedule()
+    ids_NT = torch.randint(3, 96, (6, 24), generator=torch.Generator().manual_seed(0))
+    found = []
+    for model, heads in ((two, 2), (four, 4)):
+        shape = dataclasses.replace(shape_at(make_dense("llama")), kv_heads=heads)
+        sublayers = [
+            Sublayer(0, Kind.ATTENTION),
+            Sublayer(0, Kind.MLP),
+            Sublayer(1, Kind.ATTENTION),
+        ]
+        seen = affinity.observe(model, shape, sublayers, 4, ids_NT, quiet)
+        pairs = [(w, r) for w, r in schedule.own_read() if w in sublayers and r in sublayers]
+        found.append([affinity.affinity(model, (w, seen[w]), (r, seen[r])) for w, r in pairs])
+        orders, _ = affinity.assignments(model, shape, schedule, 4, ids_NT, quiet)
+        assert heads == 4 or all(list(o.kv_heads) == [0, 1] for o in orders.values())
+        assert all(sorted(o.kv_heads) == list(range(heads)) for o in orders.values())
+    assert len(found[0]) == 3
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3)
 
 
 # ---- guesses
@@ -195,7 +233,7 @@ def planted(noise: float, pairs: int = 4000) -> tuple[Moments, Moments, torch.Te
 
 def test_regression_recovers_a_planted_map() -> None:
     train, test, true_FD = planted(noise=0.1)
-    (fit,) = best([[f] for f in fits(train, test)], 2)
+    (fit,) = best([[f] for f in fits(train, test, 6)], 2)
     affine = fit.affine(2)
     scale_F1 = torch.logspace(-2, 2, 12)[:, None]  # of the features
     found_FD = (affine.up @ affine.down).T.float()
@@ -204,8 +242,8 @@ def test_regression_recovers_a_planted_map() -> None:
     assert float(fit.errors[2]) == pytest.approx(least, rel=0.1)
     assert float(fit.errors[1]) > 10 * least  # one direction is not enough,
     assert float(fit.errors[6]) == pytest.approx(least, rel=0.1)  # and more than two gain nothing
-    whole = fits(train, test, [1e-9])[0]  # without rank and ridge: least squares
-    found_FD = whole.weights.float()
+    whole = fits(train, test, 6, [1e-9])[0]  # without rank and ridge: least squares
+    found_FD = (whole.affine(6).up @ whole.affine(6).down).T.float()
     torch.testing.assert_close(scale_F1 * found_FD, scale_F1 * true_FD, atol=0.02, rtol=0)
 
 
@@ -221,7 +259,7 @@ def test_a_guess_on_noise_is_dropped() -> None:
     train, test = Moments(12, 6), Moments(12, 6)
     for moments in (train, test):
         moments.add(*(torch.randn(300, n, generator=generator) for n in (12, 6)))
-    (fit,) = best([[f] for f in fits(train, test)], 6)
+    (fit,) = best([[f] for f in fits(train, test, 6)], 6)
     assert _pick_rank([float(e) / test.energy for e in fit.errors], 6) == 0
 
 
@@ -325,6 +363,109 @@ def test_guesses_of_overlapping_windows_see_what_is_before_them(
         model = load(convert(source, 4, SCHEDULES[name]))
         found = fit_guesses(model.model, ids_NT, 4, quiet)
         assert tuple(f.sublayer for f in found) == model.model.schedule.own_kept(4)
+
+
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the tensors made inside of it: now, and the most at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._storages = set[int]()
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._storages:
+                    self._storages.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return made
+
+    def _gone(self, key: int, nbytes: int) -> None:
+        self._storages.discard(key)
+        self.now -= nbytes
+
+
+def test_a_regression_keeps_low_rank_factors_and_needs_so_many_matrices() -> None:
+    rank, width = 8, 128
+    features = 2 * width
+    with Alive() as alive:
+        moments = [Moments(features, width) for _ in range(2)]
+        for some in moments:
+            for _ in range(2 * width // 64 + 1):
+                some.add(torch.randn(64, features), torch.randn(64, width))
+        found = fits(moments[0], moments[1], rank)
+        assert alive.most <= 8 * MATRICES * features**2
+        del some, moments
+        gc.collect()
+        factors = 8 * len(RIDGES) * rank * (features + width)
+        assert factors <= alive.now <= factors + 8 * (len(found) + 2) * (features + width)
+    # at the shape of an 8B model in 8 tracks, with guesses of rank 64, what the docstring says
+    assert pytest.approx(5.9e9, rel=0.01) == 8 * MATRICES * 8192**2
+    assert 8 * 8 * len(RIDGES) * 64 * (8192 + 4096) == pytest.approx(0.2e9, rel=0.01)
+
+
+def test_of_all_windows_only_streams_are_kept(
+    make_dense: MakeDense, convert: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What 10 windows more take at most: 2n + 2 streams. Inputs and partials were as much again."""
+    monkeypatch.setattr(guess, "BATCH_TOKENS", 2 * 24)
+    tracks, width, most = 4, 32, list[int]()
+    source = make_dense("llama", num_hidden_layers=2)
+    model = load(convert(source, tracks, "  - {layers: 0-1, use: parallel_track, depth: 2}\n"))
+    for windows in (10, 20):
+        ids_NT = torch.randint(3, 96, (windows, 24), generator=torch.Generator().manual_seed(0))
+        with Alive() as alive:
+            fit_guesses(model.model, ids_NT, 4, quiet)
+        most.append(alive.most)
+    one = 10 * 24 * width * 4
+    assert most[1] - most[0] <= 1.2 * (2 * tracks + 2) * one
+    # at the shape of an 8B model in 8 tracks
+    assert pytest.approx(19e9, rel=0.02) == (2 * 8 + 2) * 65536 * 4096 * 4
+
+
+@pytest.mark.parametrize("name", ["mixed", "delayed-3"])
+def test_streams_on_disk_give_the_same_guesses(
+    name: str,
+    make_dense: MakeDense,
+    convert: Convert,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = load(convert(make_dense("llama-biases"), 4, SCHEDULES[name]))
+    ids_NT = torch.randint(3, 96, (10, 12), generator=torch.Generator().manual_seed(0))
+    expected = fit_guesses(model.model, ids_NT, 4, quiet)
+    monkeypatch.setattr(guess, "STREAM_BYTES", 0)
+    mapped, folders = guess._mapped, set[Path | None]()
+
+    def seen(folder: Path | None, tensor: torch.Tensor) -> torch.Tensor:
+        folders.add(folder)
+        return mapped(folder, tensor)
+
+    monkeypatch.setattr(guess, "_mapped", seen)
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    found = fit_guesses(model.model, ids_NT, 4, quiet, folder)
+    assert folders == {folder} and not list(folder.iterdir())
+    assert [(f.sublayer, f.rank, f.error) for f in found] == [
+        (f.sublayer, f.rank, f.error) for f in expected
+    ]
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(a.up, b.up) for a, b in zip(one.guesses, other.guesses, strict=True))
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(EvaluationError, match="No space left on device: guesses need"):
+        guess._mapped(tmp_path, torch.zeros(3))
+    assert not list(tmp_path.iterdir())
 
 
 # ---- the command and the spec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -21,6 +22,8 @@ import torch
 import yaml
 from click.testing import CliRunner
 from conftest import Convert, MakeDense, byte_level, load
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from lm_eval.api.metrics import mean
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
@@ -33,6 +36,7 @@ from ptconvert.evaluate import divergence, lm, report, tasks
 from ptconvert.evaluate.harness import Metric, Scores, Settings, Task
 from ptconvert.evaluate.models import BatchSize, open_model, open_tokenizer
 from ptconvert.evaluate.report import Text, evaluate
+from ptconvert.modeling import model
 
 # Text for tests: this package's own modules.
 TEXTS = tuple(Path(ptconvert.__file__).parent / name for name in ("spec.py", "shape.py"))
@@ -336,15 +340,38 @@ def test_metrics_are_paired_by_name_and_document() -> None:
 # The divergence
 
 
-@pytest.mark.parametrize("characters", [200, 990, 6_350, 7_000])
-def test_windows_do_not_overlap_unless_asked(characters: int, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("characters", "windows"), [(99, 1), (197, 1), (198, 2), (494, 4), (495, 5), (7_000, 64)]
+)
+def test_as_many_windows_as_do_not_overlap(
+    characters: int, windows: int, source: Path, tmp_path: Path
+) -> None:
+    """A text of 5T + 1 tokens, the first of which begins it, has 5 windows of T."""
     text = tmp_path / "text"
     text.write_text("x" * characters)
-    tokenizer = open_tokenizer(open_checkpoint(source))
-    windows = divergence.read_windows([text], tokenizer, 99, None, 512)
-    assert not windows.overlapping and len(windows.ids) <= divergence.DEFAULT_WINDOWS
-    assert len(windows.ids) >= min(64, characters // 99 - 1)
-    assert windows.ids.shape[1] == 100
+    found = divergence.windows_for(open_checkpoint(source), [text], 99, None)
+    assert found.ids.shape == (windows, 100) and not found.overlapping
+    assert found.tokens == characters + 1
+
+
+@given(st.integers(1, 400), st.integers(1, 60), st.integers(1, 12))
+def test_windows_lie_evenly_and_apart_where_so_many_fit(
+    tokens: int, length: int, count: int
+) -> None:
+    fitting = (tokens - 1) // length
+    assume(fitting >= 1)
+    ids, places = list(range(tokens)), tokens - length
+    if count > places:
+        with pytest.raises(EvaluationError, match="too few for so many windows"):
+            divergence.cut_windows(ids, length, count)
+        return
+    found = divergence.cut_windows(ids, length, count)
+    starts = found.ids[:, 0].tolist()
+    assert found.ids.tolist() == [ids[s : s + length + 1] for s in starts]  # all within the text
+    assert len(starts) == count and starts[0] == 0
+    assert {b - a for a, b in itertools.pairwise(starts)} <= {found.step}
+    assert found.overlapping == (count > fitting)
+    assert tokens - 1 - length - starts[-1] <= found.step + count  # to the end of the text
 
 
 def test_outputs_that_are_not_finite_are_said(source: Path, tmp_path: Path, run: Answers) -> None:
@@ -516,6 +543,33 @@ def test_a_ladder_checkpoint_of_its_authors_is_scored_as_ladder(
     )
     found = json.loads(done.stdout)["divergence"]
     assert found["whole"]["kl"]["value"] > 0 and len(found["by_block"]) == 1
+
+
+@pytest.mark.parametrize("owner", ["runner", "task"])
+def test_our_own_faults_are_not_called_a_tasks(
+    owner: str,
+    source: Path,
+    convert: Convert,
+    own_tasks: Path,
+    run: Answers,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A TypeError in the converted model's forward pass, and one in a task's own function."""
+    tasks_folder = shutil.copytree(own_tasks, tmp_path / "own")
+    converted = convert(source, 4, "use: parallel_track, depth: 2")
+    arguments = (converted, "--tasks", tasks.CLOZE_TASK, "--include-path", tasks_folder)
+    if owner == "task":
+        (tasks_folder / "code.py").write_text("def first(doc):\n    return doc + 1\n")
+        task = tasks_folder / f"{tasks.CLOZE_TASK}.yaml"
+        lines = [s for s in task.read_text().splitlines() if not s.startswith("doc_to_text")]
+        task.write_text("\n".join([*lines, "doc_to_text: !function code.first", ""]))
+        done = run(*arguments)
+        assert done.exit_code == 2 and "can't run it on this model: TypeError" in done.output
+    else:
+        monkeypatch.setattr(model, "run_schedule", len)  # which takes no such arguments
+        done = run(*arguments)
+        assert isinstance(done.exception, TypeError), done.output
 
 
 @pytest.mark.parametrize(

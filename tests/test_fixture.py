@@ -15,9 +15,9 @@ from conftest import FIXTURE, Convert
 from ptconvert.calibrate.conversion import calibrate, calibration_windows
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.checkpoint.writer import same_bytes
-from ptconvert.evaluate.divergence import Reference, Windows, measure, read_windows, reference
+from ptconvert.evaluate.divergence import Reference, Windows, measure, reference, windows_for
 from ptconvert.evaluate.harness import Settings
-from ptconvert.evaluate.models import BatchSize, open_model, open_tokenizer
+from ptconvert.evaluate.models import BatchSize, open_model
 from ptconvert.evaluate.report import evaluate
 from ptconvert.evaluate.tasks import CLOZE_TASK, make_tasks
 from ptconvert.spec import parse_spec
@@ -69,7 +69,7 @@ def source(dev: tuple[Path, ...]) -> Iterator[tuple[Windows, Reference]]:
     """The README's windows, and the source model's predictions on them in fp32."""
     checkpoint = open_checkpoint(FIXTURE / "model")
     torch.set_num_threads(2)
-    windows = read_windows(dev, open_tokenizer(checkpoint), LENGTH, WINDOWS, LENGTH)
+    windows = windows_for(checkpoint, dev, LENGTH, WINDOWS)
     model = open_model(checkpoint, "float32", "cpu")
     yield windows, reference(model, windows, BatchSize(None, "cpu"), quiet)
     torch.set_num_threads(1)

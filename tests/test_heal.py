@@ -24,8 +24,10 @@ from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.checkpoint.writer import same_bytes
 from ptconvert.cli import main
 from ptconvert.cli.heal import command_line
+from ptconvert.errors import HealError
 from ptconvert.evaluate import divergence
 from ptconvert.evaluate.models import BatchSize, open_model, schedule_of
+from ptconvert.healing import run as healing
 from ptconvert.healing.blockwise import Pieces, blocks_of
 from ptconvert.healing.data import Data, read_data
 from ptconvert.healing.distill import compare, distill
@@ -432,6 +434,24 @@ def test_two_processes(source: Path, convert: Convert, tmp_path: Path) -> None:
     assert kls(figures)["KL"] < kls(figures)["blockwise"] < kls(figures)["before"]
     assert "step 10 of 10" in done.stderr  # half as many steps as one process takes
     assert differing(converted, out)
+
+
+def test_a_later_process_takes_no_start_of_another_healing(
+    source: Path, convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may look before the first process has cleaned up what an earlier one left."""
+    converted, awaited = convert(source, 4, MIDDLE), list[Path]()
+
+    def waiting(file: Path) -> None:
+        awaited.append(file)
+        raise HealError("waited")
+
+    monkeypatch.setattr(healing, "wait_for", waiting)
+    monkeypatch.setenv("RANK", "1")
+    for options in (QUICK, (*QUICK, "--seed", 1), QUICK):
+        heal(converted, tmp_path / "out", source, "--text", TEXT, *options, code=2)
+    first, other, again = awaited
+    assert first == again != other
 
 
 # Data

@@ -21,8 +21,8 @@ import ptconvert
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
 from ptconvert.evaluate import divergence
-from ptconvert.evaluate.divergence import read_windows
-from ptconvert.evaluate.models import BatchSize, content_digest, open_model, open_tokenizer
+from ptconvert.evaluate.divergence import windows_for
+from ptconvert.evaluate.models import BatchSize, content_digest, open_model
 from ptconvert.planning import sensitivity
 from ptconvert.planning.planner import choose, search, waited_for
 from ptconvert.planning.segments import alone
@@ -64,7 +64,7 @@ def make_meter(
     source: Path, tracks: int, file: Path, texts: tuple[Path, ...], length: int, count: int
 ) -> Meter:
     checkpoint = open_checkpoint(source)
-    windows = read_windows(texts, open_tokenizer(checkpoint), length, count, length)
+    windows = windows_for(checkpoint, texts, length, count)
     store, batch = Store(file), BatchSize(2, "cpu")
     return Meter(checkpoint, tracks, windows, store, "float32", "cpu", batch, quiet)
 

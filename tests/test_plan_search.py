@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Iterator, Sequence
 
 import pytest
 from estimating import SHAPE, VLLM
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ptconvert import presets
 from ptconvert.estimate.hardware import Hardware, read_hardware
@@ -81,6 +84,58 @@ def test_best_mixtures_are_those_of_brute_force(seed: int) -> None:
     for one in found:
         assert one.weight == sum(s.waits for s in one.segments)
         assert one.cost == pytest.approx(sum(costs[s] for s in one.segments))
+
+
+def literal(
+    segments: Sequence[Segment], weights: dict[Segment, int], costs: dict[Segment, float]
+) -> list[tuple[int, float, tuple[Segment, ...]]]:
+    """What best_mixtures is to find, to the bit and ties included: label by label, by its text."""
+    last = max(s.stop for s in segments)
+    labels: list[dict[int, tuple[float, tuple[Segment, ...]]]] = [{} for _ in range(last + 1)]
+    labels[0][0] = (0.0, ())
+    for position in range(last + 1):
+        here, kept = labels[position], dict[int, tuple[float, tuple[Segment, ...]]]()
+        for weight in sorted(here):
+            if not kept or here[weight][0] < min(c for c, _ in kept.values()):
+                kept[weight] = here[weight]
+        labels[position] = kept
+        for (weight, (cost, some)), segment in itertools.product(kept.items(), segments):
+            if segment.start == position:
+                total, new = weight + weights[segment], cost + costs[segment]
+                reached = labels[segment.stop]
+                if total not in reached or new < reached[total][0]:
+                    reached[total] = (new, (*some, segment))
+    return [(w, c, some) for w, (c, some) in labels[last].items()]
+
+
+@given(st.integers(1, 5), st.integers(1, 10), st.randoms(use_true_random=False))
+def test_best_mixtures_are_those_of_the_literal_search(
+    layers: int, longest: int, rng: random.Random
+) -> None:
+    segments = list(menu(layers, SINGLES, RUNS, longest))
+    weights = {s: rng.choice([s.waits, s.waits - s.length, rng.randint(-9, 9)]) for s in segments}
+    costs = {s: rng.choice([0.0, 0.5, rng.random()]) for s in segments}
+    rng.shuffle(segments)
+    found = best_mixtures(segments, weights.__getitem__, costs.__getitem__)
+    expected = literal(segments, weights, costs)
+    assert [(m.weight, m.cost, m.segments) for m in found] == expected
+
+
+def test_eighty_layers_take_seconds() -> None:
+    """The menu, what is measured first, a first search and five later ones: of the processor's
+    time, which other processes don't lengthen. It was minutes."""
+    started, layers, rng = time.process_time(), 80, random.Random(0)
+    segments = tuple(menu(layers, SINGLES, (BLOCKING,), 2 * layers))
+    basic = [s for s in segments if not s.dense and (s.beside or s.length <= 2)]
+    assert len([alone(s, layers) for s in basic]) > 600
+    prices = Prices()
+    prices.learn({s: rng.random() for s in basic})
+    for _ in range(6):
+        found = best_mixtures(segments, lambda s: s.waits, prices)
+        assert [m.weight for m in found] == list(range(1, 161))
+        used = {s for m in found for s in m.segments if s not in basic and not s.dense}
+        prices.learn({s: prices(s) * (1 + rng.random()) for s in used})
+    assert time.process_time() - started < 5
 
 
 def test_a_weight_that_is_saved_may_be_negative() -> None:

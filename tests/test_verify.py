@@ -338,7 +338,9 @@ def test_wrong_input(make_dense: MakeDense, convert: Convert) -> None:
         verify(make_dense("llama"), SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ptconvert.verify.available_bytes", lambda _: [10**9])
-        with pytest.raises(CheckpointError, match=r"needs about 2\.0 GB of memory on this machine, 1\.0 GB"):
+        with pytest.raises(
+            CheckpointError, match=r"needs about 2\.0 GB of memory on this machine, 1\.0 GB"
+        ):
             verify(path, replace(SETTINGS, ranks=4))
 
 

@@ -31,14 +31,13 @@ from ptconvert import presets
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli.progress import step_progress
 from ptconvert.evaluate import divergence
-from ptconvert.evaluate.divergence import Reference, Windows, read_windows
+from ptconvert.evaluate.divergence import Reference, Windows, windows_for
 from ptconvert.evaluate.models import (
     BatchSize,
     Progress,
     cache_directory,
     content_digest,
     open_model,
-    open_tokenizer,
 )
 from ptconvert.healing.data import read_data
 from ptconvert.healing.distill import distill
@@ -226,8 +225,7 @@ class Bench:
         return search(meter, waited_for(not given.no_overlap), target=8)
 
     def _windows(self, texts: list[Path]) -> Windows:
-        given, tokenizer = self.given, open_tokenizer(self.source)
-        return read_windows(texts, tokenizer, given.window, given.windows, given.window)
+        return windows_for(self.source, texts, self.given.window, self.given.windows)
 
     @cached_property
     def _reported(self) -> tuple[Windows, Reference]:

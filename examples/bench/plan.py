@@ -16,13 +16,12 @@ from pathlib import Path
 from ptconvert import presets
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli.progress import step_progress
-from ptconvert.evaluate.divergence import read_windows
+from ptconvert.evaluate.divergence import windows_for
 from ptconvert.evaluate.models import (
     BatchSize,
     Progress,
     cache_directory,
     content_digest,
-    open_tokenizer,
 )
 from ptconvert.planning.planner import choose, search, waited_for
 from ptconvert.planning.sensitivity import Cost, Meter, Store, store_file
@@ -55,8 +54,7 @@ def main() -> None:
 
 def meter_of(given: argparse.Namespace, texts: list[Path], progress: Progress) -> Meter:
     checkpoint = open_checkpoint(given.model)
-    tokenizer = open_tokenizer(checkpoint)
-    windows = read_windows(texts, tokenizer, given.window, given.windows, given.window)
+    windows = windows_for(checkpoint, texts, given.window, given.windows)
     digest = content_digest(checkpoint, progress)
     store = Store(store_file(given.cache, digest, windows, given.tracks, "float32", "cpu"))
     batch = BatchSize(None, "cpu")

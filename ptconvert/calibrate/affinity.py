@@ -50,13 +50,14 @@ def observe(
     model: Any,
     shape: ModelShape,
     sublayers: Sequence[Sublayer],
+    tracks: int,
     ids_NT: torch.Tensor,
     progress: Progress,
 ) -> dict[Sublayer, Activity]:
     """One pass of the dense model over windows of token ids."""
     found, hooks = {}, []
     for sublayer in sublayers:
-        activity, placed = _hooked(model, shape, sublayer)
+        activity, placed = _hooked(model, sublayer, _units(shape, sublayer.kind, tracks))
         found[sublayer] = activity
         hooks += placed
     try:
@@ -69,12 +70,11 @@ def observe(
     return found
 
 
-def _hooked(model: Any, shape: ModelShape, sublayer: Sublayer) -> tuple[Activity, list[Any]]:
-    """A sublayer's sums, and the hooks that fill them."""
+def _hooked(model: Any, sublayer: Sublayer, units: int) -> tuple[Activity, list[Any]]:
+    """The sums of a sublayer of so many units, and the hooks that fill them."""
     layer = model.get_decoder().layers[sublayer.layer]
     block_name, output = OUTPUT_PROJECTIONS[sublayer.kind]
     block = getattr(layer, block_name)
-    units = _units(shape, sublayer.kind)
     channels = getattr(block, output).in_features // units
     activity = Activity(torch.zeros(units, channels, channels, device=model.device), {})
 
@@ -103,14 +103,23 @@ def _hooked(model: Any, shape: ModelShape, sublayer: Sublayer) -> tuple[Activity
     return activity, hooks
 
 
-def _units(shape: ModelShape, kind: Kind) -> int:
-    return shape.kv_heads if kind is Kind.ATTENTION else shape.neurons
+def _units(shape: ModelShape, kind: Kind, tracks: int) -> int:
+    """How many units of a sublayer go to one track each: neurons, KV heads with their query heads,
+    or, where there are fewer KV heads than tracks, each track's query heads with a copy of the KV
+    head that they read."""
+    if kind is Kind.MLP:
+        return shape.neurons
+    return shape.kv_heads if _moves(shape, kind, tracks) else tracks
+
+
+def _moves(shape: ModelShape, kind: Kind, tracks: int) -> bool:
+    """Whether a sublayer's units can change places."""
+    return kind is Kind.MLP or shape.kv_heads % tracks == 0
 
 
 @torch.inference_mode()
 def affinity(
     model: Any,
-    shape: ModelShape,
     writer: tuple[Sublayer, Activity],
     reader: tuple[Sublayer, Activity],
 ) -> NDArray[np.float32]:
@@ -120,16 +129,19 @@ def affinity(
     sublayer, activity = reader
     layer, block_name = layers[sublayer.layer], OUTPUT_PROJECTIONS[sublayer.kind][0]
     gain_D = getattr(layer, _NORMS[sublayer.kind]).weight.float()
-    units, writers = _units(shape, sublayer.kind), _units(shape, writer[0].kind)
+    units, writers = len(activity.written), len(writer[1].written)
     importance_U = _columns(layer, *reader).pow(2).sum(0).view(units, -1).sum(1)
     scale = activity.inverse / activity.tokens
+    head = getattr(getattr(layer, block_name), "head_dim", 1)
     found = torch.zeros(units, writers, device=gain_D.device)
     for name in _INPUTS[sublayer.kind]:
         rows_RD = getattr(getattr(layer, block_name), name).weight.float() * gain_D
-        energy_U = activity.read[name].view(units, -1).sum(1) / activity.tokens
-        put_UK = (rows_RD @ columns_DK).pow(2).view(units, len(rows_RD) // units, -1).sum(1)
-        share_UU = put_UK.view(units, writers, -1).sum(2) / energy_U.clamp(min=1e-20)[:, None]
-        found += scale * importance_U[:, None] * share_UU
+        groups = min(units, len(rows_RD) // head)  # fewer KV heads than units, it may be
+        energy_G = activity.read[name].view(groups, -1).sum(1) / activity.tokens
+        put_GK = (rows_RD @ columns_DK).pow(2).view(groups, len(rows_RD) // groups, -1).sum(1)
+        share_GU = put_GK.view(groups, writers, -1).sum(2) / energy_G.clamp(min=1e-20)[:, None]
+        # units that read the same KV head have a copy of its rows each
+        found += scale * importance_U[:, None] * share_GU.repeat_interleave(units // groups, 0)
     result: NDArray[np.float32] = found.T.cpu().numpy()
     return result
 
@@ -159,14 +171,14 @@ def assign(
     sublayers = sorted({s for pair in affinities for s in pair}, key=lambda s: s.position)
     owners: Owners = {}
     for sublayer in sublayers:
-        units = _units(shape, sublayer.kind)
+        units = _units(shape, sublayer.kind, tracks)
         owners[sublayer] = np.arange(units) * tracks // units
     before = lost(affinities, owners)
     generator = np.random.default_rng(0)
     for _ in range(passes):
         changed = False
         for sublayer in sublayers:
-            if _units(shape, sublayer.kind) % tracks == 0:
+            if _moves(shape, sublayer.kind, tracks):
                 kept = _kept(sublayer, affinities, owners, tracks)
                 new = _reassigned(kept, owners[sublayer], generator)
                 changed |= not np.array_equal(new, owners[sublayer])
@@ -235,24 +247,26 @@ def assignments(
     """The assignments of all layers held as tracks, and the share of affinity that lies between
     tracks, contiguous and so."""
     sublayers = sorted({s for pair in schedule.own_read() for s in pair}, key=lambda s: s.position)
-    activity = observe(model, shape, sublayers, ids_NT, progress)
+    activity = observe(model, shape, sublayers, tracks, ids_NT, progress)
     owners: Owners = {}
     groups, shares = list(components(schedule)), []
     for done, group in enumerate(groups):
         progress("assigning units", done, len(groups))
-        found = {
-            (w, r): affinity(model, shape, (w, activity[w]), (r, activity[r])) for w, r in group
-        }
+        found = {(w, r): affinity(model, (w, activity[w]), (r, activity[r])) for w, r in group}
         own, before, after = assign(shape, found, tracks)
         owners.update(own)
         shares.append((before, after))
-    orders = {s: np.argsort(o, kind="stable").astype(np.int32) for s, o in owners.items()}
+    orders = {
+        s: np.argsort(o, kind="stable").astype(np.int32)
+        for s, o in owners.items()
+        if _moves(shape, s.kind, tracks)
+    }
     mean = [float(np.mean(column)) for column in zip(*shares, strict=True)]
     return {
         layer: Assignment(
             *(
-                orders.get(Sublayer(layer, k), np.arange(_units(shape, k), dtype=np.int32))
-                for k in (Kind.ATTENTION, Kind.MLP)
+                orders.get(Sublayer(layer, k), np.arange(size, dtype=np.int32))
+                for k, size in ((Kind.ATTENTION, shape.kv_heads), (Kind.MLP, shape.neurons))
             )
         )
         for layer in schedule.track_layers

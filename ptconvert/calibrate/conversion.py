@@ -77,8 +77,8 @@ def calibrate(
     """Computes a spec's assignment and guesses on windows of a text.
 
     Opens the dense model for the one, and for the other a conversion that lies in the directory
-    `scratch` meanwhile. `dtype` is torch's name of one, or `auto`: float32 on the CPU, elsewhere
-    the one stored. Raises PTConvertError.
+    `scratch` meanwhile, as do streams that are too many for memory. `dtype` is torch's name of one,
+    or `auto`: float32 on the CPU, elsewhere the one stored. Raises PTConvertError.
     """
     if spec.guess is not None and len(windows.ids) < HELD_OUT:
         raise EvaluationError(
@@ -108,7 +108,7 @@ def calibrate(
         with tempfile.TemporaryDirectory(prefix=".ptconvert-guess-", dir=scratch) as directory:
             execute(plan, Path(directory) / "model")
             model = open_model(open_checkpoint(Path(directory) / "model"), dtype, device)
-        fitted = fit_guesses(model.model, ids_NT, spec.guess, progress)
+        fitted = fit_guesses(model.model, ids_NT, spec.guess, progress, scratch)
     tensors = {
         name: _stored(tensor, shape.dtype or next(iter(source.tensors.values())).dtype)
         for name, tensor in guess_tensors(fitted, shape.width)

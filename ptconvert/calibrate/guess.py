@@ -1,18 +1,32 @@
 """Fitting the tracks' guesses of each other's partials, sublayer after sublayer.
 
 All windows go through the schedule together, one stage at a time, so that each fit sees the streams
-that the guesses before it leave, errors included. Shapes: B windows, T tokens, D width.
+that the guesses before it leave, errors included. Shapes: B windows, T tokens, D width, F = 2D.
+
+Memory, beside the model's, for n tracks:
+
+- one track's moments and regression in fp64, at most `regression.MATRICES` F F: 5.9 GB at D 4096;
+- each track's low-rank factors for each ridge, R (F + D) fp64: 0.2 GB for 8 tracks at rank 64;
+- one batch of at most BATCH_TOKENS tokens (or one window) in one sublayer of all tracks;
+- the streams of all windows: at most 2n + 2 (merged; partials and guesses that wait, of each track;
+  the dense model's), and n + 1 for each all-reduce in flight. Beyond STREAM_BYTES they lie on disk,
+  in files that are mapped and have no name: 19 GB for 65,536 tokens in fp32, n = 8 and D 4096.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ptconvert.calibrate.regression import Affine, Fit, Moments, best, fits
+from ptconvert.errors import EvaluationError
 from ptconvert.evaluate.models import Progress
 from ptconvert.modeling.executor import OneProcess, PerTrack, RunSublayer, Streams, Update
 from ptconvert.modeling.layers import OUTPUT_PROJECTIONS, apply_norm
@@ -23,6 +37,9 @@ HELD_OUT = 5  # each such batch judges what is fitted on the others
 NEARLY_ALL = 0.95  # of the gain of the largest rank, for which a smaller one is taken
 LEAST_GAIN = 0.01  # of the error; below it no guess is kept
 BATCH_TOKENS = 4096
+STREAM_BYTES = 4 << 30  # of all windows' streams in memory
+
+Keep = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,81 +58,156 @@ class Fitted:
 
 @dataclass
 class _Batch:
-    """Windows that run together: the converted model's streams, and the dense model's."""
+    """Windows that run together: the converted model's streams, and the dense model's.
+
+    `keep` takes a tensor to where streams lie between two stages.
+    """
 
     run: RunSublayer
     student: Streams
     dense: Streams
     held_out: bool
+    device: torch.device
+    keep: Keep
     dense_done: int = 0  # sublayers that the dense model has run
+
+    def updates(self, sublayers: Sequence[Sublayer]) -> tuple[PerTrack, list[Update]]:
+        """What the tracks read, and what sublayers give for it without guesses.
+
+        Computed whenever it is asked for: of all windows it would be as much as the streams, or
+        twice that.
+        """
+        view = self._at_hand(self.student).view()
+        return view, [self.run(s, view, False) for s in sublayers]
+
+    def lacks(self, updates: Sequence[Update], track: int) -> torch.Tensor:
+        """What a track's stream would lack against the dense model's after a stage, if it saw all
+        partials of this stage and all that is in flight, which is merged while the guess is
+        seen."""
+        landed = self._at_hand(self.student).landed()
+        whole = sum((_whole(u) for u in updates), start=torch.zeros_like(landed[0]))
+        return self.dense.base.to(self.device) - whole - landed[track % len(landed)]
+
+    def end_stage(self, schedule: Schedule, index: int, own: Update, weight: float) -> None:
+        """Moves the converted model's streams on past a stage."""
+        student = self._at_hand(self.student)
+        student.end_stage(schedule, index, own, OneProcess(), weight)
+        self.student = _moved(student, self.keep)
+
+    def run_dense(self, dense: Schedule, count: int) -> None:
+        """Moves the dense model's stream on until so many sublayers have run."""
+        stream = self._at_hand(self.dense)
+        for index in range(self.dense_done, count):
+            own = self.run(dense.stages[index].sublayers[0], stream.view(), False)
+            stream.end_stage(dense, index, own, OneProcess())
+        self.dense, self.dense_done = _moved(stream, self.keep), count
+
+    def _at_hand(self, streams: Streams) -> Streams:
+        return _moved(streams, lambda tensor: tensor.to(self.device))
+
+
+def _moved(streams: Streams, move: Keep) -> Streams:
+    """Streams whose tensors were moved: output biases apart, which are small."""
+
+    def each(tensors: PerTrack | None) -> PerTrack | None:
+        return None if tensors is None else [move(tensor) for tensor in tensors]
+
+    waiting = streams.waiting
+    if waiting is not None:
+        partials = [move(partial) for partial in waiting.partials]
+        waiting = Update(partials, waiting.common, each(waiting.guesses))
+    landing = [(flight, move(flight.wait())) for flight in streams.in_flight]
+    flights = [
+        replace(flight, wait=functools.partial(move, summed), seen=each(flight.seen))
+        for flight, summed in landing
+    ]
+    return Streams(move(streams.base), waiting, flights)
+
+
+def _mapped(folder: Path | None, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on disk, in a file that is gone when the tensor is. Raises EvaluationError where the
+    disk is full."""
+    handle, name = tempfile.mkstemp(prefix=".ptconvert-stream-", dir=folder)
+    try:
+        os.posix_fallocate(handle, 0, tensor.nbytes)
+        kept = torch.from_file(name, True, tensor.numel(), dtype=tensor.dtype)
+    except OSError as error:
+        raise EvaluationError(
+            f"{name}: {error.strerror}: guesses need the streams of all --tokens on disk; give "
+            "fewer, or a destination with more room"
+        ) from error
+    finally:
+        os.close(handle)
+        Path(name).unlink()
+    return kept.view(tensor.shape).copy_(tensor)
 
 
 @torch.inference_mode()
-def fit_guesses(decoder: Any, ids_NT: torch.Tensor, rank: int, progress: Progress) -> list[Fitted]:
+def fit_guesses(
+    decoder: Any,
+    ids_NT: torch.Tensor,
+    rank: int,
+    progress: Progress,
+    scratch: Path | None = None,
+) -> list[Fitted]:
     """Fits the guesses of a converted model, which has none yet, on windows of token ids.
 
     A guess is fitted to the other tracks' partials and the output bias, all that its track doesn't
     see until the merge; after a deferred stage also to what the stream lacks already against the
     dense model's, errors of guesses before it included. (After overlapped ones that gained nothing:
-    what it would repair is merged while it is in flight.) `rank` is the largest.
+    what it would repair is merged while it is in flight.) `rank` is the largest; `scratch` is the
+    directory for streams that memory is not to hold. Raises EvaluationError.
     """
     schedule: Schedule = decoder.schedule
     weight = 1 / decoder.track_count if decoder.deferred == "mean" else 1.0
     stages = [i for i in range(len(schedule.stages)) if schedule.keeps_own(i)]
-    batches = list(_batches(decoder, ids_NT))
+    batches = list(_batches(decoder, ids_NT, scratch))
     found = []
     for index in range(stages[-1] + 1):
         progress("fitting guesses", index, stages[-1] + 1)
-        sublayers = schedule.stages[index].sublayers
-        views = [batch.student.view() for batch in batches]
-        updates = [
-            [batch.run(s, view, False) for s in sublayers]
-            for batch, view in zip(batches, views, strict=True)
-        ]
+        stage, fitted = schedule.stages[index], list[Fitted]()
         if index in stages:
-            deferred = schedule.stages[index].ending == DEFERRED
-            behind = _behind(schedule, index, batches, updates) if deferred else None
-            for place, sublayer in enumerate(sublayers):
-                own = [update[place] for update in updates]
-                lacks = behind if sublayer is sublayers[-1] else None
-                found.append(_fit_sublayer(decoder, sublayer, batches, views, own, lacks, rank))
-        for batch, update in zip(batches, updates, strict=True):
-            total = sum(update[1:], start=update[0])
-            batch.student.end_stage(schedule, index, total, OneProcess(), weight)
+            behind = stage.ending == DEFERRED and _dense_reaches(schedule, index, batches)
+            for place in range(len(stage.sublayers)):
+                lacks = behind and place == len(stage.sublayers) - 1
+                fitted.append(_fit_sublayer(decoder, stage.sublayers, place, batches, lacks, rank))
+        for batch in batches:
+            view, updates = batch.updates(stage.sublayers)
+            for f, update in zip(fitted, updates, strict=bool(fitted)):
+                _add_guesses(decoder, f, view, update)
+            total = sum(updates[1:], start=updates[0])
+            batch.end_stage(schedule, index, total, weight)
+        found += fitted
     return found
 
 
-def _batches(decoder: Any, ids_NT: torch.Tensor) -> Iterator[_Batch]:
+def _batches(decoder: Any, ids_NT: torch.Tensor, scratch: Path | None) -> Iterator[_Batch]:
+    weight_VD = decoder.embed_tokens.weight
+    streams = 2 * decoder.track_count + 2
+    nbytes = streams * ids_NT.numel() * weight_VD[0].nbytes
+    keep: Keep = _here if nbytes <= STREAM_BYTES else functools.partial(_mapped, scratch)
     size = max(1, min(BATCH_TOKENS // ids_NT.shape[1], len(ids_NT) // HELD_OUT))
     for number, ids_BT in enumerate(torch.split(ids_NT, size), 1):
         stream_BTD = decoder.embed_tokens(ids_BT.to(decoder.device))
         run, held_out = decoder.runner(stream_BTD), number % HELD_OUT == 0
-        yield _Batch(run, Streams(stream_BTD), Streams(stream_BTD), held_out)
+        kept = keep(stream_BTD)
+        yield _Batch(run, Streams(kept), Streams(kept), held_out, decoder.device, keep)
 
 
-def _behind(
-    schedule: Schedule,
-    index: int,
-    batches: Sequence[_Batch],
-    updates: Sequence[Sequence[Update]],
-) -> list[PerTrack] | None:
-    """What each track's stream would lack against the dense model's after stage `index`, if it saw
-    all partials of this stage and all that is in flight, which is merged while the guess is seen;
-    None where the dense model never has run just these sublayers."""
+def _here(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _dense_reaches(schedule: Schedule, index: int, batches: Sequence[_Batch]) -> bool:
+    """Runs the dense model up to the sublayers that stage `index` ends with; False where it never
+    has run just these."""
     positions = [s.position for stage in schedule.stages[: index + 1] for s in stage.sublayers]
     if max(positions) + 1 != len(positions):
-        return None
+        return False
     dense = dense_schedule(schedule.layers)
-    found = []
-    for batch, update in zip(batches, updates, strict=True):
-        for i in range(batch.dense_done, len(positions)):
-            own = batch.run(dense.stages[i].sublayers[0], batch.dense.view(), False)
-            batch.dense.end_stage(dense, i, own, OneProcess())
-        batch.dense_done = len(positions)
-        landed = batch.student.landed()
-        whole = sum((_whole(u) for u in update), start=torch.zeros_like(landed[0]))
-        found.append([batch.dense.base - whole - stream for stream in landed])
-    return found
+    for batch in batches:
+        batch.run_dense(dense, len(positions))
+    return True
 
 
 def _whole(update: Update) -> torch.Tensor:
@@ -126,43 +218,63 @@ def _whole(update: Update) -> torch.Tensor:
 
 def _fit_sublayer(
     decoder: Any,
-    sublayer: Sublayer,
+    sublayers: Sequence[Sublayer],
+    place: int,
     batches: Sequence[_Batch],
-    views: Sequence[PerTrack],
-    updates: Sequence[Update],
-    behind: Sequence[PerTrack] | None,
+    behind: bool,
     rank: int,
 ) -> Fitted:
-    """Fits one sublayer's guesses, and adds them to its updates where they are worth it."""
-    tracks = list(decoder.layers[sublayer.layer].tracks.values())
-    width = views[0][0].shape[-1]
-    inputs: list[list[torch.Tensor]] = [[] for _ in batches]
+    """Fits the guesses of one of a stage's sublayers, track by track; with `behind` also to what
+    the stream lacks after the stage."""
+    sublayer, tracks = sublayers[place], _tracks(decoder, sublayers[place])
+    width = decoder.embed_tokens.embedding_dim
+    rank, before = min(rank, width), 0.0
     candidates: list[list[Fit]] = []
-    before = 0.0
     for t, track in enumerate(tracks):
         train, test = (Moments(2 * width, width, decoder.device) for _ in range(2))
-        for b, (batch, view, update) in enumerate(zip(batches, views, updates, strict=True)):
-            x_BTD = apply_norm(track, sublayer.kind, view[t % len(view)])
-            z_PF = torch.cat([x_BTD, update.partials[t]], dim=-1).flatten(0, 1)
-            y_BTD = _whole(update) - update.partials[t]
-            if behind is not None:
-                y_BTD = y_BTD + behind[b][t % len(behind[b])]
+        for batch in batches:
+            view, updates = batch.updates(sublayers)
+            own = updates[place]
+            y_BTD = _whole(own) - own.partials[t]
+            if behind:
+                y_BTD = y_BTD + batch.lacks(updates, t)
+            z_PF = _features(track, sublayer, view[t % len(view)], own.partials[t])
             (test if batch.held_out else train).add(z_PF, y_BTD.flatten(0, 1))
-            inputs[b].append(z_PF)
-        candidates.append(fits(train, test))
+        candidates.append(fits(train, test, rank))
         before += test.energy
     if not before > 0:  # a sublayer that writes nothing
         return Fitted(sublayer, 0, 1.0)
-    chosen = best(list(zip(*candidates, strict=True)), min(rank, width))
+    chosen = best(list(zip(*candidates, strict=True)), rank)
     errors = torch.stack([fit.errors for fit in chosen]).sum(0) / before
-    picked = _pick_rank([float(e) for e in errors], min(rank, width))
+    picked = _pick_rank([float(e) for e in errors], rank)
     if not picked:
         return Fitted(sublayer, 0, 1.0)
-    guesses = tuple(fit.affine(picked) for fit in chosen)
-    for update, z in zip(updates, inputs, strict=True):
-        shape = update.partials[0].shape
-        update.guesses = [g(z_PF).view(shape) for g, z_PF in zip(guesses, z, strict=True)]
-    return Fitted(sublayer, picked, float(errors[picked]), guesses)
+    return Fitted(
+        sublayer, picked, float(errors[picked]), tuple(fit.affine(picked) for fit in chosen)
+    )
+
+
+def _add_guesses(decoder: Any, fitted: Fitted, view: PerTrack, update: Update) -> None:
+    """Adds a sublayer's guesses, if it has any, to what it gave."""
+    if fitted.guesses:
+        update.guesses = [
+            guess(_features(track, fitted.sublayer, view[t % len(view)], partial)).view_as(partial)
+            for t, (guess, track, partial) in enumerate(
+                zip(fitted.guesses, _tracks(decoder, fitted.sublayer), update.partials, strict=True)
+            )
+        ]
+
+
+def _features(
+    track: Any, sublayer: Sublayer, view_BTD: torch.Tensor, partial_BTD: torch.Tensor
+) -> torch.Tensor:
+    """What a track guesses from: a sublayer's normed input and its own partial, (P, 2D)."""
+    x_BTD = apply_norm(track, sublayer.kind, view_BTD)
+    return torch.cat([x_BTD, partial_BTD], dim=-1).flatten(0, 1)
+
+
+def _tracks(decoder: Any, sublayer: Sublayer) -> list[Any]:
+    return list(decoder.layers[sublayer.layer].tracks.values())
 
 
 def _pick_rank(errors: Sequence[float], rank: int) -> int:

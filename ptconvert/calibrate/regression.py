@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+# What one regression of F features on D = F / 2 targets takes, in F F numbers of fp64: the moments
+# of both kinds of pairs, and what `fits` has at once. LAPACK's own for eigenvectors comes on top.
+MATRICES = 11
+
 # Strengths of the ridge, as shares of each feature's own variance.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -35,7 +39,7 @@ class Moments:
             self.offset = rows.mean(0)
             self.offset[self.features] = 0
         rows -= self.offset
-        self.sums += (rows.T @ rows).double()
+        self.sums += rows.T @ rows  # as fp64
 
     @property
     def pairs(self) -> float:
@@ -84,48 +88,51 @@ class Affine:
 
 @dataclass(frozen=True)
 class Fit:
-    """Reduced-rank regressions of every rank: the first columns of `directions` for each.
+    """Reduced-rank regressions of every rank up to R: the first rows and columns for each.
 
     `errors` are the sums of squared errors on held-out pairs, by rank from 0 (the bias alone).
     """
 
-    weights: torch.Tensor  # (F, D), full rank
-    directions: torch.Tensor  # (D, D), orthonormal columns, the best first
+    down: torch.Tensor  # (R, F)
+    up: torch.Tensor  # (D, R), orthonormal columns, the best first
     mean_z: torch.Tensor
     mean_y: torch.Tensor
-    errors: torch.Tensor
+    errors: torch.Tensor  # (R + 1)
 
     def affine(self, rank: int) -> Affine:
         """The regression of one rank."""
-        up = self.directions[:, :rank]
-        down = (self.weights @ up).T
+        down, up = self.down[:rank], self.up[:, :rank]
         return Affine(down, up, self.mean_y - up @ (down @ self.mean_z))
 
 
-def fits(train: Moments, held_out: Moments, ridges: Iterable[float] = RIDGES) -> list[Fit]:
-    """The reduced-rank ridge regressions of all ranks, for each strength of the ridge.
+def fits(
+    train: Moments, held_out: Moments, rank: int, ridges: Iterable[float] = RIDGES
+) -> list[Fit]:
+    """The reduced-rank ridge regressions of all ranks up to one, for each strength of the ridge.
 
     Of all maps of a rank, that with the least squared error plus ridge (Mukherjee & Zhu 2011,
     "Reduced rank ridge regression"): the full one, projected on the leading eigenvectors of its
-    predictions' second moments.
+    predictions' second moments. What is returned is R (F + D) numbers for each strength; some
+    multiples of F F are needed meanwhile (`MATRICES`).
     """
     z_F, y_D = train.means()
     zz, zy, _ = train.about(z_F, y_D)
-    test_zz, test_zy, test_yy = held_out.about(z_F, y_D)
     scale = zz.diagonal().clamp(min=1e-12 * float(zz.diagonal().max()) + 1e-30).rsqrt()
-    values, vectors = torch.linalg.eigh(scale[:, None] * zz * scale)
+    values, vectors = torch.linalg.eigh(zz.mul_(scale[:, None]).mul_(scale))
+    del zz
     rotated = vectors.T @ (scale[:, None] * zy)
+    test_zz, test_zy, test_yy = held_out.about(z_F, y_D)
     found = []
     for ridge in ridges:
         shrunk = rotated / (values.clamp(min=0) + ridge)[:, None]
         weights = scale[:, None] * (vectors @ shrunk)
         _, directions = torch.linalg.eigh(rotated.T @ shrunk)
-        directions = directions.flip(1)
-        predicted = weights @ directions
-        gains = 2 * (predicted * (test_zy @ directions)).sum(0)
+        up = directions.flip(1)[:, :rank].contiguous()  # no view, which would keep the rest
+        predicted = weights @ up
+        gains = 2 * (predicted * (test_zy @ up)).sum(0)
         gains -= (predicted * (test_zz @ predicted)).sum(0)
         errors = test_yy - torch.cat([gains.new_zeros(1), gains.cumsum(0)])
-        found.append(Fit(weights, directions, z_F, y_D, errors))
+        found.append(Fit(predicted.T, up, z_F, y_D, errors))
     return found
 
 

@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import sqlite3
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,7 +218,7 @@ def _explained(names: Sequence[str], answers: Path) -> Iterator[None]:
     """What goes wrong in lm-eval, its tasks and their data, in one line.
 
     Tasks are code and data of others, which fail in ways of their own; only what can't be a
-    task's or its data's doing goes on as it is.
+    task's or its data's doing goes on as it is, and a fault of our own code that lm-eval calls.
     """
     named = ", ".join(names)
     try:
@@ -240,10 +241,22 @@ def _explained(names: Sequence[str], answers: Path) -> Iterator[None]:
             "--include-path) or --text"
         ) from error
     except _TASKS_FAULTS as error:
+        if _is_ours(error):
+            raise
         raise EvaluationError(
             f"{named}: lm-eval can't run it on this model: {type(error).__name__}: "
             f"{first_line(error)}"
         ) from error
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether our code failed, or what it called, rather than lm-eval's or a task's.
+
+    lm-eval calls our model, which calls lm-eval's: the innermost of both decides.
+    """
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    packages = [str(frame.f_globals.get("__name__")).split(".")[0] for frame in frames]
+    return next((p for p in reversed(packages) if p in ("ptconvert", "lm_eval")), "") == "ptconvert"
 
 
 def _task(name: str, task: Any, results: Mapping[str, Any]) -> Task:

@@ -5,19 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from accelerate.utils.memory import clear_device_cache
 from lm_eval.api.model import LM, CacheHook
 from lm_eval.models.huggingface import HFLM
 
-from ptconvert.evaluate.models import BatchSize, Progress
+from ptconvert.evaluate.models import BatchSize, Progress, check_ids
 
 
 class FittingHFLM(HFLM):  # type: ignore[misc]
-    """lm-eval's model for transformers, with batches that halve when memory runs out."""
+    """lm-eval's model for transformers, with batches that halve when memory runs out, and token
+    ids that the model has: EvaluationError else, before it runs."""
 
     def __init__(self, model: Any, tokenizer: Any, batch: BatchSize) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch.size)
         self.batch = batch
+        self.vocabulary = model.get_input_embeddings().num_embeddings
+
+    def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
+        ids: list[int] = super().tok_encode(*args, **kwargs)
+        check_ids(ids, self.tokenizer, self.vocabulary)
+        return ids
+
+    def tok_batch_encode(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask = super().tok_batch_encode(*args, **kwargs)  # with padding, unlike the above
+        check_ids([int(ids.max())], self.tokenizer, self.vocabulary)
+        return ids, mask
 
     def _loglikelihood_tokens(
         self,
@@ -25,6 +38,9 @@ class FittingHFLM(HFLM):  # type: ignore[misc]
         disable_tqdm: bool = False,  # noqa: ARG002  (the name is lm-eval's)
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
+        for _, context, _ in requests:  # may be a first token that lm-eval puts there
+            check_ids(context, self.tokenizer, self.vocabulary)
+
         def run(size: int) -> Any:
             self.batch_size_per_gpu = size
             return HFLM._loglikelihood_tokens(self, requests, True, override_bs)

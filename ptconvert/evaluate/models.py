@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,6 +93,28 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.path}: no tokenizer can be opened, which scoring needs: "
             f"{first_line(error)}"
         ) from error
+
+
+def vocabulary(checkpoint: Checkpoint) -> int:
+    """How many token ids a checkpoint's model has an embedding of. Raises EvaluationError."""
+    size = checkpoint.config.get("vocab_size")
+    if not isinstance(size, int):
+        raise EvaluationError(f"{checkpoint.path}/config.json: vocab_size is missing")
+    return size
+
+
+def check_ids(ids: Iterable[int], tokenizer: Any, vocabulary: int) -> None:
+    """Raises EvaluationError where a tokenizer gave an id that the model has no embedding of.
+
+    A tokenizer may have such tokens, for padding in training say; only those in use matter.
+    """
+    largest = max(ids, default=0)
+    if largest >= vocabulary:
+        raise EvaluationError(
+            f"{tokenizer.name_or_path}: the tokenizer gives {tokenizer.decode([largest])!r} the id "
+            f"{largest}, and the model's embedding has {vocabulary} rows; resize it "
+            "(resize_token_embeddings) before converting, or put the model's own tokenizer there"
+        )
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import torch
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.errors import HealError
 from ptconvert.evaluate.divergence import DEFAULT_LENGTH, Windows, positions, token_ids
-from ptconvert.evaluate.models import Progress, first_line, open_tokenizer
+from ptconvert.evaluate.models import Progress, first_line, open_tokenizer, vocabulary
 from ptconvert.evaluate.tasks import read_text
 
 HELD_OUT_TOKENS = 1 << 14  # to judge by, where no text is given for it; and at most a tenth of all
@@ -103,9 +103,11 @@ def read_data(
     else:
         names = tuple(path.name for path in texts)
         strings, most = map(read_text, texts), None
-    windows_NS = _windows(token_ids(strings, tokenizer), length, most, progress)
+    size = vocabulary(checkpoint)
+    windows_NS = _windows(token_ids(strings, tokenizer, size), length, most, progress)
     if held_out:
-        held_NS = _windows(token_ids(map(read_text, held_out), tokenizer), length, None, progress)
+        pieces = token_ids(map(read_text, held_out), tokenizer, size)
+        held_NS = _windows(pieces, length, None, progress)
         if not len(held_NS):
             raise HealError(
                 f"--held-out: less than one window of {length} tokens; give more text, or a "

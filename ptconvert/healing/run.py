@@ -24,10 +24,10 @@ from ptconvert.healing.distill import check, distill
 from ptconvert.healing.models import changed_layers, check_pair, freeze_but, put, trainable
 from ptconvert.healing.settings import Settings
 from ptconvert.healing.work import (
-    START,
     Tensors,
     load_tensors,
     save_tensors,
+    start_file,
     wait_for,
     work_folder,
 )
@@ -112,13 +112,15 @@ def heal(
     if case.settings.train == "changed" and not changed_layers(schedule_of(case.student)):
         raise HealError("the schedule changes no layer, so there is nothing to heal")
     check(case.settings, len(case.data.order(case.settings.tokens, case.settings.seed)))
+    key = _key(case)
+    start = start_file(case.folder, key)
     if not _is_first():
-        wait_for(case.folder / START)
+        wait_for(start)
         if case.settings.kl:
-            _distilled(case, load_tensors(case.folder / START))
+            _distilled(case, load_tensors(start))
         return None
-    with work_folder(case.folder, _key(case)):
-        report, healed = _stages(case)
+    with work_folder(case.folder, key):
+        report, healed = _stages(case, start)
         card = healed_card(case.student.path, destination.name, report, command)
         case.progress(f"writing {destination.name}", 0, None)
         write(case.student, healed, card, destination, overwrite)
@@ -126,8 +128,9 @@ def heal(
     return report
 
 
-def _stages(case: Case) -> tuple[Healed, Tensors]:
-    """Trains, measuring before and after each stage; the report, and the best tensors."""
+def _stages(case: Case, start: Path) -> tuple[Healed, Tensors]:
+    """Trains, measuring before and after each stage; the report, and the best tensors. What the KL
+    stage begins with goes to the file `start`."""
     reference = _reference(case)
     source, before = _measured(case, reference, "before", {})
     rows, best, healed = [before], before, Tensors()
@@ -137,7 +140,7 @@ def _stages(case: Case) -> tuple[Healed, Tensors]:
         rows.append(_measured(case, reference, "blockwise", blocks)[1])
         if rows[-1].kl < best.kl:
             best, healed = rows[-1], blocks
-    save_tensors(case.folder / START, healed)
+    save_tensors(start, healed)
     if case.settings.kl and (moved := _distilled(case, healed)):
         rows.append(_measured(case, reference, "KL", healed | moved)[1])
         if rows[-1].kl < best.kl:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import time
@@ -16,9 +17,24 @@ from safetensors.torch import load_file, save_file
 from ptconvert.errors import HealError
 
 Tensors = dict[str, torch.Tensor]
-START = "start.safetensors"  # what the KL stage begins with, written when it does
+_START = "start-"  # what the KL stage begins with, written when it does
 _KEY, _LOCK = "key.json", "lock"
 _POLL_SECONDS = 0.5
+
+
+def start_file(path: Path, key: Mapping[str, object]) -> Path:
+    """Where the first process leaves what the KL stage begins with, for the others to find.
+
+    Named by the healing: theirs may be quicker than the first one to clean up after another.
+    """
+    digest = hashlib.sha256(json.dumps(_plain(key), sort_keys=True).encode()).hexdigest()
+    return path / f"{_START}{digest[:16]}.safetensors"
+
+
+def _plain(key: Mapping[str, object]) -> dict[str, object]:
+    """A key as JSON gives it back."""
+    plain: dict[str, object] = json.loads(json.dumps(dict(key), default=str))
+    return plain
 
 
 @contextmanager
@@ -38,7 +54,7 @@ def work_folder(path: Path, key: Mapping[str, object]) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise HealError(f"{path}: another process is healing there") from None
-        _check_key(path, json.loads(json.dumps(dict(key), default=str)))
+        _check_key(path, _plain(key))
         yield path
     finally:
         os.close(handle)
@@ -64,13 +80,15 @@ def _check_key(path: Path, key: dict[str, object]) -> None:
             "--work"
         )
     if differing:
-        (path / START).unlink(missing_ok=True)
+        for stale in path.glob(f"{_START}*"):
+            stale.unlink()
         write_text(file, json.dumps(key, indent=2) + "\n")
 
 
 def _trained(path: Path) -> bool:
     """Whether a folder holds anything that took time to make."""
-    return any(p.is_file() and p.name not in (_KEY, _LOCK, START) for p in path.rglob("*"))
+    files = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith(_START))
+    return any(p.name not in (_KEY, _LOCK) for p in files)
 
 
 def _short(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -178,8 +179,7 @@ def search(
 
 def _is_basic(segment: Segment) -> bool:
     """What is measured before any search: all but the dense sublayers and the longer runs."""
-    one_by_one = len(segment.stages) == segment.stop - segment.start
-    return not segment.dense and not (one_by_one and len(segment.stages) > 2)
+    return not segment.dense and (segment.beside or segment.length <= 2)
 
 
 def _priced(
@@ -222,7 +222,7 @@ def _thinned(items: Sequence[T], most: int, wanted: Callable[[T], bool]) -> list
     """At most so many, evenly; and the last that is wanted."""
     step = (len(items) - 1) / max(1, most - 1)
     chosen = {round(i * step) for i in range(most)} if len(items) > most else set(range(len(items)))
-    chosen |= set([i for i, item in enumerate(items) if wanted(item)][-1:])
+    chosen |= set(itertools.islice((i for i in reversed(range(len(items))) if wanted(items[i])), 1))
     return [items[i] for i in sorted(chosen)]
 
 

@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ptconvert.planning.segments import Segment, run
 from ptconvert.schedule import BLOCKING
 
 Cost = Callable[[Segment], float]
 Weight = Callable[[Segment], int]
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -30,53 +33,72 @@ class Mixture:
     segments: tuple[Segment, ...]
 
 
-@dataclass(frozen=True)
-class _Label:
-    """A way to reach a position: the cheapest of its weight."""
-
-    weight: int
-    cost: float
-    last: Segment | None = None
-    before: _Label | None = None
+# A way to reach a position: the segment that ends there (its index), and the label before.
+_LABEL = np.dtype(
+    [("weight", np.int64), ("cost", np.float64), ("by", np.int64), ("before", np.int64)]
+)
 
 
 def best_mixtures(segments: Iterable[Segment], weight: Weight, cost: Cost) -> list[Mixture]:
     """For each weight, in rising order, the cheapest mixture; those that cost no less than a
     lighter one are left out.
 
-    Multi-objective dynamic programming: per position one label for each weight that isn't
-    dominated. Costs must be finite, and some segments must lead from 0 to the last position.
+    Multi-objective dynamic programming: per position the labels that no lighter one beats, those of
+    all positions one after the other. Of equals, the one whose last segment is longest wins.
+    Costs must be finite, and some segments must lead from 0 to the last position. Shapes: S
+    segments, L labels so far, E extensions of them that end at one position.
     """
-    by_start: dict[int, list[tuple[Segment, int, float]]] = {}
-    for segment in segments:
-        by_start.setdefault(segment.start, []).append((segment, weight(segment), cost(segment)))
-    last = max(segment.stop for some in by_start.values() for segment, _, _ in some)
-    labels: list[dict[int, _Label]] = [{} for _ in range(last + 1)]
-    labels[0] = {0: _Label(0, 0.0)}
-    for position in range(last):
-        for label in _undominated(labels[position]):
-            for segment, added, price in by_start.get(position, ()):
-                total, reached = label.weight + added, labels[segment.stop]
-                if total not in reached or label.cost + price < reached[total].cost:
-                    reached[total] = _Label(total, label.cost + price, segment, label)
-    return [_mixture(label) for label in _undominated(labels[last])]
+    chosen = sorted(segments, key=lambda s: s.start)
+    start_S, stop_S = (np.array([s[end] for s in chosen]) for end in (0, 1))
+    weight_S, cost_S = (np.array([of(s) for s in chosen]) for of in (weight, cost))
+    labels_L, position_L = np.array([(0, 0.0, -1, -1)], dtype=_LABEL), np.zeros(1, dtype=np.int64)
+    last = int(stop_S.max())
+    for position in range(1, last + 1):
+        here = np.flatnonzero(stop_S == position)
+        before_E, by_E = _extensions(position_L, here, start_S[here])
+        weight_E = labels_L["weight"][before_E] + weight_S[by_E]
+        cost_E = labels_L["cost"][before_E] + cost_S[by_E]
+        kept_K = _undominated(weight_E, cost_E)
+        new_K = np.empty(len(kept_K), dtype=_LABEL)
+        new_K["weight"], new_K["cost"] = weight_E[kept_K], cost_E[kept_K]
+        new_K["by"], new_K["before"] = by_E[kept_K], before_E[kept_K]
+        labels_L = np.concatenate([labels_L, new_K])
+        position_L = np.append(position_L, np.full(len(new_K), position))
+    ends = np.flatnonzero(position_L == last)
+    return [_mixture(labels_L, int(index), chosen) for index in ends]
 
 
-def _undominated(labels: Mapping[int, _Label]) -> list[_Label]:
-    kept: list[_Label] = []
-    for weight in sorted(labels):
-        if not kept or labels[weight].cost < kept[-1].cost:
-            kept.append(labels[weight])
-    return kept
+def _extensions(position_L: Ints, here_H: Ints, start_H: Ints) -> tuple[Ints, Ints]:
+    """Each label, once per segment of `here` (in the order of their starts) that starts where it
+    is; and these segments."""
+    count_L = np.bincount(start_H, minlength=position_L[-1] + 1)[position_L]
+    before_E = np.repeat(np.arange(len(position_L)), count_L)
+    within_E = np.arange(len(before_E)) - (count_L.cumsum() - count_L)[before_E]
+    return before_E, here_H[np.searchsorted(start_H, position_L)[before_E] + within_E]
 
 
-def _mixture(label: _Label) -> Mixture:
+def _undominated(weight_E: Ints, cost_E: Floats) -> Ints:
+    """Those that none as light or lighter beats, by rising weight and falling cost; of equals the
+    first. Memory goes with the range of the weights."""
+    if not len(weight_E):
+        return np.flatnonzero(weight_E)
+    from_E = weight_E - weight_E.min()
+    cheapest_W = np.full(from_E.max() + 1, np.inf)
+    np.minimum.at(cheapest_W, from_E, cost_E)
+    best_B = np.flatnonzero(cost_E == cheapest_W[from_E])
+    weight_K, first_K = np.unique(from_E[best_B], return_index=True)
+    lighter_W = np.minimum.accumulate(np.append(np.inf, cheapest_W[:-1]))
+    kept_E: Ints = best_B[first_K[(cheapest_W < lighter_W)[weight_K]]]
+    return kept_E
+
+
+def _mixture(labels_L: NDArray[np.void], index: int, chosen: Sequence[Segment]) -> Mixture:
+    weight, cost, by, before = labels_L[index].item()
     segments: list[Segment] = []
-    step: _Label | None = label
-    while step is not None and step.last is not None:
-        segments.append(step.last)
-        step = step.before
-    return Mixture(label.weight, label.cost, tuple(reversed(segments)))
+    while by >= 0:
+        segments.append(chosen[by])
+        _, _, by, before = labels_L[before].item()
+    return Mixture(weight, cost, tuple(reversed(segments)))
 
 
 class Prices:
@@ -92,15 +114,18 @@ class Prices:
     def __init__(self) -> None:
         self.measured: dict[Segment, float] = {}
         self._corrections: dict[Segment, float] = {}
-        self._guesses: dict[Segment, float] = {}
+        self._known: dict[Segment, float] = {}  # by themselves, measured or guessed
         self._ratios: list[float] = []
+        self._more = 1.0  # what runs cost more than their parts
 
     def learn(self, measured: Mapping[Segment, float]) -> None:
         """Takes in what segments cost by themselves."""
         sums = {segment: self._sum(segment) for segment in measured}
         self._ratios += [measured[segment] / guess for segment, guess in sums.items() if guess > 0]
+        if self._ratios:
+            self._more = float(np.quantile(self._ratios, 0.1))
         self.measured.update(measured)
-        self._guesses.clear()
+        self._known = dict(self.measured)
 
     def __call__(self, segment: Segment) -> float:
         """What the segment adds to a mixture's cost, as far as is known."""
@@ -108,21 +133,15 @@ class Prices:
 
     def alone(self, segment: Segment) -> float:
         """What the segment costs by itself, measured or guessed."""
-        if segment.dense:
-            return 0.0
-        if segment in self.measured:
-            return self.measured[segment]
-        if segment not in self._guesses:
-            more = float(np.quantile(self._ratios, 0.1)) if self._ratios else 1.0
-            self._guesses[segment] = more * self._sum(segment)
-        return self._guesses[segment]
+        if segment not in self._known:
+            self._known[segment] = 0.0 if segment.dense else self._more * self._sum(segment)
+        return self._known[segment]
 
     def _sum(self, segment: Segment) -> float:
         """What a run of three sublayers or more would cost if its parts' costs added up, else 0."""
-        start, stop = segment.start, segment.stop
-        if stop - start < 3 or len(segment.stages) != stop - start:
+        start, stop, ending, beside = segment
+        if stop - start < 3 or beside:
             return 0.0
-        ending = segment.stages[-1].ending
         head, tail = run(start, stop - 1, BLOCKING), run(start + 1, stop, ending)
         middle = run(start + 1, stop - 1, BLOCKING)
         parts = [self.alone(part) for part in (head, tail)]

@@ -8,43 +8,65 @@ all sublayers are a schedule. Positions count the dense model's 2L sublayers (`S
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from typing import NamedTuple
 
 from ptconvert.presets import dense_schedule
-from ptconvert.schedule import BLOCKING, DEFERRED, Ending, Kind, Merge, Schedule, Stage, Sublayer
+from ptconvert.schedule import BLOCKING, DEFERRED, Ending, Merge, Schedule, Stage, Sublayer
 
 HIDDEN = Ending(Merge.HIDDEN, 1)
 OWN_SEEN = Ending(Merge.OWN_SEEN, 1)
 OWN_SEEN_LATER = Ending(Merge.OWN_SEEN, 2)
 
 
-@dataclass(frozen=True)
-class Segment:
-    """The sublayers at positions [start, stop) and the stages that run them."""
+class Segment(NamedTuple):
+    """The sublayers at positions [start, stop), and how they run.
+
+    One after the other, of which only the last one all-reduces (`a1. m1. a2!`); or, where `beside`,
+    each of their first half beside one of the second, and each stage with this ending. There are
+    thousands in a search, looked up over and over: so stages are made when they are asked for.
+    """
 
     start: int
     stop: int
-    stages: tuple[Stage, ...]
+    ending: Ending
+    beside: bool = False
 
     def __str__(self) -> str:
         return " ".join(map(str, self.stages))
 
-    @cached_property
+    @property
+    def length(self) -> int:
+        """How many sublayers it runs."""
+        return self.stop - self.start
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What runs the sublayers."""
+        if self.beside:
+            half = self.length // 2
+            firsts = range(self.start, self.start + half)
+            return tuple(
+                Stage((Sublayer.at(p), Sublayer.at(p + half)), self.ending) for p in firsts
+            )
+        deferred = (Stage((Sublayer.at(p),), DEFERRED) for p in range(self.start, self.stop - 1))
+        return (*deferred, Stage((Sublayer.at(self.stop - 1),), self.ending))
+
+    @property
     def waits(self) -> int:
         """How many all-reduces it waits for."""
-        return sum(stage.ending == BLOCKING for stage in self.stages)
+        endings = self.length // 2 if self.beside else 1
+        return endings if self.ending == BLOCKING else 0
 
     @property
     def dense(self) -> bool:
         """Whether it is one sublayer run as the dense model runs it, which costs nothing."""
-        return self.stop - self.start == 1 and self.stages[0].ending == BLOCKING
+        return self.length == 1 and self.ending == BLOCKING
 
 
 def run(start: int, stop: int, ending: Ending) -> Segment:
     """Sublayers one after the other, of which only the last one all-reduces: `a1. m1. a2!`."""
-    stages = [Stage((_sublayer(p),), DEFERRED) for p in range(start, stop - 1)]
-    return Segment(start, stop, (*stages, Stage((_sublayer(stop - 1),), ending)))
+    return Segment(start, stop, ending)
 
 
 def menu(
@@ -63,18 +85,9 @@ def menu(
                 if stop < last or not ending.merge.overlapped:
                     yield run(start, stop, ending)
     for start in range(0, last, 2):
-        yield Segment(start, start + 2, (_beside(start, start + 1),))
+        yield Segment(start, start + 2, BLOCKING, beside=True)
     for start in range(0, last - 2, 2):
-        stages = (_beside(start, start + 2), _beside(start + 1, start + 3))
-        yield Segment(start, start + 4, stages)
-
-
-def _beside(first: int, second: int) -> Stage:
-    return Stage((_sublayer(first), _sublayer(second)), BLOCKING)
-
-
-def _sublayer(position: int) -> Sublayer:
-    return Sublayer(position // 2, Kind.MLP if position % 2 else Kind.ATTENTION)
+        yield Segment(start, start + 4, BLOCKING, beside=True)
 
 
 def alone(segment: Segment, layers: int) -> Schedule:
