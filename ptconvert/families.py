@@ -158,6 +158,4 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
 )
 
 # Buffers that old checkpoints stored; they hold no weights and every loader ignores them.
-CARRIED_BUFFERS = tuple(
-    f"rotary_emb.{name}" for name in ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")
-)
+CARRIED_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")

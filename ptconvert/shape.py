@@ -192,8 +192,10 @@ def _family(config: Mapping[str, object], where: str) -> Family:
             f"{where}: model_type {_short(model_type)} is not supported; supported are {supported}"
         )
     architectures = config.get("architectures")
-    # transformers goes by model_type; the first Llamas called their class LLaMAForCausalLM.
-    if architectures and str(architectures).lower() != str([family.causal_lm]).lower():
+    # Which tensors there are says more than whether lm_head's class saved them; and the first
+    # Llamas called it LLaMAForCausalLM.
+    names = {family.causal_lm.lower(), family.causal_lm.replace("ForCausalLM", "Model").lower()}
+    if architectures and str(architectures).lower() not in {str([name]) for name in names}:
         raise ConfigError(
             f"{where}: architectures is {_short(architectures)}; only {family.causal_lm} can be "
             f"converted for {model_type}"

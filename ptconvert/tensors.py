@@ -106,6 +106,8 @@ def check_tensors(
     others = {n: t for n, t in checkpoint.tensors.items() if n not in expected and n not in orders}
     extras = [entry for entry in others.values() if _is_extra(entry, shape)]
     faults = list(_faults(checkpoint, expected))
+    if faults == [f"{_HEAD} is missing"]:
+        faults = [f'{faults[0]}; if it is the embedding, write "tie_word_embeddings": true there']
     unknown = sorted(others.keys() - {e.name for e in extras})
     if faults and (prefixed := _prefixed(checkpoint, expected, unknown)):
         raise CheckpointError(f"{checkpoint.path}: {prefixed}")

@@ -45,9 +45,10 @@ def adapter_alone(file: Path) -> str:
     """What there is to say of a directory whose adapter_config.json has no model beside it."""
     config = _json(file)
     found = config if isinstance(config, dict) else {}
-    kind, base = found.get("peft_type"), found.get("base_model_name_or_path")
+    kind, base = found.get("peft_type") or "PEFT", found.get("base_model_name_or_path")
+    what = f"{kind} of {base}" if base else f"{kind}"
     return (
-        f"{file.parent} is an adapter ({kind} of {base}), not a model; merge it and convert that: "
+        f"{file.parent} is an adapter ({what}), not a model; merge it and convert that: "
         'python -c "from peft import AutoPeftModelForCausalLM as M; M.from_pretrained'
         "('SRC', dtype='auto').merge_and_unload().save_pretrained('OUT')\""
     )

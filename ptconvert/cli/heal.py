@@ -216,12 +216,12 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
             f"--device {device}: use --device cuda and CUDA_VISIBLE_DEVICES={device[5:]}"
         )
     student = open_checkpoint(locate(checkpoint, None))
+    teacher = open_checkpoint(locate(chosen["teacher"], chosen["revision"]))
+    check_pair(student, teacher)
     dtype = chosen["dtype"]
     if dtype == "auto":
         stored = weights_dtype(student, shape_of(student))
         dtype = "float32" if device == "cpu" or stored == "F32" else "bfloat16"
-    teacher = open_checkpoint(locate(chosen["teacher"], chosen["revision"]))
-    check_pair(student, teacher)
     dataset = None
     if chosen["dataset"]:
         dataset = DatasetSource(
