@@ -27,15 +27,15 @@ def register() -> None:
     Opening a converted checkpoint does this by itself; `AutoModelForCausalLM.from_config` with a
     config made by hand needs it called.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from ptconvert.modeling.config import register_tokenizers
-    from ptconvert.modeling.model import CAUSAL_LMS
+    from ptconvert.modeling.tasks import auto_classes
 
     register_tokenizers()
-    for model in CAUSAL_LMS:
+    for auto, model in auto_classes():
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
-        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+        auto.register(model.config_class, model, exist_ok=True)
 
 
 def _deferred(model_type: str, name: str) -> type:
@@ -68,4 +68,14 @@ def _announce(auto: ModuleType) -> None:
         auto.CONFIG_MAPPING.register(model_type, _deferred(model_type, name), exist_ok=True)
 
 
+def _announce_to_peft(constants: ModuleType) -> None:
+    """Gives converted models the source family's rows in peft's tables of modules to adapt."""
+    for table in vars(constants).values():
+        for model_type in _CONFIG_NAMES if isinstance(table, dict) else ():
+            family = model_type.removeprefix("ptconvert_")
+            if family in table:
+                table[model_type] = table[family]
+
+
+wrapt.register_post_import_hook(_announce_to_peft, "peft.utils.constants")
 wrapt.register_post_import_hook(_announce, "transformers.models.auto.configuration_auto")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ptconvert.checkpoint.reader import INDEX, SMALL_FILES
+from ptconvert.checkpoint.files import INDEX, refuse_pointer, small_files
 from ptconvert.checkpoint.writer import Target
 from ptconvert.computed import Calibration
 from ptconvert.errors import SpecError
@@ -47,6 +47,7 @@ def converted_config(
         "architectures": [classes],
         "auto_map": {
             "AutoConfig": f"{stem}.{config_class}",
+            "AutoModel": f"{stem}.{classes.replace('ForCausalLM', 'Model')}",
             "AutoModelForCausalLM": f"{stem}.{classes}",
         },
         SECTION: {
@@ -86,7 +87,12 @@ def index_text(targets: tuple[Target, ...]) -> str:
 
 
 def carried_files(source: Path, written: Mapping[str, str]) -> tuple[Path, ...]:
-    """The source's small files that go along untouched, less those that are written anew."""
+    """The source's small files that go along untouched, less those that are written anew.
+
+    Raises CheckpointError for one that Git left as a pointer.
+    """
     own = {"config.json", INDEX, SPEC_FILE, MODELING_FILE, *written}
-    found = {path for pattern in SMALL_FILES for path in source.glob(pattern) if path.is_file()}
-    return tuple(sorted(p for p in found if p.name not in own))
+    carried = tuple(p for p in small_files(source) if p.name not in own)
+    for path in carried:
+        refuse_pointer(path)
+    return carried

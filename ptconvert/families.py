@@ -39,12 +39,17 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: its transformers classes, its tensors, and its config.json defaults."""
+    """A model family: its transformers classes, its tensors, and how its config.json is read.
+
+    `defaults` are its config class's, where a key is missing; a null of the `nullable` keys means
+    that the other sizes say it, and the class takes no other null.
+    """
 
     model_type: str
     causal_lm: str
     layer: tuple[TensorRule, ...]
-    defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    defaults: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    nullable: tuple[str, ...] = ()
 
     def layer_rules(self, config: Mapping[str, object]) -> tuple[TensorRule, ...]:
         """The tensors that a layer of this config has."""
@@ -95,14 +100,28 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "llama",
                 "LlamaForCausalLM",
                 _NORMS + _ATTENTION + _MLP + _qkv_biases("attention_bias") + _O_BIAS + _MLP_BIASES,
+                nullable=("num_key_value_heads", "head_dim"),
             ),
-            Family("mistral", "MistralForCausalLM", _NORMS + _ATTENTION + _MLP),
-            Family("qwen2", "Qwen2ForCausalLM", _NORMS + _ATTENTION + _MLP + _qkv_biases(None)),
+            Family(
+                "mistral",
+                "MistralForCausalLM",
+                _NORMS + _ATTENTION + _MLP,
+                MappingProxyType({"num_key_value_heads": 8}),
+                nullable=("head_dim",),
+            ),
+            Family(
+                "qwen2",
+                "Qwen2ForCausalLM",
+                _NORMS + _ATTENTION + _MLP + _qkv_biases(None),
+                MappingProxyType({"num_key_value_heads": 32}),
+                nullable=("num_key_value_heads",),
+            ),
             Family(
                 "qwen3",
                 "Qwen3ForCausalLM",
                 _NORMS + _ATTENTION + _MLP + _QK_NORMS + _qkv_biases("attention_bias") + _O_BIAS,
-                MappingProxyType({"head_dim": 128}),
+                MappingProxyType({"num_key_value_heads": 32, "head_dim": 128}),
+                nullable=("num_key_value_heads",),
             ),
         )
     }
@@ -139,4 +158,4 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
 )
 
 # Buffers that old checkpoints stored; they hold no weights and every loader ignores them.
-CARRIED_BUFFERS = ("self_attn.rotary_emb.inv_freq",)
+CARRIED_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")

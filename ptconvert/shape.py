@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ptconvert.checkpoint.files import ADAPTER, adapter_alone, refuse_pointer
 from ptconvert.errors import ConfigError
 from ptconvert.families import FAMILIES, UNSUPPORTED, Cut, Family, TensorRule
 from ptconvert.schedule import MAX_LAYERS
@@ -113,22 +114,18 @@ class ModelShape:
         Raises ConfigError, naming the family and the reason, for what can't be converted.
         """
         family = _family(config, where)
-        get = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
 
         def size(key: str, otherwise: int | None = None, most: int = _MAX_SIZE) -> int:
-            value = get.get(key, otherwise)
+            value = config.get(key, family.defaults.get(key))
+            if value is None and (key not in config or key in family.nullable):
+                value = otherwise
             if type(value) is not int or not 1 <= value <= most:
-                was = "is missing" if value is None else f"is {_short(value)}"
+                was = f"is {_short(value)}" if key in config else "is missing"
                 raise ConfigError(f"{where}: {key} {was}; it must be a whole number, 1 to {most}")
             return value
 
         heads, width = size("num_attention_heads", most=MAX_HEADS), size("hidden_size")
         head_size = size("head_dim", width // heads)
-        dtype = get.get("dtype", get.get("torch_dtype"))
-        if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPES):
-            raise ConfigError(
-                f"{where}: dtype is {_short(dtype)}; the weights must be {' or '.join(DTYPES)}"
-            )
         shape = ModelShape(
             family=family,
             layers=size("num_hidden_layers", most=MAX_LAYERS),
@@ -138,9 +135,9 @@ class ModelShape:
             head_size=head_size,
             neurons=size("intermediate_size"),
             vocabulary=size("vocab_size"),
-            tied=get.get(TIED) is True,
-            dtype=DTYPES[dtype] if isinstance(dtype, str) else None,
-            rules=family.layer_rules(get),
+            tied=config.get(TIED) is True,
+            dtype=_dtype(config, where),
+            rules=family.layer_rules(config),
         )
         if shape.heads % shape.kv_heads:
             raise ConfigError(
@@ -148,6 +145,21 @@ class ModelShape:
                 "evenly; num_key_value_heads must divide num_attention_heads"
             )
         return shape
+
+
+def _dtype(config: Mapping[str, object], where: str) -> str | None:
+    """The dtype that a config.json says, where it does; torch's short names mean the same."""
+    key = "dtype" if config.get("dtype") is not None else "torch_dtype"
+    dtype = config.get(key)
+    if dtype is None:
+        return None
+    name = {"half": "float16", "float": "float32"}.get(str(dtype), dtype)
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ConfigError(
+            f"{where}: {key} is {_short(dtype)}; the weights must be {' or '.join(DTYPES)}, "
+            "written so"
+        )
+    return DTYPES[name]
 
 
 def _short(value: object) -> str:
@@ -172,7 +184,7 @@ def _family(config: Mapping[str, object], where: str) -> Family:
         )
     if model_type in UNSUPPORTED:
         raise ConfigError(f"{where}: {model_type} can't be converted: {UNSUPPORTED[model_type]}")
-    if any(key in config for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+    if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise ConfigError(f"{where}: {model_type} with experts can't be converted: MoE layers")
     family = FAMILIES.get(model_type)
     supported = ", ".join(FAMILIES)
@@ -181,7 +193,10 @@ def _family(config: Mapping[str, object], where: str) -> Family:
             f"{where}: model_type {_short(model_type)} is not supported; supported are {supported}"
         )
     architectures = config.get("architectures")
-    if architectures and architectures != [family.causal_lm]:
+    # Which tensors there are says more than whether lm_head's class saved them; and the first
+    # Llamas called it LLaMAForCausalLM.
+    names = {family.causal_lm.lower(), family.causal_lm.replace("ForCausalLM", "Model").lower()}
+    if architectures and str(architectures).lower() not in {str([name]) for name in names}:
         raise ConfigError(
             f"{where}: architectures is {_short(architectures)}; only {family.causal_lm} can be "
             f"converted for {model_type}"
@@ -198,9 +213,12 @@ def _family(config: Mapping[str, object], where: str) -> Family:
 def read_config(path: Path) -> dict[str, object]:
     """A config.json as a dict. `path` is the file or its directory. Raises ConfigError."""
     file = path / "config.json" if path.is_dir() else path
+    refuse_pointer(file)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if (file.parent / ADAPTER).is_file():
+            raise ConfigError(adapter_alone(file.parent / ADAPTER)) from None
         raise ConfigError(f"{file} is missing; a checkpoint directory has a config.json") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} can't be read: {error}") from None

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,19 +27,18 @@ from ptconvert.beside import (
 )
 from ptconvert.card import model_card
 from ptconvert.checkpoint.atomic import check_apart, check_destination, new_directory
-from ptconvert.checkpoint.reader import INDEX, Checkpoint, TensorEntry
+from ptconvert.checkpoint.files import INDEX
+from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, same_bytes
 from ptconvert.checkpoint.writer import (
     Digests,
     Move,
     Target,
     copy_moves,
     lay_out,
-    same_bytes,
     write_arrays,
 )
 from ptconvert.computed import Calibration, order_values, read_orders
 from ptconvert.errors import CheckpointError, ConfigError, SpecError
-from ptconvert.families import CARRIED_BUFFERS
 from ptconvert.format import (
     ASSIGNMENTS,
     MODELING_FILE,
@@ -55,8 +53,9 @@ from ptconvert.layout import SHARED, DenseTensor, Part, dense_tensors, place, tr
 from ptconvert.modeling.export import modeling_source
 from ptconvert.presets import dense_schedule
 from ptconvert.schedule import Counts, Schedule, Sublayer
-from ptconvert.shape import DTYPE_BYTES, EMBEDDING, HEAD, ORDER_DTYPE, TIED, ModelShape
+from ptconvert.shape import ORDER_DTYPE, TIED, ModelShape
 from ptconvert.spec import Spec, parse_spec
+from ptconvert.tensors import check_tensors, overruled, part_dtype, under_own_names, weights_dtype
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -157,7 +156,8 @@ def plan_conversion(
     Raises PTConvertError, one line or one per fault of the spec, before anything is written.
     """
     where = str(checkpoint.path / "config.json")
-    replaced = as_opened(checkpoint)
+    checkpoint = under_own_names(checkpoint, ModelShape.from_config(checkpoint.config, where))
+    replaced = overruled(checkpoint)
     shape = ModelShape.from_config({**checkpoint.config, **replaced}, where)
     spec = _spec_for(checkpoint, shape, spec)
     spec.check(shape)
@@ -165,16 +165,20 @@ def plan_conversion(
     guesses = most_guesses(schedule, spec.tracks, spec.guess, shape)
     known = calibration or Calibration(guesses=guesses)
     tensors = list(dense_tensors(shape, schedule, spec.tracks, known.assignments))
-    dtype, extras = _check_tensors(checkpoint, {t.name: t.shape for t in tensors}, shape)
-    targets, moves = _copied(extras, SHARED)
+    extras = check_tensors(checkpoint, {t.name: t.shape for t in tensors}, shape)
+    targets, moves = list[Target](), list[Move]()
     for tensor in tensors:
+        dtype = checkpoint.tensors[tensor.name].dtype
         for part in tensor.parts:
             stem = SHARED if part.track is None else track_stem(part.track, spec.tracks)
             targets.append(Target(part.name, stem, dtype, tensor.part_shape(part)))
             put = range(len(part.indices))
             moves.append(Move(tensor.name, part.name, part.axis, part.indices, put))
+    # After the weights: where a config names no dtype, the first tensor of all says it.
+    _copy(extras, SHARED, targets, moves)
     orders = order_values(shape, schedule, spec, known)
     targets += [Target(n, SHARED, ORDER_DTYPE, order.shape) for n, order in orders.items()]
+    dtype = weights_dtype(checkpoint, shape)
     for track, guess, size in guess_tensors(shape, known.guesses, spec.tracks):
         targets.append(Target(guess, track_stem(track, spec.tracks), dtype, size))
     placed = place(targets, shard_bytes)
@@ -225,17 +229,17 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
     converted = {part.name: t.part_shape(part) for t in tensors for part in t.parts}
     for _, guess, size in guess_tensors(shape, section.guesses, section.tracks):
         converted[guess] = size  # they are not the source's, and stay behind
-    dtype, extras = _check_tensors(checkpoint, converted, shape, orders)
-    targets, moves = _copied(extras, "model")
-    replicas = []
+    extras = check_tensors(checkpoint, converted, shape, orders)
+    targets, moves, replicas = list[Target](), list[Move](), list[tuple[str, str]]()
     for tensor in tensors:
-        targets.append(Target(tensor.name, "model", dtype, tensor.shape))
+        targets.append(Target(tensor.name, "model", part_dtype(checkpoint, tensor), tensor.shape))
         for part, original in _tiles(tensor):
             if original is None:
                 take = range(len(part.indices))
                 moves.append(Move(part.name, tensor.name, part.axis, take, part.indices))
             else:
                 replicas.append((original.name, part.name))
+    _copy(extras, "model", targets, moves)
     placed = place(targets, shard_bytes)
     texts = {INDEX: index_text(placed)} if len({t.file for t in placed}) > 1 else {}
     return Plan(
@@ -352,16 +356,6 @@ def _disk_full(plan: Plan, destination: Path, free: int) -> str:
     )
 
 
-def as_opened(checkpoint: Checkpoint) -> dict[str, object]:
-    """What of a source's config.json its tensors overrule where transformers opens them: a tied
-    lm_head that is stored, and is not the embedding, is not tied."""
-    head, embedding = (checkpoint.tensors.get(name) for name in (HEAD, EMBEDDING))
-    if checkpoint.config.get(TIED) is not True or head is None or embedding is None:
-        return {}
-    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
-    return {} if same and same_bytes(head, embedding) else {TIED: False}
-
-
 def _spec_for(checkpoint: Checkpoint, shape: ModelShape, spec: Spec | None) -> Spec:
     """The spec given, or the one that a checkpoint of the Ladder authors' format implies."""
     theirs = checkpoint.config.get("ladder_layers")
@@ -386,57 +380,12 @@ def _spec_for(checkpoint: Checkpoint, shape: ModelShape, spec: Spec | None) -> S
     return parse_spec(text, SPEC_FILE)
 
 
-def _check_tensors(
-    checkpoint: Checkpoint,
-    expected: Mapping[str, tuple[int, ...]],
-    shape: ModelShape,
-    orders: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
-) -> tuple[str, list[TensorEntry]]:
-    """The dtype of all weights, and the tensors to carry along as they are.
-
-    `orders` were checked already.
-
-    Raises CheckpointError for tensors missing, unexpected, or of another shape or dtype than
-    config.json says.
-    """
-    extras, faults = [], []
-    weights = (t for name, t in checkpoint.tensors.items() if name not in orders)
-    dtype = shape.dtype or next((t.dtype for t in weights), "")
-    for name, size in expected.items():
-        entry = checkpoint.tensors.get(name)
-        if entry is None:
-            faults.append(f"{name} is missing")
-        elif entry.shape != size:
-            faults.append(f"{name} has shape {list(entry.shape)}, not {list(size)}")
-        elif entry.dtype != dtype or dtype not in DTYPE_BYTES:
-            faults.append(f"{name} is {entry.dtype}, not {_dtype_wanted(dtype)}")
-    for name, entry in checkpoint.tensors.items():
-        if name in expected or name in orders:
-            continue
-        embeddings = (shape.vocabulary, shape.width)
-        tied_copy = name == HEAD and shape.tied and entry.shape == embeddings
-        buffer = name.endswith(CARRIED_BUFFERS) and entry.nbytes > 0 and entry.shape
-        if (tied_copy or buffer) and entry.dtype in DTYPE_BYTES:
-            extras.append(entry)
-        else:
-            faults.append(f"{name} is not a tensor of {shape.family.model_type}")
-    if faults:
-        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise CheckpointError(
-            f"{checkpoint.path}: the tensors are not those that config.json describes: "
-            f"{'; '.join(faults[:3])}{more}"
-        )
-    return dtype, extras
-
-
-def _dtype_wanted(dtype: str) -> str:
-    return dtype if dtype in DTYPE_BYTES else " or ".join(DTYPE_BYTES)
-
-
-def _copied(extras: list[TensorEntry], stem: str) -> tuple[list[Target], list[Move]]:
-    targets = [Target(e.name, stem, e.dtype, e.shape) for e in extras]
-    rows = [range(e.shape[0]) for e in extras]
-    return targets, [Move(e.name, e.name, 0, r, r) for e, r in zip(extras, rows, strict=True)]
+def _copy(extras: list[TensorEntry], stem: str, targets: list[Target], moves: list[Move]) -> None:
+    """Adds what copies tensors as they are."""
+    for extra in extras:
+        rows = range(extra.shape[0])
+        targets.append(Target(extra.name, stem, extra.dtype, extra.shape))
+        moves.append(Move(extra.name, extra.name, 0, rows, rows))
 
 
 def _tiles(tensor: DenseTensor) -> Iterator[tuple[Part, Part | None]]:

@@ -13,8 +13,7 @@ import torch
 from conftest import FIXTURE, Convert
 
 from ptconvert.calibrate.conversion import calibrate, calibration_windows
-from ptconvert.checkpoint.reader import open_checkpoint
-from ptconvert.checkpoint.writer import same_bytes
+from ptconvert.checkpoint.reader import open_checkpoint, same_bytes
 from ptconvert.evaluate.divergence import Reference, Windows, measure, reference, windows_for
 from ptconvert.evaluate.harness import Settings
 from ptconvert.evaluate.models import BatchSize, open_model

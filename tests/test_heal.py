@@ -20,8 +20,7 @@ from conftest import Convert, MakeDense, byte_level, load, spec_text
 from test_cli import run
 
 import ptconvert
-from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
-from ptconvert.checkpoint.writer import same_bytes
+from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint, same_bytes
 from ptconvert.cli import main
 from ptconvert.cli.heal import command_line
 from ptconvert.errors import HealError

@@ -28,13 +28,18 @@ schedule:
 DENSE, PUSHED = "acme/tiny-llama", "acme/tiny-llama-tracks"
 # Beside the weights: what goes along, and what must not be downloaded.
 SMALL: Files = {
-    "tokenizer_config.json": b'{"model_max_length": 128}\n',
+    "tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": ["tokenization_x.X", null]}}\n',
+    "tokenization_x.py": b"from .base_x import X\n",
+    "base_x.py": b"from transformers import PreTrainedTokenizerFast as X\n",
+    "tokenizer.model.v3": b"sentencepiece\n",
     "chat_template.jinja": b"{{ messages }}\n",
     "LICENSE.txt": b"do as you like\n",
     "README.md": b"---\nlicense: apache-2.0\n---\n# tiny\n",
 }
 UNWANTED: Files = {
     "consolidated.safetensors": b"a vendor's second copy",
+    "consolidated.safetensors.index.json": b"{}",
+    "params.json": b"{}",
     "pytorch_model.bin": b"a pickle",
     "train.py": b"raise SystemExit\n",
 }
@@ -157,6 +162,15 @@ def test_a_cached_checkpoint_needs_no_hub(run: Run, nowhere: str, tmp_path: Path
     check_done(run("transform", DENSE, "first", *arguments))
     check_done(run("transform", DENSE, "second", *arguments, HF_ENDPOINT=nowhere))
     assert written(tmp_path / "first") == written(tmp_path / "second")
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_adapters_are_refused(alone: bool, hub: HubStandIn, run: Run, dense: Path) -> None:
+    adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}
+    hub.repos["acme/adapter"] = {"main": adapter if alone else {**files(dense), **adapter}}
+    result = run("transform", "acme/adapter", "dst", "--spec", "spec.yaml")
+    check_refused(result, "acme/adapter has an adapter", "merge it")
+    assert hub.files_asked_for() == set()
 
 
 @pytest.mark.parametrize("weights", ["pytorch_model.bin", "consolidated.00.pth"])

@@ -22,6 +22,7 @@ from ptconvert.evaluate.models import Progress, open_model
 from ptconvert.format import ASSIGNMENTS
 from ptconvert.shape import DTYPE_BYTES, DTYPES, ModelShape
 from ptconvert.spec import Spec
+from ptconvert.tensors import weights_dtype
 from ptconvert.transform import execute, plan_conversion
 
 DEFAULT_TOKENS = 65536
@@ -110,7 +111,7 @@ def calibrate(
             model = open_model(open_checkpoint(Path(directory) / "model"), dtype, device)
         fitted = fit_guesses(model.model, ids_NT, spec.guess, progress, scratch)
     tensors = {
-        name: _stored(tensor, shape.dtype or next(iter(source.tensors.values())).dtype)
+        name: _stored(tensor, weights_dtype(source, shape))
         for name, tensor in guess_tensors(fitted, shape.width)
     }
     ranks = {f.sublayer: f.rank for f in fitted if f.rank}

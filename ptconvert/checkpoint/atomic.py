@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ptconvert.checkpoint.reader import CHAT_TEMPLATES, INDEX
+from ptconvert.checkpoint.files import CHAT_TEMPLATES, INDEX
 from ptconvert.errors import CheckpointError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -72,10 +72,8 @@ def new_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
     destination = _real(destination)
     prefix = f".{destination.name}.ptconvert-"
     _remove_leftovers(destination.parent, prefix)
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
-    lock = os.open(temporary, os.O_RDONLY)
+    temporary, lock = _locked_directory(destination.parent, prefix)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
@@ -88,6 +86,21 @@ def new_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
     finally:
         os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _locked_directory(parent: Path, prefix: str) -> tuple[Path, int]:
+    """A new directory, and the handle that holds its lock.
+
+    Until the lock is held, another run may take the directory for a killed run's and remove it.
+    """
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        with suppress(FileNotFoundError):
+            lock = os.open(temporary, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if temporary.exists():
+                return temporary, lock
+            os.close(lock)
 
 
 def _remove_leftovers(parent: Path, prefix: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,7 +20,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-from ptconvert.checkpoint.reader import SMALL_FILES
+from ptconvert.checkpoint.files import ADAPTER, INDEX, code_files, goes_along
 from ptconvert.errors import CheckpointError
 
 # Weights under transformers' own names (not a vendor's second copy of them) and under ours.
@@ -37,27 +37,37 @@ _SECONDS = 20  # until a hub that doesn't answer counts as out of reach
 def fetch(repo: str, revision: str | None) -> Path:
     """Downloads a repository's safetensors, tokenizer and config files; returns their directory.
 
-    Raises CheckpointError.
+    Of Python files only those come along that a config names. Raises CheckpointError.
     """
-    return _download(repo, revision, [*_WEIGHTS, *SMALL_FILES, "README.md"], weights=True)
+
+    def wanted(name: str) -> bool:
+        return _is_weights(name) or name in (INDEX, "README.md") or goes_along(name)
+
+    path = _download(repo, revision, wanted, weights=True)
+    code: set[str] = set()
+    while new := code_files(path) - code:  # what a file imports is known when it is there
+        _download(repo, revision, new.__contains__)
+        code |= new
+    return path
 
 
 def fetch_config(repo: str, revision: str | None) -> Path:
     """The same, of config.json alone."""
-    return _download(repo, revision, ["config.json"])
+    return _download(repo, revision, lambda name: name == "config.json")
 
 
 def _download(
-    source: str, revision: str | None, patterns: list[str], weights: bool = False
+    source: str, revision: str | None, wanted: Callable[[str], bool], weights: bool = False
 ) -> Path:
-    """The directory of a repository's files that match, from the cache where the hub is away."""
+    """The directory of a repository's files that are wanted, from the cache if the hub is away."""
     with _one_line(source, revision):
         files = _list_files(source, revision)
-        if (
-            weights
-            and files is not None
-            and not any(fnmatch(f, w) for f in files for w in _WEIGHTS)
-        ):
+        if files is not None and ADAPTER in files and (weights or "config.json" not in files):
+            raise CheckpointError(
+                f"{source} has an adapter ({ADAPTER}), which transformers loads onto its model: "
+                "merge it (merge_and_unload of peft, then save_pretrained) and convert that"
+            )
+        if weights and files is not None and not any(map(_is_weights, files)):
             pickles = [f for f in files if f.endswith((".bin", ".pth", ".pt"))]
             has = f"only pickle weights ({pickles[0]})" if pickles else "no weights in safetensors"
             raise CheckpointError(
@@ -66,20 +76,20 @@ def _download(
             )
         if files is not None and "config.json" not in files:
             raise CheckpointError(f"{source} has no config.json, so it is not a transformers model")
-        # Exact names, since a pattern such as *.json matches in subdirectories, too.
-        chosen = [f for f in files or () if any(_matches(f, p) for p in patterns)]
+        # Of a cached repository only what was wanted is there, and not all that patterns match.
+        chosen = ["config.json"] if files is None else list(filter(wanted, files))
         return Path(
             snapshot_download(
                 source,
                 revision=revision,
-                allow_patterns=chosen or patterns,
+                allow_patterns=chosen,
                 local_files_only=files is None,
             )
         )
 
 
-def _matches(file: str, pattern: str) -> bool:
-    return file.count("/") == pattern.count("/") and fnmatch(file, pattern)
+def _is_weights(name: str) -> bool:
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in _WEIGHTS)
 
 
 def _list_files(source: str, revision: str | None) -> list[str] | None:

@@ -11,19 +11,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from ptconvert.checkpoint.files import ADAPTER, INDEX, SINGLE, adapter_alone, refuse_pointer
 from ptconvert.errors import CheckpointError
 from ptconvert.shape import ELEMENT_BYTES, read_config
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-CHAT_TEMPLATES = "additional_chat_templates"
-# What goes along with a model's weights: tokenizer, generation config, chat template, licence.
-SMALL_FILES = (
-    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"),
-    f"{CHAT_TEMPLATES}/*.jinja",
-)
 _PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
 _MAX_INDEX_BYTES = 64 * 1024 * 1024
+_BLOCK_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -60,21 +54,27 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory with a checkpoint")
     config = read_config(path)
-    tensors: dict[str, TensorEntry] = {}
     if (path / SINGLE).is_file():
-        tensors = read_header(path / SINGLE)
+        files = [SINGLE]
     elif (path / INDEX).is_file():
-        weight_map = _read_index(path / INDEX)
-        for file in sorted(set(weight_map.values())):
-            tensors.update(_read_shard(path, file, weight_map))
+        files = _indexed_files(path / INDEX)
     else:
         raise CheckpointError(_no_weights(path))
+    if (path / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{path} has an adapter ({ADAPTER}) beside its weights, and transformers loads both: "
+            "merge it into them (merge_and_unload of peft, then save_pretrained), or take its "
+            "files away to have the weights alone"
+        )
+    tensors = _all_tensors(path, files)
     if not tensors:
         raise CheckpointError(f"{path}: the safetensors files hold no tensors")
     return Checkpoint(path, config, tensors)
 
 
 def _no_weights(path: Path) -> str:
+    if (path / ADAPTER).is_file():
+        return adapter_alone(path / ADAPTER)
     pickles = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
     if pickles:
         return (
@@ -85,8 +85,9 @@ def _no_weights(path: Path) -> str:
     return f"{path} has neither {SINGLE} nor {INDEX}"
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """The weight map of an index file: tensor name to file name, of this directory only."""
+def _indexed_files(path: Path) -> list[str]:
+    """The files that an index names, all of its own directory."""
+    refuse_pointer(path)
     try:
         if path.stat().st_size > _MAX_INDEX_BYTES:
             raise CheckpointError(f"{path} is larger than {_MAX_INDEX_BYTES} bytes")
@@ -98,28 +99,37 @@ def _read_index(path: Path) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map from tensor names to file names")
+    files = set()
     for name, file in weight_map.items():
+        file = file.removeprefix("./") if isinstance(file, str) else file
         plain = isinstance(file, str) and file.endswith(".safetensors") and "\0" not in file
         if not plain or Path(file).name != file or "\\" in file:
             raise CheckpointError(
                 f"{path}: {name} is in {str(file)[:80]!r}; it must be the name of a .safetensors "
                 "file beside the index"
             )
-    return weight_map
+        files.add(file)
+    return sorted(files)
 
 
-def _read_shard(path: Path, file: str, weight_map: Mapping[str, str]) -> dict[str, TensorEntry]:
-    """A shard's tensors, which must be those that the index puts there."""
-    if not (path / file).is_file():
-        raise CheckpointError(f"{path / file} is missing; {INDEX} names it")
-    entries = read_header(path / file)
-    expected = {name for name, where in weight_map.items() if where == file}
-    for name in sorted(expected - entries.keys()):
-        raise CheckpointError(f"{path / file}: {name} is missing; {INDEX} puts it there")
-    for name in sorted(entries.keys() - expected):
-        where = weight_map.get(name, "no file")
-        raise CheckpointError(f"{path / file}: {name} is there, but {INDEX} puts it in {where}")
-    return entries
+def _all_tensors(path: Path, files: list[str]) -> dict[str, TensorEntry]:
+    """The tensors of all files: what transformers reads, whatever else an index says of them."""
+    tensors: dict[str, TensorEntry] = {}
+    for file in files:
+        if not (path / file).is_file():
+            raise CheckpointError(f"{path / file} is missing; {INDEX} names it")
+        for name, entry in read_header(path / file).items():
+            earlier = tensors.setdefault(name, entry)
+            if earlier is not entry and not _same(earlier, entry):
+                raise CheckpointError(
+                    f"{path}: {name} lies in {earlier.file.name} and in {file}, and the two differ;"
+                    " keep the one that is the model's"
+                )
+    return tensors
+
+
+def _same(a: TensorEntry, b: TensorEntry) -> bool:
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and same_bytes(a, b)
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
@@ -129,6 +139,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     its Python API doesn't give offsets, so they are read from the header it accepted.
     Raises CheckpointError.
     """
+    refuse_pointer(file)
     try:
         with safe_open(file, framework="numpy"):
             pass
@@ -173,6 +184,20 @@ def read_tensor(entry: TensorEntry) -> bytes:
     finally:
         os.close(handle)
     return bytes(block)
+
+
+def same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
+    """Whether two tensors hold the same bytes."""
+    with a.file.open("rb") as stream_a, b.file.open("rb") as stream_b:
+        stream_a.seek(a.offset)
+        stream_b.seek(b.offset)
+        left = a.nbytes
+        while left > 0:
+            size = min(_BLOCK_BYTES, left)
+            if stream_a.read(size) != stream_b.read(size):
+                return False
+            left -= size
+    return a.nbytes == b.nbytes
 
 
 def read_into(handle: int, block: memoryview, source: TensorEntry, start: int) -> None:

@@ -269,17 +269,3 @@ def _write(handle: int, block: memoryview, offset: int) -> None:
     done = 0
     while done < len(block):
         done += os.pwrite(handle, block[done:], offset + done)
-
-
-def same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
-    """Whether two tensors hold the same bytes."""
-    with a.file.open("rb") as stream_a, b.file.open("rb") as stream_b:
-        stream_a.seek(a.offset)
-        stream_b.seek(b.offset)
-        left = a.nbytes
-        while left > 0:
-            size = min(BLOCK_BYTES, left)
-            if stream_a.read(size) != stream_b.read(size):
-                return False
-            left -= size
-    return a.nbytes == b.nbytes

@@ -188,6 +188,8 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
     from ptconvert.healing.models import check_pair
     from ptconvert.healing.run import Case
     from ptconvert.healing.settings import Settings
+    from ptconvert.runtime.load import shape_of
+    from ptconvert.tensors import weights_dtype
 
     device = torch_device(chosen["device"])
     if device.startswith("cuda:"):  # transformers' Trainer takes the first GPU that it sees
@@ -196,12 +198,12 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
         )
     progress(f"finding {checkpoint} and {chosen['teacher']}", 0, None)
     student = open_checkpoint(locate(checkpoint, None))
-    dtype = chosen["dtype"]
-    if dtype == "auto":
-        stored = {entry.dtype for entry in student.tensors.values()}
-        dtype = "float32" if device == "cpu" or "F32" in stored else "bfloat16"
     teacher = open_checkpoint(locate(chosen["teacher"], chosen["revision"]))
     check_pair(student, teacher)
+    dtype = chosen["dtype"]
+    if dtype == "auto":
+        stored = weights_dtype(student, shape_of(student))
+        dtype = "float32" if device == "cpu" or stored == "F32" else "bfloat16"
     dataset = None
     if chosen["dataset"]:
         dataset = DatasetSource(

@@ -15,7 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ptconvert
-from ptconvert.checkpoint.reader import SMALL_FILES, Checkpoint
+from ptconvert.checkpoint.files import small_files
+from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.errors import CheckpointError, EvaluationError
 from ptconvert.families import CARRIED_BUFFERS
 from ptconvert.format import SECTION, read_section
@@ -128,8 +129,7 @@ def content_digest(checkpoint: Checkpoint, progress: Progress) -> str:
     Two directories with the same content have the same digest, wherever they lie.
     """
     path = checkpoint.path
-    files = {t.file for t in checkpoint.tensors.values()}
-    files.update(f for pattern in SMALL_FILES for f in path.glob(pattern) if f.is_file())
+    files = {t.file for t in checkpoint.tensors.values()} | set(small_files(path))
     sizes = {file: file.stat().st_size for file in sorted(files)}
     total, done, digest = sum(sizes.values()), 0, hashlib.sha256()
     label = f"reading {path.name}, MB"

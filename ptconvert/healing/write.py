@@ -10,7 +10,8 @@ import torch
 
 from ptconvert.beside import as_json
 from ptconvert.checkpoint.atomic import new_directory
-from ptconvert.checkpoint.reader import SMALL_FILES, Checkpoint, TensorEntry
+from ptconvert.checkpoint.files import INDEX, small_files
+from ptconvert.checkpoint.reader import Checkpoint, TensorEntry
 from ptconvert.errors import CheckpointError
 from ptconvert.format import MODELING_FILE, SPEC_FILE, trained_config
 from ptconvert.healing.work import Tensors
@@ -34,8 +35,8 @@ def write(
     appears whole or not at all. Raises CheckpointError.
     """
     source = checkpoint.path
-    names = (*SMALL_FILES, SPEC_FILE, MODELING_FILE)
-    small = {path for name in names for path in source.glob(name) if path.is_file()}
+    own = (source / name for name in (INDEX, SPEC_FILE, MODELING_FILE))
+    small = {*small_files(source), *(path for path in own if path.is_file())}
     weights = {entry.file for entry in checkpoint.tensors.values()}
     try:
         with new_directory(destination, overwrite) as directory:

@@ -75,6 +75,14 @@ class PTConvertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers', with the modelling file beside it, so that the result opens as this
+        one did with trust_remote_code."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            text = modeling_source()
+            Path(save_directory, MODELING_FILE).write_text(text, encoding="utf-8")
+
 
 class PTConvertModel(PTConvertPreTrainedModel):
     """The decoder without lm_head: all its tracks, or those of one rank.
@@ -128,9 +136,18 @@ class PTConvertModel(PTConvertPreTrainedModel):
         return dict(zip(tracks, [layer, *range(first, len(self._cache_layer_of))], strict=True))
 
     def _grow(self, cache: Cache) -> None:
-        """Gives a new cache one entry per track, of the kind that transformers chose per layer."""
+        """Gives a new cache one entry per track, of the kind that transformers chose per layer.
+
+        Raises ValueError for one that holds keys and values of whole layers.
+        """
         layers = getattr(cache, "layers", [])
         if 0 < len(layers) < len(self._cache_layer_of):
+            if cache.get_seq_length():
+                raise ValueError(
+                    f"the KV cache is filled for {len(layers)} layers, but tracks have a cache "
+                    f"each, {len(self._cache_layer_of)} in all; instead of prefix tuning, which "
+                    "fills it so, use prompt tuning or LoRA"
+                )
             for layer in self._cache_layer_of[len(layers) :]:
                 layers.append(copy.deepcopy(layers[layer]))
 
@@ -297,14 +314,6 @@ class PTConvertForCausalLM(PTConvertPreTrainedModel, GenerationMixin):  # type: 
             loss=loss, logits=logits, past_key_values=outputs.past_key_values
         )
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers', with the modelling file beside it, so that the result opens as this
-        one did with trust_remote_code."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            text = modeling_source()
-            Path(save_directory, MODELING_FILE).write_text(text, encoding="utf-8")
-
 
 def modeling_source() -> str:
     """The text of the one-file form of this package's model code."""
@@ -343,4 +352,36 @@ CAUSAL_LMS = (
     PTConvertMistralForCausalLM,
     PTConvertQwen2ForCausalLM,
     PTConvertQwen3ForCausalLM,
+)
+
+
+class PTConvertLlamaModel(PTConvertModel):
+    """A converted Llama without lm_head."""
+
+    config_class = PTConvertLlamaConfig
+
+
+class PTConvertMistralModel(PTConvertModel):
+    """A converted Mistral without lm_head."""
+
+    config_class = PTConvertMistralConfig
+
+
+class PTConvertQwen2Model(PTConvertModel):
+    """A converted Qwen2 or Qwen2.5 without lm_head."""
+
+    config_class = PTConvertQwen2Config
+
+
+class PTConvertQwen3Model(PTConvertModel):
+    """A converted Qwen3 without lm_head."""
+
+    config_class = PTConvertQwen3Config
+
+
+BASE_MODELS = (
+    PTConvertLlamaModel,
+    PTConvertMistralModel,
+    PTConvertQwen2Model,
+    PTConvertQwen3Model,
 )

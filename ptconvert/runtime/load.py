@@ -19,6 +19,7 @@ from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement, family_class
 from ptconvert.modeling.model import CAUSAL_LMS
 from ptconvert.shape import ModelShape
+from ptconvert.tensors import weights_dtype
 
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -56,12 +57,13 @@ def load_rank(
 ) -> Any:
     """The model of one rank, in eval mode, each tensor read once from where it lies.
 
-    `dtype` is the checkpoint's own where it isn't given. Raises PTConvertError for a checkpoint
-    that doesn't hold together.
+    Each becomes `dtype`, by default that in which transformers opens the checkpoint. Raises
+    PTConvertError for a checkpoint that doesn't hold together.
     """
     ptconvert.register()
     checkpoint = open_checkpoint(path)
     shape = shape_of(checkpoint)
+    dtype = dtype or _TORCH[weights_dtype(checkpoint, shape)]
     rules = _dense_rules(shape)
     config = AutoConfig.from_pretrained(path)
     model_class = next(m for m in CAUSAL_LMS if isinstance(config, m.config_class))
@@ -80,7 +82,7 @@ def load_rank(
         tensor = read_part(entry, *part)
         if tensor.shape != parameter.shape:
             raise CheckpointError(f"{path}: {name} has shape {list(entry.shape)}")
-        _set(model, name, nn.Parameter(tensor if dtype is None else tensor.to(dtype)))
+        _set(model, name, nn.Parameter(tensor.to(dtype)))
     # The rotary tables are computed, not stored, so they were left behind on the meta device.
     model.model.rotary_emb = family_class(config, "RotaryEmbedding")(config=config)
     if config.tie_word_embeddings:

@@ -1,0 +1,38 @@
+"""Converted models with transformers' other heads: their classes are made from its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+
+from ptconvert.modeling.model import BASE_MODELS, CAUSAL_LMS, PTConvertPreTrainedModel
+
+_HEADS: dict[Any, type] = {
+    AutoModelForQuestionAnswering: GenericForQuestionAnswering,
+    AutoModelForSequenceClassification: GenericForSequenceClassification,
+    AutoModelForTokenClassification: GenericForTokenClassification,
+}
+
+
+def auto_classes() -> Iterator[tuple[Any, Any]]:
+    """Each of transformers' Auto classes with a model class that it opens."""
+    for base, causal_lm in zip(BASE_MODELS, CAUSAL_LMS, strict=True):
+        yield AutoModel, base
+        yield AutoModelForCausalLM, causal_lm
+        for auto, head in _HEADS.items():
+            name = base.__name__.removesuffix("Model") + head.__name__.removeprefix("Generic")
+            members = {"config_class": base.config_class, "__module__": __name__}
+            yield auto, type(name, (head, PTConvertPreTrainedModel), members)
