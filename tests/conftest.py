@@ -70,6 +70,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
 }
 
+# What a script begins with that is to run as where ptconvert isn't installed.
+WITHOUT_PTCONVERT = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "ptconvert":
+            raise ImportError("ptconvert is blocked")
+sys.meta_path.insert(0, Blocked())
+"""
+
 MakeDense = Callable[..., Path]
 Convert = Callable[..., Path]
 

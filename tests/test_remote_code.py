@@ -11,21 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from calibrating import TOP, random_calibration
-from conftest import Convert, MakeDense, load, spec_text
+from conftest import WITHOUT_PTCONVERT, Convert, MakeDense, load, spec_text
 
 from ptconvert.modeling.export import modeling_source
 from ptconvert.spec import parse_spec
 
 IDS = [[3, 4, 5, 6, 7]]
-# Runs where ptconvert can't be imported; prints the class's module and saves logits.
-REMOTE = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "ptconvert":
-            raise ImportError("ptconvert is blocked")
-sys.meta_path.insert(0, Blocked())
-import torch
+# Prints the class's module and saves logits.
+REMOTE = (
+    WITHOUT_PTCONVERT
+    + """import torch
 from transformers import AutoModelForCausalLM
 source, saved, logits = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(
@@ -39,6 +34,7 @@ assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 8)
 torch.save(model(ids).logits, logits)
 print(type(model).__module__)
 """
+)
 
 
 @pytest.mark.parametrize("variant", ["llama-biases", "qwen3"])

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import MakeDense, spec_text
+from conftest import WITHOUT_PTCONVERT, MakeDense, spec_text
 from lm_eval.models.huggingface import HFLM
 from tokenizing import CLASSES, FAMILIES, TEXTS, facts, put, trained
 from transformers import AutoTokenizer
@@ -19,13 +19,9 @@ from ptconvert.modeling.config import CONFIGS
 from ptconvert.spec import parse_spec
 from ptconvert.transform import execute, plan_conversion
 
-REMOTE = """
-import json, sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "ptconvert":
-            raise ImportError("ptconvert is blocked")
-sys.meta_path.insert(0, Blocked())
+REMOTE = (
+    WITHOUT_PTCONVERT
+    + """import json
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from transformers import AutoTokenizer
@@ -38,6 +34,7 @@ for converted in map(Path, sys.argv[3:]):
         found[f"{converted.parent.name} {name}"] = facts(tokenizer)
 Path(sys.argv[2]).write_text(json.dumps(found))
 """
+)
 SPEC = parse_spec(spec_text(2, "use: parallel_track, depth: 2"), "s")
 
 
