@@ -135,7 +135,7 @@ class ModelShape:
             head_size=head_size,
             neurons=size("intermediate_size"),
             vocabulary=size("vocab_size"),
-            tied=config.get(TIED) is True,
+            tied=_flag(config, TIED, where),
             dtype=_dtype(config, where),
             rules=family.layer_rules(config),
         )
@@ -160,6 +160,14 @@ def _dtype(config: Mapping[str, object], where: str) -> str | None:
             "written so"
         )
     return DTYPES[name]
+
+
+def _flag(config: Mapping[str, object], key: str, where: str) -> bool:
+    """A key that is true, false or absent, which is false; transformers opens no other."""
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{where}: {key} is {_short(value)}; it must be true or false, or absent")
+    return value
 
 
 def _short(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -13,15 +14,17 @@ from ptconvert.layout import DenseTensor
 from ptconvert.shape import DTYPE_BYTES, EMBEDDING, HEAD, TIED, ModelShape
 
 _BASE = "model."  # transformers' name of the model without lm_head in the one with it
-# Prefixes of tensors' names, and what leaves them.
+# What wrappers leave in tensors' names, and which do.
 _LEFT_BY = {
-    "_orig_mod.": "torch.compile",
-    "module.": "DataParallel, DDP or DeepSpeed",
-    "_fsdp_wrapped_module.": "FSDP",
-    "_forward_module.": "Lightning",
-    "base_model.model.": "peft",
-    "language_model.": "a multimodal model",
+    "_orig_mod": "torch.compile",
+    "module": "DataParallel, DDP or DeepSpeed",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "_forward_module": "Lightning",
+    "base_model.model": "peft",
+    "language_model": "a multimodal model",
 }
+_WRAPPERS = re.compile(rf"(?<![^.])({'|'.join(map(re.escape, _LEFT_BY))})\.")
 
 
 def under_own_names(checkpoint: Checkpoint, shape: ModelShape) -> Checkpoint:
@@ -157,16 +160,21 @@ def _faults(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> 
 def _prefixed(
     checkpoint: Checkpoint, expected: Mapping[str, object], unknown: list[str]
 ) -> str | None:
-    """What to say where tensors are there, but under a prefix that transformers doesn't know."""
-    missing = next((name for name in expected if name not in checkpoint.tensors), "")
-    for name in unknown:
-        for tail in (missing, missing.removeprefix(_BASE)):
-            if missing and name.endswith("." + tail):
-                prefix = name.removesuffix(tail)
-                left = f", which {_LEFT_BY[prefix]} leaves" if prefix in _LEFT_BY else ""
-                return (
-                    f"{name} is there, but not {missing}: the names begin with {prefix}{left}, and "
-                    "transformers knows none of them; rename them without it (load_file and "
-                    "save_file of safetensors.torch) and convert that"
-                )
+    """What to say where tensors are there, but under names that transformers doesn't know."""
+    missing = [name for name in expected if name not in checkpoint.tensors]
+    tails = {tail: name for name in missing for tail in (name, name.removeprefix(_BASE))}
+    unwrapped = {_WRAPPERS.sub("", name): name for name in reversed(unknown)}
+    for tail, wanted in tails.items():
+        name = unwrapped.get(tail) or next((n for n in unknown if n.endswith("." + tail)), None)
+        if name is None:
+            continue
+        wrappers = list(dict.fromkeys(_WRAPPERS.findall(name)))
+        found = "".join(f"{w}." for w in wrappers) or name.removesuffix(tail)
+        left = " and ".join(_LEFT_BY[wrapper] for wrapper in wrappers)
+        return (
+            f"{name} is there, but not {wanted}: the names "
+            f"{'begin with' if name.startswith(found) else 'have'} {found}"
+            f"{f', which {left} leaves' if left else ''}, and transformers knows none of them; "
+            "rename them without it (load_file and save_file of safetensors.torch) and convert that"
+        )
     return None

@@ -219,6 +219,8 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
     section = read_section(checkpoint.config, where)
     if section.trained:
         raise ConfigError(f"{where}: healed since the conversion; the source's weights are gone")
+    if overruled(checkpoint):
+        raise CheckpointError(_changed(checkpoint.path, "lm_head is not the embedding any more"))
     config = source_config(checkpoint.config, section)
     tied = checkpoint.config.get(TIED)  # not the source's word, where its tensors say otherwise
     shape = ModelShape.from_config({**config, TIED: tied}, where)
@@ -327,10 +329,14 @@ def check_digest(plan: Plan, digests: Digests) -> None:
     of versions that kept no digest pass."""
     entries = plan.source.tensors
     if plan.digest is not None and tensors_digest(plan, entries, digests) != plan.digest:
-        raise CheckpointError(
-            f"{plan.source.path}: the weights changed since the conversion (trained, or saved in "
-            "another type), so they are not the source's; use the source itself"
-        )
+        raise CheckpointError(_changed(plan.source.path, "trained, or saved in another type"))
+
+
+def _changed(path: Path, how: str) -> str:
+    return (
+        f"{path}: the weights changed since the conversion ({how}), so they are not the source's; "
+        "use the source itself"
+    )
 
 
 def check_replicas(plan: Plan) -> None:

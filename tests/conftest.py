@@ -9,6 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# A test has one core of its own, and so has each process that it starts: threads of several that
+# wait for each other by spinning take many times as long. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch
@@ -24,7 +28,6 @@ hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machi
 hypothesis.settings.load_profile("unhurried")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-torch.set_num_threads(1)
 
 # tests/serving needs vLLM, which wants an environment of its own: `make test-vllm`.
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["serving"]

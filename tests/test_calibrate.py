@@ -523,7 +523,7 @@ def test_the_command(make_dense: MakeDense, tmp_path: Path) -> None:
     code, out = run("transform", source, tmp_path / "out", "--spec", spec, "--text", text,
                     "--windows", 32, "--window", 64, "--device", "cpu", "--json")  # fmt: skip
     assert code == 0, out
-    figures: dict[str, Any] = json.loads(out)
+    figures: dict[str, Any] = json.loads(out[out.index("{") :])  # after what is said meanwhile
     assert figures["assignment"] == "affinity" and figures["calibration"]["tokens"] == 2048
     shares = figures["calibration"]["affinity_between_tracks"]
     assert shares["after"] < shares["before"]

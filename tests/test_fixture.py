@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import FIXTURE, Convert
 
 from ptconvert.calibrate.conversion import calibrate, calibration_windows
@@ -64,14 +62,12 @@ def dev() -> tuple[Path, ...]:
 
 
 @pytest.fixture(scope="module")
-def source(dev: tuple[Path, ...]) -> Iterator[tuple[Windows, Reference]]:
+def source(dev: tuple[Path, ...]) -> tuple[Windows, Reference]:
     """The README's windows, and the source model's predictions on them in fp32."""
     checkpoint = open_checkpoint(FIXTURE / "model")
-    torch.set_num_threads(2)
     windows = windows_for(checkpoint, dev, LENGTH, WINDOWS)
     model = open_model(checkpoint, "float32", "cpu")
-    yield windows, reference(model, windows, BatchSize(None, "cpu"), quiet)
-    torch.set_num_threads(1)
+    return windows, reference(model, windows, BatchSize(None, "cpu"), quiet)
 
 
 def layers(first: int, use: str) -> str:
@@ -124,9 +120,7 @@ def test_the_paired_test_finds_what_unpaired_errors_hide(
     (tmp_path / "tasks" / "loss.py").write_text(LOSS)
     asked = Settings(("next_line",), (tmp_path / "tasks",), limit=120, dtype="float32")
     converted = convert(FIXTURE / "model", 4, layers(6, "ladder"))
-    torch.set_num_threads(2)
     (row,) = evaluate(converted, FIXTURE / "model", asked, None, tmp_path / "cache", quiet).rows
-    torch.set_num_threads(1)
     assert row.source_stderr is not None and row.converted_stderr is not None
     assert row.source is not None and row.difference is not None
     apart = abs(row.converted.value - row.source.value)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 from conftest import FIXTURE, LAYERS, Convert, MakeDense, byte_level
 from test_cli import run
@@ -374,7 +373,6 @@ def test_layer_0_is_what_the_trained_model_is_sensitive_in(tmp_path: Path) -> No
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     splits = json.loads((FIXTURE / "splits.json").read_text())
     calibration, dev = (tuple(stdlib / n for n in splits[k]) for k in ("calibration", "dev"))
-    torch.set_num_threads(2)
     few = make_meter(FIXTURE / "model", 4, tmp_path / "few", calibration, 128, 2)
     deferred = [run_of(p, p + 2, BLOCKING) for p in (0, 1, 2, 3, 12, 13)]
     costs = few.costs([alone(segment, 12) for segment in deferred], "sensitivities")
@@ -382,5 +380,4 @@ def test_layer_0_is_what_the_trained_model_is_sensitive_in(tmp_path: Path) -> No
     assert a0 > 0.5 and m0 > 3 * max(others) and a0 > 20 * max(others)
     meter = make_meter(FIXTURE / "model", 4, tmp_path / "dev", dev, 256, 24)
     found = meter.costs(map(Schedule.parse, README_LOSSES), "dev")
-    torch.set_num_threads(1)
     assert [c.loss for c in found] == pytest.approx(list(README_LOSSES.values()), abs=1e-4)

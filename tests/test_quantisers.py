@@ -69,6 +69,11 @@ QUANTISERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+def _is_plain(linear: Any) -> bool:
+    """Whether a quantiser has passed a Linear over: neither its class nor its weight changed."""
+    return type(linear) is nn.Linear and type(linear.weight.data) is torch.Tensor
+
+
 @pytest.fixture(scope="module")
 def source(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose output biases are as large as what they are added to."""
@@ -104,9 +109,12 @@ def test_does_to_the_conversion_what_it_does_to_the_source(
     tracks = convert(source, 4, f'stages: "{TRACKS}"')
     assert Schedule.parse(TRACKS).track_layers == {1, 3, 4, 5}
     model = quantise(tracks)
-    assert not any(type(m) is nn.Linear for n, m in model.model.layers.named_modules() if n)\
-        or name == "torchao"  # fmt: skip
+    for layer in model.model.layers:  # it found what there is to quantise
+        for owner in layer.tracks.values() if hasattr(layer, "tracks") else [layer]:
+            assert not _is_plain(owner.mlp.down_proj), name
     error = float((logits(model) - logits(load(tracks))).abs().max())
+    # a row of o_proj and down_proj is quantised track by track, and a schedule of its own passes
+    # errors on in its own way: of the same size, not the same
     assert error < 3 * own_error
 
 

@@ -292,9 +292,22 @@ def test_prefixes_that_transformers_does_not_know(prefix: str, changed: Changed)
     assert "rename them without it" in said
 
 
+@pytest.mark.parametrize(
+    ("was", "becomes", "says"),
+    [
+        ("layers.0.", "layers.0._orig_mod.", "have _orig_mod., which torch.compile leaves"),
+        ("mlp.", "_checkpoint_wrapped_module.mlp.", "have _checkpoint_wrapped_module., which act"),
+        ("model.", "_orig_mod.module.model.", "begin with _orig_mod.module., which torch.compile "),
+    ],
+)
+def test_wrappers_names_anywhere(was: str, becomes: str, says: str, changed: Changed) -> None:
+    said = refusal(changed(renamed(lambda name: name.replace(was, becomes, 1))))
+    assert says in said and becomes in said and "\n" not in said
+
+
 def test_a_prefix_inside_of_transformers_own(changed: Changed) -> None:
     source = changed(renamed(lambda name: name.replace("model.", "model.language_model.", 1)))
-    assert "the names begin with model.language_model., and" in refusal(source)
+    assert "the names have language_model., which a multimodal model leaves" in refusal(source)
 
 
 def as_pointer(name: str) -> Change:
@@ -318,6 +331,7 @@ without_head = stored_as(lambda t: {n: x for n, x in t.items() if n != HEAD})
         (added("lm_head.bias", torch.ones(96)), "save_pretrained it, and convert that"),
         (edited("dtype", torch_dtype="torch.bfloat16"), "torch_dtype is 'torch.bfloat16'; the"),
         (edited(num_local_experts=8), "with experts"),
+        (edited(tie_word_embeddings=None), "tie_word_embeddings is None; it must be true or fal"),
         (
             stored_as(lambda t: t | {EMBEDDING[6:]: t[EMBEDDING] + 1}),
             "are the same tensor of",

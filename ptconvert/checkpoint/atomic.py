@@ -97,7 +97,12 @@ def _locked_directory(parent: Path, prefix: str) -> tuple[Path, int]:
         temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         with suppress(FileNotFoundError):
             lock = os.open(temporary, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:  # as on a network file system without locks
+                os.close(lock)
+                temporary.rmdir()
+                raise
             if temporary.exists():
                 return temporary, lock
             os.close(lock)

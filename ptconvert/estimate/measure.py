@@ -32,6 +32,7 @@ from ptconvert.estimate.hardware import (
     read_engine,
 )
 from ptconvert.estimate.timeline import run
+from ptconvert.format import SECTION_FORMAT
 from ptconvert.modeling.config import PTConvertLlamaConfig
 from ptconvert.modeling.model import PTConvertLlamaForCausalLM
 from ptconvert.presets import dense_schedule, ladder, parallel_track
@@ -155,12 +156,15 @@ def _read_rate(rank: Rank, tokens: int) -> float:
 def _steps(rank: Rank) -> dict[str, list[list[float]]]:
     """Seconds of each decode step of the tiny model, by repeat: one, blocking, overlapped."""
     torch.manual_seed(0)
-    model = PTConvertLlamaForCausalLM(PTConvertLlamaConfig(**_SIZES))
+    layers = range(_LAYERS)
+    one = Schedule(parallel_track(layers, depth=_LAYERS))
+    # every rank runs a track, all layers of which can run under any schedule
+    section = {"format": SECTION_FORMAT, "tracks": 1, "schedule": str(one), "deferred": "sum"}
+    model = PTConvertLlamaForCausalLM(PTConvertLlamaConfig(**_SIZES, ptconvert=section))
     model = model.to(device=rank.device, dtype=_dtype(rank)).eval()
     model.model.communicator = ProcessGroupCommunicator(None, rank.journal)
-    layers = range(_LAYERS)
     runs = {
-        "one": Schedule(parallel_track(layers, depth=_LAYERS)),
+        "one": one,
         "blocking": dense_schedule(_LAYERS),
         "overlapped": Schedule(ladder(layers)),
     }

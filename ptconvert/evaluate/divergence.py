@@ -284,7 +284,7 @@ def _outputs(
             inputs = {"input_ids": ids[rows, :-1].to(device)}
             if stream is not None:
                 inputs = {"inputs_embeds": stream[rows].to(device)}
-            return rows, decoder(**inputs, use_cache=False)
+            return rows, decoder(**inputs, use_cache=False, return_dict=True)
 
         rows, outputs = batch.fitting(run)
         yield rows, outputs

@@ -16,7 +16,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ptconvert.modeling.executor import PerTrack, Update
 from ptconvert.schedule import Kind
 
-OUTPUT_PROJECTIONS = {Kind.ATTENTION: ("self_attn", "o_proj"), Kind.MLP: ("mlp", "down_proj")}
+
+def output_projection(kind: Kind) -> tuple[str, str]:
+    """The block of a layer that a sublayer is, and the output projection in it.
+
+    Code that runs in a layer's forward asks here, not OUTPUT_PROJECTIONS: torch 2.13's dynamo
+    keeps no guard on an Enum that is looked up in a dict, and a layer compiled for its attention
+    would run that where its MLP is asked for.
+    """
+    return ("mlp", "down_proj") if kind is Kind.MLP else ("self_attn", "o_proj")
+
+
+OUTPUT_PROJECTIONS = {kind: output_projection(kind) for kind in Kind}
 
 
 def family_class(config: Any, suffix: str) -> Any:
@@ -78,14 +89,19 @@ def _dense_class(layer_class: Any) -> Any:
     class DenseLayer(layer_class):  # type: ignore[misc]
         def forward(
             self, kind: Kind, guess: bool, attention: dict[str, Any], x_BSD: torch.Tensor
-        ) -> tuple[torch.Tensor]:
+        ) -> tuple[torch.Tensor, None]:
             assert not guess, "tracks that go on with their own partials reached a dense layer"
-            return (run_block(self, kind, x_BSD, attention),)
+            return run_block(self, kind, x_BSD, attention), None
 
-        def common_bias(self, kind: Kind) -> None:
-            """Nothing: the output projections add their own biases."""
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _new_dense, (layer_class,), self.__dict__  # pickle finds no class in here
 
     return DenseLayer
+
+
+def _new_dense(layer_class: Any) -> Any:
+    dense_class = _dense_class(layer_class)
+    return dense_class.__new__(dense_class)
 
 
 def dense_layer(config: Any, index: int, placement: Placement) -> nn.Module:
@@ -131,9 +147,9 @@ class CommonBiases(nn.Module):
 
     def forward(self, kind: Kind) -> torch.Tensor | None:
         """That of the attention or the MLP, where it has one. Called, so that hooks which bring
-        parameters from a disk see it."""
-        bias: torch.Tensor | None = getattr(self, f"{OUTPUT_PROJECTIONS[kind][1]}_bias", None)
-        return bias
+        parameters from a disk see it; a copy, since FSDP takes parameters away after the call."""
+        bias: torch.Tensor | None = getattr(self, f"{output_projection(kind)[1]}_bias", None)
+        return None if bias is None else bias.clone()
 
 
 class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
@@ -178,37 +194,31 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
 
     def forward(
         self, kind: Kind, guess: bool, attention: dict[str, Any], *view: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Each local track's partial of one sublayer, and after them, with `guess` and where the
-        layer has guesses of it, each track's guess of the others' partials."""
-        block = OUTPUT_PROJECTIONS[kind][0]
-        partials, guesses = [], []
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Each local track's partial of one sublayer; then, with `guess` and where the layer has
+        guesses of it, each track's guess of the others' partials; last the output bias, if any."""
+        block, _ = output_projection(kind)
         tracks: list[Any] = list(self.tracks.values())
+        partials, guesses = [], []
         for t, track in enumerate(tracks):
             x_BSD = apply_norm(track, kind, view[t % len(view)])
             partials.append(run_normed(track, kind, x_BSD, attention))
             if guess and block in getattr(track, "guess", ()):
                 guesses.append(track.guess[block](x_BSD, partials[-1]))
-        return (*partials, *guesses)
-
-    def common_bias(self, kind: Kind) -> torch.Tensor | None:
-        """The output bias of the attention or the MLP, which all tracks know."""
-        bias: torch.Tensor | None = self.common(kind)
-        return bias
+        return (*partials, *guesses, self.common(kind))
 
 
 def run_layer(
-    layer: Any, kind: Kind, view: PerTrack, guess: bool, attention: dict[str, Any]
+    layer: Any, tracks: int, kind: Kind, view: PerTrack, guess: bool, attention: dict[str, Any]
 ) -> Update:
     """One sublayer on what each track reads; `attention` are the keywords of self_attn.
 
-    A dense layer runs once, on the stream that all tracks agree on. With `guess` come the guesses,
-    where the layer has them.
+    `tracks` are the local ones, 1 for a layer held dense, which runs once, on the stream that all
+    tracks agree on. With `guess` come the guesses, where the layer has them.
     """
-    count = len(layer.tracks) if isinstance(layer, TrackedLayer) else 1
-    assert len(view) in (1, count), "tracks that differ reached a layer held dense"
-    found = layer(kind, guess, attention, *view)
-    return Update(list(found[:count]), layer.common_bias(kind), list(found[count:]) or None)
+    assert len(view) in (1, tracks), "tracks that differ reached a layer held dense"
+    *found, common = layer(kind, guess, attention, *view)
+    return Update(found[:tracks], common, found[tracks:] or None)
 
 
 def apply_norm(layer: Any, kind: Kind, x_BSD: torch.Tensor) -> torch.Tensor:

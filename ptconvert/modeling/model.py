@@ -112,10 +112,12 @@ class PTConvertModel(PTConvertPreTrainedModel):
         tracked = self.schedule.track_layers
         self._cache_layer_of = list(range(config.num_hidden_layers))
         layers: list[nn.Module] = []
+        self._local_tracks = [1] * config.num_hidden_layers  # 1 for a layer held dense, too
         for index in range(config.num_hidden_layers):
             if index in tracked:
                 local = placement.local_tracks(self.track_count)
                 places = self._cache_indices(index, local)
+                self._local_tracks[index] = len(local)
                 guesses = {s.kind: r for s, r in section.guesses.items() if s.layer == index}
                 layers.append(
                     TrackedLayer(config, index, self.track_count, places, guesses, section.assigned)
@@ -198,8 +200,8 @@ class PTConvertModel(PTConvertPreTrainedModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
             )
-            layer = self.layers[sublayer.layer]
-            return run_layer(layer, sublayer.kind, view, guess, attention)
+            layer, tracks = self.layers[sublayer.layer], self._local_tracks[sublayer.layer]
+            return run_layer(layer, tracks, sublayer.kind, view, guess, attention)
 
         return run_sublayer
 
@@ -209,6 +211,7 @@ class PTConvertModel(PTConvertPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value  # type: ignore[assignment]
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -232,7 +235,6 @@ class PTConvertModel(PTConvertPreTrainedModel):
                 raise ValueError(f"{flag} is not supported: {_NO_STATES}")
             if getattr(self.config, flag, False):
                 logger.warning_once(f"{flag} of config.json is left out: {_NO_STATES}")
-        kwargs.pop("return_dict", None)
         stream_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
@@ -301,7 +303,7 @@ class PTConvertForCausalLM(PTConvertPreTrainedModel, GenerationMixin):  # type: 
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **kwargs,
+            **{**kwargs, "return_dict": True},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep, :])

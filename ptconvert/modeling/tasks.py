@@ -27,12 +27,16 @@ _HEADS: dict[Any, type] = {
 }
 
 
-def auto_classes() -> Iterator[tuple[Any, Any]]:
-    """Each of transformers' Auto classes with a model class that it opens."""
+def _auto_classes() -> Iterator[tuple[Any, Any]]:
     for base, causal_lm in zip(BASE_MODELS, CAUSAL_LMS, strict=True):
         yield AutoModel, base
         yield AutoModelForCausalLM, causal_lm
         for auto, head in _HEADS.items():
             name = base.__name__.removesuffix("Model") + head.__name__.removeprefix("Generic")
             members = {"config_class": base.config_class, "__module__": __name__}
-            yield auto, type(name, (head, PTConvertPreTrainedModel), members)
+            globals()[name] = type(name, (head, PTConvertPreTrainedModel), members)  # for pickle
+            yield auto, globals()[name]
+
+
+# Each of transformers' Auto classes with a model class that it opens.
+AUTO_CLASSES = tuple(_auto_classes())

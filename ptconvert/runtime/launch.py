@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from ptconvert.runtime.communicator import Journal
 
+_PRELOADED = ["ptconvert.runtime.session"]
 _GRACE_SECONDS = 3.0
 _TRACE_LINES = 12
 # Torch's words for a peer that is gone or silent: such a rank is a victim, not the cause.
@@ -88,7 +89,10 @@ def launch(
     """
     with tempfile.TemporaryDirectory(prefix="ptconvert-ranks-") as name:
         directory = Path(name)
-        context = multiprocessing.get_context("spawn")
+        # Forked from one process that has imported what ranks need: importing it takes each as
+        # long as much of its work.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         started = [
             context.Process(
                 target=_rank_main,

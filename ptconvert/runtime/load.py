@@ -19,7 +19,7 @@ from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement, family_class
 from ptconvert.modeling.model import CAUSAL_LMS
 from ptconvert.shape import ModelShape
-from ptconvert.tensors import weights_dtype
+from ptconvert.tensors import overruled, weights_dtype
 
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -85,7 +85,7 @@ def load_rank(
         _set(model, name, nn.Parameter(tensor.to(dtype)))
     # The rotary tables are computed, not stored, so they were left behind on the meta device.
     model.model.rotary_emb = family_class(config, "RotaryEmbedding")(config=config)
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and not overruled(checkpoint):
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.to(device).eval()
 

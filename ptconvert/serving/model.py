@@ -36,7 +36,7 @@ from ptconvert.schedule import Merge
 from ptconvert.serving.collectives import BOUNDARY, NO_LAUNCH, all_reduce_boundary
 from ptconvert.serving.layers import WHOLE, ServedLayer, read_stream
 from ptconvert.serving.program import Step, lower
-from ptconvert.shape import ModelShape
+from ptconvert.shape import EMBEDDING, HEAD, ModelShape
 
 # From a checkpoint's names to this model's; q, k, v and gate, up are stacked as in vLLM's Llama.
 _NAMES = WeightsMapper(
@@ -212,14 +212,15 @@ class PTConvertForCausalLM(nn.Module):
         self, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """This rank's tensors. A tied lm_head is a shard of the embedding, which is whole here,
-        and so is loaded beside it."""
+        and so is loaded beside it; one that is stored is itself, whatever the config says."""
         tied = self.config.tie_word_embeddings
         for name, tensor in weights:
-            if self.is_unused_checkpoint_weight(name) or (tied and name == "lm_head.weight"):
+            if self.is_unused_checkpoint_weight(name):
                 continue
+            tied = tied and name != HEAD
             yield name, tensor
-            if tied and name == "model.embed_tokens.weight":
-                yield "lm_head.weight", tensor
+            if tied and name == EMBEDDING:
+                yield HEAD, tensor
 
 
 def _split_graphs_at_boundaries(program: tuple[Step, ...], compilation: Any) -> None:

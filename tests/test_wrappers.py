@@ -1,0 +1,113 @@
+"""What trainers and compilers wrap layers in, around those of a converted model."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import MakeDense, load, spec_text
+from test_modeling import SCHEDULES, TOLERANCE, left_padded
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from transformers import AutoModelForSequenceClassification
+
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.schedule import Kind, Sublayer
+from ptconvert.spec import parse_spec
+from ptconvert.transform import execute, plan_conversion
+
+NAMES = ("mixed", "track-2-rest")  # layers held dense and layers of tracks, biases in both
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """A process group of this process alone."""
+    store = torch._C._distributed_c10d.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded_by_fsdp1(layer: Any) -> Any:
+    return FullyShardedDataParallel(layer, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "torch.compile": lambda layer: torch.compile(layer, backend="eager"),
+    "checkpoint_wrapper": checkpoint_wrapper,
+    "FSDP1": sharded_by_fsdp1,
+    "FSDP2": fully_shard,
+}
+
+
+@pytest.fixture(scope="module")
+def converted(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+
+    source, found = open_checkpoint(make_dense("llama-biases")), {}
+    for name in NAMES:
+        found[name] = tmp_path_factory.mktemp("converted") / name
+        spec = parse_spec(spec_text(4, SCHEDULES[name]), "s")
+        execute(plan_conversion(source, spec, source_name="x"), found[name])
+    return found
+
+
+def trained(model: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits, and the gradients of all parameters."""
+    ids_BS, keep_BS = left_padded()
+    out = model(input_ids=ids_BS, attention_mask=keep_BS, labels=ids_BS, use_cache=False)
+    out.loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    full = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients]
+    return out.logits.detach(), full
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrapped_layers_give_the_same(wrapper: str, name: str, converted: dict[str, Path]) -> None:
+    plain, model = load(converted[name]).train(), load(converted[name]).train()
+    expected, gradients = trained(plain)
+    with process_group():
+        for index, layer in enumerate(model.model.layers):
+            model.model.layers[index] = WRAPPERS[wrapper](layer)
+        found, theirs = trained(model)
+    assert float((found - expected).abs().max()) < TOLERANCE
+    if wrapper != "FSDP1":  # it flattens parameters
+        for a, b in zip(gradients, theirs, strict=True):
+            assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_a_compiled_layer_knows_its_mlp_from_its_attention(converted: dict[str, Path]) -> None:
+    model = load(converted["track-2-rest"])
+    x_BSD = torch.randn(1, 3, 32)
+    run = model.model.runner(x_BSD)
+    for layer in (0, 1):
+        calls = [(k, run(Sublayer(layer, k), [x_BSD], False).partials) for k in Kind]
+        model.model.layers[layer].compile(backend="eager")
+        for kind, expected in calls:
+            found = run(Sublayer(layer, kind), [x_BSD], False).partials
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), kind
+
+
+@pytest.mark.parametrize("auto", [None, AutoModelForSequenceClassification])
+def test_pickles_and_copies(auto: Any, converted: dict[str, Path]) -> None:
+    path = converted["track-2-rest"]
+    model = load(path) if auto is None else auto.from_pretrained(path).eval()
+    ids_BS, _ = left_padded()
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    again = torch.load(stream, weights_only=False)
+    assert type(again) is type(model) is type(copy.deepcopy(model))
+    assert type(again.model.layers[0]) is type(model.model.layers[0])
+    with torch.no_grad():
+        assert torch.equal(again(ids_BS[:1]).logits, model(ids_BS[:1]).logits)
+        assert torch.equal(copy.deepcopy(model)(ids_BS[:1]).logits, model(ids_BS[:1]).logits)
