@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,18 +32,22 @@ class Mixture:
     segments: tuple[Segment, ...]
 
 
-# A way to reach a position: the segment that ends there (its index), and the label before.
-_LABEL = np.dtype(
-    [("weight", np.int64), ("cost", np.float64), ("by", np.int64), ("before", np.int64)]
-)
+class Labels(NamedTuple):
+    """Ways to reach positions (L each): weight and cost so far, the segment that ends there (its index), and
+    the label before."""
+
+    weight: Ints
+    cost: Floats
+    by: Ints
+    before: Ints
 
 
 class Mixtures(Sequence[Mixture]):
     """What a search found, by rising weight. A mixture's segments are put together when it is asked
     for: of hundreds found a few are."""
 
-    def __init__(self, segments: Sequence[Segment], labels_L: NDArray[np.void], ends: Ints) -> None:
-        self._segments, self._labels_L, self._ends = segments, labels_L, ends
+    def __init__(self, segments: Sequence[Segment], labels: Labels, ends: range) -> None:
+        self._segments, self._labels, self._ends = segments, labels, ends
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -54,12 +58,13 @@ class Mixtures(Sequence[Mixture]):
     def __getitem__(self, index: slice) -> Sequence[Mixture]: ...
     def __getitem__(self, index: int | slice) -> Mixture | Sequence[Mixture]:
         if isinstance(index, slice):
-            return Mixtures(self._segments, self._labels_L, self._ends[index])
-        weight, cost, by, before = self._labels_L[self._ends[index]].item()
+            return Mixtures(self._segments, self._labels, self._ends[index])
+        label = self._ends[index]
+        weight, cost = self._labels.weight[label].item(), self._labels.cost[label].item()
         segments: list[Segment] = []
-        while by >= 0:
+        while (by := self._labels.by[label]) >= 0:
             segments.append(self._segments[by])
-            _, _, by, before = self._labels_L[before].item()
+            label = self._labels.before[label]
         return Mixture(weight, cost, tuple(reversed(segments)))
 
 
@@ -85,29 +90,29 @@ class Choices:
         S segments, P positions, L labels so far, E extensions of them that end at one position.
         """
         cost_S = costs[self._order_S]
-        labels_L, position_L = np.array([(0, 0.0, -1, -1)], dtype=_LABEL), np.zeros(1, np.int64)
-        first = 0  # label of the position
-        for position, here in enumerate(self._here_P[1:], 1):
-            before_E, by_E = _extensions(position_L, here, self._start_S[here])
-            weight_E = labels_L["weight"][before_E] + self._weight_S[by_E]
-            cost_E = labels_L["cost"][before_E] + cost_S[by_E]
+        first, none = np.zeros(1, np.int64), np.full(1, -1)
+        labels, position_L = Labels(first, np.zeros(1), none, none), first
+        for position, here_H in enumerate(self._here_P[1:], 1):
+            before_E, by_E = _extensions(position_L, here_H, self._start_S[here_H])
+            weight_E = labels.weight[before_E] + self._weight_S[by_E]
+            cost_E = labels.cost[before_E] + cost_S[by_E]
             kept_K = _undominated(weight_E, cost_E)
-            new_K = np.empty(len(kept_K), dtype=_LABEL)
-            new_K["weight"], new_K["cost"] = weight_E[kept_K], cost_E[kept_K]
-            new_K["by"], new_K["before"] = by_E[kept_K], before_E[kept_K]
-            first = len(labels_L)
-            labels_L = np.concatenate([labels_L, new_K])
-            position_L = np.append(position_L, np.full(len(new_K), position))
-        return Mixtures(self._segments, labels_L, np.arange(first, len(labels_L)))
+            new = (of_E[kept_K] for of_E in (weight_E, cost_E, by_E, before_E))
+            labels = Labels(*map(np.concatenate, zip(labels, new, strict=True)))
+            position_L = np.append(position_L, np.full(len(kept_K), position))
+        ends = range(len(position_L) - len(kept_K), len(position_L))
+        return Mixtures(self._segments, labels, ends)
 
 
 def _extensions(position_L: Ints, here_H: Ints, start_H: Ints) -> tuple[Ints, Ints]:
     """Each label, once per segment of `here` (in the order of their starts) that starts where it
     is; and these segments."""
-    count_L = np.bincount(start_H, minlength=position_L[-1] + 1)[position_L]
+    count_P = np.bincount(start_H, minlength=position_L[-1] + 1)
+    count_L = count_P[position_L]
     before_E = np.repeat(np.arange(len(position_L)), count_L)
-    within_E = np.arange(len(before_E)) - (count_L.cumsum() - count_L)[before_E]
-    return before_E, here_H[np.searchsorted(start_H, position_L)[before_E] + within_E]
+    # Of a label's extensions the first has the first segment that starts there, and so on.
+    shift_L = (count_P.cumsum() - count_P)[position_L] - (count_L.cumsum() - count_L)
+    return before_E, here_H[np.arange(len(before_E)) + shift_L[before_E]]
 
 
 def _undominated(weight_E: Ints, cost_E: Floats) -> Ints:
