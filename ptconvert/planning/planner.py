@@ -161,6 +161,7 @@ def search(
     wanted = None if target is None else within
     every = math.ceil(len(meter.windows.ids) / SEARCH_WINDOWS)
     segments = tuple(menu(meter.layers, objective.singles, objective.runs, 2 * meter.layers))
+    meter.progress("weighing segments", 0, None)
     choices, prices = Choices(segments, objective.segment), Prices(segments)
     _measure_alone(meter, [s for s in segments if _is_basic(s)], prices, "sensitivities", every)
     tried: dict[Schedule, tuple[Mixture, float]] = {}

@@ -33,8 +33,8 @@ class Mixture:
 
 
 class Labels(NamedTuple):
-    """Ways to reach positions (L each): weight and cost so far, the segment that ends there (its index), and
-    the label before."""
+    """Ways to reach positions (L each): weight and cost so far, the segment that ends there (its
+    index), and the label before."""
 
     weight: Ints
     cost: Floats
