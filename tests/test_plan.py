@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import re
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,7 +85,7 @@ def test_what_runs_is_what_is_said(
     def recorded() -> Iterator[Callable[..., None]]:
         yield lambda step, *_: said.append(step)
 
-    monkeypatch.setattr("ptconvert.cli.plan.step_progress", recorded)
+    monkeypatch.setattr(sys.modules["ptconvert.cli.plan"], "step_progress", recorded)
     monkeypatch.setattr("ptconvert.planning.planner.search", stop)
     given = (str(source), "--tracks", "4", "--text", str(TEXT), "--max-syncs", "4", *SIZE)
     result = CliRunner().invoke(main, ["plan", *map(str, given)])
