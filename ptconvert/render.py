@@ -187,16 +187,17 @@ def ranges(numbers: Sequence[int]) -> str:
 
 def fewer_ranks(tracks: int, tracked: Collection[int]) -> str | None:
     """What becomes of `tracks` on fewer ranks; None where no layer is held as tracks."""
-    fewer = [str(n) for n in range(1, tracks) if tracks % n == 0]
-    if not tracked or not fewer:
+    if not tracked or tracks == 1:
         return None
-    *others, last = fewer
-    listed = f"{', '.join(others)} or {last}" if others else last
-    return (
-        f"For {tracks} ranks, a track each. On {listed} a rank runs several tracks one after "
-        "another, each with its own kernels, and tensor parallelism can be faster: for fewer ranks "
-        "take a spec of as many tracks."
-    )
+    parts = [f"For {tracks} ranks, a track each."]
+    if fewer := [str(n) for n in range(2, tracks) if tracks % n == 0]:
+        *others, last = fewer
+        listed = f"{', '.join(others)} or {last}" if others else last
+        parts.append(
+            f"On {listed} a rank runs several tracks one after another, each with its own kernels, "
+            "and tensor parallelism can be faster: take a spec of as many tracks."
+        )
+    return " ".join([*parts, "On one rank use the dense checkpoint, which needs no tracks."])
 
 
 def print_schedule(

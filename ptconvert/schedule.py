@@ -23,6 +23,7 @@ merged. Nothing here needs torch.
 from __future__ import annotations
 
 import enum
+import functools
 import itertools
 import re
 from collections.abc import Iterator
@@ -72,6 +73,7 @@ class Sublayer:
         return 2 * self.layer + (self.kind is Kind.MLP)
 
     @staticmethod
+    @functools.cache
     def at(position: int) -> Sublayer:
         """The sublayer at a position."""
         return Sublayer(position // 2, Kind.MLP if position % 2 else Kind.ATTENTION)
@@ -158,13 +160,14 @@ class Schedule:
             for sublayer in stage.sublayers:
                 if sublayer.layer >= MAX_LAYERS:
                     raise _refused(self.stages, index, f"is past layer {MAX_LAYERS - 1}")
-                if sublayer.position in seen:
+                position = sublayer.position
+                if position in seen:
                     raise _refused(
                         self.stages, index, f"runs {sublayer} again; each sublayer runs once"
                     )
-                seen.add(sublayer.position)
+                seen.add(position)
             for sublayer in stage.sublayers:
-                if 2 * sublayer.layer not in seen:
+                if sublayer.kind is Kind.MLP and 2 * sublayer.layer not in seen:
                     raise _refused(
                         self.stages,
                         index,

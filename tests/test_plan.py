@@ -6,8 +6,10 @@ import csv
 import itertools
 import json
 import re
+import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from test_cli import run
 import ptconvert
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
+from ptconvert.errors import PlanError
 from ptconvert.evaluate import divergence
 from ptconvert.evaluate.divergence import windows_for
 from ptconvert.evaluate.models import BatchSize, content_digest, open_model
@@ -66,6 +69,33 @@ def make_meter(
     windows = windows_for(checkpoint, texts, length, count)
     store, batch = Store(file), BatchSize(2, "cpu")
     return Meter(checkpoint, tracks, windows, store, "float32", "cpu", batch, quiet)
+
+
+def test_what_runs_is_what_is_said(
+    source: Path, meter: Meter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokenizing a long text takes a minute, and weighing the segments seconds."""
+    said: list[str] = []
+
+    def stop(*_: object) -> None:
+        raise PlanError("stopped")
+
+    @contextmanager
+    def recorded() -> Iterator[Callable[..., None]]:
+        yield lambda step, *_: said.append(step)
+
+    monkeypatch.setattr(sys.modules["ptconvert.cli.plan"], "step_progress", recorded)
+    monkeypatch.setattr("ptconvert.planning.planner.search", stop)
+    given = (str(source), "--tracks", "4", "--text", str(TEXT), "--max-syncs", "4", *SIZE)
+    result = CliRunner().invoke(main, ["plan", *map(str, given)])
+    assert result.exit_code == 2 and "stopped" in result.output
+    assert said[:2] == [f"finding {source}", "tokenizing the text"] and len(set(said)) > 2
+    said.clear()
+    meter.progress = lambda step, *_: said.append(step)
+    monkeypatch.setattr(meter, "costs", stop)
+    with pytest.raises(PlanError):
+        search(meter, waited_for(overlap=False))
+    assert said == ["weighing segments"]
 
 
 # What is measured

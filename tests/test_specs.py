@@ -70,11 +70,21 @@ def test_show_says_what_fewer_ranks_than_tracks_mean() -> None:
         assert result.exit_code == 0, result.output
         return " ".join(result.stdout.split())
 
-    said = "For 8 ranks, a track each. On 1, 2 or 4 a rank runs several tracks one after another"
-    assert said in shown("llama-3.1-8b-balanced")
-    assert json.loads(shown("llama-3.1-8b-balanced", "--json"))["note"].startswith(said)
-    assert "For 2 ranks, a track each. On 1 a rank" in shown("llama-3.1-8b-balanced-2-ranks")
-    assert json.loads(shown("llama-3.1-8b-gentle", "--json"))["note"] is None
+    def note(name: str) -> str | None:
+        said: str | None = json.loads(shown(name, "--json"))["note"]
+        assert said is None or said in shown(name)
+        return said
+
+    first, one = "a track each. ", "On one rank use the dense checkpoint, which needs no tracks."
+    more = (
+        "a rank runs several tracks one after another, each with its own kernels, and tensor "
+        "parallelism can be faster: take a spec of as many tracks. "
+    )
+    balanced = "llama-3.1-8b-balanced"
+    assert note(balanced) == f"For 8 ranks, {first}On 2 or 4 {more}{one}"
+    assert note(f"{balanced}-4-ranks") == f"For 4 ranks, {first}On 2 {more}{one}"
+    assert note(f"{balanced}-2-ranks") == f"For 2 ranks, {first}{one}"
+    assert note("llama-3.1-8b-gentle") is None
 
 
 @pytest.mark.parametrize("strength", ["gentle", "balanced", "aggressive"])
@@ -102,6 +112,19 @@ def test_each_step_waits_for_fewer(model: str) -> None:
         for strength in ("gentle", "balanced", "aggressive")
     ]
     assert waits == sorted(waits, reverse=True)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gentle_says_what_estimate_gives_over_fast_links(model: str) -> None:
+    path, config = SPECS / f"{model}-gentle.yaml", SPECS / "configs" / f"{model}.json"
+    text = " ".join(path.read_text().replace("\n#", "").split())
+    said = re.findall(r"at ([\d.]+)(?: times [a-z ]+)? on (\d) H100 (SXM|PCIe)", text)
+    assert [kind for *_, kind in said] == ["SXM", "PCIe"]
+    for speed_up, ranks, kind in said:
+        given = ("--hardware", f"h100-{kind.lower()}", "--ranks", ranks, "--json")
+        result = CliRunner().invoke(main, ["estimate", str(path), "--model", str(config), *given])
+        found = json.loads(result.stdout)["rows"][1]["speed_up"]["tokens_per_second"]
+        assert f"{found:.2f}" == speed_up
 
 
 def parameters(shape: ModelShape) -> int:

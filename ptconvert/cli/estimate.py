@@ -69,6 +69,7 @@ def _estimate(
     from ptconvert.estimate.compare import Candidate, Setting, accuracy, compare
     from ptconvert.estimate.hardware import read_engine, read_hardware
     from ptconvert.estimate.model import Workload
+    from ptconvert.estimate.report import notes
     from ptconvert.render import print_estimates
 
     row = read_hardware(hardware)
@@ -101,6 +102,7 @@ def _estimate(
         "batch": workload.batch,
         "prompt_tokens": workload.prompt,
         "new_tokens": workload.new,
+        "notes": notes(rows, setting),
         "rows": [one.to_json() for one in rows],
     }
     print_figures(figures, options["as_json"], lambda c: print_estimates(c, rows, setting))

@@ -175,6 +175,7 @@ def _plan(source: str, revision: str | None, options: dict[str, Any]) -> Planned
         if not is_dense(checkpoint):
             raise PlanError(f"{source} is converted already; plan starts from the dense checkpoint")
         objective = _objective(options, shape)
+        progress("tokenizing the text", 0, None)
         windows = windows_for(checkpoint, options["texts"], options["window"], options["windows"])
         digest = content_digest(checkpoint, progress)
         store = Store(store_file(cache, digest, windows, tracks, dtype, device))

@@ -145,14 +145,15 @@ def _rows(candidates: Sequence[Candidate], setting: Setting) -> list[Row]:
     return [Row(candidate, e, estimates[0]) for candidate, e in pairs]
 
 
-def one_track_each(row: Row, setting: Setting) -> Row | None:
-    """The row's schedule with as many tracks as ranks, where its ranks run several tracks of a
-    layer one after another; None where they don't, and for one rank, which has none to cut into."""
-    candidate, ranks = row.candidate, setting.ranks
-    several = candidate.tracks > ranks and candidate.schedule.track_layers
-    if not several or ranks == 1:
-        return None
-    return _rows([replace(candidate, tracks=ranks)], setting)[-1]
+def several_tracks(rows: Sequence[Row], setting: Setting) -> list[Row]:
+    """Those whose ranks run several tracks of a layer one after another."""
+    candidates = ((row, row.candidate) for row in rows)
+    return [r for r, c in candidates if c.tracks > setting.ranks and c.schedule.track_layers]
+
+
+def one_track_each(row: Row, setting: Setting) -> Row:
+    """The row's schedule with as many tracks as ranks."""
+    return _rows([replace(row.candidate, tracks=setting.ranks)], setting)[-1]
 
 
 def over_batches(candidates: Sequence[Candidate], setting: Setting) -> dict[int, list[Row]]:

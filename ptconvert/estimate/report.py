@@ -16,6 +16,7 @@ from ptconvert.estimate.compare import (
     over_batches,
     over_link_speed,
     over_ranks,
+    several_tracks,
 )
 from ptconvert.estimate.model import Estimate, reduction, vocabulary_seconds
 from ptconvert.estimate.roofline import Pass, kernel_seconds, kernels_of, sublayer_parts
@@ -118,21 +119,33 @@ def notes(rows: Sequence[Row], setting: Setting) -> list[str]:
             f"{largest.candidate.name} needs {needed:.0f} GB for weights and cache on each rank, "
             f"which has {held:g} GB: it can't run."
         )
-    for row in rows:
-        alone = one_track_each(row, setting)
-        if alone is not None:
-            found.append(
-                f"{row.candidate.name} has {row.candidate.tracks} tracks: each of {setting.ranks} "
-                f"ranks runs {row.candidate.tracks // setting.ranks} of them one after another, "
-                f"with kernels of their own. With {setting.ranks} tracks its speed-up would be "
-                f"{alone.speed_up:.2f}, not {row.speed_up:.2f}."
-            )
+    if several := several_tracks(rows, setting):
+        found.append(_slower(several, setting))
     if (setting.shape.dtype == "F32") != (device.matmul_dtype == "float32"):
         found.append(
             f"The model is served in {dtype(setting)}, but the hardware's rate of matrix products "
             f"is that of {device.matmul_dtype}: prefills will be off."
         )
     return found
+
+
+def _slower(several: Sequence[Row], setting: Setting) -> str:
+    """That these rows' ranks run several tracks of a layer, and what to take instead."""
+    names = [row.candidate.name for row in several]
+    if setting.ranks == 1:
+        return (
+            f"One rank runs all tracks of {', '.join(names)} one after another, with kernels of "
+            "their own, and has no all-reduce to save: take the dense checkpoint, which needs no "
+            "tracks."
+        )
+    instead = [
+        f"{name} {one_track_each(row, setting).speed_up:.2f}, not {row.speed_up:.2f}"
+        for name, row in zip(names, several, strict=True)
+    ]
+    return (
+        f"Each of {setting.ranks} ranks runs several tracks one after another, with kernels of "
+        f"their own. With {setting.ranks} tracks the speed-up would be: {'; '.join(instead)}."
+    )
 
 
 def _timelines(rows: Sequence[Row], what: str, of: Callable[[Estimate], Timeline]) -> html.Html:

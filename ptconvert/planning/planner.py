@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ptconvert.planning.search import Mixture, Prices, best_mixtures
+from ptconvert.planning.search import Choices, Mixture, Prices
 from ptconvert.planning.segments import (
     HIDDEN,
     OWN_SEEN,
@@ -64,31 +64,46 @@ def latency(
     overlap: bool = True,
     grain: float | None = None,
 ) -> Objective:
-    """Estimated seconds; sums of segments are rounded to `grain` of the dense model's time, by
-    default a quarter of what one all-reduce takes of it. Without `overlap` no all-reduce runs
-    beside computation."""
+    """Estimated seconds of schedules, of which those of two sublayers more and less in a long run
+    differ alike; sums of segments are rounded to `grain` of the dense model's time, by
+    default a quarter of what one blocking all-reduce takes of it. Without `overlap` no all-reduce
+    runs beside computation."""
     last = 2 * layers
     stages = dense_schedule(layers).stages
     dense = seconds(Schedule(stages))
     if grain is None:
-        saved = 1 - seconds(together([run(0, last, BLOCKING)])) / dense
-        grain = saved / (last - 1) / 4 if saved > 0 else 1e-3
-    known: dict[object, int] = {}
+        # Side by side a layer has one all-reduce less and no tracks: that alone is what changes.
+        pair = Segment(0, 2, BLOCKING, beside=True)
+        one = 1 - seconds(Schedule((*pair.stages, *stages[2:]))) / dense
+        grain = one / 4 if one > 1e-6 else 1e-3  # less than that is what floats leave of nothing
+    known: dict[object, float] = {}
 
-    def added(segment: Segment) -> int:
+    def added(segment: Segment) -> float:
         # Layers are alike: where a segment stands matters only to what is in flight at the end.
-        endings = tuple((len(stage.sublayers), stage.ending) for stage in segment.stages)
-        key = segment.start % 2, endings, min(last - segment.stop, OWN_SEEN_LATER.lag)
+        start, stop, ending, beside = segment
+        key = start % 2, stop - start, ending, beside, min(last - stop, OWN_SEEN_LATER.lag)
         if key not in known:
-            # With its own last all-reduce, which only a blocking one just after it would save: that
-            # pair is a longer segment of the menu.
-            whole = Schedule((*stages[: segment.start], *segment.stages, *stages[segment.stop :]))
-            known[key] = round((seconds(whole) - dense) / (grain * dense))
+            more = 0 if beside else max(0, stop - start - 5) // 2
+            if more:  # in a run, every two sublayers add what the two before them do
+                one, two = (added(run(start + 2 * more + n, stop, ending)) for n in (0, 2))
+                known[key] = one + more * (one - two)
+            else:
+                # With its own last all-reduce, which only a blocking one just after it would save:
+                # that pair is a longer segment of the menu.
+                whole = Schedule((*stages[:start], *segment.stages, *stages[stop:]))
+                known[key] = seconds(whole) - dense
         return known[key]
 
     runs = (BLOCKING, OWN_SEEN, OWN_SEEN_LATER) if overlap else (BLOCKING,)
     singles = (*runs, HIDDEN) if overlap else runs
-    return Objective("latency", "ms", lambda s: 1e3 * seconds(s), added, singles, runs)
+    return Objective(
+        "latency",
+        "ms",
+        lambda s: 1e3 * seconds(s),
+        lambda s: round(added(s) / (grain * dense)),
+        singles,
+        runs,
+    )
 
 
 @dataclass(frozen=True)
@@ -141,18 +156,19 @@ def search(
     """
 
     def within(schedule: Schedule) -> bool:
-        return target is not None and objective.whole(schedule) <= target
+        return objective.whole(schedule) <= (target or 0)
 
+    wanted = None if target is None else within
     every = math.ceil(len(meter.windows.ids) / SEARCH_WINDOWS)
     segments = tuple(menu(meter.layers, objective.singles, objective.runs, 2 * meter.layers))
-    weights = {segment: objective.segment(segment) for segment in segments}
-    prices = Prices()
+    meter.progress("weighing segments", 0, None)
+    choices, prices = Choices(segments, objective.segment), Prices(segments)
     _measure_alone(meter, [s for s in segments if _is_basic(s)], prices, "sensitivities", every)
     tried: dict[Schedule, tuple[Mixture, float]] = {}
     for number in range(1, rounds + 1):
         step = f"round {number}"
         meter.progress(f"{step}: searching", 0, None)
-        found = _priced(meter, segments, weights, prices, step, every, within)
+        found = _priced(meter, choices, prices, step, every, wanted)
         new = {together(m.segments): m for m in found}
         new = {s: m for s, m in new.items() if s not in tried}
         if not new:
@@ -162,7 +178,7 @@ def search(
             tried[schedule] = mixture, cost.kl
         prices.correct([(mixture.segments, kl) for mixture, kl in tried.values()])
     best = undominated(tried.items(), lambda t: (objective.whole(t[0]), t[1][1]))
-    best = _thinned(best, POINTS, lambda t: within(t[0]))
+    best = _thinned(best, POINTS, wanted and (lambda t: within(t[0])))
     costs = meter.costs([schedule for schedule, _ in best], "frontier, whole", 1)
     points = [
         Point(s, objective.whole(s), tuple((p, prices.alone(p)) for p in m.segments), cost)
@@ -184,17 +200,16 @@ def _is_basic(segment: Segment) -> bool:
 
 def _priced(
     meter: Meter,
-    segments: Sequence[Segment],
-    weights: dict[Segment, int],
+    choices: Choices,
     prices: Prices,
     step: str,
     every: int,
-    wanted: Callable[[Schedule], bool],
+    wanted: Callable[[Schedule], bool] | None,
 ) -> list[Mixture]:
     """The cheapest mixtures, no segment of which is only guessed; not all where they are many."""
     while True:
-        found = best_mixtures(segments, weights.__getitem__, prices)
-        found = _thinned(found, POINTS, lambda mixture: wanted(together(mixture.segments)))
+        mixtures = choices.cheapest(prices.costs)
+        found = _thinned(mixtures, POINTS, wanted and (lambda m: wanted(together(m.segments))))
         used = dict.fromkeys(s for m in found for s in m.segments if not s.dense)
         unknown = [s for s in used if s not in prices.measured]
         if not unknown:
@@ -211,18 +226,21 @@ def _measure_alone(
 
 def undominated(items: Iterable[T], values: Callable[[T], tuple[float, float]]) -> list[T]:
     """Those that no other beats in both values, by the first value rising."""
-    kept: list[T] = []
-    for item in sorted(items, key=values):
-        if not kept or values(item)[1] < values(kept[-1])[1]:
+    kept, best = list[T](), math.inf
+    for (_, second), item in sorted(((values(i), i) for i in items), key=lambda pair: pair[0]):
+        if not kept or second < best:
             kept.append(item)
+            best = second
     return kept
 
 
-def _thinned(items: Sequence[T], most: int, wanted: Callable[[T], bool]) -> list[T]:
+def _thinned(items: Sequence[T], most: int, wanted: Callable[[T], bool] | None) -> list[T]:
     """At most so many, evenly; and the last that is wanted."""
-    step = (len(items) - 1) / max(1, most - 1)
-    chosen = {round(i * step) for i in range(most)} if len(items) > most else set(range(len(items)))
-    chosen |= set(itertools.islice((i for i in reversed(range(len(items))) if wanted(items[i])), 1))
+    count = len(items)
+    step = (count - 1) / max(1, most - 1)
+    chosen = {round(i * step) for i in range(most)} if count > most else set(range(count))
+    if wanted is not None:
+        chosen.update(itertools.islice((i for i in reversed(range(count)) if wanted(items[i])), 1))
     return [items[i] for i in sorted(chosen)]
 
 

@@ -9,17 +9,16 @@ Nothing here needs torch or a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptconvert.planning.segments import Segment, run
+from ptconvert.planning.segments import Segment
 from ptconvert.schedule import BLOCKING
 
-Cost = Callable[[Segment], float]
-Weight = Callable[[Segment], int]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -33,48 +32,87 @@ class Mixture:
     segments: tuple[Segment, ...]
 
 
-# A way to reach a position: the segment that ends there (its index), and the label before.
-_LABEL = np.dtype(
-    [("weight", np.int64), ("cost", np.float64), ("by", np.int64), ("before", np.int64)]
-)
+class Labels(NamedTuple):
+    """Ways to reach positions (L each): weight and cost so far, the segment that ends there (its
+    index), and the label before."""
+
+    weight: Ints
+    cost: Floats
+    by: Ints
+    before: Ints
 
 
-def best_mixtures(segments: Iterable[Segment], weight: Weight, cost: Cost) -> list[Mixture]:
-    """For each weight, in rising order, the cheapest mixture; those that cost no less than a
-    lighter one are left out.
+class Mixtures(Sequence[Mixture]):
+    """What a search found, by rising weight. A mixture's segments are put together when it is asked
+    for: of hundreds found a few are."""
 
-    Multi-objective dynamic programming: per position the labels that no lighter one beats, those of
-    all positions one after the other. Of equals, the one whose last segment is longest wins.
-    Costs must be finite, and some segments must lead from 0 to the last position. Shapes: S
-    segments, L labels so far, E extensions of them that end at one position.
-    """
-    chosen = sorted(segments, key=lambda s: s.start)
-    start_S, stop_S = (np.array([s[end] for s in chosen]) for end in (0, 1))
-    weight_S, cost_S = (np.array([of(s) for s in chosen]) for of in (weight, cost))
-    labels_L, position_L = np.array([(0, 0.0, -1, -1)], dtype=_LABEL), np.zeros(1, dtype=np.int64)
-    last = int(stop_S.max())
-    for position in range(1, last + 1):
-        here = np.flatnonzero(stop_S == position)
-        before_E, by_E = _extensions(position_L, here, start_S[here])
-        weight_E = labels_L["weight"][before_E] + weight_S[by_E]
-        cost_E = labels_L["cost"][before_E] + cost_S[by_E]
-        kept_K = _undominated(weight_E, cost_E)
-        new_K = np.empty(len(kept_K), dtype=_LABEL)
-        new_K["weight"], new_K["cost"] = weight_E[kept_K], cost_E[kept_K]
-        new_K["by"], new_K["before"] = by_E[kept_K], before_E[kept_K]
-        labels_L = np.concatenate([labels_L, new_K])
-        position_L = np.append(position_L, np.full(len(new_K), position))
-    ends = np.flatnonzero(position_L == last)
-    return [_mixture(labels_L, int(index), chosen) for index in ends]
+    def __init__(self, segments: Sequence[Segment], labels: Labels, ends: range) -> None:
+        self._segments, self._labels, self._ends = segments, labels, ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Mixture: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Mixture]: ...
+    def __getitem__(self, index: int | slice) -> Mixture | Sequence[Mixture]:
+        if isinstance(index, slice):
+            return Mixtures(self._segments, self._labels, self._ends[index])
+        label = self._ends[index]
+        weight, cost = self._labels.weight[label].item(), self._labels.cost[label].item()
+        segments: list[Segment] = []
+        while (by := self._labels.by[label]) >= 0:
+            segments.append(self._segments[by])
+            label = self._labels.before[label]
+        return Mixture(weight, cost, tuple(reversed(segments)))
+
+
+class Choices:
+    """The segments that mixtures are made of and their weights, for search after search."""
+
+    def __init__(self, segments: Sequence[Segment], weight: Callable[[Segment], int]) -> None:
+        weights = np.array([weight(s) for s in segments])
+        starts, stops = (np.array([s[end] for s in segments]) for end in (0, 1))
+        self._order_S = np.argsort(starts, kind="stable")
+        self._segments = [segments[i] for i in self._order_S]
+        self._start_S, self._weight_S = starts[self._order_S], weights[self._order_S]
+        stop_S = stops[self._order_S]
+        self._here_P = [np.flatnonzero(stop_S == p) for p in range(stop_S.max() + 1)]
+
+    def cheapest(self, costs: Floats) -> Mixtures:
+        """For each weight, in rising order, the cheapest mixture, at the costs of the segments in
+        the order in which they were given; those that cost no less than a lighter one are left out.
+
+        Multi-objective dynamic programming: per position the labels that no lighter one beats,
+        those of all positions one after the other. Of equals, the one whose last segment is longest
+        wins. Costs must be finite, and some segments must lead from 0 to the last position. Shapes:
+        S segments, P positions, L labels so far, E extensions of them that end at one position.
+        """
+        cost_S = costs[self._order_S]
+        first, none = np.zeros(1, np.int64), np.full(1, -1)
+        labels, position_L = Labels(first, np.zeros(1), none, none), first
+        for position, here_H in enumerate(self._here_P[1:], 1):
+            before_E, by_E = _extensions(position_L, here_H, self._start_S[here_H])
+            weight_E = labels.weight[before_E] + self._weight_S[by_E]
+            cost_E = labels.cost[before_E] + cost_S[by_E]
+            kept_K = _undominated(weight_E, cost_E)
+            new = (of_E[kept_K] for of_E in (weight_E, cost_E, by_E, before_E))
+            labels = Labels(*map(np.concatenate, zip(labels, new, strict=True)))
+            position_L = np.append(position_L, np.full(len(kept_K), position))
+        ends = range(len(position_L) - len(kept_K), len(position_L))
+        return Mixtures(self._segments, labels, ends)
 
 
 def _extensions(position_L: Ints, here_H: Ints, start_H: Ints) -> tuple[Ints, Ints]:
     """Each label, once per segment of `here` (in the order of their starts) that starts where it
     is; and these segments."""
-    count_L = np.bincount(start_H, minlength=position_L[-1] + 1)[position_L]
+    count_P = np.bincount(start_H, minlength=position_L[-1] + 1)
+    count_L = count_P[position_L]
     before_E = np.repeat(np.arange(len(position_L)), count_L)
-    within_E = np.arange(len(before_E)) - (count_L.cumsum() - count_L)[before_E]
-    return before_E, here_H[np.searchsorted(start_H, position_L)[before_E] + within_E]
+    # Of a label's extensions the first has the first segment that starts there, and so on.
+    shift_L = (count_P.cumsum() - count_P)[position_L] - (count_L.cumsum() - count_L)
+    return before_E, here_H[np.arange(len(before_E)) + shift_L[before_E]]
 
 
 def _undominated(weight_E: Ints, cost_E: Floats) -> Ints:
@@ -92,15 +130,6 @@ def _undominated(weight_E: Ints, cost_E: Floats) -> Ints:
     return kept_E
 
 
-def _mixture(labels_L: NDArray[np.void], index: int, chosen: Sequence[Segment]) -> Mixture:
-    weight, cost, by, before = labels_L[index].item()
-    segments: list[Segment] = []
-    while by >= 0:
-        segments.append(chosen[by])
-        _, _, by, before = labels_L[before].item()
-    return Mixture(weight, cost, tuple(reversed(segments)))
-
-
 class Prices:
     """What segments cost: measured by themselves, guessed until then, and corrected by wholes.
 
@@ -108,44 +137,42 @@ class Prices:
     its first and without its last sublayer added up, times what runs measured so far cost more
     than that (the lowest tenth, so that a guess is too low rather than too high). A search that
     trusts a guess proposes the run, and it gets measured; runs that no search proposes never cost
-    a measurement.
+    a measurement. Those of all S segments are kept as arrays, and made again when more is known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, segments: Sequence[Segment]) -> None:
         self.measured: dict[Segment, float] = {}
-        self._corrections: dict[Segment, float] = {}
-        self._known: dict[Segment, float] = {}  # by themselves, measured or guessed
+        self._index = {segment: i for i, segment in enumerate(segments)}
+        self._runs = list(_parts_by_length(segments))
+        size = len(segments)
+        self._measured_S = np.full(size, np.nan)
+        self._alone_S, self._sum_S, self._corrections_S = np.zeros((3, size))
         self._ratios: list[float] = []
-        self._more = 1.0  # what runs cost more than their parts
 
     def learn(self, measured: Mapping[Segment, float]) -> None:
         """Takes in what segments cost by themselves."""
-        sums = {segment: self._sum(segment) for segment in measured}
-        self._ratios += [measured[segment] / guess for segment, guess in sums.items() if guess > 0]
-        if self._ratios:
-            self._more = float(np.quantile(self._ratios, 0.1))
+        indices = np.array([self._index[segment] for segment in measured], dtype=np.int64)
+        values, sums = np.array(list(measured.values())), self._sum_S[indices]
+        self._ratios += (values[sums > 0] / sums[sums > 0]).tolist()
+        more = float(np.quantile(self._ratios, 0.1)) if self._ratios else 1.0
         self.measured.update(measured)
-        self._known = dict(self.measured)
+        self._measured_S[indices] = values
+        known_S = ~np.isnan(self._measured_S)
+        self._alone_S = np.where(known_S, self._measured_S, 0.0)
+        for here, *parts in self._runs:  # the shorter ones first, of which the longer are made
+            head, tail, middle = (self._alone_S[part] for part in parts)
+            self._sum_S[here] = np.maximum(np.maximum(head, tail), head + tail - middle)
+            guess = more * self._sum_S[here]
+            self._alone_S[here] = np.where(known_S[here], self._alone_S[here], guess)
 
-    def __call__(self, segment: Segment) -> float:
-        """What the segment adds to a mixture's cost, as far as is known."""
-        return max(0.0, self.alone(segment) + self._corrections.get(segment, 0.0))
+    @property
+    def costs(self) -> Floats:
+        """What each segment adds to a mixture's cost, as far as is known, in the order given."""
+        return np.maximum(0.0, self._alone_S + self._corrections_S)
 
     def alone(self, segment: Segment) -> float:
         """What the segment costs by itself, measured or guessed."""
-        if segment not in self._known:
-            self._known[segment] = 0.0 if segment.dense else self._more * self._sum(segment)
-        return self._known[segment]
-
-    def _sum(self, segment: Segment) -> float:
-        """What a run of three sublayers or more would cost if its parts' costs added up, else 0."""
-        start, stop, ending, beside = segment
-        if stop - start < 3 or beside:
-            return 0.0
-        head, tail = run(start, stop - 1, BLOCKING), run(start + 1, stop, ending)
-        middle = run(start + 1, stop - 1, BLOCKING)
-        parts = [self.alone(part) for part in (head, tail)]
-        return max(*parts, sum(parts) - self.alone(middle))
+        return float(self._alone_S[self._index[segment]])
 
     def correct(
         self, wholes: Sequence[tuple[Sequence[Segment], float]], noise: float = 0.05
@@ -168,4 +195,26 @@ class Prices:
         variance_W = (noise * measured_W) ** 2 + 1e-12
         errors_W = measured_W - x_WS @ alone_S
         found_S = spread_SW @ np.linalg.solve(x_WS @ spread_SW + np.diag(variance_W), errors_W)
-        self._corrections = dict(zip(columns, map(float, found_S), strict=True))
+        self._corrections_S = np.zeros(len(self._index))
+        self._corrections_S[[self._index[s] for s in columns]] = found_S
+
+
+def _parts_by_length(segments: Sequence[Segment]) -> Iterator[tuple[Ints, Ints, Ints, Ints]]:
+    """Runs of three sublayers or more with one ending, by rising length: their indices, and those
+    of the runs without their last sublayer, without their first, and without both, which the
+    segments have, too, as a menu's do."""
+    last = max(segment.stop for segment in segments)
+    endings = dict.fromkeys([BLOCKING, *(s.ending for s in segments if not s.beside)])
+    at_EPP = np.full((len(endings), last + 1, last + 1), -1)
+    for number, ending in enumerate(endings):
+        mine = [(i, s) for i, s in enumerate(segments) if not s.beside and s.ending == ending]
+        places = np.array([(s.start, s.stop, i) for i, s in mine])
+        at_EPP[number, places[:, 0], places[:, 1]] = places[:, 2]
+    for length in range(3, last + 1):
+        for at_PP in at_EPP:
+            start = np.arange(last - length + 1)
+            start = start[at_PP[start, start + length] >= 0]
+            stop = start + length
+            if len(start):
+                head, middle = at_EPP[0, start, stop - 1], at_EPP[0, start + 1, stop - 1]
+                yield at_PP[start, stop], head, at_PP[start + 1, stop], middle

@@ -83,7 +83,7 @@ def menu(
         for stop in range(start + 1, min(start + longest, last) + 1):
             for ending in singles if stop - start == 1 else runs:
                 if stop < last or not ending.merge.overlapped:
-                    yield run(start, stop, ending)
+                    yield Segment(start, stop, ending)
     for start in range(0, last, 2):
         yield Segment(start, start + 2, BLOCKING, beside=True)
     for start in range(0, last - 2, 2):
@@ -92,27 +92,29 @@ def menu(
 
 def alone(segment: Segment, layers: int) -> Schedule:
     """The dense schedule with one segment in place of the same sublayers."""
-    dense = dense_schedule(layers).stages
-    return _saved((*dense[: segment.start], *segment.stages, *dense[segment.stop :]))
+    dense, (start, stop, _, _) = dense_schedule(layers).stages, segment
+    changed = _saved((*segment.stages, *dense[stop : stop + 1]))
+    return Schedule((*dense[:start], *changed, *dense[stop + 1 :]))
 
 
 def together(segments: Iterable[Segment]) -> Schedule:
     """The schedule of segments in a row, which cover all sublayers."""
-    return _saved(tuple(stage for segment in segments for stage in segment.stages))
+    return Schedule(_saved(tuple(stage for segment in segments for stage in segment.stages)))
 
 
-def _saved(stages: tuple[Stage, ...]) -> Schedule:
-    """The schedule of stages, less the all-reduces that change nothing.
+def _saved(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Stages less the all-reduces that change nothing.
 
     `a1^1 m1!` is the same function as `a1. m1!`: the track sees its own part in the stage between,
     and the rest arrives after it, with that stage's all-reduce or in one of its own.
     """
     pairs = zip(stages, (*stages[1:], None), strict=True)
-    return Schedule(
-        tuple(
-            replace(stage, ending=DEFERRED)
-            if after is not None and stage.ending == OWN_SEEN and after.ending == BLOCKING
-            else stage
-            for stage, after in pairs
-        )
+    return tuple(
+        replace(stage, ending=DEFERRED)
+        if stage.ending.merge is Merge.OWN_SEEN
+        and stage.ending == OWN_SEEN
+        and after is not None
+        and after.ending == BLOCKING
+        else stage
+        for stage, after in pairs
     )
