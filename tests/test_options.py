@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from ptconvert.cli import main
-from ptconvert.cli.options import Renamed
+from ptconvert.cli.options import Renamed, shared
 from ptconvert.cli.verify import verify as verify_command
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -29,12 +29,24 @@ def options() -> dict[str, dict[str, click.Option]]:
 
 
 def meaning(option: click.Option) -> dict[str, Any]:
-    """All of an option that isn't the command's own choice: whether it is required, its default and
-    what the help says of it."""
+    """All of an option that isn't the command's own choice: whether it is required, its default,
+    what the help says of it, and which of the values it takes."""
     about = option.to_info_dict()
-    for own in ("default", "required"):
+    for own in ("default", "required", "type"):
         about.pop(own)
-    return {**about, "metavar": option.metavar, "help": re.sub(r" \[.*\]$", "", option.help or "")}
+    return {**about, "help": re.sub(r" \[.*\]$", "", option.help or "")}
+
+
+def widest(flag: str) -> click.Option:
+    """The option with all of its values."""
+
+    @click.command()
+    @shared(flag)
+    def command() -> None: ...
+
+    option = command.params[0]
+    assert isinstance(option, click.Option)
+    return option
 
 
 SHARED = {flag: found for flag, found in options().items() if len(found) > 1}
@@ -49,6 +61,14 @@ def test_a_name_is_one_option_in_every_command(flag: str) -> None:
     meanings = [meaning(option) for option in SHARED[flag].values()]
     assert all(one == meanings[0] for one in meanings), meanings
     assert meanings[0]["help"]
+    most = widest(flag)
+    for option in SHARED[flag].values():
+        if option.type.to_info_dict() != most.type.to_info_dict():
+            values = option.type.choices if isinstance(option.type, click.Choice) else ["1", "8"]
+            for value in values:  # some of those of the others, and the same
+                assert option.type(value) == most.type(value)
+        else:
+            assert option.metavar == most.metavar
 
 
 def test_what_the_help_says_of_a_default_is_the_default() -> None:
@@ -119,12 +139,30 @@ def test_a_checkpoint_and_a_file_too_many_is_still_an_error() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["heal", "a", "b", "--teacher", "c", "--dtype", "float16"], "--dtype float16"),
-        (["heal", "a", "b", "--teacher", "c", "--batch-size", "auto"], "--batch-size auto"),
-        (["verify", "a", "--ranks", "2", "--device", "cuda:1"], "--device cuda:1: ranks run on"),
+        (
+            ["heal", "a", "b", "--teacher", "c", "--dtype", "float16"],
+            "'--dtype': 'float16' is not one of 'auto', 'float32', 'bfloat16'",
+        ),
+        (
+            ["heal", "a", "b", "--teacher", "c", "--batch-size", "auto"],
+            "'--batch-size': 'auto' is not a valid integer range",
+        ),
+        (
+            ["verify", "a", "--ranks", "2", "--device", "cuda:1"],
+            "'--device': 'cuda:1' is not one of 'cpu', 'cuda'",
+        ),
         (["verify", "a", "--ranks", "2", "--new", "1"], "--new: at least 2"),
     ],
 )
 def test_values_that_a_command_lacks_are_one_line(arguments: list[str], message: str) -> None:
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 2 and message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "refused"),
+    [("heal", ["|float16", "auto|N"]), ("verify", ["--device NAME"])],
+)
+def test_help_offers_what_the_command_takes(command: str, refused: list[str]) -> None:
+    shown = CliRunner().invoke(main, [command, "--help"]).stdout
+    assert not [value for value in refused if value in shown]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
 import threading
 import time
+from datetime import timedelta
 
 import click
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 from rich.filesize import decimal
+from rich.progress import Progress
 
 from ptconvert.cli import progress
 from ptconvert.cli.progress import Lines, byte_progress, step_progress, waiting
@@ -75,6 +79,36 @@ def test_the_time_left_falls_while_nothing_is_heard() -> None:
     log.times(100)
     left = [line.rsplit("about ", 1)[1] for line in log.lines]
     assert left == ["0:01:00 left", "0:00:40 left", "0:00:13 left", "0:00:00 left"]
+
+
+@pytest.mark.parametrize(("first", "second"), [((8, 8), (0, 8)), ((8, 8), (8, 80))])
+def test_a_step_of_the_same_name_once_more_has_a_time_of_its_own(
+    first: tuple[int, int], second: tuple[int, int]
+) -> None:
+    """As a round of `plan` searches again and again, each time over so many candidates."""
+    log = Log()
+    log.of.tell("round 1: longer runs", 0, 8)
+    log.now += 3600
+    log.of.tell("round 1: longer runs", *first)
+    log.of.tell("round 1: longer runs", *second)
+    log.now += 30
+    done, total = second[0] + 2, second[1]
+    log.of.tell("round 1: longer runs", done, total)
+    left = timedelta(seconds=15 * (total - done))
+    assert log.lines[1:] == [
+        f"round 1: longer runs: {done} of {total}, 0:00:30 so far, about {left} left"
+    ]
+
+
+def test_the_bar_begins_again_with_its_step() -> None:
+    now = [0.0]
+    with Progress(console=Console(file=io.StringIO()), get_time=lambda: now[0]) as bar:
+        advance = progress._on(bar)
+        for done in (0, 4, 8, 0, 2):
+            advance("round 1: longer runs", done, 8)
+            now[0] += 30
+        (task,) = bar.tasks
+        assert (task.completed, task.elapsed) == (2, 60)
 
 
 def test_short_steps_and_many_calls_are_few_lines() -> None:

@@ -9,8 +9,9 @@ Memory, beside the model's, for n tracks:
 - each track's low-rank factors for each ridge, R (F + D) fp64: 0.2 GB for 8 tracks at rank 64;
 - one batch of at most BATCH_TOKENS tokens (or one window) in one sublayer of all tracks;
 - the streams of all windows: at most 2n + 2 (merged; partials and guesses that wait, of each track;
-  the dense model's), and n + 1 for each all-reduce in flight. Beyond STREAM_BYTES they lie on disk,
-  in files that are mapped and have no name: 19 GB for 65,536 tokens in fp32, n = 8 and D 4096.
+  the dense model's), n + 1 for each sublayer of the stage at hand (its partials, and their sum),
+  and n + 1 for each all-reduce in flight. Beyond STREAM_BYTES they lie on disk, in files that are
+  mapped and have no name: 29 GB for 65,536 tokens in fp32, n = 8, D 4096 and one sublayer a stage.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,29 +71,46 @@ class _Batch:
     device: torch.device
     keep: Keep
     dense_done: int = 0  # sublayers that the dense model has run
+    updates: list[Update] = field(default_factory=list)  # of the stage at hand, if it guesses
+    wholes: list[torch.Tensor] = field(default_factory=list)  # their outputs, all tracks merged
 
-    def updates(self, sublayers: Sequence[Sublayer]) -> tuple[PerTrack, list[Update]]:
-        """What the tracks read, and what sublayers give for it without guesses.
-
-        Computed whenever it is asked for: of all windows it would be as much as the streams, or
-        twice that.
-        """
+    def stage(self, sublayers: Sequence[Sublayer]) -> tuple[PerTrack, list[Update]]:
+        """What the tracks read, and what sublayers give for it without guesses."""
         view = self._at_hand(self.student).view()
+        if self.updates:
+            return view, [_moved_update(update, self._to_device) for update in self.updates]
         return view, [self.run(s, view, False) for s in sublayers]
 
-    def lacks(self, updates: Sequence[Update], track: int) -> torch.Tensor:
-        """What a track's stream would lack against the dense model's after a stage, if it saw all
-        partials of this stage and all that is in flight, which is merged while the guess is
-        seen."""
-        landed = self._at_hand(self.student).landed()
-        whole = sum((_whole(u) for u in updates), start=torch.zeros_like(landed[0]))
-        return self.dense.base.to(self.device) - whole - landed[track % len(landed)]
+    def keep_stage(self, sublayers: Sequence[Sublayer]) -> None:
+        """Runs a stage's sublayers once for all its fits, each of which goes over all windows."""
+        _, updates = self.stage(sublayers)
+        self.wholes = [self.keep(_whole(update)) for update in updates]
+        self.updates = [_moved_update(update, self.keep) for update in updates]
+
+    def pairs(
+        self, t: int, track: Any, sublayer: Sublayer, place: int, behind: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a track guesses a kept sublayer from, (P, 2D), and what it should guess, (P, D).
+
+        With `behind` that is also what its stream would lack against the dense model's after the
+        stage, if it saw all partials of this stage and all that is in flight, which is merged while
+        the guess is seen.
+        """
+        streams = self._at_hand(_of_track(self.student, t))
+        own_BTD = self._to_device(self.updates[place].partials[t])
+        y_BTD = self._to_device(self.wholes[place]) - own_BTD
+        if behind:
+            y_BTD += self._to_device(self.dense.base) - streams.landed()[0]
+            for whole_BTD in self.wholes:
+                y_BTD -= self._to_device(whole_BTD)
+        return _features(track, sublayer, streams.view()[0], own_BTD), y_BTD.flatten(0, 1)
 
     def end_stage(self, schedule: Schedule, index: int, own: Update, weight: float) -> None:
         """Moves the converted model's streams on past a stage."""
         student = self._at_hand(self.student)
         student.end_stage(schedule, index, own, OneProcess(), weight)
         self.student = _moved(student, self.keep)
+        self.updates, self.wholes = [], []
 
     def run_dense(self, dense: Schedule, count: int) -> None:
         """Moves the dense model's stream on until so many sublayers have run."""
@@ -103,24 +121,43 @@ class _Batch:
         self.dense, self.dense_done = _moved(stream, self.keep), count
 
     def _at_hand(self, streams: Streams) -> Streams:
-        return _moved(streams, lambda tensor: tensor.to(self.device))
+        return _moved(streams, self._to_device)
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device)
 
 
-def _moved(streams: Streams, move: Keep) -> Streams:
-    """Streams whose tensors were moved: output biases apart, which are small."""
+def _of_track(streams: Streams, track: int) -> Streams:
+    """What one track reads them from, and no more: the other tracks' may lie on disk."""
 
-    def each(tensors: PerTrack | None) -> PerTrack | None:
-        return None if tensors is None else [move(tensor) for tensor in tensors]
+    def own(tensors: PerTrack) -> PerTrack:
+        return [tensors[track % len(tensors)]]
 
     waiting = streams.waiting
     if waiting is not None:
-        partials = [move(partial) for partial in waiting.partials]
-        waiting = Update(partials, waiting.common, each(waiting.guesses))
-    landing = [(flight, move(flight.wait())) for flight in streams.in_flight]
+        guesses = None if waiting.guesses is None else own(waiting.guesses)
+        waiting = Update(own(waiting.partials), waiting.common, guesses)
     flights = [
-        replace(flight, wait=functools.partial(move, summed), seen=each(flight.seen))
-        for flight, summed in landing
+        flight if flight.seen is None else replace(flight, seen=own(flight.seen))
+        for flight in streams.in_flight
     ]
+    return Streams(streams.base, waiting, flights)
+
+
+def _moved_update(update: Update, move: Keep) -> Update:
+    """An update whose tensors were moved: output biases apart, which are small."""
+    guesses = None if update.guesses is None else [move(guess) for guess in update.guesses]
+    return Update([move(partial) for partial in update.partials], update.common, guesses)
+
+
+def _moved(streams: Streams, move: Keep) -> Streams:
+    """Streams whose tensors were moved, as an update's are."""
+    waiting = None if streams.waiting is None else _moved_update(streams.waiting, move)
+    flights = []
+    for flight in streams.in_flight:
+        wait = functools.partial(move, move(flight.wait()))
+        seen = None if flight.seen is None else [move(tensor) for tensor in flight.seen]
+        flights.append(replace(flight, wait=wait, seen=seen))
     return Streams(move(streams.base), waiting, flights)
 
 
@@ -133,7 +170,7 @@ def _mapped(folder: Path | None, tensor: torch.Tensor) -> torch.Tensor:
         kept = torch.from_file(name, True, tensor.numel(), dtype=tensor.dtype)
     except OSError as error:
         raise EvaluationError(
-            f"{name}: {error.strerror}: guesses need the streams of all --tokens on disk; give "
+            f"{name}: {error.strerror}: guesses need the streams of all --windows on disk; give "
             "fewer, or a destination with more room"
         ) from error
     finally:
@@ -168,11 +205,13 @@ def fit_guesses(
         stage, fitted = schedule.stages[index], list[Fitted]()
         if index in stages:
             behind = stage.ending == DEFERRED and _dense_reaches(schedule, index, batches)
-            for place in range(len(stage.sublayers)):
+            for batch in batches:
+                batch.keep_stage(stage.sublayers)
+            for place, sublayer in enumerate(stage.sublayers):
                 lacks = behind and place == len(stage.sublayers) - 1
-                fitted.append(_fit_sublayer(decoder, stage.sublayers, place, batches, lacks, rank))
+                fitted.append(_fit_sublayer(decoder, sublayer, place, batches, lacks, rank))
         for batch in batches:
-            view, updates = batch.updates(stage.sublayers)
+            view, updates = batch.stage(stage.sublayers)
             for f, update in zip(fitted, updates, strict=bool(fitted)):
                 _add_guesses(decoder, f, view, update)
             total = sum(updates[1:], start=updates[0])
@@ -182,9 +221,8 @@ def fit_guesses(
 
 
 def _batches(decoder: Any, ids_NT: torch.Tensor, scratch: Path | None) -> Iterator[_Batch]:
-    weight_VD = decoder.embed_tokens.weight
-    streams = 2 * decoder.track_count + 2
-    nbytes = streams * ids_NT.numel() * weight_VD[0].nbytes
+    streams = most_streams(decoder.schedule, decoder.track_count)
+    nbytes = streams * ids_NT.numel() * decoder.embed_tokens.weight[0].nbytes
     keep: Keep = _here if nbytes <= STREAM_BYTES else functools.partial(_mapped, scratch)
     size = max(1, min(BATCH_TOKENS // ids_NT.shape[1], len(ids_NT) // HELD_OUT))
     for number, ids_BT in enumerate(torch.split(ids_NT, size), 1):
@@ -192,6 +230,22 @@ def _batches(decoder: Any, ids_NT: torch.Tensor, scratch: Path | None) -> Iterat
         run, held_out = decoder.runner(stream_BTD), number % HELD_OUT == 0
         kept = keep(stream_BTD)
         yield _Batch(run, Streams(kept), Streams(kept), held_out, decoder.device, keep)
+
+
+def most_streams(schedule: Schedule, tracks: int) -> int:
+    """How many streams of all windows there are at most at once, as while a stage is fitted."""
+    most = deferred = 0
+    flights: list[tuple[int, int]] = []  # streams of each, and the stage that they are merged after
+    for index, stage in enumerate(schedule.stages):
+        guesses = schedule.keeps_own(index)
+        flights = [(streams, after) for streams, after in flights if after >= index]
+        kept = (tracks + 1) * len(stage.sublayers) if guesses else 0
+        most = max(most, 2 + deferred + kept + sum(streams for streams, _ in flights))
+        after = schedule.merged_after(index)
+        deferred = 2 * tracks if after is None else 0
+        if after is not None:
+            flights.append((1 + tracks * guesses, after))
+    return most
 
 
 def _here(tensor: torch.Tensor) -> torch.Tensor:
@@ -218,28 +272,22 @@ def _whole(update: Update) -> torch.Tensor:
 
 def _fit_sublayer(
     decoder: Any,
-    sublayers: Sequence[Sublayer],
+    sublayer: Sublayer,
     place: int,
     batches: Sequence[_Batch],
     behind: bool,
     rank: int,
 ) -> Fitted:
     """Fits the guesses of one of a stage's sublayers, track by track; with `behind` also to what
-    the stream lacks after the stage."""
-    sublayer, tracks = sublayers[place], _tracks(decoder, sublayers[place])
+    the stream lacks after the stage. The batches keep the stage."""
     width = decoder.embed_tokens.embedding_dim
     rank, before = min(rank, width), 0.0
     candidates: list[list[Fit]] = []
-    for t, track in enumerate(tracks):
+    for t, track in enumerate(_tracks(decoder, sublayer)):
         train, test = (Moments(2 * width, width, decoder.device) for _ in range(2))
         for batch in batches:
-            view, updates = batch.updates(sublayers)
-            own = updates[place]
-            y_BTD = _whole(own) - own.partials[t]
-            if behind:
-                y_BTD = y_BTD + batch.lacks(updates, t)
-            z_PF = _features(track, sublayer, view[t % len(view)], own.partials[t])
-            (test if batch.held_out else train).add(z_PF, y_BTD.flatten(0, 1))
+            pairs = batch.pairs(t, track, sublayer, place, behind)
+            (test if batch.held_out else train).add(*pairs)
         candidates.append(fits(train, test, rank))
         before += test.energy
     if not before > 0:  # a sublayer that writes nothing

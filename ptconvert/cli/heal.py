@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ptconvert.checkpoint.source import display_name, locate
 from ptconvert.cli.common import given, need_packages, print_figures, quiet_libraries, torch_device
-from ptconvert.cli.options import shared
+from ptconvert.cli.options import SEQUENCES, shared
 from ptconvert.cli.progress import first_process, step_progress
 from ptconvert.errors import HealError
 
@@ -78,7 +78,7 @@ if TYPE_CHECKING:  # they import torch
     show_default=True,
     help="Of --blockwise.",
 )
-@shared("--batch-size", 8)
+@shared("--batch-size", 8, takes=click.IntRange(1, SEQUENCES))
 @click.option(
     "--gradient-accumulation",
     "accumulation",
@@ -122,6 +122,7 @@ if TYPE_CHECKING:  # they import torch
     "--dtype",
     "auto",
     says="auto: float32 on a CPU and for weights stored so, else bfloat16",
+    takes=click.Choice(["auto", "float32", "bfloat16"]),
 )
 @click.option(
     "--work",
@@ -152,8 +153,6 @@ def heal(
     lora = ("peft",) if options["lora"] else ()
     need_packages("heal", "scipy", *lora)
     quiet_libraries()
-    if options["batch_size"] is None or options["dtype"] == "float16":
-        raise click.UsageError("training takes no --batch-size auto and no --dtype float16")
     if bool(options["texts"]) == bool(options["dataset"]):
         raise click.UsageError("give what to train on, one of --text FILE and --dataset ID")
     if not options["dataset"] and (unused := given("dataset_config", "split", "column")):

@@ -13,6 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _COUNT = click.IntRange(1, 2**20)
 _TOKENS = click.IntRange(1, 2**24)
+SEQUENCES = 65_536
 
 
 class BatchSize(click.ParamType):  # type: ignore[type-arg]
@@ -25,7 +26,7 @@ class BatchSize(click.ParamType):  # type: ignore[type-arg]
     ) -> int | None:
         if value is None or value == "auto":
             return None
-        if str(value).isdecimal() and 0 < int(value) <= 65_536:
+        if str(value).isdecimal() and 0 < int(value) <= SEQUENCES:
             return int(value)
         return self.fail(f"{value!r} is neither auto nor a number of sequences", param, ctx)
 
@@ -71,11 +72,17 @@ _SHARED: dict[str, dict[str, Any]] = {
 
 
 def shared(
-    flag: str, default: Any = None, says: str | None = None, required: bool = False
+    flag: str,
+    default: Any = None,
+    says: str | None = None,
+    required: bool = False,
+    takes: click.ParamType | None = None,  # type: ignore[type-arg]
 ) -> Callable[[F], F]:
-    """The option of that name. A command chooses only whether it must be given, its default, and
-    what to say of that in words."""
+    """The option of that name. A command chooses only whether it must be given, its default, what
+    to say of that in words, and that it `takes` no more than some of the values."""
     attributes = dict(_SHARED[flag], required=required)
+    if takes is not None:
+        attributes.update(type=takes, metavar=None)
     names = (flag, attributes.pop("name", flag.strip("-").replace("-", "_")))
     if default is not None:
         attributes["default"] = default

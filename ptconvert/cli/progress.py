@@ -34,6 +34,8 @@ _INTERVAL = 10.0, 60.0  # seconds between lines, at first and at most
 _FIRST = 1 / 5  # of an interval: what a step lasts before it is worth a line
 _TICK = 1.0  # seconds between looks at the clock, while a step says nothing
 
+_At = tuple[str, int, int | None]  # a step's name, what is done and of how much
+
 
 class Advance(Protocol):
     """Told how far a long step has come: its name, how much is done and of how much (None:
@@ -96,6 +98,14 @@ def _shown(columns: tuple[ProgressColumn, ...], amount: Callable[[int], str]) ->
             yield advance
 
 
+def _begins(now: _At, before: _At | None) -> bool:
+    """Whether a step begins: another one, or one of the same name once more, as in a loop."""
+    if before is None:
+        return True
+    (name, done, total), (name_before, done_before, total_before) = now, before
+    return (name, total) != (name_before, total_before) or done < done_before
+
+
 def _name() -> ProgressColumn:
     return TextColumn("{task.description}", markup=False)
 
@@ -109,15 +119,16 @@ class _Count(MofNCompleteColumn):
 
 def _on(bar: Progress) -> Advance:
     """Shows the step at hand alone."""
-    shown = ""
+    shown: _At | None = None
 
     def advance(step: str, done: int, total: int | None, note: str = "") -> None:
         nonlocal shown
-        if step != shown:
+        now = step, done, total
+        if _begins(now, shown):
             for task in bar.task_ids:
                 bar.remove_task(task)
             bar.add_task(step, total=total)
-            shown = step
+        shown = now
         description = f"{step}: {note}" if note else step
         bar.update(bar.task_ids[0], completed=done, total=total, description=description)
 
@@ -163,6 +174,10 @@ class _Step:
     note: str = ""
     said: bool = False
 
+    @property
+    def at(self) -> _At:
+        return self.name, self.done, self.total
+
 
 class Lines:
     """Progress as lines, few enough for a log: what, how far, how long so far, and time left.
@@ -187,7 +202,7 @@ class Lines:
         """Takes in how far a step has come, and says it where a line is due."""
         with self._lock:
             now = self._clock()
-            if self._step is None or self._step.name != step:
+            if self._step is None or _begins((step, done, total), self._step.at):
                 self._step = _Step(step, now, done, now)
             if self._step.done != done:
                 self._step.moved = now

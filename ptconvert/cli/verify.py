@@ -53,7 +53,7 @@ class _Verify(Renamed, _JsonFile):
     help="What runs it: ptconvert's own runtime, or vLLM on so many tensor-parallel ranks.",
 )
 @click.option("--enforce-eager", is_flag=True, help="vLLM: without torch.compile and CUDA graphs.")
-@shared("--device", says="cuda where there is")
+@shared("--device", says="cuda where there is", takes=click.Choice(["cpu", "cuda"]))
 @click.option("--backend", type=click.Choice(["gloo", "nccl"]), help="Default: the best that fits.")
 @shared("--dtype", "float32")
 @shared("--prompt", 16)
@@ -123,8 +123,6 @@ def verify(
     if new < 2:
         raise click.UsageError("--new: at least 2, so that there is a decode step")
     options["device"] = options["device"] or default_device()
-    if options["device"] not in ("cpu", "cuda"):
-        raise click.UsageError(f"--device {options['device']}: ranks run on cpu or cuda")
     options["dtype"] = None if options["dtype"] == "auto" else options["dtype"]
     if runtime == "torch" and under_torchrun():
         ranks = int(os.environ["WORLD_SIZE"])

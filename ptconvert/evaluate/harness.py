@@ -250,9 +250,11 @@ def _explained(names: Sequence[str], answers: Path) -> Iterator[None]:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether our code failed, or what it called, rather than lm-eval's or a task's.
+    """Whether our code failed or what it called, rather than lm-eval or a task, as far as a
+    traceback tells: by the innermost frame of either package.
 
-    lm-eval calls our model, which calls lm-eval's: the innermost of both decides.
+    So a mistake of ours that fails only in lm-eval's code, as where our model goes on to its base
+    class with wrong arguments, passes for lm-eval's.
     """
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     packages = [str(frame.f_globals.get("__name__")).split(".")[0] for frame in frames]
