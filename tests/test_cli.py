@@ -63,7 +63,7 @@ def test_transform_and_back(make_dense: MakeDense, spec: Path, tmp_path: Path) -
     out, err = run("transform", source, tmp_path / "out", "--spec", spec)
     first, said = out.split("\n", 1)
     assert "12 → 3" in first and err == ""
-    assert " ".join(said.split()).startswith("For 4 ranks, a track each. On 1 or 2 a rank runs")
+    assert " ".join(said.split()).startswith("For 4 ranks, a track each. On 2 a rank runs")
     out, _ = run("transform", tmp_path / "out", tmp_path / "back", "--to-dense", "--json")
     figures = json.loads(out)
     assert figures["all_reduces"] == {"before": 3, "after": 12} and figures["note"] is None

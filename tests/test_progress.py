@@ -164,15 +164,20 @@ def command() -> None:
 
 
 def test_all_of_them_go_to_standard_error_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_INTERVAL", (1e4, 1e4))
     quiet = CliRunner().invoke(command)
-    assert (quiet.stdout, quiet.stderr) == ("figures\n", "")  # it takes less than 2 s
+    assert (quiet.stdout, quiet.stderr) == ("figures\n", "")  # over before a line is due
     monkeypatch.setattr(progress, "_INTERVAL", (0.02, 0.02))
     monkeypatch.setattr(progress, "_TICK", 0.01)
     done = CliRunner().invoke(command)
     assert done.stdout == "figures\n"
     stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
     assert all(re.match(stamp, line) for line in done.stderr.splitlines())
-    for said in ("waits: 0:00:00 so far", "steps: 1,234 of 5,000, ", "writes: 4.0 kB of 10.0 kB"):
-        assert f" {said}" in done.stderr
+    for said in (
+        "waits: 0:00:\\d\\d so far",
+        "steps: 1,234 of 5,000, ",
+        "writes: 4.0 kB of 10.0 kB",
+    ):
+        assert re.search(f" {said}", done.stderr)
     again = CliRunner().invoke(command, env={"RANK": "1"})  # the first process speaks for all
     assert (again.stdout, again.stderr) == ("figures\n", "")
