@@ -22,6 +22,8 @@ from ptconvert.spec import parse_spec
 from ptconvert.transform import Plan, execute, plan_conversion
 
 CORES = sorted(os.sched_getaffinity(0))
+# vLLM gives its ranks cores and threads itself, and communicates in another way where this is set.
+os.environ.pop("OMP_NUM_THREADS", None)
 os.environ.update(
     VLLM_CPU_OMP_THREADS_BIND="|".join(str(CORES[rank % len(CORES)]) for rank in range(2)),
     VLLM_CPU_KVCACHE_SPACE="1",
@@ -52,13 +54,19 @@ def make_model(directory: Path, variant: str, tracks: int, schedule: str, top: s
     random_model(variant, **SIZES).save_pretrained(dense)
     if tracks == 0:
         return dense
-    spec, source = parse_spec(spec_text(tracks, schedule, top), "spec.yaml"), open_checkpoint(dense)
-    plan = plan_conversion(source, spec, source_name="dense")
-    if not plan.complete:
-        known = random_calibration(plan)
-        plan = plan_conversion(source, spec, source_name="dense", calibration=known)
+    known = calibration(dense, tracks, schedule, top)
+    spec = parse_spec(spec_text(tracks, schedule, top), "spec.yaml")
+    source = open_checkpoint(dense)
+    plan = plan_conversion(source, spec, source_name="dense", calibration=known)
     execute(plan, directory / "converted")
     return directory / "converted"
+
+
+def calibration(dense: Path, tracks: int, schedule: str, top: str) -> Calibration | None:
+    """What the conversion of a dense model has instead of what its spec wants from a text."""
+    spec = parse_spec(spec_text(tracks, schedule, top), "spec.yaml")
+    plan = plan_conversion(open_checkpoint(dense), spec, source_name="dense")
+    return None if plan.complete else random_calibration(plan)
 
 
 def greedy(path: Path, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:

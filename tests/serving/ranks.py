@@ -39,6 +39,7 @@ def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[s
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import default_loader
 
+    from ptconvert.format import read_section
     from ptconvert.schedule import Schedule
     from ptconvert.serving.program import lower
     from ptconvert.serving.verify import generate
@@ -84,10 +85,12 @@ def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[s
                 undo()
         if case["drawn"]:
             found["drawn"] = {}
-            for schedule in case["drawn"]:
+            tracks = read_section(vars(model.config)).tracks
+            for rule, schedule in case["drawn"]:
                 model.model.program = lower(Schedule.parse(schedule))
+                model.model.waiting_weight = 1 / tracks if rule == "mean" else 1.0
                 llm.reset_prefix_cache()
-                found["drawn"][schedule] = generate(llm, prompts[:4], 4)
+                found["drawn"][f"{rule} {schedule}"] = generate(llm, prompts[:4], 4)
     llm.llm_engine.engine_core.shutdown()
     return found
 

@@ -21,6 +21,7 @@ import transformers
 from engines import MIXED, greedy, make_model
 from safetensors.torch import load_file, save_file
 from test_parity import NEW_TOKENS, apart, prompts, run_cases
+from tokenizing import FAMILIES
 
 from ptconvert.serving.verify import TOLERANCE
 
@@ -277,3 +278,36 @@ def test_lm_eval_scores_as_with_the_transformers_model(
     assert len({value for values in samples["hf"].values() for value in values}) > len(rows)
     for document, values in samples["hf"].items():
         assert samples["vllm"][document] == pytest.approx(values, abs=TOLERANCE)
+
+
+TOKENIZERS = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from tokenizing import CLASSES, facts, put, trained
+from vllm.plugins import load_general_plugins
+from vllm.tokenizers import get_tokenizer
+load_general_plugins()
+bpe, apart = trained(), []
+for pair in Path(sys.argv[2]).iterdir():
+    for name in CLASSES:
+        found = []
+        for path in (pair / "dense", pair / "converted"):
+            put(path, bpe, name)
+            found.append(facts(get_tokenizer(str(path))))
+        if found[0] != found[1]:
+            apart.append([pair.name, name, *found])
+print(json.dumps(apart))
+"""
+
+
+def test_tokenizers_are_the_sources(tmp_path: Path) -> None:
+    """As vLLM opens them, with its plugins and nothing else of ptconvert imported."""
+    for family in FAMILIES:
+        (tmp_path / family).mkdir()
+        make_model(tmp_path / family, family, 2, "use: parallel_track, depth: 2")
+    tests = str(Path(__file__).parents[1])
+    script = [sys.executable, "-c", TOKENIZERS, tests, str(tmp_path)]
+    done = subprocess.run(script, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == []

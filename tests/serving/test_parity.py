@@ -15,9 +15,10 @@ from typing import Any
 import lockstep
 import pytest
 import torch
+from calibrating import for_reference, permuted
 from conftest import LAYERS, random_model
 from drawing import drawn_schedule, spans_both
-from engines import MIXED, SIZES, greedy, make_model
+from engines import MIXED, SIZES, calibration, greedy, make_model
 from reference import reference_logits
 
 from ptconvert.format import read_section
@@ -74,19 +75,21 @@ WITH_FAULTS = (
     "parallel_track, depth 3, guesses",
 )
 # Its model, in which layers 1 and 2 are held as tracks, runs other schedules too: see `drawn`.
-DRAWN = "mixed, biases, 2 tracks per rank"
+DRAWN = "guesses, mixed, 2 tracks per rank"
 
 
-def drawn() -> list[Schedule]:
-    """Random schedules in which tracks differ in layers 1 and 2 at most; half of them have stages
-    that run sublayers of these beside such of layers held dense."""
+def drawn() -> list[tuple[str, str]]:
+    """A rule for deferred partials and a schedule each: random ones in which tracks differ in
+    layers 1 and 2 at most; half of them have stages that run sublayers of these beside such of
+    layers held dense."""
     random, spanning, others = Random(0), set[Schedule](), set[Schedule]()
     while len(spanning) < 6 or len(others) < 6:
         schedule = drawn_schedule(random, LAYERS)
         if schedule.track_layers and schedule.track_layers <= {1, 2}:
             some = spanning if spans_both(schedule) else others
             some |= {schedule} if len(some) < 6 else set()
-    return sorted(spanning | others, key=str)
+    texts = sorted(map(str, spanning)) + sorted(map(str, others))
+    return [("sum" if i % 2 else "mean", text) for i, text in enumerate(texts)]
 
 
 def prompts() -> list[list[int]]:
@@ -112,7 +115,7 @@ def run_on_ranks(directory: Path, names: Sequence[str], paths: dict[str, Path], 
             "path": str(paths[name]),
             "eager": CASES[name].eager,
             "faults": name in WITH_FAULTS,
-            "drawn": [str(s) for s in drawn()] if name == DRAWN else [],
+            "drawn": drawn() if name == DRAWN else [],
         }
         for name in names
     ]
@@ -202,25 +205,34 @@ def test_all_reduces_are_the_schedules(name: str, found: Any, paths: dict[str, P
     )
 
 
-def literal(model: Any, schedule: str, tracks: int, prompt: list[int], new: int) -> Any:
+def literal(
+    model: Any, schedule: str, tracks: int, prompt: list[int], new: int, **settings: Any
+) -> Any:
     """Greedy tokens and their log-probabilities by the literal reference."""
     ids, logs = torch.tensor([prompt]), []
     for _ in range(new):
-        log_V = reference_logits(model, schedule, tracks, ids)[0, -1].log_softmax(-1)
+        log_V = reference_logits(model, schedule, tracks, ids, **settings)[0, -1].log_softmax(-1)
         logs.append(float(log_V.max()))
         ids = torch.cat([ids, log_V.argmax().view(1, 1)], dim=1)
     return ids[0, len(prompt) :].tolist(), logs
 
 
 @pytest.fixture(scope="session")
-def literals() -> dict[str, Answers]:
-    """What the literal reference answers to some prompts, by drawn schedule."""
+def literals(paths: dict[str, Path]) -> dict[str, Answers]:
+    """What the literal reference answers to some prompts, by rule and drawn schedule."""
     case = CASES[DRAWN]
+    known = calibration(paths[DRAWN].parent / "dense", case.tracks, case.schedule, case.top)
+    assert known is not None
+    guesses = for_reference(known, case.tracks)
     dense = random_model(case.variant, **SIZES)
     dense.set_attn_implementation("eager")
+    permuted(known, dense)
     return {
-        text: [literal(dense, text, case.tracks, p, 4) for p in prompts()[:4]]
-        for text in map(str, drawn())
+        f"{rule} {text}": [
+            literal(dense, text, case.tracks, p, 4, deferred=rule, guesses=guesses)
+            for p in prompts()[:4]
+        ]
+        for rule, text in drawn()
     }
 
 
