@@ -45,6 +45,8 @@ def test_overlap_and_collectives(tmp_path: Path) -> None:
         launch(40, asynchronous=False),
         transfer(41, 10),
         event("c10d::barrier", 60, 1),
+        event("c10d::_allgather_base_", 62, 1),
+        event("_C::shm_all_gather", 64, 1),
     ]
     path = tmp_path / "trace.json"
     path.write_text(json.dumps({"traceEvents": events[::-1]}))
@@ -57,6 +59,8 @@ def test_overlap_and_collectives(tmp_path: Path) -> None:
         ("all_reduce", (1, 4, 8), "bfloat16", True),
         ("all_reduce", (1, 4, 8), "bfloat16", False),
         ("barrier", (), "", None),
+        ("all_gather", (), "", None),
+        ("all_gather", (), "", None),
     ]
     assert seen[0].nbytes == 64
 

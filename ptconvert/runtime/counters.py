@@ -18,6 +18,9 @@ ALL_REDUCE = "all_reduce"
 # vLLM's blocking all-reduces, which don't pass through c10d, and which argument is the tensor: over
 # shared memory on CPU, and on GPUs whichever of its kernels vLLM picks.
 _VLLM_ALL_REDUCES = {"_C::shm_allreduce": 1, "vllm::all_reduce": 0}
+# c10d's own names of collectives in the form that gathers into, or scatters from, one tensor: vLLM
+# takes these on CPU where its ranks can't share memory.
+_ONE_TENSOR_FORMS = {"_allgather_base": "all_gather", "_reduce_scatter_base": "reduce_scatter"}
 _BYTES = {"float": 4, "half": 2, "bfloat16": 2, "double": 8}
 
 
@@ -141,6 +144,7 @@ class Profile:
                 collective = Collective(ALL_REDUCE, tuple(shape), _short(dtype), False)
             else:
                 name = event["name"].split("::")[1].removeprefix("shm_").rstrip("_")
+                name = _ONE_TENSOR_FORMS.get(name, name)
                 collective = Collective(name, (), "", None)
             found.setdefault(self._inside(event, "step"), []).append(collective)
         return found
