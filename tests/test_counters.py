@@ -65,6 +65,21 @@ def test_overlap_and_collectives(tmp_path: Path) -> None:
     assert seen[0].nbytes == 64
 
 
+def test_what_lies_in_vllms_own_operation_is_no_collective_of_its_own(tmp_path: Path) -> None:
+    outer = event("vllm::all_reduce", 10, 8) | {
+        "args": {"Input Dims": [[4, 8]], "Input type": ["float"]}
+    }
+    events = [
+        event("step 1", 0, 100, cat="user_annotation"),
+        *(outer, launch(11, asynchronous=False), transfer(11, 5)),
+        launch(30, asynchronous=True),
+    ]
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": events}))
+    seen = Profile(path).collectives()["1"]
+    assert [(c.op, c.asynchronous) for c in seen] == [("all_reduce", False), ("all_reduce", True)]
+
+
 def test_stages_of_a_journal() -> None:
     lines = ["pass a", "stage 0", "reduce x", "stage 1", "pass b", "stage 0", "reduce y"]
     events = [Event(*line.split(" ")) for line in lines]

@@ -128,8 +128,9 @@ class Profile:
         """The all-reduces launched in each step, and the other collectives by their c10d name."""
         transfers = iter(self._transfers)
         found: dict[str, list[Collective]] = {}
-        for event in self._calls:
-            arguments = event["args"]
+        until: dict[Any, float] = {}  # the end of the last call, by thread
+        for event in sorted(self._calls, key=lambda e: (float(e["ts"]), -float(e["dur"]))):
+            arguments, thread = event["args"], event.get("tid")
             if event["name"] == "c10d::allreduce_":
                 shapes = arguments["Input Dims"][0]
                 collective = Collective(
@@ -146,6 +147,9 @@ class Profile:
                 name = event["name"].split("::")[1].removeprefix("shm_").rstrip("_")
                 name = _ONE_TENSOR_FORMS.get(name, name)
                 collective = Collective(name, (), "", None)
+            if float(event["ts"]) < until.get(thread, 0.0):
+                continue  # what vLLM's own operation does it with is no collective of its own
+            until[thread] = float(event["ts"]) + float(event["dur"])
             found.setdefault(self._inside(event, "step"), []).append(collective)
         return found
 
