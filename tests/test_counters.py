@@ -72,12 +72,17 @@ def test_what_lies_in_vllms_own_operation_is_no_collective_of_its_own(tmp_path: 
     events = [
         event("step 1", 0, 100, cat="user_annotation"),
         *(outer, launch(11, asynchronous=False), transfer(11, 5)),
-        launch(30, asynchronous=True),
+        *(event("ptconvert::all_reduce_boundary", 29, 5), launch(30, asynchronous=True)),
+        launch(40, asynchronous=True),  # a compiled one, which is waited for
     ]
     path = tmp_path / "trace.json"
     path.write_text(json.dumps({"traceEvents": events}))
     seen = Profile(path).collectives()["1"]
-    assert [(c.op, c.asynchronous) for c in seen] == [("all_reduce", False), ("all_reduce", True)]
+    assert [(c.op, c.asynchronous) for c in seen] == [
+        ("all_reduce", False),
+        ("all_reduce", True),
+        ("all_reduce", False),
+    ]
 
 
 def test_stages_of_a_journal() -> None:

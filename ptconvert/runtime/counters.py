@@ -18,6 +18,7 @@ ALL_REDUCE = "all_reduce"
 # vLLM's blocking all-reduces, which don't pass through c10d, and which argument is the tensor: over
 # shared memory on CPU, and on GPUs whichever of its kernels vLLM picks.
 _VLLM_ALL_REDUCES = {"_C::shm_allreduce": 1, "vllm::all_reduce": 0}
+_BOUNDARY = "ptconvert::all_reduce_boundary"  # ours, in vLLM
 # c10d's own names of collectives in the form that gathers into, or scatters from, one tensor: vLLM
 # takes these on CPU where its ranks can't share memory.
 _ONE_TENSOR_FORMS = {"_allgather_base": "all_gather", "_reduce_scatter_base": "reduce_scatter"}
@@ -101,6 +102,7 @@ class Profile:
             if e.get("cat") == "cpu_op"
             and (e["name"] in _VLLM_ALL_REDUCES or e["name"].startswith(("c10d::", "_C::shm_")))
         ]
+        self._boundaries = [e for e in events if e["name"] == _BOUNDARY]
         self._launches = [e for e in self._calls if e["name"] == "c10d::allreduce_"]
         kernels = [e for e in events if e.get("cat") == "kernel"]
         reduces = [e for e in kernels if "nccl" in e["name"] and "AllReduce" in e["name"]]
@@ -124,6 +126,18 @@ class Profile:
         index = bisect.bisect_right(marks, event["ts"], key=lambda e: float(e["ts"])) - 1
         return str(marks[index]["name"]).removeprefix(f"{kind} ") if index >= 0 else ""
 
+    def _is_overlapped(self, event: dict[str, Any]) -> bool:
+        """Whether an all-reduce was launched to run beside what follows. In vLLM that is what the
+        boundary launches; compiled, its blocking ones are asynchronous too, and waited for."""
+        if event["args"]["Concrete Inputs"][4] != "True":
+            return False
+        began, here = float(event["ts"]), event.get("tid")
+        return bool(self._marks["stage"]) or any(
+            float(e["ts"]) <= began <= float(e["ts"]) + float(e["dur"])
+            for e in self._boundaries
+            if e.get("tid") == here
+        )
+
     def collectives(self) -> dict[str, list[Collective]]:
         """The all-reduces launched in each step, and the other collectives by their c10d name."""
         transfers = iter(self._transfers)
@@ -137,7 +151,7 @@ class Profile:
                     op=ALL_REDUCE,
                     shape=tuple(shapes[0]) if shapes else (),
                     dtype=_dtype(next(transfers, {})),
-                    asynchronous=arguments["Concrete Inputs"][4] == "True",
+                    asynchronous=self._is_overlapped(event),
                     stage=self._inside(event, "stage"),
                 )
             elif (at := _VLLM_ALL_REDUCES.get(event["name"])) is not None:
