@@ -18,7 +18,7 @@ ALL_REDUCE = "all_reduce"
 # vLLM's blocking all-reduces, which don't pass through c10d, and which argument is the tensor: over
 # shared memory on CPU, and on GPUs whichever of its kernels vLLM picks.
 _VLLM_ALL_REDUCES = {"_C::shm_allreduce": 1, "vllm::all_reduce": 0}
-_BOUNDARY = "ptconvert::all_reduce_boundary"  # ours, in vLLM
+BOUNDARY = "ptconvert::all_reduce_boundary"  # ours, in vLLM
 # c10d's own names of collectives in the form that gathers into, or scatters from, one tensor: vLLM
 # takes these on CPU where its ranks can't share memory.
 _ONE_TENSOR_FORMS = {"_allgather_base": "all_gather", "_reduce_scatter_base": "reduce_scatter"}
@@ -102,7 +102,7 @@ class Profile:
             if e.get("cat") == "cpu_op"
             and (e["name"] in _VLLM_ALL_REDUCES or e["name"].startswith(("c10d::", "_C::shm_")))
         ]
-        self._boundaries = [e for e in events if e["name"] == _BOUNDARY]
+        self._boundaries = [e for e in events if e["name"] == BOUNDARY]
         self._launches = [e for e in self._calls if e["name"] == "c10d::allreduce_"]
         kernels = [e for e in events if e.get("cat") == "kernel"]
         reduces = [e for e in kernels if "nccl" in e["name"] and "AllReduce" in e["name"]]

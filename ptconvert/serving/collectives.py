@@ -24,7 +24,8 @@ import torch.distributed as dist
 from vllm.distributed import get_tp_group
 from vllm.utils.torch_utils import direct_register_custom_op
 
-BOUNDARY = "ptconvert::all_reduce_boundary"
+from ptconvert.runtime.counters import BOUNDARY
+
 NO_LAUNCH = -1
 
 

@@ -32,8 +32,9 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from ptconvert.format import read_section, source_config
 from ptconvert.modeling.executor import PerTrack, add_partials, add_per_track
 from ptconvert.modeling.layers import Placement
+from ptconvert.runtime.counters import BOUNDARY
 from ptconvert.schedule import Merge
-from ptconvert.serving.collectives import BOUNDARY, NO_LAUNCH, all_reduce_boundary
+from ptconvert.serving.collectives import NO_LAUNCH, all_reduce_boundary
 from ptconvert.serving.layers import WHOLE, ServedLayer, read_stream
 from ptconvert.serving.program import Step, lower
 from ptconvert.shape import EMBEDDING, HEAD, ModelShape
