@@ -126,7 +126,7 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory) -> MakeDense:
 
 def byte_level(make_dense: MakeDense, path: Path) -> Path:
     """A random dense model with a tokenizer of bytes, at `path`."""
-    shutil.copytree(make_dense(vocab_size=260, max_position_embeddings=512, eos_token_id=0), path)
+    shutil.copytree(make_dense(vocab_size=260, max_position_embeddings=256, eos_token_id=0), path)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|endoftext|>": 0} | {c: i for i, c in enumerate(alphabet, 1)}
     bpe = Tokenizer(models.BPE(vocabulary, []))

@@ -589,7 +589,7 @@ def test_our_own_faults_are_not_called_a_tasks(
         (["{src}"], "gsm8k, ifeval, wikitext: "),
         (["{src}", "--tasks", "gsm8k"], "data is neither here nor can the hub be reached"),
         (["{src}", "--text", "{text}"], "give --baseline SRC"),
-        (["{src}", "--baseline", "{src}", "--text", "{text}", "--window", "900"], "512 positions"),
+        (["{src}", "--baseline", "{src}", "--text", "{text}", "--window", "900"], "256 positions"),
         (["{src}", "--baseline", "{src}", "--text", "{binary}"], "is not a text in UTF-8"),
         (["{src}", "--baseline", "{src}", "--text", "{empty}"], "the text has 1 tokens"),
         (["{src}", "--baseline", "{src}/none", "--tasks", "x"], "neither a directory nor a hub id"),

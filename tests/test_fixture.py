@@ -12,6 +12,7 @@ from conftest import FIXTURE, Convert
 
 from ptconvert.calibrate.conversion import calibrate, calibration_windows
 from ptconvert.checkpoint.reader import open_checkpoint, same_bytes
+from ptconvert.computed import Calibration
 from ptconvert.evaluate.divergence import Reference, Windows, measure, reference, windows_for
 from ptconvert.evaluate.harness import Settings
 from ptconvert.evaluate.models import BatchSize, open_model
@@ -143,12 +144,14 @@ def test_assignment_and_guesses_bring_eight_all_reduces_near_the_source(
     windows, predictions = source
     checkpoint, losses = open_checkpoint(FIXTURE / "model"), list[float]()
     text = calibration_windows(checkpoint, split("calibration"), LENGTH, tokens=8192)
-    for top in ("", "assignment: affinity\n", "assignment: affinity\nguess: {rank: 16}\n"):
-        schedule = f'  - layers: 0-11\n    stages: "{PLANNED}"\n'
-        spec = parse_spec(f"format: 1\ntracks: 4\n{top}schedule:\n{schedule}", "planned")
-        known = None
-        if spec.needs_text:
-            known = calibrate(checkpoint, spec, text, "cpu", "auto", tmp_path, quiet).calibration
+    affinity, guess = "assignment: affinity\n", "guess: {rank: 16}\n"
+    schedule = f'schedule:\n  - layers: 0-11\n    stages: "{PLANNED}"\n'
+    specs = [
+        parse_spec(f"format: 1\ntracks: 4\n{top}{schedule}", "planned")
+        for top in ("", affinity, affinity + guess)
+    ]
+    whole = calibrate(checkpoint, specs[-1], text, "cpu", "auto", tmp_path, quiet).calibration
+    for spec, known in zip(specs, (None, Calibration(whole.assignments), whole), strict=True):
         path = tmp_path / f"converted-{len(losses)}"
         execute(plan_conversion(checkpoint, spec, source_name="x", calibration=known), path)
         model = open_model(open_checkpoint(path), "float32", "cpu")

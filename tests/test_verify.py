@@ -46,7 +46,8 @@ SETTINGS = Settings(
 
 
 def job(path: Path) -> Job:
-    return Job(path, torch.float32, PROMPT, NEW, BATCH, seed=0, repeats=1)
+    """What is timed is no matter here."""
+    return Job(path, torch.float32, PROMPT, NEW, BATCH, seed=0, repeats=0)
 
 
 def run_many(jobs: list[Job], rank: Rank) -> dict[str, Any]:
@@ -215,7 +216,8 @@ def test_faults_are_found_and_named_in_time(
 ) -> None:
     path = convert(make_dense("llama"), 2, "use: tensor_parallel")
     started = time.monotonic()
-    settings = replace(SETTINGS, timeout=60)
+    # all but one are found at once; that one takes half of the time
+    settings = replace(SETTINGS, timeout=30 if fault is stops_answering else 60)
     report = verify(path, settings, OnRankOne(fault))
     assert time.monotonic() - started < settings.timeout + 10
     text = tell(report)

@@ -197,7 +197,8 @@ def _named(names: Sequence[str], manager: _Tasks) -> list[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval prints and logs, and asks git where there may be none; standard output is ours."""
+    """lm-eval prints and logs, and asks git, where there may be none, and the whole machine for a
+    description that no report of ours has; standard output is ours."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -206,6 +207,7 @@ def _quiet() -> Iterator[None]:
         with (
             contextlib.redirect_stdout(sys.stderr),
             mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", return_value=None),
+            mock.patch.object(lm_eval.evaluator, "add_env_info"),
         ):
             yield
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import json
 import math
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,21 +46,24 @@ class Collective:
 
 
 class FlightRecorder:
-    """torch.distributed's ring of recent collectives, read in differences by record id."""
+    """torch.distributed's ring of recent collectives, of which only those since a mark are new."""
 
     def __init__(self, backend: str) -> None:
         c10d: Any = torch._C._distributed_c10d
-        self._dump = c10d._dump_nccl_trace_json if backend == "nccl" else c10d._dump_fr_trace_json
+        self._dump = c10d._dump_nccl_trace if backend == "nccl" else c10d._dump_fr_trace
+        self._last = max((e["record_id"] for e in self._entries()), default=-1)
 
     def _entries(self) -> list[dict[str, Any]]:
-        return list(json.loads(self._dump()).get("entries", []))
+        # A pickle of this process's own, as torch makes it; without stack traces, which take most
+        # of the time.
+        found: dict[str, Any] = pickle.loads(self._dump(True, False, False))
+        return list(found.get("entries", []))
 
-    def mark(self) -> int:
-        """The id of the last record so far, -1 where there is none."""
-        return max((e["record_id"] for e in self._entries()), default=-1)
-
-    def since(self, mark: int) -> list[Collective]:
-        """The collectives recorded after a mark, in order."""
+    def new(self) -> list[Collective]:
+        """The collectives since the last call, or since this was made, in order."""
+        entries = [e for e in self._entries() if e["record_id"] > self._last]
+        entries.sort(key=lambda e: int(e["record_id"]))
+        self._last = entries[-1]["record_id"] if entries else self._last
         return [
             Collective(
                 op=e["profiling_name"].split(":")[-1],
@@ -67,8 +71,7 @@ class FlightRecorder:
                 dtype=e["input_dtypes"][0].lower() if e["input_dtypes"] else "",
                 asynchronous=None,
             )
-            for e in sorted(self._entries(), key=lambda e: e["record_id"])
-            if e["record_id"] > mark
+            for e in entries
         ]
 
 

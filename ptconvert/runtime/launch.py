@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from ptconvert.runtime.communicator import Journal
 
-_PRELOADED = ["ptconvert.runtime.session"]
+PRELOADED = ["ptconvert.runtime.session"]
 _GRACE_SECONDS = 3.0
 _TRACE_LINES = 12
 # Torch's words for a peer that is gone or silent: such a rank is a victim, not the cause.
@@ -92,7 +92,7 @@ def launch(
         # Forked from one process that has imported what ranks need: importing it takes each as
         # long as much of its work.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context.set_forkserver_preload(PRELOADED)
         started = [
             context.Process(
                 target=_rank_main,

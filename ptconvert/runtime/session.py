@@ -121,9 +121,8 @@ def _counted_pass(
     chosen: list[torch.Tensor] = []
     for step_name, step in greedy_steps(model, ids_BS, job.new_tokens):
         rank.journal.write("pass", f"{name} {step_name}")
-        mark = recorder.mark()
         logits, tokens = step()
-        steps[step_name] = [asdict(c) | {"nbytes": c.nbytes} for c in recorder.since(mark)]
+        steps[step_name] = [asdict(c) | {"nbytes": c.nbytes} for c in recorder.new()]
         found.append(logits.float().cpu())
         chosen.append(tokens.cpu())
     return steps, torch.cat(chosen, dim=1).tolist(), torch.cat(found, dim=1)
@@ -167,7 +166,7 @@ def _timed_passes(
 ) -> dict[str, Any]:
     """Seconds of the prefill and of a decode step (mean over a pass), schedules alternating."""
     times: dict[str, Any] = {name: {"prefill": [], "decode": []} for name in schedules}
-    for repeat in range(WARM_UP + job.repeats):
+    for repeat in range(WARM_UP + job.repeats if job.repeats else 0):
         for name, schedule in schedules.items():
             model.model.schedule = schedule
             rank.journal.write("pass", f"timed {name} barrier")

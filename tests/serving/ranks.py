@@ -26,8 +26,13 @@ def main() -> None:
     lockstep.bind(rank)
     found = {}
     for index, case in enumerate(json.loads((directory / "cases.json").read_text())):
+        place = rank, ranks
+        if case["alone"] is not None:  # one of the processes, as the only rank
+            if case["alone"] != rank:
+                continue
+            place = 0, 1
         try:
-            found[case["name"]] = run(case, rank, ranks, Path(f"{meeting}_{index}"))
+            found[case["name"]] = run(case, *place, Path(f"{meeting}_{index}"))
         except Exception:
             found[case["name"]] = {"error": traceback.format_exc()}
             break  # the ranks may not be in step any more

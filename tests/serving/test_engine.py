@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,11 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from engines import MIXED, greedy, make_model
-from safetensors.torch import load_file, save_file
-from test_parity import NEW_TOKENS, apart, prompts, run_cases
 from tokenizing import FAMILIES
 
 from ptconvert.serving.verify import TOLERANCE
@@ -78,44 +74,6 @@ def test_context_parallelism_is_refused(tmp_path: Path) -> None:
     path = make_model(tmp_path, "llama-mqa", 4, MIXED)
     with pytest.raises(ValueError, match="decode_context_parallel_size 2: ranks would share keys"):
         EngineArgs(str(path), **arguments).create_engine_config()
-
-
-def test_the_plugin_can_run_twice_and_touches_no_device() -> None:
-    code = """
-import sys
-from vllm.plugins import load_general_plugins
-load_general_plugins()
-import ptconvert.serving
-ptconvert.serving.register()
-import torch
-from vllm import ModelRegistry
-assert "PTConvertQwen3ForCausalLM" in ModelRegistry.get_supported_archs()
-assert not torch.cuda.is_initialized()
-assert "ptconvert.serving.model" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=LIMIT_SECONDS)
-
-
-def test_a_rank_reads_its_own_tracks_only(checkpoint: Path, tmp_path: Path) -> None:
-    for rank, others in enumerate(((2, 3), (0, 1))):
-        own = shutil.copytree(checkpoint, tmp_path / str(rank))
-        for track in others:  # what a rank must not need is ruined
-            file = own / f"track-{track:02}-of-04.safetensors"
-            ruined = {n: torch.full_like(t, torch.nan) for n, t in load_file(file).items()}
-            save_file(ruined, file, metadata={"format": "pt"})
-    case = {
-        "name": "own",
-        "path": str(tmp_path / "{rank}"),
-        "eager": True,
-        "faults": False,
-        "drawn": [],
-    }
-    reference = [greedy(checkpoint, p, NEW_TOKENS) for p in prompts()]
-    found = run_cases(tmp_path, [case], 2)
-    for rank, files in enumerate((("00", "01"), ("02", "03"))):
-        assert apart(found[rank]["own"]["answers"], reference) <= TOLERANCE
-        wanted = {f"track-{track}-of-04.safetensors" for track in files}
-        assert set(found[rank]["own"]["files"]) == {"shared.safetensors", *wanted}
 
 
 def _verify(path: Path, *options: str) -> tuple[int, dict[str, Any]]:
@@ -248,23 +206,27 @@ def test_lm_eval_scores_as_with_the_transformers_model(
     data.write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "words.yaml").write_text(TASK.format(data=data))
     scores, samples = {}, {}
-    for model, more in (
-        ("hf", "trust_remote_code=True"),
-        ("vllm", "tensor_parallel_size=2,enforce_eager=True,max_model_len=256"),
-    ):
+    with contextlib.ExitStack() as running:
+        processes = {}
+        for model, more in (
+            ("hf", "trust_remote_code=True"),
+            ("vllm", "tensor_parallel_size=2,enforce_eager=True,max_model_len=256"),
+        ):
+            command = [sys.executable, "-m", "lm_eval", "--model", model, "--tasks", "words"]
+            command += ["--model_args", f"pretrained={checkpoint},dtype=float32,{more}"]
+            command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / model)]
+            command += ["--log_samples", "--batch_size", "8"]
+            command += ["--device", "cpu"] if model == "hf" else []
+            env = named_vllm | {"HF_DATASETS_CACHE": str(tmp_path / f"cache-{model}")}
+            log = running.enter_context((tmp_path / f"{model}.log").open("wb"))
+            process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+            processes[model] = running.enter_context(process)
+            running.callback(process.kill)
+        for model, process in processes.items():
+            code = process.wait(LIMIT_SECONDS)
+            assert code == 0, (tmp_path / f"{model}.log").read_text()[-3000:]
+    for model in processes:
         out = tmp_path / model
-        command = [sys.executable, "-m", "lm_eval", "--model", model, "--tasks", "words"]
-        command += ["--model_args", f"pretrained={checkpoint},dtype=float32,{more}"]
-        command += ["--include_path", str(tmp_path), "--output_path", str(out), "--log_samples"]
-        command += ["--batch_size", "8"] + (["--device", "cpu"] if model == "hf" else [])
-        ran = subprocess.run(
-            command,
-            env=named_vllm | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_SECONDS,
-        )
-        assert ran.returncode == 0, ran.stderr[-3000:]
         (results,) = out.rglob("results_*.json")
         scores[model] = json.loads(results.read_text())["results"]["words"]
         (file,) = out.rglob("samples_*.jsonl")
@@ -280,14 +242,22 @@ def test_lm_eval_scores_as_with_the_transformers_model(
         assert samples["vllm"][document] == pytest.approx(values, abs=TOLERANCE)
 
 
-TOKENIZERS = """
+PLUGIN = """
 import json, sys
 from pathlib import Path
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+import ptconvert.serving
+ptconvert.serving.register()
+import torch
+from vllm import ModelRegistry
+assert "PTConvertQwen3ForCausalLM" in ModelRegistry.get_supported_archs()
+assert not torch.cuda.is_initialized()
+assert "ptconvert.serving.model" not in sys.modules
+
 sys.path.insert(0, sys.argv[1])
 from tokenizing import CLASSES, facts, put, trained
-from vllm.plugins import load_general_plugins
 from vllm.tokenizers import get_tokenizer
-load_general_plugins()
 bpe, apart = trained(), []
 for pair in Path(sys.argv[2]).iterdir():
     for name in CLASSES:
@@ -301,13 +271,14 @@ print(json.dumps(apart))
 """
 
 
-def test_tokenizers_are_the_sources(tmp_path: Path) -> None:
-    """As vLLM opens them, with its plugins and nothing else of ptconvert imported."""
+def test_the_plugin_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """It can run twice and touches no device; with it, and nothing else of ptconvert imported,
+    vLLM opens tokenizers as the sources'."""
     for family in FAMILIES:
         (tmp_path / family).mkdir()
         make_model(tmp_path / family, family, 2, "use: parallel_track, depth: 2")
     tests = str(Path(__file__).parents[1])
-    script = [sys.executable, "-c", TOKENIZERS, tests, str(tmp_path)]
+    script = [sys.executable, "-c", PLUGIN, tests, str(tmp_path)]
     done = subprocess.run(script, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == []

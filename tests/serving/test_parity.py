@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -20,6 +20,7 @@ from conftest import LAYERS, random_model
 from drawing import drawn_schedule, spans_both
 from engines import MIXED, SIZES, calibration, greedy, make_model
 from reference import reference_logits
+from safetensors.torch import load_file, save_file
 
 from ptconvert.format import read_section
 from ptconvert.presets import dense_schedule
@@ -43,8 +44,10 @@ class Case:
     eager: bool = True
 
 
-DENSE_THEN_TRACKS = """  - {layers: 0-1, use: tensor_parallel}
-  - {layers: 2-5, use: parallel_track, depth: 2}
+# A dense layer before tracks, endings of every kind, and stages of two sublayers.
+COMPILED = """  - {layers: 0-0, use: tensor_parallel}
+  - {layers: 1-2, use: parallel_track, depth: 2}
+  - {layers: 3-5, stages: "a3|m3! a4~1 m4^2 a5. m5!"}
 """
 GUESSES = "assignment: {method: affinity}\nguess: {rank: 8}\n"
 CASES = {
@@ -62,9 +65,9 @@ CASES = {
     "mixed, qwen3, biases": Case("qwen3-biases", 4, MIXED),
     "parallel_track, depth 3, guesses": Case("llama", 2, "use: parallel_track, depth: 3", GUESSES),
     "guesses, mixed, 2 tracks per rank": Case("llama-biases", 4, MIXED, GUESSES),
-    "guesses, in flight, compiled": Case("llama", 2, "use: delayed, delay: 2", GUESSES, False),
-    "mixed, compiled": Case("llama-biases", 4, MIXED, eager=False),
-    "dense layers, then tracks, compiled": Case("llama", 4, DENSE_THEN_TRACKS, eager=False),
+    "guesses, in flight": Case("llama", 2, "use: delayed, delay: 2", GUESSES),
+    "compiled": Case("llama-biases", 4, COMPILED, eager=False),
+    "compiled, guesses": Case("llama", 4, COMPILED, GUESSES, False),
     "dense": Case("llama", 0),
 }
 WITH_FAULTS = (
@@ -74,6 +77,8 @@ WITH_FAULTS = (
     "mixed, biases, 2 tracks per rank",
     "parallel_track, depth 3, guesses",
 )
+RUINED = "mixed, biases, 2 tracks per rank"
+ALONE = ("guesses, mixed, 2 tracks per rank", "compiled")  # also with all tracks on one rank
 # Its model, in which layers 1 and 2 are held as tracks, runs other schedules too: see `drawn`.
 DRAWN = "guesses, mixed, 2 tracks per rank"
 
@@ -107,19 +112,28 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def run_on_ranks(directory: Path, names: Sequence[str], paths: dict[str, Path], ranks: int) -> Any:
-    """Each case's findings on each rank."""
-    cases = [
-        {
-            "name": name,
-            "path": str(paths[name]),
-            "eager": CASES[name].eager,
-            "faults": name in WITH_FAULTS,
-            "drawn": drawn() if name == DRAWN else [],
-        }
-        for name in names
-    ]
-    return run_cases(directory, cases, ranks)
+def case_of(name: str, path: Path | str, alone: int | None = None) -> dict[str, Any]:
+    """A case as ranks.py reads it; `alone` is the process that runs it by itself, if one does."""
+    return {
+        "name": name if alone is None else f"{name}, alone",
+        "path": str(path),
+        "eager": CASES[name].eager,
+        "faults": name in WITH_FAULTS and alone is None,
+        "drawn": drawn() if name == DRAWN else [],
+        "alone": alone,
+    }
+
+
+def ruined(converted: Path, directory: Path) -> str:
+    """Copies of a conversion with 4 tracks for 2 ranks, in which what the other rank reads is
+    ruined; their path, with the rank's place in it."""
+    for rank, others in enumerate(((2, 3), (0, 1))):
+        own = shutil.copytree(converted, directory / str(rank))
+        for track in others:
+            file = own / f"track-{track:02}-of-04.safetensors"
+            nothing = {n: torch.full_like(t, torch.nan) for n, t in load_file(file).items()}
+            save_file(nothing, file, metadata={"format": "pt"})
+    return str(directory / "{rank}")
 
 
 def run_cases(directory: Path, cases: list[dict[str, Any]], ranks: int) -> Any:
@@ -155,7 +169,12 @@ def run_cases(directory: Path, cases: list[dict[str, Any]], ranks: int) -> Any:
 
 @pytest.fixture(scope="session")
 def found(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) -> Any:
-    return run_on_ranks(tmp_path_factory.mktemp("ranks"), list(CASES), paths, 2)
+    """All engines run in the same two processes: starting these takes longer than most of them."""
+    cases = [case_of(name, paths[name]) for name in CASES]
+    own = ruined(paths[RUINED], tmp_path_factory.mktemp("own"))
+    cases.append({**case_of(RUINED, own), "name": "own", "faults": False})
+    cases += [case_of(name, paths[name], rank) for rank, name in enumerate(ALONE)]
+    return run_cases(tmp_path_factory.mktemp("ranks"), cases, 2)
 
 
 @pytest.fixture(scope="session")
@@ -270,17 +289,21 @@ def test_faults_are_seen(name: str, found: Any, references: dict[str, Answers]) 
 
 
 def test_one_rank_holds_all_tracks(
-    tmp_path: Path,
-    paths: dict[str, Path],
-    references: dict[str, Answers],
-    literals: dict[str, Answers],
+    found: Any, references: dict[str, Answers], literals: dict[str, Answers]
 ) -> None:
-    names = [DRAWN, "dense layers, then tracks, compiled"]
-    found = run_on_ranks(tmp_path, names, paths, 1)
-    check_drawn(of_case(found, DRAWN), literals)
-    for name in names:
-        (rank,) = of_case(found, name)
-        assert apart(rank["answers"], references[name]) <= TOLERANCE
+    for rank, name in enumerate(ALONE):
+        (alone,) = of_case(found[rank : rank + 1], f"{name}, alone")
+        assert apart(alone["answers"], references[name]) <= TOLERANCE
         assert not any(
-            c["op"] == "all_reduce" for one in rank["passes"] for c in one["collectives"]
+            c["op"] == "all_reduce" for one in alone["passes"] for c in one["collectives"]
         )
+        if name == DRAWN:
+            check_drawn([alone], literals)
+
+
+def test_a_rank_reads_its_own_tracks_only(found: Any, references: dict[str, Answers]) -> None:
+    tracks = ("00", "01"), ("02", "03")
+    for rank, own in zip(of_case(found, "own"), tracks, strict=True):
+        assert apart(rank["answers"], references[RUINED]) <= TOLERANCE
+        wanted = {f"track-{track}-of-04.safetensors" for track in own}
+        assert set(rank["files"]) == {"shared.safetensors", *wanted}
