@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import re
+import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
-from conftest import FIXTURE, LAYERS, Convert, MakeDense, byte_level
+from conftest import FIXTURE, LAYERS, Convert, MakeDense, byte_level, load
+from safetensors.torch import load_file, save_file
 from test_cli import run
 
 import ptconvert
@@ -26,8 +29,9 @@ from ptconvert.evaluate import divergence
 from ptconvert.evaluate.divergence import windows_for
 from ptconvert.evaluate.models import BatchSize, content_digest, open_model
 from ptconvert.planning import sensitivity
+from ptconvert.planning.perturbation import Perturbations
 from ptconvert.planning.planner import choose, search, waited_for
-from ptconvert.planning.segments import alone
+from ptconvert.planning.segments import HIDDEN, OWN_SEEN, OWN_SEEN_LATER, Segment, alone
 from ptconvert.planning.segments import run as run_of
 from ptconvert.planning.sensitivity import Meter, Store, store_file
 from ptconvert.presets import dense_schedule, desync
@@ -92,7 +96,7 @@ def test_what_runs_is_what_is_said(
     assert said[:2] == [f"finding {source}", "tokenizing the text"] and len(set(said)) > 2
     said.clear()
     meter.progress = lambda step, *_: said.append(step)
-    monkeypatch.setattr(meter, "costs", stop)
+    monkeypatch.setattr(meter, "alone", stop)
     with pytest.raises(PlanError):
         search(meter, waited_for(overlap=False))
     assert said == ["weighing segments"]
@@ -156,6 +160,78 @@ def test_on_fewer_windows(meter: Meter) -> None:
     assert few.kl_by_window == pytest.approx(all_.kl_by_window[::2], rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def gentle(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with sublayers that write little: whatever ends late changes little."""
+    path = shutil.copytree(source, tmp_path_factory.mktemp("gentle") / "gentle")
+    tensors = load_file(path / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor *= 0.03
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+SEGMENTS = (
+    run_of(2, 3, OWN_SEEN),
+    run_of(5, 6, HIDDEN),
+    run_of(0, 2, BLOCKING),
+    run_of(3, 6, BLOCKING),
+    run_of(4, 7, OWN_SEEN_LATER),
+    run_of(10, 12, BLOCKING),
+    Segment(2, 4, BLOCKING, beside=True),
+    Segment(4, 8, BLOCKING, beside=True),
+)
+
+
+@pytest.mark.parametrize("kept", [LAYERS, 2])
+def test_a_segment_alone_is_weighed_as_it_is_measured(
+    kept: int, gentle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it changes little, as the second order has it; also where few streams are kept."""
+    meter = make_meter(gentle, 4, tmp_path / "costs.jsonl", (TEXT,), 24, 64)
+    each = meter.windows.ids[:, 1:].numel() * 32 * 4
+    monkeypatch.setattr(sensitivity, "STREAM_BYTES", each * kept)
+    weighed = meter.alone(SEGMENTS, "step")
+    assert len(meter._opened[0].streams) == kept
+    measured = [cost.kl for cost in meter.costs([alone(s, LAYERS) for s in SEGMENTS], "step")]
+    assert max(measured) > 2 * min(measured) > 0
+    assert weighed == pytest.approx(measured, rel=0.2)
+
+
+def test_gradients_are_those_of_the_source(gentle: Path, tmp_path: Path) -> None:
+    """Of tokens sampled window by window; whatever the batch."""
+    meter = make_meter(gentle, 4, tmp_path / "costs.jsonl", (TEXT,), 24, 5)
+    found = meter._perturbations(1)._gradients
+    model, ended = load(gentle), list[torch.Tensor]()
+    model.model.norm.register_forward_pre_hook(lambda _, given: ended.append(given[0]))
+    out = model(meter.windows.ids[:, :-1], output_hidden_states=True)
+    logp_NTV = out.logits.log_softmax(-1)
+    tokens = [
+        torch.multinomial(p.exp(), 1, generator=torch.Generator().manual_seed(number))
+        for number, p in enumerate(logp_NTV.detach())
+    ]
+    streams = (*out.hidden_states[:-1], ended[0])
+    expected = torch.autograd.grad(logp_NTV.gather(-1, torch.stack(tokens)).sum(), streams)
+    assert sorted(found) == list(range(LAYERS + 1))
+    for layer, gradient in enumerate(expected):
+        torch.testing.assert_close(found[layer], gradient, atol=1e-4, rtol=1e-3)
+
+
+def test_passes_are_what_ran(meter: Meter) -> None:
+    """By hooks: rows that went through the layers of the model of tracks, and the source's."""
+    ran = [0]
+    for layer in meter._opened[1].model.layers:
+        layer.tracks["0"].mlp.register_forward_hook(
+            lambda _, given, __: ran.__setitem__(0, ran[0] + len(given[0]))
+        )
+    frontier = search(meter, waited_for(overlap=True))
+    dense, windows = LAYERS * len(meter.windows.ids), frontier.search_windows
+    back = 2 * LAYERS * windows  # of which no hook tells
+    assert frontier.passes == pytest.approx((dense + ran[0] + back) / dense)
+    assert frontier.passes < 40
+
+
 # The frontier
 
 
@@ -187,6 +263,16 @@ def test_planned_is_better_than_uniform(meter: Meter) -> None:
         assert planned is not None and planned.cost.kl <= cost.kl
 
 
+def test_a_time_limit_leaves_a_smaller_frontier(meter: Meter, tmp_path: Path, source: Path) -> None:
+    """With what was asked for; one round is searched whatever the limit."""
+    whole = search(meter, waited_for(overlap=True), rounds=3, target=5)
+    again = make_meter(source, 4, tmp_path / "again.jsonl", (TEXT,), 24, 4)
+    short = search(again, waited_for(overlap=True), rounds=3, target=5, seconds=1e-3)
+    assert short.measured_whole < whole.measured_whole
+    assert 1 < len(short.points) <= 4 < len(whole.points)
+    assert choose(short, 5, None) is not None
+
+
 def test_choose(meter: Meter) -> None:
     frontier = search(meter, waited_for(overlap=True), rounds=1)
     points = frontier.points
@@ -207,23 +293,29 @@ def test_measurements_outlive_an_interruption(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "costs.jsonl"
-    real, left = Meter._measure, [20]
+    basic, left = 46, [46 + 5]  # segments that are weighed before any mixture, and five of these
 
-    def measured(self: Meter, *arguments: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return real(self, *arguments)
+    def counted(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
 
-    monkeypatch.setattr(Meter, "_measure", measured)
+        def measured(*arguments: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        monkeypatch.setattr(owner, name, measured)
+
+    counted(Meter, "_measure")
+    counted(Perturbations, "kl")
     with pytest.raises(KeyboardInterrupt):
         search(make_meter(source, 4, file, (TEXT,), 24, 4), waited_for(True), rounds=2)
-    assert len(file.read_text().split()) > 20
+    assert len(file.read_text().split("\n")) == 1 + basic + 5
     file.write_text(file.read_text() + '\n["a0! m0!", 1, [0.1')  # a write that was cut short
     left[0] = 10_000
     resumed = search(make_meter(source, 4, file, (TEXT,), 24, 4), waited_for(True), rounds=2)
     lines = [line for line in file.read_text().splitlines() if line]
-    assert 10_000 - left[0] == len(lines) - 1 - 20
+    assert 10_000 - left[0] == len(lines) - 1 - (basic + 5)
     left[0] = 0  # nothing is measured again, and no model opened
     monkeypatch.setattr(sensitivity, "open_model", None)
     again = search(make_meter(source, 4, file, (TEXT,), 24, 4), waited_for(True), rounds=2)

@@ -62,14 +62,11 @@ def meter_of(given: argparse.Namespace, texts: list[Path], progress: Progress) -
 
 
 def _rows(calibrate: Meter, report: Meter) -> Iterator[tuple[int, dict[str, str]]]:
-    frontiers = {
-        name: search(calibrate, waited_for(overlap), target=8)
-        for name, overlap in (("planned, no overlap", False), ("planned", True))
-    }
+    planned = {"planned, no overlap": waited_for(False), "planned": waited_for(True)}
     for waits in WAITS:
         schedules = {name: make(report.layers, waits) for name, make in UNIFORM.items()}
-        for name, frontier in frontiers.items():
-            point = choose(frontier, waits, None)
+        for name, objective in planned.items():
+            point = choose(search(calibrate, objective, target=waits), waits, None)
             schedules[name] = point.schedule if point is not None else None
         yield waits, {name: _cell(report, s) for name, s in schedules.items()}
 

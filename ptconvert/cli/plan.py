@@ -76,7 +76,13 @@ if TYPE_CHECKING:  # they import torch
 )
 @shared("--window", says="1024")
 @shared("--windows", says="all, at most 64")
-@click.option("--rounds", type=click.IntRange(1), help="Rounds of the search, at most. [12]")
+@click.option("--rounds", type=click.IntRange(1), help="Rounds of the search, at most. [3]")
+@click.option(
+    "--time-limit",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MINUTES",
+    help="Search for about so long; with fewer rounds and points then. [as long as it takes]",
+)
 @shared("--batch-size", "auto")
 @shared("--device", says="cuda where there is")
 @shared("--dtype", "auto", says="auto: what is stored")
@@ -182,7 +188,9 @@ def _plan(source: str, revision: str | None, options: dict[str, Any]) -> Planned
         batch = BatchSize(options["batch_size"], device)
         meter = Meter(checkpoint, tracks, windows, store, dtype, device, batch, progress)
         try:
-            found = search(meter, objective, options["rounds"] or ROUNDS, options["max_syncs"])
+            limit = options["time_limit"] and 60 * options["time_limit"]
+            rounds = options["rounds"] or ROUNDS
+            found = search(meter, objective, rounds, options["max_syncs"], limit)
         except KeyboardInterrupt:
             click.echo(
                 f"what was measured is kept in {cache}; the same command goes on from there",

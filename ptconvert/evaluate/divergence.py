@@ -40,7 +40,7 @@ DEFAULT_WINDOWS = 64
 # differences are large.
 BLOCK_WINDOWS = 8
 _FIRST_BUCKET = 8  # tokens; each further one is as long as all before it
-_LOGITS_AT_ONCE = 1 << 24  # 64 MiB of fp32 for each of the few copies that KL needs
+LOGITS_AT_ONCE = 1 << 24  # 64 MiB of fp32 for each of the few copies that KL needs
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def _compared(
     target_BT: torch.Tensor,
 ) -> Floats:
     """Source's loss, this model's loss, KL and agreement of each token: (4, B, T)."""
-    at_once = max(1, _LOGITS_AT_ONCE // source_head.weight.shape[0])
+    at_once = max(1, LOGITS_AT_ONCE // source_head.weight.shape[0])
     flat = torch.empty(4, target_BT.numel(), dtype=torch.float32)
     pieces = zip(
         torch.split(source_BTD.flatten(0, 1), at_once),

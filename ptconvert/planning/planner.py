@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ptconvert.planning.search import Choices, Mixture, Prices
@@ -14,7 +16,6 @@ from ptconvert.planning.segments import (
     OWN_SEEN,
     OWN_SEEN_LATER,
     Segment,
-    alone,
     menu,
     run,
     together,
@@ -25,9 +26,13 @@ from ptconvert.schedule import BLOCKING, Ending, Schedule, Sublayer
 
 T = TypeVar("T")
 
-SEARCH_WINDOWS = 8  # of those given; the frontier is measured on all
-ROUNDS = 12
-POINTS = 32  # of the frontier that are measured, where it has more
+# Of the windows given, what the search is on: so many at most, and a quarter of them at most. The
+# frontier is measured on all.
+SEARCH_WINDOWS = 8
+SEARCH_EACH = 4
+ROUNDS = 3
+MIXTURES = 20  # that a round measures whole, at most
+POINTS = 16  # of the frontier that are measured, where it has more
 
 
 @dataclass(frozen=True)
@@ -139,36 +144,55 @@ class Frontier:
 
     points: tuple[Point, ...]
     sensitivities: tuple[Sensitivity, ...]
-    measured_alone: int
+    weighed_alone: int
     measured_whole: int
     search_windows: int
+    passes: float = field(compare=False)  # what was computed, in forward passes over all windows
 
 
 def search(
-    meter: Meter, objective: Objective, rounds: int = ROUNDS, target: float | None = None
+    meter: Meter,
+    objective: Objective,
+    rounds: int = ROUNDS,
+    target: float | None = None,
+    seconds: float | None = None,
 ) -> Frontier:
     """Finds the frontier of an objective against KL.
 
-    Each round searches the cheapest mixtures at the prices known, measures each segment in them
-    that was only guessed, then the mixtures whole, and corrects the prices; until it proposes
+    Each round searches the cheapest mixtures at the prices known, weighs each segment in them that
+    was only guessed, then measures the mixtures whole, and corrects the prices; until it proposes
     nothing new. All on a few windows; the best are then measured on all of them, and those that
-    another one beats in both respects are dropped. `target` is a weight not to leave out.
+    another one beats in both respects are dropped. `target` is a weight not to leave out. Where
+    `seconds` are given, no further round begins when half of them are over, and as many points of
+    the frontier are measured as the rest is enough for, two at least.
     """
 
     def within(schedule: Schedule) -> bool:
         return objective.whole(schedule) <= (target or 0)
 
-    wanted = None if target is None else within
-    every = math.ceil(len(meter.windows.ids) / SEARCH_WINDOWS)
+    def fits(mixture: Mixture) -> bool:
+        return within(together(mixture.segments))
+
+    wanted, started = None if target is None else fits, time.monotonic()
+    windows = len(meter.windows.ids)
+    every = max(math.ceil(windows / SEARCH_WINDOWS), min(SEARCH_EACH, windows))
     segments = tuple(menu(meter.layers, objective.singles, objective.runs, 2 * meter.layers))
     meter.progress("weighing segments", 0, None)
     choices, prices = Choices(segments, objective.segment), Prices(segments)
-    _measure_alone(meter, [s for s in segments if _is_basic(s)], prices, "sensitivities", every)
+
+    def learn(some: Sequence[Segment], step: str) -> None:
+        prices.learn(dict(zip(some, meter.alone(some, step, every), strict=True)))
+
+    learn([s for s in segments if _is_basic(s)], "sensitivities")
     tried: dict[Schedule, tuple[Mixture, float]] = {}
     for number in range(1, rounds + 1):
+        if tried and seconds is not None and time.monotonic() - started > seconds / 2:
+            break
         step = f"round {number}"
         meter.progress(f"{step}: searching", 0, None)
-        found = _priced(meter, choices, prices, step, every, wanted)
+        # other weights in each round, where there are more than it measures
+        shift = (number - 1) / rounds
+        found = _priced(choices, prices, functools.partial(learn, step=step), wanted, shift)
         new = {together(m.segments): m for m in found}
         new = {s: m for s, m in new.items() if s not in tried}
         if not new:
@@ -178,7 +202,11 @@ def search(
             tried[schedule] = mixture, cost.kl
         prices.correct([(mixture.segments, kl) for mixture, kl in tried.values()])
     best = undominated(tried.items(), lambda t: (objective.whole(t[0]), t[1][1]))
-    best = _thinned(best, POINTS, wanted and (lambda t: within(t[0])))
+    most = POINTS
+    if seconds is not None and meter.passes:
+        elapsed = time.monotonic() - started
+        most = min(most, max(2, int((seconds - elapsed) / (elapsed / meter.passes))))
+    best = _thinned(best, wanted and (lambda t: within(t[0])), most)
     costs = meter.costs([schedule for schedule, _ in best], "frontier, whole", 1)
     points = [
         Point(s, objective.whole(s), tuple((p, prices.alone(p)) for p in m.segments), cost)
@@ -189,39 +217,32 @@ def search(
         tuple(_sensitivities(meter.layers, prices)),
         len(prices.measured),
         len(tried),
-        len(range(0, len(meter.windows.ids), every)),
+        len(range(0, windows, every)),
+        meter.passes,
     )
 
 
 def _is_basic(segment: Segment) -> bool:
-    """What is measured before any search: all but the dense sublayers and the longer runs."""
+    """What is weighed before any search: all but the dense sublayers and the longer runs."""
     return not segment.dense and (segment.beside or segment.length <= 2)
 
 
 def _priced(
-    meter: Meter,
     choices: Choices,
     prices: Prices,
-    step: str,
-    every: int,
-    wanted: Callable[[Schedule], bool] | None,
+    learn: Callable[[Sequence[Segment]], None],
+    wanted: Callable[[Mixture], bool] | None,
+    shift: float,
 ) -> list[Mixture]:
     """The cheapest mixtures, no segment of which is only guessed; not all where they are many."""
     while True:
         mixtures = choices.cheapest(prices.costs)
-        found = _thinned(mixtures, POINTS, wanted and (lambda m: wanted(together(m.segments))))
+        found = _thinned(mixtures, wanted, MIXTURES, shift)
         used = dict.fromkeys(s for m in found for s in m.segments if not s.dense)
         unknown = [s for s in used if s not in prices.measured]
         if not unknown:
             return found
-        _measure_alone(meter, unknown, prices, f"{step}: longer runs", every)
-
-
-def _measure_alone(
-    meter: Meter, segments: Sequence[Segment], prices: Prices, step: str, every: int
-) -> None:
-    costs = meter.costs([alone(s, meter.layers) for s in segments], step, every)
-    prices.learn({s: cost.kl for s, cost in zip(segments, costs, strict=True)})
+        learn(unknown)
 
 
 def undominated(items: Iterable[T], values: Callable[[T], tuple[float, float]]) -> list[T]:
@@ -234,11 +255,15 @@ def undominated(items: Iterable[T], values: Callable[[T], tuple[float, float]]) 
     return kept
 
 
-def _thinned(items: Sequence[T], most: int, wanted: Callable[[T], bool] | None) -> list[T]:
-    """At most so many, evenly; and the last that is wanted."""
+def _thinned(
+    items: Sequence[T], wanted: Callable[[T], bool] | None, most: int, shift: float = 0.0
+) -> list[T]:
+    """At most so many, evenly, from a part of a step on; and the last that is wanted."""
     count = len(items)
     step = (count - 1) / max(1, most - 1)
-    chosen = {round(i * step) for i in range(most)} if count > most else set(range(count))
+    chosen = set(range(count))
+    if count > most:
+        chosen = {min(count - 1, round((i + shift) * step)) for i in range(most)}
     if wanted is not None:
         chosen.update(itertools.islice((i for i in reversed(range(count)) if wanted(items[i])), 1))
     return [items[i] for i in sorted(chosen)]

@@ -130,9 +130,10 @@ def to_json(planned: Planned) -> dict[str, Any]:
             }
             for s in f.sensitivities
         ],
-        "measured_alone": f.measured_alone,
+        "weighed_alone": f.weighed_alone,
         "measured_whole": f.measured_whole,
         "search_windows": f.search_windows,
+        "forward_passes": f.passes,
     }
 
 
@@ -209,9 +210,10 @@ def _title(planned: Planned) -> str:
 def _explained(planned: Planned) -> str:
     f = planned.frontier
     return (
-        "→ chosen; predicted: the sum of what the parts cost by themselves; KL and loss: the "
-        f"whole schedule, measured. {f.measured_alone} parts and {f.measured_whole} whole "
-        f"schedules were tried on {f.search_windows} windows."
+        "→ chosen; predicted: the sum of what the parts cost by themselves, to second order; KL "
+        f"and loss: the whole schedule, measured. {f.weighed_alone} parts and {f.measured_whole} "
+        f"whole schedules were tried on {f.search_windows} windows; all in all "
+        f"{f.passes:.0f} forward passes over the text."
     )
 
 

@@ -3,6 +3,7 @@
 The source runs once; the residual stream that enters each of its layers is kept. A schedule whose
 first stages are the dense model's then runs from the layer at which it departs from it, on the
 kept stream. All layers are held as tracks in one temporary conversion, which can run any schedule.
+What a segment costs by itself is told by what it does where it stands (see perturbation.py).
 Shapes: N windows, T tokens in each, D residual stream width.
 """
 
@@ -24,6 +25,8 @@ from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.evaluate import divergence
 from ptconvert.evaluate.divergence import Reference, Windows
 from ptconvert.evaluate.models import BatchSize, Progress, open_model
+from ptconvert.planning.perturbation import Perturbations
+from ptconvert.planning.segments import Segment
 from ptconvert.presets import dense_schedule
 from ptconvert.schedule import Schedule
 from ptconvert.spec import parse_spec
@@ -53,7 +56,8 @@ class Cost:
 
 
 class Store:
-    """Costs by schedule in a file of JSON lines, written as they come.
+    """Costs by schedule, and of segments by themselves, in a file of JSON lines, written as they
+    come.
 
     A line that was cut short, as by a kill, is measured again.
     """
@@ -61,10 +65,15 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._costs: dict[tuple[str, int], Cost] = {}
+        self._alone: dict[tuple[str, int], float] = {}
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             try:
-                schedule, every, kl, loss, agreement = json.loads(line)
-                self._costs[schedule, every] = Cost(tuple(kl), tuple(loss), agreement)
+                what, every, kl, *more = json.loads(line)
+                if more:
+                    loss, agreement = more
+                    self._costs[what, every] = Cost(tuple(kl), tuple(loss), agreement)
+                else:
+                    self._alone[what, every] = float(kl)
             except (ValueError, TypeError):
                 continue
 
@@ -75,7 +84,18 @@ class Store:
     def put(self, schedule: Schedule, every: int, cost: Cost) -> None:
         """Keeps a cost, on disk too."""
         self._costs[str(schedule), every] = cost
-        entry = [str(schedule), every, cost.kl_by_window, cost.loss_by_window, cost.agreement]
+        self._write(str(schedule), every, cost.kl_by_window, cost.loss_by_window, cost.agreement)
+
+    def get_alone(self, segment: Segment, every: int) -> float | None:
+        """The KL of a segment by itself on each `every`-th window, if known."""
+        return self._alone.get((str(segment), every))
+
+    def put_alone(self, segment: Segment, every: int, kl: float) -> None:
+        """Keeps a segment's KL, on disk too."""
+        self._alone[str(segment), every] = kl
+        self._write(str(segment), every, kl)
+
+    def _write(self, *entry: object) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(entry))  # a line of its own, even after one cut short
@@ -114,6 +134,8 @@ class Meter:
         self.dtype, self.device, self.batch, self.progress = dtype, device, batch, progress
         self.layers = int(str(source.config["num_hidden_layers"]))
         self.dense = dense_schedule(self.layers)
+        self._perturbed: dict[int, Perturbations] = {}
+        self._is_open, self._layers_run = False, 0
 
     def costs(self, schedules: Iterable[Schedule], step: str, every: int = 1) -> list[Cost]:
         """The cost of each schedule, on each `every`-th window. Raises EvaluationError."""
@@ -127,9 +149,38 @@ class Meter:
             found.append(cost)
         return found
 
+    def alone(self, segments: Iterable[Segment], step: str, every: int = 1) -> list[float]:
+        """The KL of each segment by itself, all else as in the dense model, to second order, on
+        each `every`-th window; nats per token. Raises EvaluationError."""
+        found, asked = [], list(segments)
+        for done, segment in enumerate(asked):
+            kl = self.store.get_alone(segment, every)
+            if kl is None:
+                self.progress(step, done, len(asked))
+                kl = self._perturbations(every).kl(segment)
+                self.store.put_alone(segment, every, kl)
+            found.append(kl)
+        return found
+
+    @property
+    def passes(self) -> float:
+        """What was computed, in forward passes of the dense model over all windows."""
+        if not self._is_open:
+            return 0.0
+        more = sum(p.layers_run for p in self._perturbed.values())
+        return 1 + (self._layers_run + more) / (self.layers * len(self.windows.ids))
+
+    def _perturbations(self, every: int) -> Perturbations:
+        if every not in self._perturbed:
+            reference, model = self._opened
+            streams = {layer: stream[::every] for layer, stream in reference.streams.items()}
+            self._perturbed[every] = Perturbations(model, streams, self.batch, self.progress)
+        return self._perturbed[every]
+
     def _measure(self, schedule: Schedule, every: int) -> Cost:
         reference, model = self._opened
         layer = self._departs(schedule)
+        self._layers_run += (self.layers - layer) * len(self.windows.ids[::every])
         model.model.schedule, model.model.first_stage = schedule, 2 * layer
         tokens = divergence.measure(
             model,
@@ -163,6 +214,7 @@ class Meter:
     @cached_property
     def _opened(self) -> tuple[Reference, Any]:
         """The source's predictions and streams, and the model that runs any schedule."""
+        self._is_open = True
         self.progress("opening the source", 0, None)
         model = open_model(self.source, self.dtype, self.device)
         reference = divergence.reference(
@@ -184,7 +236,8 @@ class Meter:
         with tempfile.TemporaryDirectory(prefix="tracks-", dir=self.store.path.parent) as directory:
             converted = Path(directory) / "model"
             execute(plan, converted)
-            return open_model(open_checkpoint(converted), self.dtype, self.device)
+            model = open_model(open_checkpoint(converted), self.dtype, self.device)
+            return model.requires_grad_(False)
 
 
 def _quiet(*_: object) -> None:

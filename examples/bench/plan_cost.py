@@ -1,0 +1,100 @@
+"""What planning costs and finds: `plan` against a search that measures everything.
+
+    python examples/bench/plan_cost.py MODEL --tracks 4 --calibrate FILE... --report FILE...
+
+The thorough search weighs each segment by running the model with it to its end, measures up to 32
+mixtures in each of up to 12 rounds on up to 8 of the windows, and up to 32 points whole:
+what `plan` did once. Both plan on the one text. Prints in Markdown what each computed, in forward
+passes over that text and in seconds, and what the schedule that it chose for each number of
+all-reduces waited for, asked for one by one, costs on the other text: KL(source || schedule) and
+rise of the loss, nats per token, over the same windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from unittest import mock
+
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.cli.progress import step_progress
+from ptconvert.evaluate.divergence import windows_for
+from ptconvert.evaluate.models import BatchSize, Progress
+from ptconvert.planning import planner
+from ptconvert.planning.segments import Segment, alone
+from ptconvert.planning.sensitivity import Meter, Store
+from ptconvert.schedule import Schedule
+
+THOROUGH = {"MIXTURES": 32, "POINTS": 32, "SEARCH_EACH": 1}
+THOROUGH_ROUNDS = 12
+
+
+class ThoroughMeter(Meter):
+    """Weighs a segment by the whole model with it."""
+
+    def alone(self, segments: Iterable[Segment], step: str, every: int = 1) -> list[float]:
+        asked = [alone(segment, self.layers) for segment in segments]
+        return [cost.kl for cost in self.costs(asked, step, every)]
+
+
+def main() -> None:
+    """Parses, plans twice, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--tracks", type=int, default=4)
+    parser.add_argument("--calibrate", type=Path, nargs="+", required=True)
+    parser.add_argument("--report", type=Path, nargs="+", required=True)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--waits", type=int, nargs="+", help="[1/2, 1/3, 1/4, ... of all]")
+    parser.add_argument("--only", choices=["plan", "thorough"], help="one of the two")
+    given = parser.parse_args()
+    with step_progress() as progress, tempfile.TemporaryDirectory() as cache:
+        report = _meter(Meter, given, given.report, Path(cache) / "report", progress)
+        waits = given.waits or [2 * report.layers // part for part in (2, 3, 4, 6, 10, 15)]
+        names = [given.only] if given.only else ["thorough", "plan"]
+        head = dict[str, tuple[float, float]]()
+        cells = dict[tuple[str, int], str]()
+        for name in names:
+            kind = ThoroughMeter if name == "thorough" else Meter
+            meter = _meter(kind, given, given.calibrate, Path(cache) / name, progress)
+            for at_most in waits:
+                started = time.monotonic()
+                frontier = _search(meter, name == "thorough", at_most)
+                # what one plan takes: the next ones find nearly everything measured
+                head.setdefault(name, (frontier.passes, time.monotonic() - started))
+                point = planner.choose(frontier, at_most, None)
+                cells[name, at_most] = "-" if point is None else _cell(report, point.schedule)
+    print("| waited for, at most | " + " | ".join(names) + " |\n| --- |" + " --- |" * len(names))
+    for at_most in waits:
+        print(f"| {at_most} | " + " | ".join(cells[name, at_most] for name in names) + " |")
+    for unit, place in (("forward passes", 0), ("seconds", 1)):
+        print(f"| {unit} | " + " | ".join(f"{head[name][place]:.0f}" for name in names) + " |")
+
+
+def _search(meter: Meter, thorough: bool, at_most: int) -> planner.Frontier:
+    rounds = THOROUGH_ROUNDS if thorough else planner.ROUNDS
+    with mock.patch.dict(vars(planner), THOROUGH if thorough else {}):
+        return planner.search(meter, planner.waited_for(overlap=True), rounds, at_most)
+
+
+def _cell(report: Meter, schedule: Schedule) -> str:
+    (cost,), counts = report.costs([schedule], "reporting"), schedule.counts
+    found = f"{counts.waited_for} of {counts.all_reduces}"
+    return f"KL {cost.kl:.4f}, {cost.loss:+.4f} ({found})"
+
+
+def _meter(
+    kind: type[Meter], given: argparse.Namespace, texts: list[Path], cache: Path, progress: Progress
+) -> Meter:
+    checkpoint = open_checkpoint(given.model)
+    windows = windows_for(checkpoint, texts, given.window, given.windows)
+    batch, store = BatchSize(None, "cpu"), Store(cache / "costs.jsonl")
+    return kind(checkpoint, given.tracks, windows, store, "float32", "cpu", batch, progress)
+
+
+if __name__ == "__main__":
+    main()
