@@ -43,7 +43,7 @@ from ptconvert.healing.data import read_data
 from ptconvert.healing.distill import distill
 from ptconvert.healing.models import put
 from ptconvert.healing.settings import Settings
-from ptconvert.planning.planner import Frontier, choose, search, waited_for
+from ptconvert.planning.planner import choose, search, waited_for
 from ptconvert.planning.sensitivity import Meter, Store, store_file
 from ptconvert.schedule import Schedule
 
@@ -207,22 +207,26 @@ class Bench:
         return presets.join([("desync", presets.desync(range(self.layers), every=every))])
 
     def _planned(self, waits: int) -> Schedule:
-        point = choose(self._frontier, waits, None)
-        if point is None:
-            sys.exit(f"no schedule waits for {waits} all-reduces")
-        return point.schedule
+        if waits not in self._plans:
+            objective = waited_for(not self.given.no_overlap)
+            point = choose(search(self._meter, objective, target=waits), waits, None)
+            if point is None:
+                sys.exit(f"no schedule waits for {waits} all-reduces")
+            self._plans[waits] = point.schedule
+        return self._plans[waits]
 
     @cached_property
-    def _frontier(self) -> Frontier:
+    def _plans(self) -> dict[int, Schedule]:
+        return {}
+
+    @cached_property
+    def _meter(self) -> Meter:
         given, device, dtype = self.given, "cpu", "float32"
         windows = self._windows(given.calibrate)
         digest = content_digest(self.source, self.progress)
         store = Store(store_file(given.cache, digest, windows, given.tracks, dtype, device))
         batch = BatchSize(None, device)
-        meter = Meter(
-            self.source, given.tracks, windows, store, dtype, device, batch, self.progress
-        )
-        return search(meter, waited_for(not given.no_overlap), target=8)
+        return Meter(self.source, given.tracks, windows, store, dtype, device, batch, self.progress)
 
     def _windows(self, texts: list[Path]) -> Windows:
         return windows_for(self.source, texts, self.given.window, self.given.windows)

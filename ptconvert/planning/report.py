@@ -293,7 +293,8 @@ def _sensitivities(planned: Planned) -> Iterator[Html]:
     found = planned.frontier.sensitivities
     names = [(key, label) for key, label in _ENDINGS if any(getattr(s, key) for s in found)]
     yield paragraph(
-        "KL when one sublayer alone ends so and all others are all-reduced at once. Where a line "
+        "KL, to second order, when one sublayer alone ends so and all others are all-reduced at "
+        "once. Where a line "
         "peaks, keeping the sublayer dense buys the most."
     )
     yield line_chart(
