@@ -218,8 +218,9 @@ def test_gradients_are_those_of_the_source(gentle: Path, tmp_path: Path) -> None
         torch.testing.assert_close(found[layer], gradient, atol=1e-4, rtol=1e-3)
 
 
-def test_passes_are_what_ran(meter: Meter) -> None:
+def test_passes_are_what_ran_and_few(source: Path, tmp_path: Path) -> None:
     """By hooks: rows that went through the layers of the model of tracks, and the source's."""
+    meter = make_meter(source, 4, tmp_path / "costs.jsonl", (TEXT,), 24, 16)
     ran = [0]
     for layer in meter._opened[1].model.layers:
         layer.tracks["0"].mlp.register_forward_hook(
@@ -268,9 +269,11 @@ def test_a_time_limit_leaves_a_smaller_frontier(meter: Meter, tmp_path: Path, so
     whole = search(meter, waited_for(overlap=True), rounds=3, target=5)
     again = make_meter(source, 4, tmp_path / "again.jsonl", (TEXT,), 24, 4)
     short = search(again, waited_for(overlap=True), rounds=3, target=5, seconds=1e-3)
+    loose = search(again, waited_for(overlap=True), rounds=3, max_loss=1.0, seconds=1e-3)
     assert short.measured_whole < whole.measured_whole
     assert 1 < len(short.points) <= 4 < len(whole.points)
-    assert choose(short, 5, None) is not None
+    chosen = choose(short, 5, None), choose(loose, None, 1.0)
+    assert all(point is not None and point.weight < 2 * LAYERS for point in chosen)
 
 
 def test_choose(meter: Meter) -> None:
@@ -498,7 +501,10 @@ def test_layer_0_is_what_the_trained_model_is_sensitive_in(tmp_path: Path) -> No
     few = make_meter(FIXTURE / "model", 4, tmp_path / "few", calibration, 128, 2)
     deferred = [run_of(p, p + 2, BLOCKING) for p in (0, 1, 2, 3, 12, 13)]
     costs = few.costs([alone(segment, 12) for segment in deferred], "sensitivities")
+    weighed = few.alone(deferred, "sensitivities")
+    assert weighed[0] > 0.2 and weighed[1] > 3 * max(weighed[2:])
     a0, m0, *others = (cost.kl for cost in costs)
+    assert weighed[2:] == pytest.approx(others, rel=0.5)
     assert a0 > 0.5 and m0 > 3 * max(others) and a0 > 20 * max(others)
     meter = make_meter(FIXTURE / "model", 4, tmp_path / "dev", dev, 256, 24)
     found = meter.costs(map(Schedule.parse, README_LOSSES), "dev")

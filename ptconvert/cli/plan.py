@@ -99,7 +99,7 @@ def plan(
 ) -> None:
     """Find the schedule that costs the dense checkpoint SRC least, for a budget.
 
-    Measures on your text what each change of a sublayer's all-reduce does to the predictions,
+    Weighs on your text what each change of a sublayer's all-reduce does to the predictions,
     searches all mixtures of them, measures the best ones whole, and writes the best for the budget
     as a spec for `ptconvert transform`. Needs a copy of SRC on disk while it runs.
 
@@ -190,7 +190,8 @@ def _plan(source: str, revision: str | None, options: dict[str, Any]) -> Planned
         try:
             limit = options["time_limit"] and 60 * options["time_limit"]
             rounds = options["rounds"] or ROUNDS
-            found = search(meter, objective, rounds, options["max_syncs"], limit)
+            budget = options["max_syncs"], options["max_loss"]
+            found = search(meter, objective, rounds, *budget, limit)
         except KeyboardInterrupt:
             click.echo(
                 f"what was measured is kept in {cache}; the same command goes on from there",

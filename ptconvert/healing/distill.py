@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from ptconvert.errors import HealError
+from ptconvert.evaluate.divergence import LOGITS_AT_ONCE
 from ptconvert.evaluate.models import first_line
 from ptconvert.healing.data import Data
 from ptconvert.healing.models import freeze_but, share
@@ -70,7 +71,6 @@ _FIXED: dict[str, object] = {
     "save_strategy": "steps",
 }
 _BY_STAGE = ("metric_for_best_model", "eval_on_start")  # fixed too, by the objective and the state
-_LOGITS_AT_ONCE = 1 << 24  # 64 MiB of fp32 for each of the few copies that KL needs
 
 
 class _Rows(Dataset[dict[str, torch.Tensor]]):
@@ -147,7 +147,7 @@ def compare(
     The teacher comes as its final hidden states and output head. Piece by piece, and computed
     again in the backward pass, so that no second set of logits is ever in memory.
     """
-    at_once = max(1, _LOGITS_AT_ONCE // logits_BTV.shape[-1])
+    at_once = max(1, LOGITS_AT_ONCE // logits_BTV.shape[-1])
     pieces = zip(
         torch.split(logits_BTV.flatten(0, 1), at_once),
         torch.split(hidden_BTD.flatten(0, 1), at_once),

@@ -31,21 +31,30 @@ _SEED = 0
 class Perturbations:
     """The dense model's streams on some windows, and the gradients there.
 
-    `model` holds every layer as tracks, `streams` are those (N, T, D) that enter the layers kept.
+    `model` holds every layer as tracks, `streams` are those (N, T, D) that enter some layers, the
+    first among them; they and the gradients are held before each `spacing`-th layer.
     `layers_run` counts what was computed: layers times windows, one of a pass back as two.
     """
 
     def __init__(
-        self, model: Any, streams: Mapping[int, torch.Tensor], batch: BatchSize, progress: Progress
+        self,
+        model: Any,
+        streams: Mapping[int, torch.Tensor],
+        spacing: int,
+        batch: BatchSize,
+        progress: Progress,
     ) -> None:
         self._decoder, self._head = model.get_decoder(), model.get_output_embeddings()
-        self._batch, self.layers_run = batch, 0.0
+        self._batch, self.layers_run = batch, 0
         self.layers = len(self._decoder.layers)
         self._dense = dense_schedule(self.layers)
         with torch.no_grad():
             # not as inference tensors, through which nothing can be differentiated
             self._streams = {layer: stream.clone() for layer, stream in streams.items()}
-            self._streams[self.layers] = self._run(self._dense, max(streams), self.layers)
+            for layer in (*range(0, self.layers, spacing), self.layers):
+                if layer not in self._streams:
+                    before = max(kept for kept in self._streams if kept < layer)
+                    self._streams[layer] = self._run(self._dense, before, layer)
         self._gradients = self._back(progress)
 
     def kl(self, segment: Segment) -> float:
@@ -54,8 +63,9 @@ class Perturbations:
         begin = max(layer for layer in self._streams if 2 * layer <= segment.start)
         end = min(layer for layer in self._streams if layer == self.layers or 2 * layer >= merged)
         with torch.inference_mode():
-            moved_NTD = self._run(schedule, begin, end) - self._streams[end]
-            products_NT = (moved_NTD * self._gradients[end]).sum(-1)
+            # in fp32: squares of small numbers vanish in 16 bits, and those of large ones overflow
+            moved_NTD = self._run(schedule, begin, end).float() - self._streams[end].float()
+            products_NT = (moved_NTD * self._gradients[end].float()).sum(-1)
         return 0.5 * float(products_NT.square().mean())
 
     def _run(self, schedule: Schedule, begin: int, end: int) -> torch.Tensor:
@@ -88,11 +98,12 @@ class Perturbations:
 
     def _back(self, progress: Progress) -> dict[int, torch.Tensor]:
         """The gradients (N, T, D) of the summed log-probability of sampled tokens, by the layer
-        before which the stream is kept; of the layers between two such, one pair after another, so
-        that no more activations are held."""
+        before which the stream is held. From one such to the one before, so that activations of the
+        layers between are held and no others."""
         kept = sorted(self._streams)
         found = {layer: torch.empty_like(self._streams[layer]) for layer in kept}
         done, windows = 0, len(found[self.layers])
+        batch = BatchSize(min(windows, self._batch.size), "cpu")  # what fits here is less
         while done < windows:
             progress("sensitivities: the way back", done, windows)
 
@@ -109,7 +120,7 @@ class Perturbations:
                     found[begin][rows] = gradient_BTD.cpu()
                 return len(gradient_BTD)
 
-            done += self._batch.fitting(run)
+            done += batch.fitting(run)
         self.layers_run += 3 * self.layers * windows
         return found
 

@@ -1,4 +1,4 @@
-"""The plan: sensitivities are measured, mixtures searched for, and the best measured whole."""
+"""The plan: segments are weighed, mixtures searched for, and the best measured whole."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ptconvert.schedule import BLOCKING, Ending, Schedule, Sublayer
 
 T = TypeVar("T")
 
-# Of the windows given, what the search is on: so many at most, and a quarter of them at most. The
-# frontier is measured on all.
+# Of the windows given, what the search is on: eight at most, and of fewer than 32 a quarter, but
+# four at least. The frontier is measured on all.
 SEARCH_WINDOWS = 8
 SEARCH_EACH = 4
 ROUNDS = 3
@@ -155,6 +155,7 @@ def search(
     objective: Objective,
     rounds: int = ROUNDS,
     target: float | None = None,
+    max_loss: float | None = None,
     seconds: float | None = None,
 ) -> Frontier:
     """Finds the frontier of an objective against KL.
@@ -162,9 +163,10 @@ def search(
     Each round searches the cheapest mixtures at the prices known, weighs each segment in them that
     was only guessed, then measures the mixtures whole, and corrects the prices; until it proposes
     nothing new. All on a few windows; the best are then measured on all of them, and those that
-    another one beats in both respects are dropped. `target` is a weight not to leave out. Where
-    `seconds` are given, no further round begins when half of them are over, and as many points of
-    the frontier are measured as the rest is enough for, two at least.
+    another one beats in both respects are dropped. `target` is a weight, and `max_loss` a rise of
+    the loss, not to leave out. Where `seconds` are given, no further round begins when half of them
+    are over, and of the frontier what was asked for and its ends are measured, and more while there
+    is time.
     """
 
     def within(schedule: Schedule) -> bool:
@@ -175,7 +177,7 @@ def search(
 
     wanted, started = None if target is None else fits, time.monotonic()
     windows = len(meter.windows.ids)
-    every = max(math.ceil(windows / SEARCH_WINDOWS), min(SEARCH_EACH, windows))
+    every = max(math.ceil(windows / SEARCH_WINDOWS), min(SEARCH_EACH, windows // 4))
     segments = tuple(menu(meter.layers, objective.singles, objective.runs, 2 * meter.layers))
     meter.progress("weighing segments", 0, None)
     choices, prices = Choices(segments, objective.segment), Prices(segments)
@@ -184,7 +186,7 @@ def search(
         prices.learn(dict(zip(some, meter.alone(some, step, every), strict=True)))
 
     learn([s for s in segments if _is_basic(s)], "sensitivities")
-    tried: dict[Schedule, tuple[Mixture, float]] = {}
+    tried: dict[Schedule, tuple[Mixture, Cost]] = {}
     for number in range(1, rounds + 1):
         if tried and seconds is not None and time.monotonic() - started > seconds / 2:
             break
@@ -192,25 +194,31 @@ def search(
         meter.progress(f"{step}: searching", 0, None)
         # other weights in each round, where there are more than it measures
         shift = (number - 1) / rounds
-        found = _priced(choices, prices, functools.partial(learn, step=step), wanted, shift)
+        weigh = functools.partial(learn, step=f"{step}: longer runs")
+        found = _priced(choices, prices, weigh, wanted, shift)
         new = {together(m.segments): m for m in found}
         new = {s: m for s, m in new.items() if s not in tried}
         if not new:
             break
         costs = meter.costs(new, f"{step}: mixtures", every)
         for (schedule, mixture), cost in zip(new.items(), costs, strict=True):
-            tried[schedule] = mixture, cost.kl
-        prices.correct([(mixture.segments, kl) for mixture, kl in tried.values()])
-    best = undominated(tried.items(), lambda t: (objective.whole(t[0]), t[1][1]))
-    most = POINTS
-    if seconds is not None and meter.passes:
-        elapsed = time.monotonic() - started
-        most = min(most, max(2, int((seconds - elapsed) / (elapsed / meter.passes))))
-    best = _thinned(best, wanted and (lambda t: within(t[0])), most)
-    costs = meter.costs([schedule for schedule, _ in best], "frontier, whole", 1)
+            tried[schedule] = mixture, cost
+        prices.correct([(mixture.segments, cost.kl) for mixture, cost in tried.values()])
+    best = undominated(tried.items(), lambda t: (objective.whole(t[0]), t[1][1].kl))
+    asked = [t for t in best if target is not None and within(t[0])][-1:]
+    if max_loss is not None:  # the lightest that fits, and the next, should others' windows differ
+        fits_at = next(i for i, t in enumerate(best) if t[1][1].loss <= max_loss or t is best[-1])
+        asked += best[fits_at : fits_at + 2]
+    asked += [best[0], best[-1]]
+    chosen, costs = [], []
+    for item in dict.fromkeys([*asked, *_thinned(best, None, POINTS)]):
+        late = seconds is not None and time.monotonic() - started > seconds
+        if not late or item in asked:
+            chosen.append(item)
+            costs += meter.costs([item[0]], "frontier, whole", 1)
     points = [
         Point(s, objective.whole(s), tuple((p, prices.alone(p)) for p in m.segments), cost)
-        for (s, (m, _)), cost in zip(best, costs, strict=True)
+        for (s, (m, _)), cost in zip(chosen, costs, strict=True)
     ]
     return Frontier(
         tuple(undominated(points, lambda p: (p.weight, p.cost.kl))),
@@ -258,12 +266,12 @@ def undominated(items: Iterable[T], values: Callable[[T], tuple[float, float]]) 
 def _thinned(
     items: Sequence[T], wanted: Callable[[T], bool] | None, most: int, shift: float = 0.0
 ) -> list[T]:
-    """At most so many, evenly, from a part of a step on; and the last that is wanted."""
+    """So many, evenly, from a part of a step on; the first; and the last that is wanted."""
     count = len(items)
     step = (count - 1) / max(1, most - 1)
     chosen = set(range(count))
     if count > most:
-        chosen = {min(count - 1, round((i + shift) * step)) for i in range(most)}
+        chosen = {0, *(min(count - 1, round((i + shift) * step)) for i in range(most))}
     if wanted is not None:
         chosen.update(itertools.islice((i for i in reversed(range(count)) if wanted(items[i])), 1))
     return [items[i] for i in sorted(chosen)]

@@ -76,7 +76,8 @@ def to_spec(planned: Planned) -> str:
         f"Measured on {text_names(planned.texts)} ({planned.windows} windows of {planned.length} "
         "tokens), before any",
         f"training: KL {number(p.cost.kl)}, loss {signed(p.cost.loss)} nats per token.",
-        "The figure at each range is the sum of what its parts cost by themselves, in nats of KL.",
+        "The figure at each range is the sum of what its parts cost by themselves, to second order",
+        "in nats of KL.",
     ]
     alone = _by_layer(planned)
 
@@ -212,7 +213,7 @@ def _explained(planned: Planned) -> str:
     return (
         "→ chosen; predicted: the sum of what the parts cost by themselves, to second order; KL "
         f"and loss: the whole schedule, measured. {f.weighed_alone} parts and {f.measured_whole} "
-        f"whole schedules were tried on {f.search_windows} windows; all in all "
+        f"whole schedules were tried on {f.search_windows} windows; this time "
         f"{f.passes:.0f} forward passes over the text."
     )
 
@@ -294,8 +295,7 @@ def _sensitivities(planned: Planned) -> Iterator[Html]:
     names = [(key, label) for key, label in _ENDINGS if any(getattr(s, key) for s in found)]
     yield paragraph(
         "KL, to second order, when one sublayer alone ends so and all others are all-reduced at "
-        "once. Where a line "
-        "peaks, keeping the sublayer dense buys the most."
+        "once. Where a line peaks, keeping the sublayer dense buys the most."
     )
     yield line_chart(
         [

@@ -26,7 +26,7 @@ from ptconvert.evaluate import divergence
 from ptconvert.evaluate.divergence import Reference, Windows
 from ptconvert.evaluate.models import BatchSize, Progress, open_model
 from ptconvert.planning.perturbation import Perturbations
-from ptconvert.planning.segments import Segment
+from ptconvert.planning.segments import Segment, alone
 from ptconvert.presets import dense_schedule
 from ptconvert.schedule import Schedule
 from ptconvert.spec import parse_spec
@@ -86,14 +86,14 @@ class Store:
         self._costs[str(schedule), every] = cost
         self._write(str(schedule), every, cost.kl_by_window, cost.loss_by_window, cost.agreement)
 
-    def get_alone(self, segment: Segment, every: int) -> float | None:
-        """The KL of a segment by itself on each `every`-th window, if known."""
-        return self._alone.get((str(segment), every))
+    def get_alone(self, schedule: Schedule, every: int) -> float | None:
+        """The KL, to second order, of a dense schedule with one segment, if known."""
+        return self._alone.get((str(schedule), every))
 
-    def put_alone(self, segment: Segment, every: int, kl: float) -> None:
-        """Keeps a segment's KL, on disk too."""
-        self._alone[str(segment), every] = kl
-        self._write(str(segment), every, kl)
+    def put_alone(self, schedule: Schedule, every: int, kl: float) -> None:
+        """Keeps such a KL, on disk too."""
+        self._alone[str(schedule), every] = kl
+        self._write(str(schedule), every, kl)
 
     def _write(self, *entry: object) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def store_file(
 class Meter:
     """Measures schedules of a dense checkpoint over n tracks.
 
-    No model is opened until a schedule is asked for whose cost isn't in the store.
+    No model is opened until a cost is asked for that isn't in the store.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Meter:
         self.layers = int(str(source.config["num_hidden_layers"]))
         self.dense = dense_schedule(self.layers)
         self._perturbed: dict[int, Perturbations] = {}
-        self._is_open, self._layers_run = False, 0
+        self._layers_run = 0
 
     def costs(self, schedules: Iterable[Schedule], step: str, every: int = 1) -> list[Cost]:
         """The cost of each schedule, on each `every`-th window. Raises EvaluationError."""
@@ -154,18 +154,19 @@ class Meter:
         each `every`-th window; nats per token. Raises EvaluationError."""
         found, asked = [], list(segments)
         for done, segment in enumerate(asked):
-            kl = self.store.get_alone(segment, every)
+            schedule = alone(segment, self.layers)  # of several segments the same
+            kl = self.store.get_alone(schedule, every)
             if kl is None:
                 self.progress(step, done, len(asked))
                 kl = self._perturbations(every).kl(segment)
-                self.store.put_alone(segment, every, kl)
+                self.store.put_alone(schedule, every, kl)
             found.append(kl)
         return found
 
     @property
     def passes(self) -> float:
         """What was computed, in forward passes of the dense model over all windows."""
-        if not self._is_open:
+        if "_opened" not in vars(self):
             return 0.0
         more = sum(p.layers_run for p in self._perturbed.values())
         return 1 + (self._layers_run + more) / (self.layers * len(self.windows.ids))
@@ -174,7 +175,11 @@ class Meter:
         if every not in self._perturbed:
             reference, model = self._opened
             streams = {layer: stream[::every] for layer, stream in reference.streams.items()}
-            self._perturbed[every] = Perturbations(model, streams, self.batch, self.progress)
+            held = 2 * streams[0].nbytes * (self.layers + 1)  # with the gradients
+            spacing = math.ceil(held / STREAM_BYTES)
+            self._perturbed[every] = Perturbations(
+                model, streams, spacing, self.batch, self.progress
+            )
         return self._perturbed[every]
 
     def _measure(self, schedule: Schedule, every: int) -> Cost:
@@ -214,7 +219,6 @@ class Meter:
     @cached_property
     def _opened(self) -> tuple[Reference, Any]:
         """The source's predictions and streams, and the model that runs any schedule."""
-        self._is_open = True
         self.progress("opening the source", 0, None)
         model = open_model(self.source, self.dtype, self.device)
         reference = divergence.reference(

@@ -47,7 +47,7 @@ class Case:
 # A dense layer before tracks, endings of every kind, and stages of two sublayers.
 COMPILED = """  - {layers: 0-0, use: tensor_parallel}
   - {layers: 1-2, use: parallel_track, depth: 2}
-  - {layers: 3-5, stages: "a3|m3! a4~1 m4^2 a5. m5!"}
+  - {layers: 3-5, stages: "a3|m3! a4~2 m4^2 a5. m5!"}
 """
 GUESSES = "assignment: {method: affinity}\nguess: {rank: 8}\n"
 CASES = {
@@ -67,7 +67,7 @@ CASES = {
     "guesses, mixed, 2 tracks per rank": Case("llama-biases", 4, MIXED, GUESSES),
     "guesses, in flight": Case("llama", 2, "use: delayed, delay: 2", GUESSES),
     "compiled": Case("llama-biases", 4, COMPILED, eager=False),
-    "compiled, guesses": Case("llama", 4, COMPILED, GUESSES, False),
+    "compiled, guesses": Case("llama", 2, COMPILED, GUESSES, False),
     "dense": Case("llama", 0),
 }
 WITH_FAULTS = (
