@@ -46,6 +46,17 @@ def test_help_and_version() -> None:
     assert __version__ in subprocess.run(version, capture_output=True, text=True, check=True).stdout
 
 
+def test_other_libraries_say_nothing_of_themselves() -> None:
+    """torchao, where it is, names at import the kernels that it has for other machines."""
+    code = (
+        "from ptconvert.cli.common import quiet_libraries; quiet_libraries()\n"
+        "import transformers.modeling_utils"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_verify_says_which_runtime_takes_an_option(tmp_path: Path) -> None:
     for options, word in (
         (("--runtime", "torch", "--enforce-eager"), "--enforce-eager"),

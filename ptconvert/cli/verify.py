@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
+from ptconvert.cli.common import quiet_libraries
 from ptconvert.cli.options import Renamed, shared
 from ptconvert.cli.progress import waiting
 
@@ -112,6 +113,7 @@ def verify(
     With --runtime vllm it counts the all-reduces of each forward pass inside vLLM's workers, and
     compares greedy tokens and their log-probabilities.
     """
+    quiet_libraries()
     from ptconvert.render import print_report
     from ptconvert.runtime.launch import under_torchrun
     from ptconvert.verify import Report, Settings, default_device, verify
