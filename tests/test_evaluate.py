@@ -32,7 +32,7 @@ import ptconvert
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
 from ptconvert.errors import EvaluationError
-from ptconvert.evaluate import divergence, lm, report, tasks
+from ptconvert.evaluate import divergence, lm, models, report, tasks
 from ptconvert.evaluate.harness import Metric, Scores, Settings, Task
 from ptconvert.evaluate.models import BatchSize, open_model, open_tokenizer
 from ptconvert.evaluate.report import Text, evaluate
@@ -651,6 +651,24 @@ def test_tasks_can_be_made_without_a_model(run: Answers, tmp_path: Path) -> None
     assert sorted(p.name for p in (tmp_path / "made").iterdir()) == sorted(
         f"{name}.{kind}" for name in MADE for kind in ("jsonl", "yaml")
     )
+
+
+def test_auto_is_float32_where_the_stored_dtype_is_slow(
+    source: Path, make_dense: MakeDense, run: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, said = open_checkpoint(make_dense("llama", torch.bfloat16)), list[str]()
+    assert models.fastest_dtype(stored, "cpu", quiet) in ("bfloat16", "float32")  # as it is here
+    for seconds, expected in ((7.0, "float32"), (1.2, "bfloat16"), (0.5, "bfloat16")):
+        times = {"float32": 1.0, "bfloat16": seconds}
+        monkeypatch.setattr(models, "_product_seconds", lambda _, __, dtype, t=times: t[dtype])
+        assert models.fastest_dtype(stored, "cpu", said.append) == expected
+    assert said == ["computing in float32: bfloat16, which is stored, is 7.0 times slower on cpu"]
+    monkeypatch.setattr(models, "_product_seconds", None)  # never slower than itself
+    assert models.fastest_dtype(open_checkpoint(source), "cpu", said.append) == "float32"
+    monkeypatch.setattr(models, "fastest_dtype", lambda *_: "bfloat16")
+    text = ("--text", TEXTS[0], "--window", 32, "--windows", 4)
+    done = run(source, "--baseline", source, *text, "--json")
+    assert json.loads(done.stdout)["settings"]["dtype"] == "bfloat16"
 
 
 def test_batch_size_halves_and_stays() -> None:

@@ -381,6 +381,17 @@ def test_the_spec_goes_through_transform_and_show(source: Path, tmp_path: Path) 
     assert shown["waited_for"]["after"] == chosen["waited_for"]
 
 
+def test_it_computes_in_what_is_fast(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptconvert.evaluate.models.fastest_dtype", lambda *_: "bfloat16")
+    size = ("--window", 24, "--windows", 2, "--rounds", 1, "--cache", tmp_path / "cache")
+    asked = ("--tracks", 4, "--max-syncs", 6, "--json", "--time-limit", 0.01)
+    figures = json.loads(run("plan", source, "--text", TEXT, *size, *asked)[0])
+    assert figures["dtype"] == "bfloat16" and figures["chosen"]["waited_for"] <= 6
+    assert all(0 <= point["kl"] < 10 for point in figures["frontier"])
+
+
 def test_max_loss_and_no_overlap(source: Path, tmp_path: Path) -> None:
     base = ("--tracks", 2, "--no-overlap", "--json")
     frontier = json.loads(plan(source, tmp_path, *base, "--max-syncs", 12)[0])["frontier"]

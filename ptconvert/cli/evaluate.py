@@ -52,7 +52,7 @@ if TYPE_CHECKING:  # they import torch
 @shared("--batch-size", "auto")
 @click.option("--apply-chat-template", is_flag=True, help="Prompt as a chat.")
 @shared("--device", says="cuda where there is")
-@shared("--dtype", "auto", says="auto: what is stored")
+@shared("--dtype", "auto", says="auto: what is stored, or float32 if faster")
 @shared("--seed", says="lm-eval's own")
 @click.option(
     "--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run what a model writes."
@@ -148,8 +148,9 @@ def _run(
     text: Text | None,
     cache: Path | None,
 ) -> Report:
+    from ptconvert.checkpoint.reader import open_checkpoint
     from ptconvert.evaluate.harness import Settings
-    from ptconvert.evaluate.models import cache_directory
+    from ptconvert.evaluate.models import cache_directory, fastest_dtype
     from ptconvert.evaluate.report import evaluate
 
     cache = cache or cache_directory()
@@ -160,6 +161,9 @@ def _run(
         names = tuple(
             None if name is None else display_name(name) for name in (checkpoint, baseline)
         )
+        if options["dtype"] == "auto":
+            device, opened = options["device"], open_checkpoint(found)
+            options["dtype"] = fastest_dtype(opened, device, lambda s: click.echo(s, err=True))
         try:
             return evaluate(
                 found,

@@ -85,7 +85,7 @@ if TYPE_CHECKING:  # they import torch
 )
 @shared("--batch-size", "auto")
 @shared("--device", says="cuda where there is")
-@shared("--dtype", "auto", says="auto: what is stored")
+@shared("--dtype", "auto", says="auto: what is stored, or float32 if faster")
 @shared("--revision")
 @shared("--cache", says="~/.cache/ptconvert")
 @shared("--json")
@@ -163,6 +163,7 @@ def _plan(source: str, revision: str | None, options: dict[str, Any]) -> Planned
         BatchSize,
         cache_directory,
         content_digest,
+        fastest_dtype,
         is_dense,
     )
     from ptconvert.planning.planner import ROUNDS, choose, search
@@ -181,6 +182,8 @@ def _plan(source: str, revision: str | None, options: dict[str, Any]) -> Planned
         if not is_dense(checkpoint):
             raise PlanError(f"{source} is converted already; plan starts from the dense checkpoint")
         objective = _objective(options, shape)
+        if dtype == "auto":
+            dtype = fastest_dtype(checkpoint, device, lambda line: click.echo(line, err=True))
         progress("tokenizing the text", 0, None)
         windows = windows_for(checkpoint, options["texts"], options["window"], options["windows"])
         digest = content_digest(checkpoint, progress)

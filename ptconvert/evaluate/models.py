@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,10 +25,16 @@ from ptconvert.format import SECTION, read_section
 from ptconvert.modeling.model import PTConvertLlamaForCausalLM
 from ptconvert.presets import dense_schedule
 from ptconvert.schedule import Schedule
+from ptconvert.shape import DTYPES
 
 T = TypeVar("T")
 # Told how far a long step has come: the step, how much is done, and of how much (None: unknown).
 Progress = Callable[[str, int, int | None], None]
+
+# How much faster float32 must be than the dtype stored to be taken instead, and what is multiplied
+# to see it: enough for a device to show its speed, and little enough for a second.
+_FASTER = 1.5
+_TIMED_TOKENS, _TIMED_PRODUCTS = 128, 1 << 29
 
 # What `--batch-size auto` begins with; it halves when memory runs out. More than this gains
 # little: on a CPU the cores are busy with less, and on a GPU the model's own layers are.
@@ -83,6 +91,39 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"{checkpoint.path}: {what} tensor {names[0]}{more}")
     return model
+
+
+def fastest_dtype(checkpoint: Checkpoint, device: str, say: Callable[[str], None]) -> str:
+    """What to compute a checkpoint in: torch's name of the dtype that most of it is stored in, or
+    float32 where that is much faster on the device, as 16 bits are emulated on many CPUs; which it
+    says. Timed on a product of the size of the model's own."""
+    sizes = Counter[str]()
+    for entry in checkpoint.tensors.values():
+        sizes[entry.dtype] += entry.nbytes
+    ((most, _),) = sizes.most_common(1)
+    stored = next((name for name, dtype in DTYPES.items() if dtype == most), "auto")
+    if stored in ("auto", "float32"):
+        return stored
+    seconds = {d: _product_seconds(checkpoint, device, d) for d in (stored, "float32")}
+    times = seconds[stored] / seconds["float32"]
+    if times < _FASTER:
+        return stored
+    say(f"computing in float32: {stored}, which is stored, is {times:.1f} times slower on {device}")
+    return "float32"
+
+
+def _product_seconds(checkpoint: Checkpoint, device: str, dtype: str) -> float:
+    """The least time that tokens times a matrix of the model's width takes."""
+    width = min(int(str(checkpoint.config.get("hidden_size", 1024))), 8192)
+    outputs = min(4 * width, max(1, _TIMED_PRODUCTS // (_TIMED_TOKENS * width)))
+    kind = {"device": device, "dtype": getattr(torch, dtype)}
+    x_TD, weight_OD = torch.ones(_TIMED_TOKENS, width, **kind), torch.ones(outputs, width, **kind)
+    taken = []
+    for _ in range(4):
+        started = time.perf_counter()
+        float(torch.nn.functional.linear(x_TD, weight_OD)[0, 0])  # waits for it, on a GPU too
+        taken.append(time.perf_counter() - started)
+    return min(taken)
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Any:

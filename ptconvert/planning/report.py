@@ -204,7 +204,8 @@ def print_plan(console: Console, planned: Planned) -> None:
 def _title(planned: Planned) -> str:
     return (
         f"{planned.model} over {planned.tracks} tracks, {planned.budget}: {planned.windows} "
-        f"windows of {planned.length} tokens of {text_names(planned.texts)}; nats per token"
+        f"windows of {planned.length} tokens of {text_names(planned.texts)} in {planned.dtype}; "
+        "nats per token"
     )
 
 
