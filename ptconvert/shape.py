@@ -136,7 +136,7 @@ class ModelShape:
             neurons=size("intermediate_size"),
             vocabulary=size("vocab_size"),
             tied=_flag(config, TIED, where),
-            dtype=_dtype(config, where),
+            dtype=config_dtype(config, where),
             rules=family.layer_rules(config),
         )
         if shape.heads % shape.kv_heads:
@@ -147,7 +147,7 @@ class ModelShape:
         return shape
 
 
-def _dtype(config: Mapping[str, object], where: str) -> str | None:
+def config_dtype(config: Mapping[str, object], where: str) -> str | None:
     """The dtype that a config.json says, where it does; torch's short names mean the same."""
     key = "dtype" if config.get("dtype") is not None else "torch_dtype"
     dtype = config.get(key)

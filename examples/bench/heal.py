@@ -130,6 +130,7 @@ class Bench:
         self.given, self.progress = given, progress
         self.source = open_checkpoint(given.model)
         self.layers = int(str(self.source.config["num_hidden_layers"]))
+        self._plans: dict[int, Schedule] = {}
         self._told = json.loads(json.dumps(vars(given), default=str))
         self.texts = [part for file in given.calibrate for part in ("--text", str(file))]
 
@@ -214,10 +215,6 @@ class Bench:
                 sys.exit(f"no schedule waits for {waits} all-reduces")
             self._plans[waits] = point.schedule
         return self._plans[waits]
-
-    @cached_property
-    def _plans(self) -> dict[int, Schedule]:
-        return {}
 
     @cached_property
     def _meter(self) -> Meter:

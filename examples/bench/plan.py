@@ -32,13 +32,7 @@ WAITS = (12, 8, 6, 4, 3, 2)
 
 def main() -> None:
     """Parses, plans, measures, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--tracks", type=int, default=4)
-    parser.add_argument("--calibrate", type=Path, nargs="+", required=True)
-    parser.add_argument("--report", type=Path, nargs="+", required=True)
-    parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=24)
+    parser = parser_of(__doc__, windows=24)
     parser.add_argument("--cache", type=Path, default=cache_directory())
     given = parser.parse_args()
     with step_progress() as progress:
@@ -50,6 +44,18 @@ def main() -> None:
     print(f"| waited for, at most | {' | '.join(names)} |\n| --- |{' --- |' * len(names)}")
     for waits, found in rows:
         print(f"| {waits} | {' | '.join(found[name] for name in names)} |")
+
+
+def parser_of(doc: str, windows: int) -> argparse.ArgumentParser:
+    """What a benchmark of plans is told: the model, the tracks, and the two texts."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--tracks", type=int, default=4)
+    parser.add_argument("--calibrate", type=Path, nargs="+", required=True)
+    parser.add_argument("--report", type=Path, nargs="+", required=True)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=windows)
+    return parser
 
 
 def meter_of(given: argparse.Namespace, texts: list[Path], progress: Progress) -> Meter:

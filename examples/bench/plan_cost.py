@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
+from plan import parser_of
+
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli.progress import step_progress
 from ptconvert.evaluate.divergence import windows_for
@@ -42,13 +44,7 @@ class ThoroughMeter(Meter):
 
 def main() -> None:
     """Parses, plans twice, measures, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--tracks", type=int, default=4)
-    parser.add_argument("--calibrate", type=Path, nargs="+", required=True)
-    parser.add_argument("--report", type=Path, nargs="+", required=True)
-    parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=16)
+    parser = parser_of(__doc__, windows=16)
     parser.add_argument("--waits", type=int, nargs="+", help="[1/2, 1/3, 1/4, ... of all]")
     parser.add_argument("--only", choices=["plan", "thorough"], help="one of the two")
     given = parser.parse_args()

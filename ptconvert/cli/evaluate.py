@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -162,8 +163,8 @@ def _run(
             None if name is None else display_name(name) for name in (checkpoint, baseline)
         )
         if options["dtype"] == "auto":
-            device, opened = options["device"], open_checkpoint(found)
-            options["dtype"] = fastest_dtype(opened, device, lambda s: click.echo(s, err=True))
+            opened, say = open_checkpoint(found), functools.partial(click.echo, err=True)
+            options["dtype"] = fastest_dtype(opened, options["device"], say)
         try:
             return evaluate(
                 found,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,7 +184,8 @@ def _plan(source: str, revision: str | None, options: dict[str, Any]) -> Planned
             raise PlanError(f"{source} is converted already; plan starts from the dense checkpoint")
         objective = _objective(options, shape)
         if dtype == "auto":
-            dtype = fastest_dtype(checkpoint, device, lambda line: click.echo(line, err=True))
+            say = functools.partial(click.echo, err=True)
+            dtype = fastest_dtype(checkpoint, device, say)
         progress("tokenizing the text", 0, None)
         windows = windows_for(checkpoint, options["texts"], options["window"], options["windows"])
         digest = content_digest(checkpoint, progress)

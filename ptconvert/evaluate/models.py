@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +24,7 @@ from ptconvert.format import SECTION, read_section
 from ptconvert.modeling.model import PTConvertLlamaForCausalLM
 from ptconvert.presets import dense_schedule
 from ptconvert.schedule import Schedule
-from ptconvert.shape import DTYPES
+from ptconvert.shape import DTYPES, config_dtype
 
 T = TypeVar("T")
 # Told how far a long step has come: the step, how much is done, and of how much (None: unknown).
@@ -94,14 +93,12 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
 
 
 def fastest_dtype(checkpoint: Checkpoint, device: str, say: Callable[[str], None]) -> str:
-    """What to compute a checkpoint in: torch's name of the dtype that most of it is stored in, or
-    float32 where that is much faster on the device, as 16 bits are emulated on many CPUs; which it
-    says. Timed on a product of the size of the model's own."""
-    sizes = Counter[str]()
-    for entry in checkpoint.tensors.values():
-        sizes[entry.dtype] += entry.nbytes
-    ((most, _),) = sizes.most_common(1)
-    stored = next((name for name, dtype in DTYPES.items() if dtype == most), "auto")
+    """What to compute a checkpoint in: torch's name of the dtype that its config names, or float32
+    where that is much faster on the device, as 16 bits are emulated on many CPUs; which it says.
+    Timed on a product of the size of the model's own. `auto`, which leaves it to transformers,
+    where the config names none. Raises ConfigError."""
+    own = config_dtype(checkpoint.config, str(checkpoint.path / "config.json"))
+    stored = next((name for name, dtype in DTYPES.items() if dtype == own), "auto")
     if stored in ("auto", "float32"):
         return stored
     seconds = {d: _product_seconds(checkpoint, device, d) for d in (stored, "float32")}
