@@ -209,16 +209,17 @@ def search(
     if max_loss is not None:  # the lightest that fits, and the next, should others' windows differ
         fits_at = next(i for i, t in enumerate(best) if t[1][1].loss <= max_loss or t is best[-1])
         asked += best[fits_at : fits_at + 2]
-    asked += [best[0], best[-1]]
-    chosen, costs = [], []
-    for item in dict.fromkeys([*asked, *_thinned(best, None, POINTS)]):
+    asked = list(dict.fromkeys([*asked, best[0], best[-1]]))
+    order = list(dict.fromkeys([*asked, *_thinned(best, None, POINTS)]))
+    chosen = []
+    for item, cost in zip(order, meter.each([s for s, _ in order], "frontier, whole"), strict=True):
+        chosen.append((item, cost))
         late = seconds is not None and time.monotonic() - started > seconds
-        if not late or item in asked:
-            chosen.append(item)
-            costs += meter.costs([item[0]], "frontier, whole", 1)
+        if late and len(chosen) >= len(asked):
+            break
     points = [
         Point(s, objective.whole(s), tuple((p, prices.alone(p)) for p in m.segments), cost)
-        for (s, (m, _)), cost in zip(chosen, costs, strict=True)
+        for (s, (m, _)), cost in chosen
     ]
     return Frontier(
         tuple(undominated(points, lambda p: (p.weight, p.cost.kl))),

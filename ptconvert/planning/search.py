@@ -22,6 +22,8 @@ from ptconvert.schedule import BLOCKING
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+OWN = 0.5  # the variance of a segment's own correction, as a share of its cost squared
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -147,6 +149,7 @@ class Prices:
         size = len(segments)
         self._measured_S = np.full(size, np.nan)
         self._alone_S, self._sum_S, self._corrections_S = np.zeros((3, size))
+        self._common = 1.0
         self._ratios: list[float] = []
 
     def learn(self, measured: Mapping[Segment, float]) -> None:
@@ -168,7 +171,7 @@ class Prices:
     @property
     def costs(self) -> Floats:
         """What each segment adds to a mixture's cost, as far as is known, in the order given."""
-        return np.maximum(0.0, self._alone_S + self._corrections_S)
+        return np.maximum(0.0, self._common * self._alone_S + self._corrections_S)
 
     def alone(self, segment: Segment) -> float:
         """What the segment costs by itself, measured or guessed."""
@@ -179,8 +182,11 @@ class Prices:
     ) -> None:
         """Fits corrections to whole mixtures and their measured costs.
 
-        Bayesian linear regression: a segment's correction is normal around 0 with its own cost as
-        standard deviation, a whole is measured with a relative error of `noise`.
+        Bayesian linear regression. A factor common to all segments, also to those in no whole yet,
+        is normal around 1 with a variance of 1: wholes cost more than their parts, and were that
+        laid on the parts that were tried, the next search would flee to those that were not. A
+        segment's own correction is normal around 0 with a variance of OWN times its cost squared,
+        and a whole is measured with a relative error of `noise`.
         """
         used = [[s for s in segments if not s.dense] for segments, _ in wholes]
         columns = {s: i for i, s in enumerate(dict.fromkeys(s for some in used for s in some))}
@@ -191,12 +197,14 @@ class Prices:
             x_WS[row, [columns[s] for s in some]] = 1.0
         alone_S = np.array([self.alone(s) for s in columns])
         measured_W = np.array([cost for _, cost in wholes])
-        spread_SW = (alone_S**2)[:, None] * x_WS.T
+        sum_W = x_WS @ alone_S
+        spread_SW = (OWN * alone_S**2)[:, None] * x_WS.T
         variance_W = (noise * measured_W) ** 2 + 1e-12
-        errors_W = measured_W - x_WS @ alone_S
-        found_S = spread_SW @ np.linalg.solve(x_WS @ spread_SW + np.diag(variance_W), errors_W)
+        explained_WW = x_WS @ spread_SW + np.outer(sum_W, sum_W)
+        solved_W = np.linalg.solve(explained_WW + np.diag(variance_W), measured_W - sum_W)
+        self._common = 1 + float(sum_W @ solved_W)
         self._corrections_S = np.zeros(len(self._index))
-        self._corrections_S[[self._index[s] for s in columns]] = found_S
+        self._corrections_S[[self._index[s] for s in columns]] = spread_SW @ solved_W
 
 
 def _parts_by_length(segments: Sequence[Segment]) -> Iterator[tuple[Ints, Ints, Ints, Ints]]:

@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -139,15 +139,18 @@ class Meter:
 
     def costs(self, schedules: Iterable[Schedule], step: str, every: int = 1) -> list[Cost]:
         """The cost of each schedule, on each `every`-th window. Raises EvaluationError."""
-        found, asked = [], list(schedules)
+        return list(self.each(schedules, step, every))
+
+    def each(self, schedules: Iterable[Schedule], step: str, every: int = 1) -> Iterator[Cost]:
+        """The same, one after the other, each measured when it is asked for."""
+        asked = list(schedules)
         for done, schedule in enumerate(asked):
             cost = self.store.get(schedule, every)
             if cost is None:
                 self.progress(step, done, len(asked))
                 cost = self._measure(schedule, every)
                 self.store.put(schedule, every, cost)
-            found.append(cost)
-        return found
+            yield cost
 
     def alone(self, segments: Iterable[Segment], step: str, every: int = 1) -> list[float]:
         """The KL of each segment by itself, all else as in the dense model, to second order, on
