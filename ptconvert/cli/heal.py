@@ -110,6 +110,11 @@ if TYPE_CHECKING:  # they import torch
 )
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory for more time.")
 @click.option(
+    "--fsdp",
+    is_flag=True,
+    help="Shard weights, gradients and optimizer over the processes of torchrun (FSDP2).",
+)
+@click.option(
     "--set",
     "options",
     multiple=True,
@@ -157,7 +162,7 @@ def heal(
         raise click.UsageError("give what to train on, one of --text FILE and --dataset ID")
     if not options["dataset"] and (unused := given("dataset_config", "split", "column")):
         raise click.UsageError(f"{unused}: for --dataset only")
-    end_to_end = ("lora", "train", "gradient_checkpointing", "options")
+    end_to_end = ("lora", "train", "gradient_checkpointing", "fsdp", "options")
     if not options["kl"] and (unused := given(*end_to_end)):
         raise click.UsageError(f"{unused}: for the end-to-end stage, which --no-kl leaves out")
     if options["dataset"] and importlib.util.find_spec("datasets") is None:
@@ -215,7 +220,7 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
     names = ("tokens", "train", "blockwise", "kl", "lora", "learning_rate", "block_learning_rate")
     more = ("batch_size", "accumulation", "warmup", "evaluations", "patience", "seed")
     settings = Settings(
-        **{name: chosen[name] for name in (*names, *more, "gradient_checkpointing")},
+        **{name: chosen[name] for name in (*names, *more, "gradient_checkpointing", "fsdp")},
         dtype=dtype,
         device=device,
         options=read_options(chosen["options"]),

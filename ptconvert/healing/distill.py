@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from accelerate.state import DistributedType, PartialState
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
@@ -69,6 +72,11 @@ _FIXED: dict[str, object] = {
     "restore_callback_states_from_checkpoint": True,
     "eval_strategy": "steps",
     "save_strategy": "steps",
+}
+# Weights, gradients and optimizer over the processes, layer by layer; whole where a state is kept.
+_SHARDED: dict[str, object] = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"},
 }
 _BY_STAGE = ("metric_for_best_model", "eval_on_start")  # fixed too, by the objective and the state
 
@@ -228,7 +236,10 @@ def distill(
     metric = "kl" if settings.objective == "kl" else "nll"
     found = last_state(work)
     arguments = training_arguments(settings, len(order), work, metric, found is not None)
-    teacher = teacher.to(arguments.device).eval().requires_grad_(False)
+    teacher = teacher.eval().requires_grad_(False)
+    if settings.fsdp:
+        _shard(teacher, arguments.device)
+    teacher = teacher.to(arguments.device)
     freeze_but(student, names if settings.lora is None else ())
     if not _sharded(arguments):  # else each process holds a part of the student only
         shared = share(student.to(arguments.device), teacher)
@@ -263,6 +274,16 @@ def distill(
         return {}  # where the model is sharded, the first process alone is given all of it
     state = {name: tensor.detach().cpu() for name, tensor in state.items()}
     return _merged(state, names) if settings.lora else {name: state[name] for name in names}
+
+
+def _shard(teacher: Any, device: torch.device) -> None:
+    """Spreads the teacher's layers over the processes; and has accelerate do the same with the
+    student on CPUs too, where it would quietly give each process the whole model."""
+    if device.type == "cpu":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    for layer in teacher.get_decoder().layers:
+        fully_shard(layer, mesh=mesh)
 
 
 def _sharded(arguments: Any) -> bool:
@@ -308,8 +329,13 @@ def read_options(pairs: Sequence[str]) -> dict[str, object]:
 
 
 def check(settings: Settings, windows: int) -> None:
-    """Raises HealError for too few windows."""
+    """Raises HealError for too few windows, or processes."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.fsdp and processes == 1:
+        raise HealError(
+            "--fsdp: there is one process; torchrun --nproc-per-node GPUS -m ptconvert heal ... "
+            "starts several"
+        )
     together = settings.batch_size * settings.accumulation * processes
     if windows < together:
         raise HealError(
@@ -325,6 +351,7 @@ def training_arguments(
     checkpointing = next(name for name in _CHECKPOINTING if name in _FIELDS)
     options = {
         **_options(settings),
+        **(_SHARDED if settings.fsdp else {}),
         checkpointing: settings.gradient_checkpointing,
         "output_dir": str(work),
         "metric_for_best_model": metric,

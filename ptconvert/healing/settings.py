@@ -37,6 +37,7 @@ class Settings:
     dtype: str = "float32"
     device: str = "cpu"
     gradient_checkpointing: bool = False
+    fsdp: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
 
     @property
