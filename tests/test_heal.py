@@ -448,6 +448,63 @@ def test_two_processes(source: Path, convert: Convert, tmp_path: Path) -> None:
     assert differing(converted, out)
 
 
+SHARDED = """
+import os, sys
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
+from ptconvert.cli import main
+
+train = Trainer.train
+def watched(trainer, *arguments, **options):
+    done = train(trainer, *arguments, **options)
+    for model in (trainer.model_wrapped, trainer.teacher.get_decoder().layers):
+        for parameter in model.parameters():
+            assert isinstance(parameter, DTensor)
+            assert parameter.to_local().numel() * 2 == parameter.numel()
+    print(f"rank {os.environ['RANK']} held a half", file=sys.stderr)
+    return done
+Trainer.train = watched
+main()
+"""
+
+
+def test_fsdp(source: Path, convert: Convert, tmp_path: Path) -> None:
+    """Each of two processes holds a half of student, teacher and optimizer; the result is that of
+    one process."""
+    converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
+    options = ("--text", TEXT, "--window", 32, "--tokens", 1280, "--evaluations", 2)
+    options += ("--learning-rate", 1e-3)
+    one = heal(converted, tmp_path / "one", source, *options, "--batch-size", 4)
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"),
+            *("2", script, "heal", converted, out, "--teacher", source, "--json", "--fsdp"),
+            *("--batch-size", "2", *map(str, options)),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(f"rank {rank} held a half" in done.stderr for rank in (0, 1))
+    assert kls(json.loads(done.stdout)) == pytest.approx(kls(one), abs=1e-5)
+    ours, theirs = (
+        open_model(open_checkpoint(p), "float32", "cpu") for p in (out, tmp_path / "one")
+    )
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
+    assert differing(converted, out)
+
+
+def test_fsdp_needs_several_processes(source: Path, convert: Convert, tmp_path: Path) -> None:
+    error = heal(convert(source, 4, MIDDLE), tmp_path / "out", source, "--text", TEXT, *QUICK,
+                 "--fsdp", code=2)  # fmt: skip
+    assert "--fsdp: there is one process; torchrun" in error and not (tmp_path / "out").exists()
+
+
 def test_a_later_process_takes_no_start_of_another_healing(
     source: Path, convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -283,7 +283,8 @@ def _shard(teacher: Any, device: torch.device) -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for layer in teacher.get_decoder().layers:
-        fully_shard(layer, mesh=mesh)
+        # said, as each is a root of its own here, which would keep what it gathered
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
 def _sharded(arguments: Any) -> bool:
