@@ -12,6 +12,8 @@ from typing import Any
 # A test has one core of its own, and so has each process that it starts: threads of several that
 # wait for each other by spinning take many times as long. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# And nothing waits for a hub. Before huggingface_hub, which reads it when it is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
 import pytest
@@ -23,7 +25,6 @@ from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.spec import parse_spec
 from ptconvert.transform import execute, plan_conversion
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("unhurried")
 transformers.utils.logging.set_verbosity_error()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -169,19 +170,25 @@ def score(
 def _manager(settings: Settings) -> _Tasks:
     """The tasks of `include_path`, and lm-eval's own where those are not all that is asked for."""
     paths = [str(path) for path in settings.include_path]
-    if paths:
-        local = _Tasks(include_path=paths, include_defaults=False)
-        if all(_matching(name, local) for name in settings.tasks):
-            return local
-    manager = _Tasks(include_path=paths or None)
+    local = _Tasks(include_path=paths, include_defaults=False) if paths else None
+    mine = [name for name in settings.tasks if local is not None and _matching(name, local)]
+    if local is not None and len(mine) == len(settings.tasks):
+        return local
     for name in settings.tasks:
-        if not _matching(name, manager):
+        if name not in mine and not _matching(name, _lm_evals()):
             raise EvaluationError(
                 f"there is no task {name!r} in lm-eval {importlib.metadata.version('lm_eval')}"
                 f"{' or in --include-path' if paths else '; --include-path DIR adds your own'}; "
                 "`lm-eval ls tasks` lists its tasks"
             )
-    return manager
+    return _Tasks(include_path=paths) if mine else _lm_evals()
+
+
+@functools.cache
+def _lm_evals() -> _Tasks:
+    """lm-eval's own tasks: the index of thousands of files takes ten seconds, and both models of a
+    comparison need it."""
+    return _Tasks()
 
 
 def _matching(name: str, manager: _Tasks) -> list[str]:
