@@ -252,6 +252,21 @@ def test_corrections_find_what_segments_do_to_each_other() -> None:
     assert gap(12) < 0.5 * gap(1)
 
 
+@pytest.mark.parametrize("factor", [0.5, 2.0, 3.0])
+def test_what_all_parts_have_in_common_is_laid_on_all(factor: float) -> None:
+    """Else the next search would flee to the parts that no whole had."""
+    segments = tuple(menu(4, (BLOCKING, OWN_SEEN), (BLOCKING,), 4))
+    costs = random_costs(segments, 3)
+    prices, choices = Prices(segments), Choices(segments, lambda s: s.waits)
+    prices.learn({s: c for s, c in costs.items() if not s.dense})
+    before = prices.costs
+    found = [m.segments for m in choices.cheapest(before)]
+    assert len({s for some in found for s in some}) < len(segments) / 2
+    prices.correct([(m, factor * sum(costs[s] for s in m if not s.dense)) for m in found])
+    times = prices.costs[before > 0] / before[before > 0]
+    assert times == pytest.approx(np.full(len(times), factor), rel=0.25)
+
+
 def _up_to(weight: int, costs: dict[tuple[Segment, ...], float]) -> list[float]:
     return [c for m, c in costs.items() if sum(s.waits for s in m) <= weight]
 

@@ -153,7 +153,7 @@ def heal(
     process's; --dtype is what frozen weights are held in, trained ones are float32.
 
     After Ctrl-C or a crash the same command goes on from the last state saved. On several GPUs:
-    accelerate launch [--use_fsdp ...] -m ptconvert heal ...
+    torchrun --nproc-per-node GPUS -m ptconvert heal ... [--fsdp]
     """
     lora = ("peft",) if options["lora"] else ()
     need_packages("heal", "scipy", *lora)

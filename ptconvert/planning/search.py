@@ -22,6 +22,7 @@ from ptconvert.schedule import BLOCKING
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+COMMON = 1.0  # the variance of the factor common to all segments
 OWN = 0.5  # the variance of a segment's own correction, as a share of its cost squared
 
 
@@ -183,9 +184,9 @@ class Prices:
         """Fits corrections to whole mixtures and their measured costs.
 
         Bayesian linear regression. A factor common to all segments, also to those in no whole yet,
-        is normal around 1 with a variance of 1: wholes cost more than their parts, and were that
-        laid on the parts that were tried, the next search would flee to those that were not. A
-        segment's own correction is normal around 0 with a variance of OWN times its cost squared,
+        is normal around 1 with a variance of COMMON: wholes cost more than their parts, and were
+        that laid on the parts that were tried, the next search would flee to those that were not.
+        A segment's own correction is normal around 0 with a variance of OWN times its cost squared,
         and a whole is measured with a relative error of `noise`.
         """
         used = [[s for s in segments if not s.dense] for segments, _ in wholes]
@@ -200,9 +201,9 @@ class Prices:
         sum_W = x_WS @ alone_S
         spread_SW = (OWN * alone_S**2)[:, None] * x_WS.T
         variance_W = (noise * measured_W) ** 2 + 1e-12
-        explained_WW = x_WS @ spread_SW + np.outer(sum_W, sum_W)
+        explained_WW = x_WS @ spread_SW + COMMON * np.outer(sum_W, sum_W)
         solved_W = np.linalg.solve(explained_WW + np.diag(variance_W), measured_W - sum_W)
-        self._common = 1 + float(sum_W @ solved_W)
+        self._common = 1 + COMMON * float(sum_W @ solved_W)
         self._corrections_S = np.zeros(len(self._index))
         self._corrections_S[[self._index[s] for s in columns]] = spread_SW @ solved_W
 
