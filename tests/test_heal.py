@@ -472,8 +472,8 @@ def test_fsdp(source: Path, convert: Convert, tmp_path: Path) -> None:
     """Each of two processes holds a half of student, teacher and optimizer; the result is that of
     one process."""
     converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
-    options = ("--text", TEXT, "--window", 32, "--tokens", 1280, "--evaluations", 2)
-    options += ("--learning-rate", 1e-3)
+    few = ("--text", TEXT, "--window", 32, "--tokens", 1280, "--evaluations", 2)
+    options = (*few, "--learning-rate", 1e-3)
     one = heal(converted, tmp_path / "one", source, *options, "--batch-size", 4)
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
