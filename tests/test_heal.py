@@ -292,7 +292,7 @@ def test_nothing_trained_is_nothing_to_go_on_from(
     """After a failure before the first state, other settings may follow."""
     converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
     options = ("--text", TEXT, *QUICK)
-    error = heal(converted, out, source, *options, "--set", "fsdp=full_shard", code=2)
+    error = heal(converted, out, source, *options, "--set", "deepspeed=no.json", code=2)
     assert error.splitlines()[-1].startswith("error: --set: ")
     assert (tmp_path / "out.healing" / "key.json").is_file()
     heal(converted, out, source, *options)
@@ -450,6 +450,7 @@ def test_two_processes(source: Path, convert: Convert, tmp_path: Path) -> None:
 
 SHARDED = """
 import os, sys
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from ptconvert.cli import main
@@ -461,6 +462,10 @@ def watched(trainer, *arguments, **options):
         for parameter in model.parameters():
             assert isinstance(parameter, DTensor)
             assert parameter.to_local().numel() * 2 == parameter.numel()
+    for model in (trainer.model_wrapped, trainer.teacher):
+        assert all(isinstance(layer, FSDPModule) for layer in model.get_decoder().layers)
+    moments = [s["exp_avg"] for s in trainer.optimizer.state.values()]
+    assert moments and all(isinstance(moment, DTensor) for moment in moments)
     print(f"rank {os.environ['RANK']} held a half", file=sys.stderr)
     return done
 Trainer.train = watched
@@ -468,10 +473,11 @@ main()
 """
 
 
-def test_fsdp(source: Path, convert: Convert, tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", [MIDDLE, SCHEDULE])
+def test_fsdp(source: Path, convert: Convert, tmp_path: Path, schedule: str) -> None:
     """Each of two processes holds a half of student, teacher and optimizer; the result is that of
-    one process."""
-    converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
+    one process. In the second schedule no layer is dense."""
+    converted, out = convert(source, 4, schedule), tmp_path / "out"
     few = ("--text", TEXT, "--window", 32, "--tokens", 1280, "--evaluations", 2)
     options = (*few, "--learning-rate", 1e-3)
     one = heal(converted, tmp_path / "one", source, *options, "--batch-size", 4)

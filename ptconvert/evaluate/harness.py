@@ -164,31 +164,34 @@ def score(
     tasks = tuple(
         _task(name, manager.loaded["tasks"][name], results) for name in results["samples"]
     )
-    return Scores(tasks, tuple(_groups(manager.loaded["groups"], tasks)))
+    scores = Scores(tasks, tuple(_groups(manager.loaded["groups"], tasks)))
+    manager.loaded = {}  # documents and requests, beside the next model
+    return scores
 
 
 def _manager(settings: Settings) -> _Tasks:
     """The tasks of `include_path`, and lm-eval's own where those are not all that is asked for."""
-    paths = [str(path) for path in settings.include_path]
-    local = _Tasks(include_path=paths, include_defaults=False) if paths else None
-    mine = [name for name in settings.tasks if local is not None and _matching(name, local)]
-    if local is not None and len(mine) == len(settings.tasks):
-        return local
+    paths = tuple(str(path) for path in settings.include_path)
+    if paths:
+        local = _indexed(paths, False)
+        if all(_matching(name, local) for name in settings.tasks):
+            return local
+    manager = _indexed(paths, True)
     for name in settings.tasks:
-        if name not in mine and not _matching(name, _lm_evals()):
+        if not _matching(name, manager):
             raise EvaluationError(
                 f"there is no task {name!r} in lm-eval {importlib.metadata.version('lm_eval')}"
                 f"{' or in --include-path' if paths else '; --include-path DIR adds your own'}; "
                 "`lm-eval ls tasks` lists its tasks"
             )
-    return _Tasks(include_path=paths) if mine else _lm_evals()
+    return manager
 
 
 @functools.cache
-def _lm_evals() -> _Tasks:
-    """lm-eval's own tasks: the index of thousands of files takes ten seconds, and both models of a
-    comparison need it."""
-    return _Tasks()
+def _indexed(paths: tuple[str, ...], defaults: bool) -> _Tasks:
+    """The tasks of these paths, with lm-eval's own or without: their index of thousands of files
+    takes ten seconds, and both models of a comparison need it."""
+    return _Tasks(include_path=list(paths) or None, include_defaults=defaults)
 
 
 def _matching(name: str, manager: _Tasks) -> list[str]:

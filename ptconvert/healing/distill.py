@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -61,6 +61,7 @@ _BY_OPTION = {
     "seed": "--seed",
     "use_cpu": "--device",
     "bf16": "--dtype",
+    **dict.fromkeys(("fsdp", "fsdp_config"), "--fsdp"),
     "fp16": "--dtype",
 }
 _FIXED: dict[str, object] = {
@@ -72,11 +73,6 @@ _FIXED: dict[str, object] = {
     "restore_callback_states_from_checkpoint": True,
     "eval_strategy": "steps",
     "save_strategy": "steps",
-}
-# Weights, gradients and optimizer over the processes, layer by layer; whole where a state is kept.
-_SHARDED: dict[str, object] = {
-    "fsdp": True,
-    "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"},
 }
 _BY_STAGE = ("metric_for_best_model", "eval_on_start")  # fixed too, by the objective and the state
 
@@ -97,7 +93,7 @@ class _Rows(Dataset[dict[str, torch.Tensor]]):
 class Distillation(Trainer):  # type: ignore[misc]
     """A Trainer whose loss is KL(teacher || model) per token, or the cross-entropy of the text.
 
-    The teacher stays out of the Trainer's hands: never trained, sharded or saved.
+    The teacher stays out of the Trainer's hands: never trained or saved.
     """
 
     def __init__(self, *arguments: Any, teacher: Any, objective: str, **options: Any) -> None:
@@ -235,7 +231,8 @@ def distill(
     order = data.order(settings.tokens, settings.seed)
     metric = "kl" if settings.objective == "kl" else "nll"
     found = last_state(work)
-    arguments = training_arguments(settings, len(order), work, metric, found is not None)
+    layers = student.get_decoder().layers
+    arguments = training_arguments(settings, len(order), work, metric, found is not None, layers)
     teacher = teacher.eval().requires_grad_(False)
     if settings.fsdp:
         _shard(teacher, arguments.device)
@@ -332,6 +329,8 @@ def read_options(pairs: Sequence[str]) -> dict[str, object]:
 def check(settings: Settings, windows: int) -> None:
     """Raises HealError for too few windows, or processes."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.fsdp and "deepspeed" in settings.options:
+        raise HealError("--fsdp and --set deepspeed both shard the model; choose one")
     if settings.fsdp and processes == 1:
         raise HealError(
             "--fsdp: there is one process; torchrun --nproc-per-node GPUS -m ptconvert heal ... "
@@ -346,13 +345,19 @@ def check(settings: Settings, windows: int) -> None:
 
 
 def training_arguments(
-    settings: Settings, windows: int, work: Path, metric: str, resumed: bool
+    settings: Settings,
+    windows: int,
+    work: Path,
+    metric: str,
+    resumed: bool,
+    layers: Iterable[nn.Module] = (),
 ) -> Any:
-    """transformers' TrainingArguments. Raises HealError for values that it doesn't take."""
+    """transformers' TrainingArguments; `layers` are what is sharded one by one with `--fsdp`.
+    Raises HealError for values that it doesn't take."""
     checkpointing = next(name for name in _CHECKPOINTING if name in _FIELDS)
     options = {
         **_options(settings),
-        **(_SHARDED if settings.fsdp else {}),
+        **(_sharding(layers) if settings.fsdp else {}),
         checkpointing: settings.gradient_checkpointing,
         "output_dir": str(work),
         "metric_for_best_model": metric,
@@ -373,6 +378,15 @@ def training_arguments(
         if name not in settings.options:
             setattr(arguments, name, value)
     return arguments
+
+
+def _sharding(layers: Iterable[nn.Module]) -> dict[str, object]:
+    """Weights, gradients and optimizer over the processes, layer by layer; whole where a state is
+    kept. Classes that the model hasn't, as of tracks where all layers are dense, are no classes to
+    accelerate."""
+    classes = sorted({type(layer).__name__ for layer in layers})
+    config = {"version": 2, "state_dict_type": "FULL_STATE_DICT"}
+    return {"fsdp": True, "fsdp_config": {**config, "transformer_layer_cls_to_wrap": classes}}
 
 
 def _options(settings: Settings) -> dict[str, object]:

@@ -203,7 +203,8 @@ class Prices:
         variance_W = (noise * measured_W) ** 2 + 1e-12
         explained_WW = x_WS @ spread_SW + COMMON * np.outer(sum_W, sum_W)
         solved_W = np.linalg.solve(explained_WW + np.diag(variance_W), measured_W - sum_W)
-        self._common = 1 + COMMON * float(sum_W @ solved_W)
+        # above 0, however the wholes scatter: else what no whole had would be free
+        self._common = max(0.1, 1 + COMMON * float(sum_W @ solved_W))
         self._corrections_S = np.zeros(len(self._index))
         self._corrections_S[[self._index[s] for s in columns]] = spread_SW @ solved_W
 
