@@ -3,11 +3,11 @@
     python examples/bench/plan_cost.py MODEL --tracks 4 --calibrate FILE... --report FILE...
 
 The thorough search weighs each segment by running the model with it to its end, measures up to 32
-mixtures in each of up to 12 rounds on up to 8 of the windows, and up to 32 points whole:
-what `plan` did once. Both plan on the one text. Prints in Markdown what each computed, in forward
-passes over that text and in seconds, and what the schedule that it chose for each number of
-all-reduces waited for, asked for one by one, costs on the other text: KL(source || schedule) and
-rise of the loss, nats per token, over the same windows.
+mixtures in each of up to 12 rounds on up to 8 of the windows, and up to 32 points whole, as
+`plan` did once; costs are corrected by wholes as they are today. Both plan on the one text. Prints
+in Markdown what each computed, in forward passes over that text and in seconds, and what the
+schedule that it chose for each number of all-reduces waited for, asked for one by one, costs on the
+other text: KL(source || schedule) and rise of the loss, nats per token, over the same windows.
 """
 
 from __future__ import annotations
