@@ -130,7 +130,9 @@ def tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 
 def check_done(result: subprocess.CompletedProcess[str]) -> None:
-    assert (result.returncode, result.stderr) == (0, "")
+    # On a busy machine a step takes longer than the two seconds after which it is told.
+    said = [line for line in result.stderr.splitlines() if " so far" not in line]
+    assert (result.returncode, said) == (0, [])
 
 
 def check_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
