@@ -129,9 +129,15 @@ def tensors(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return {name: (str(t.dtype), t.shape, t.tobytes()) for name, t in found.items()}
 
 
+# A line of progress as a whole: when, what, how far, for how long.
+PROGRESS = re.compile(
+    r"[\d-]{10} [\d:]{8} .+: (\d.* of \d.*, )?[\d:]+ so far(, about [\d:]+ left)?"
+)
+
+
 def check_done(result: subprocess.CompletedProcess[str]) -> None:
     # On a busy machine a step takes longer than the two seconds after which it is told.
-    said = [line for line in result.stderr.splitlines() if " so far" not in line]
+    said = [line for line in result.stderr.splitlines() if not PROGRESS.fullmatch(line)]
     assert (result.returncode, said) == (0, [])
 
 

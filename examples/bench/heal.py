@@ -29,6 +29,7 @@ from dataclasses import asdict, astuple, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
+from plan import meter_of
 from transformers.utils.logging import disable_progress_bar
 
 from ptconvert import presets
@@ -40,7 +41,6 @@ from ptconvert.evaluate.models import (
     BatchSize,
     Progress,
     cache_directory,
-    content_digest,
     open_model,
 )
 from ptconvert.healing.data import read_data
@@ -48,7 +48,7 @@ from ptconvert.healing.distill import distill
 from ptconvert.healing.models import put
 from ptconvert.healing.settings import Settings
 from ptconvert.planning.planner import choose, search, waited_for
-from ptconvert.planning.sensitivity import Meter, Store, store_file
+from ptconvert.planning.sensitivity import Meter
 from ptconvert.schedule import Schedule
 
 WAITS = (24, 12, 8, 6, 4, 3, 2)
@@ -255,12 +255,7 @@ class Bench:
 
     @cached_property
     def _meter(self) -> Meter:
-        given, device, dtype = self.given, "cpu", "float32"
-        windows = windows_for(self.source, given.calibrate, given.window, given.windows)
-        digest = content_digest(self.source, self.progress)
-        store = Store(store_file(given.cache, digest, windows, given.tracks, dtype, device))
-        batch = BatchSize(None, device)
-        return Meter(self.source, given.tracks, windows, store, dtype, device, batch, self.progress)
+        return meter_of(self.given, self.given.calibrate, self.progress)
 
     @cached_property
     def _reported(self) -> list[tuple[Windows, Reference]]:

@@ -61,8 +61,8 @@ _BY_OPTION = {
     "seed": "--seed",
     "use_cpu": "--device",
     "bf16": "--dtype",
-    **dict.fromkeys(("fsdp", "fsdp_config"), "--fsdp"),
     "fp16": "--dtype",
+    **dict.fromkeys(("fsdp", "fsdp_config"), "--fsdp"),
 }
 _FIXED: dict[str, object] = {
     "train_sampling_strategy": "sequential",  # the order is made already
