@@ -36,7 +36,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # vLLM pins its own torch and transformers, so it has an environment of its own.
 $(VLLM_READY): pyproject.toml constraints-vllm.txt

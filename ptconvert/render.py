@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ptconvert.format import ASSIGNMENTS
+from ptconvert.needs import Needs
 from ptconvert.presets import dense_schedule
 from ptconvert.schedule import Kind, Schedule, Sublayer
 
@@ -129,6 +131,34 @@ def plan_table(summary: Mapping[str, Any], free: int) -> RenderableType:
     needed = decimal(summary["bytes_needed"])
     table.add_row("disk space", f"{needed} needed, {decimal(free)} free: {fits}")
     return table
+
+
+def needs_table(console: Console, needs: Needs, free: Mapping[str, int]) -> None:
+    """What a command holds in each of its phases and about how long these take, and whether there
+    is room."""
+    peaks = needs.peaks()
+    table = Table(box=None, pad_edge=False)
+    for name in ("phase", "holds", *peaks, "takes about"):
+        table.add_column(name, justify="left" if name in ("phase", "holds") else "right")
+    for phase in needs.phases:
+        for held in phase.held:
+            first = held is phase.held[0]
+            sizes = [decimal(held.nbytes) if needs.place(held) == p else "" for p in peaks]
+            took = _duration(phase.seconds) if first else ""
+            table.add_row(phase.name if first else "", held.what, *sizes, took)
+    table.add_row("at once, at most", "", *map(decimal, peaks.values()), _duration(needs.seconds))
+    there = [decimal(free[place]) if place in free else "" for place in peaks]
+    table.add_row("free", "", *there, "")
+    console.print(table)
+    for note in needs.notes:
+        console.print(note, style="dim")
+    lacking = needs.lacking(free)
+    if lacking:
+        console.print(f"NOT ENOUGH on {', '.join(lacking)}", style="bold red")
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _guess_cost(cost: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import statistics
 from collections import Counter
@@ -24,6 +23,7 @@ from ptconvert.runtime.counters import ALL_REDUCE
 from ptconvert.runtime.expected import Expected, with_departures
 from ptconvert.runtime.launch import RankFailure, RanksFailed, join, launch, under_torchrun
 from ptconvert.runtime.load import rank_bytes, shape_of
+from ptconvert.runtime.memory import PROCESS_BYTES, available_bytes
 from ptconvert.runtime.session import Job, run_rank
 from ptconvert.shape import DTYPES, ModelShape
 from ptconvert.spec import read_spec
@@ -31,7 +31,6 @@ from ptconvert.spec import read_spec
 FP32_TOLERANCE = 1e-4
 NOISE_FACTOR = 4.0  # of the largest difference that reordering sums makes
 EXPOSED_BELOW = 0.5  # an asynchronous all-reduce of which less ran under computation is exposed
-_PROCESS_BYTES = 500 * 10**6  # an interpreter with torch and transformers
 
 
 @dataclass(frozen=True)
@@ -227,22 +226,9 @@ def needed_bytes(checkpoint: Checkpoint, ranks: int, devices: int, dtype: torch.
     held = [0.0] * devices
     for rank in range(ranks):
         own = rank_bytes(checkpoint, Placement(rank, ranks))
-        held[rank % devices] += scale * own + _PROCESS_BYTES
-    held[0] = max(held[0], scale * by_layer_bytes(checkpoint) + _PROCESS_BYTES)
+        held[rank % devices] += scale * own + PROCESS_BYTES
+    held[0] = max(held[0], scale * by_layer_bytes(checkpoint) + PROCESS_BYTES)
     return [int(nbytes) for nbytes in held]
-
-
-def available_bytes(device: str) -> list[int]:
-    """Memory that can be had on each GPU; or of this machine within its control group's limit."""
-    if device == "cuda":
-        return [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no such group, or its limit is "max"
-        limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
-    return [free]
 
 
 def _checks(results: list[dict[str, Any]], expected: Expected) -> list[Check]:

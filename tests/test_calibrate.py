@@ -26,7 +26,7 @@ from test_transform import back, same, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ptconvert.calibrate import affinity, guess
+from ptconvert.calibrate import affinity, guess, on_disk
 from ptconvert.calibrate.conversion import calibrate
 from ptconvert.calibrate.guess import _pick_rank, fit_guesses, most_streams
 from ptconvert.calibrate.regression import MATRICES, RIDGES, Moments, best, fits
@@ -432,7 +432,7 @@ def test_streams_in_flight_count_for_what_goes_to_disk(
     items = '  - {layers: 0-1, stages: "a0^3 m0. a1. m1!"}\n'
     decoder = load(convert(source, 4, items)).model
     for streams in (19, 20):
-        monkeypatch.setattr(guess, "STREAM_BYTES", streams * 5 * 24 * 32 * 4)
+        monkeypatch.setattr(guess, "MEMORY_BYTES", streams * 5 * 24 * 32 * 4)
         first, *_ = guess._batches(decoder, ids_NT, None)
         assert (first.keep is guess._here) == (streams == 20)
 
@@ -485,14 +485,14 @@ def test_streams_on_disk_give_the_same_guesses(
     model = load(convert(make_dense("llama-biases"), 4, SCHEDULES[name]))
     ids_NT = torch.randint(3, 96, (10, 12), generator=torch.Generator().manual_seed(0))
     expected = fit_guesses(model.model, ids_NT, 4, quiet)
-    monkeypatch.setattr(guess, "STREAM_BYTES", 0)
-    mapped, folders = guess._mapped, set[Path | None]()
+    monkeypatch.setattr(guess, "MEMORY_BYTES", 0)
+    mapped, folders = on_disk.mapped, set[Path | None]()
 
     def seen(folder: Path | None, tensor: torch.Tensor) -> torch.Tensor:
         folders.add(folder)
         return mapped(folder, tensor)
 
-    monkeypatch.setattr(guess, "_mapped", seen)
+    monkeypatch.setattr(guess, "mapped", seen)
     folder = tmp_path / "scratch"
     folder.mkdir()
     found = fit_guesses(model.model, ids_NT, 4, quiet, folder)
@@ -509,8 +509,8 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(EvaluationError, match=r"No space left on device: .* all --windows on"):
-        guess._mapped(tmp_path, torch.zeros(3))
+    with pytest.raises(EvaluationError, match=r"No space left on device: .* all --windows lies on"):
+        on_disk.mapped(tmp_path, torch.zeros(3))
     assert not list(tmp_path.iterdir())
 
 

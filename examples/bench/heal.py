@@ -290,7 +290,7 @@ class Bench:
         folder = given.work / "yardstick"
         moved = distill(model, teacher, names, data, settings, folder, self.progress, _quiet)
         fresh = open_model(checkpoint, "float32", "cpu")
-        put(fresh, moved)
+        put(fresh, moved.items())
         return self._compared(fresh)
 
 

@@ -9,8 +9,10 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
 from ptconvert.computed import Assignment
 from ptconvert.evaluate.models import Progress
 from ptconvert.modeling.layers import OUTPUT_PROJECTIONS
@@ -122,7 +125,7 @@ def affinity(
     model: Any,
     writer: tuple[Sublayer, Activity],
     reader: tuple[Sublayer, Activity],
-) -> NDArray[np.float32]:
+) -> torch.Tensor:
     """The affinity of each writing unit and each reading unit, (U, U)."""
     layers = model.get_decoder().layers
     columns_DK = _columns(layers[writer[0].layer], *writer)
@@ -142,8 +145,7 @@ def affinity(
         share_GU = put_GK.view(groups, writers, -1).sum(2) / energy_G.clamp(min=1e-20)[:, None]
         # units that read the same KV head have a copy of its rows each
         found += scale * importance_U[:, None] * share_GU.repeat_interleave(units // groups, 0)
-    result: NDArray[np.float32] = found.T.cpu().numpy()
-    return result
+    return found.T.cpu()
 
 
 def _columns(layer: Any, sublayer: Sublayer, activity: Activity) -> torch.Tensor:
@@ -226,6 +228,11 @@ def _reassigned(
     return new
 
 
+def group_bytes(shape: ModelShape, group: Iterable[tuple[Sublayer, Sublayer]], tracks: int) -> int:
+    """What the affinities of a group take."""
+    return sum(4 * math.prod(_units(shape, s.kind, tracks) for s in pair) for pair in group)
+
+
 def components(schedule: Schedule) -> Iterator[list[tuple[Sublayer, Sublayer]]]:
     """The pairs of writers and readers, in groups that share no sublayer."""
     groups: list[list[tuple[Sublayer, Sublayer]]] = []
@@ -243,16 +250,22 @@ def assignments(
     tracks: int,
     ids_NT: torch.Tensor,
     progress: Progress,
+    scratch: Path | None = None,
 ) -> tuple[dict[int, Assignment], tuple[float, float]]:
     """The assignments of all layers held as tracks, and the share of affinity that lies between
-    tracks, contiguous and so."""
+    tracks, contiguous and so. A group's affinities of more than MEMORY_BYTES lie in files of the
+    directory `scratch` meanwhile. Raises EvaluationError."""
     sublayers = sorted({s for pair in schedule.own_read() for s in pair}, key=lambda s: s.position)
     activity = observe(model, shape, sublayers, tracks, ids_NT, progress)
     owners: Owners = {}
     groups, shares = list(components(schedule)), []
     for done, group in enumerate(groups):
         progress("assigning units", done, len(groups))
-        found = {(w, r): affinity(model, (w, activity[w]), (r, activity[r])) for w, r in group}
+        large = group_bytes(shape, group, tracks) > MEMORY_BYTES
+        found = dict[tuple[Sublayer, Sublayer], NDArray[np.float32]]()
+        for writer, reader in group:
+            one = affinity(model, (writer, activity[writer]), (reader, activity[reader]))
+            found[writer, reader] = (mapped(scratch, one) if large else one).numpy()
         own, before, after = assign(shape, found, tracks)
         owners.update(own)
         shares.append((before, after))

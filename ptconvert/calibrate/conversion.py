@@ -17,7 +17,7 @@ from ptconvert.calibrate.guess import HELD_OUT, Fitted, fit_guesses, guess_tenso
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.computed import Assignment, Calibration
 from ptconvert.errors import EvaluationError
-from ptconvert.evaluate.divergence import Windows, windows_for
+from ptconvert.evaluate.divergence import DEFAULT_LENGTH, Windows, positions, windows_for
 from ptconvert.evaluate.models import Progress, open_model
 from ptconvert.format import ASSIGNMENTS
 from ptconvert.shape import DTYPE_BYTES, DTYPES, ModelShape
@@ -66,6 +66,31 @@ def calibration_windows(
     return windows_for(source, texts, window, windows, tokens or DEFAULT_TOKENS)
 
 
+def calibration_size(
+    source: Checkpoint,
+    texts: Sequence[Path],
+    window: int | None,
+    windows: int | None,
+    tokens: int | None,
+) -> tuple[int, int]:
+    """How many windows there are, and of how many tokens; where no text is given, as many as are
+    read of a long one. Raises PTConvertError."""
+    if texts:
+        found = calibration_windows(source, texts, window, windows, tokens)
+        return len(found.ids), found.length
+    length = window or min(DEFAULT_LENGTH, positions(source))
+    return windows or max(1, (tokens or DEFAULT_TOKENS) // length), length
+
+
+def calibration_dtype(source: Checkpoint, shape: ModelShape, dtype: str, device: str) -> str:
+    """torch's name of what it is computed in: `auto` is float32 on the CPU, elsewhere what is
+    stored."""
+    if dtype != "auto":
+        return dtype
+    stored = weights_dtype(source, shape)
+    return "float32" if device == "cpu" else next(n for n, d in DTYPES.items() if d == stored)
+
+
 def calibrate(
     source: Checkpoint,
     spec: Spec,
@@ -79,7 +104,7 @@ def calibrate(
 
     Opens the dense model for the one, and for the other a conversion that lies in the directory
     `scratch` meanwhile, as do streams that are too many for memory. `dtype` is torch's name of one,
-    or `auto`: float32 on the CPU, elsewhere the one stored. Raises PTConvertError.
+    or `auto` (see `calibration_dtype`). Raises PTConvertError.
     """
     if spec.guess is not None and len(windows.ids) < HELD_OUT:
         raise EvaluationError(
@@ -88,15 +113,14 @@ def calibrate(
         )
     shape = ModelShape.from_config(source.config, str(source.path / "config.json"))
     ids_NT = windows.ids[:, :-1]
-    if dtype == "auto" and device == "cpu":
-        dtype = "float32"
+    dtype = calibration_dtype(source, shape, dtype, device)
     found: Mapping[int, Assignment] = {}
     lost, fitted = None, []
     if spec.assignment != ASSIGNMENTS[0]:
         progress("opening the source", 0, None)
         model = open_model(source, dtype, device)
         schedule = spec.schedule()
-        found, lost = assignments(model, shape, schedule, spec.tracks, ids_NT, progress)
+        found, lost = assignments(model, shape, schedule, spec.tracks, ids_NT, progress, scratch)
         del model
     if spec.guess is not None:
         progress("converting without guesses", 0, None)

@@ -10,15 +10,13 @@ Memory, beside the model's, for n tracks:
 - one batch of at most BATCH_TOKENS tokens (or one window) in one sublayer of all tracks;
 - the streams of all windows: at most 2n + 2 (merged; partials and guesses that wait, of each track;
   the dense model's), n + 1 for each sublayer of the stage at hand (its partials, and their sum),
-  and n + 1 for each all-reduce in flight. Beyond STREAM_BYTES they lie on disk, in files that are
+  and n + 1 for each all-reduce in flight. Beyond MEMORY_BYTES they lie on disk, in files that are
   mapped and have no name: 29 GB for 65,536 tokens in fp32, n = 8, D 4096 and one sublayer a stage.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,8 +24,8 @@ from typing import Any
 
 import torch
 
+from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
 from ptconvert.calibrate.regression import Affine, Fit, Moments, best, fits
-from ptconvert.errors import EvaluationError
 from ptconvert.evaluate.models import Progress
 from ptconvert.modeling.executor import OneProcess, PerTrack, RunSublayer, Streams, Update
 from ptconvert.modeling.layers import OUTPUT_PROJECTIONS, apply_norm
@@ -38,7 +36,6 @@ HELD_OUT = 5  # each such batch judges what is fitted on the others
 NEARLY_ALL = 0.95  # of the gain of the largest rank, for which a smaller one is taken
 LEAST_GAIN = 0.01  # of the error; below it no guess is kept
 BATCH_TOKENS = 4096
-STREAM_BYTES = 4 << 30  # of all windows' streams in memory
 
 Keep = Callable[[torch.Tensor], torch.Tensor]
 
@@ -161,24 +158,6 @@ def _moved(streams: Streams, move: Keep) -> Streams:
     return Streams(move(streams.base), waiting, flights)
 
 
-def _mapped(folder: Path | None, tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on disk, in a file that is gone when the tensor is. Raises EvaluationError where the
-    disk is full."""
-    handle, name = tempfile.mkstemp(prefix=".ptconvert-stream-", dir=folder)
-    try:
-        os.posix_fallocate(handle, 0, tensor.nbytes)
-        kept = torch.from_file(name, True, tensor.numel(), dtype=tensor.dtype)
-    except OSError as error:
-        raise EvaluationError(
-            f"{name}: {error.strerror}: guesses need the streams of all --windows on disk; give "
-            "fewer, or a destination with more room"
-        ) from error
-    finally:
-        os.close(handle)
-        Path(name).unlink()
-    return kept.view(tensor.shape).copy_(tensor)
-
-
 @torch.inference_mode()
 def fit_guesses(
     decoder: Any,
@@ -223,7 +202,7 @@ def fit_guesses(
 def _batches(decoder: Any, ids_NT: torch.Tensor, scratch: Path | None) -> Iterator[_Batch]:
     streams = most_streams(decoder.schedule, decoder.track_count)
     nbytes = streams * ids_NT.numel() * decoder.embed_tokens.weight[0].nbytes
-    keep: Keep = _here if nbytes <= STREAM_BYTES else functools.partial(_mapped, scratch)
+    keep: Keep = _here if nbytes <= MEMORY_BYTES else functools.partial(mapped, scratch)
     size = max(1, min(BATCH_TOKENS // ids_NT.shape[1], len(ids_NT) // HELD_OUT))
     for number, ids_BT in enumerate(torch.split(ids_NT, size), 1):
         stream_BTD = decoder.embed_tokens(ids_BT.to(decoder.device))

@@ -8,11 +8,13 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,6 +22,8 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from ptconvert.errors import EvaluationError, PTConvertError
+from ptconvert.needs import Needs
+from ptconvert.render import needs_table
 from ptconvert.shape import ModelShape, read_config
 
 _SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -91,6 +95,27 @@ def print_figures(figures: dict[str, Any], as_json: bool, show: Callable[[Consol
         click.echo(json.dumps(figures, indent=2))
     else:
         show(Console(highlight=False, markup=False))
+
+
+def print_needs(needs: Needs, folder: Path, as_json: bool) -> None:
+    """What a command will take, beside what there is: on the device, in memory, and on the disk of
+    a folder that may not be there yet."""
+    free = free_room(needs.device, folder)
+
+    def show(console: Console) -> None:
+        needs_table(console, needs, free)
+        console.print("Nothing was written (--dry-run).", style="dim")
+
+    print_figures(needs.as_json(free), as_json, show)
+
+
+def free_room(device: str, folder: Path) -> dict[str, int]:
+    """The bytes that are free by place, as `Needs` names them."""
+    from ptconvert.runtime.memory import free_bytes
+
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    free = {device: free_bytes(device), "disk": shutil.disk_usage(there).free}
+    return free if device == "cpu" else {**free, "memory": free_bytes("cpu")}
 
 
 def quiet_libraries() -> None:

@@ -15,7 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ptconvert.checkpoint.source import display_name, locate
-from ptconvert.cli.common import given, need_packages, print_figures, quiet_libraries, torch_device
+from ptconvert.cli.common import (
+    given,
+    need_packages,
+    print_figures,
+    print_needs,
+    quiet_libraries,
+    torch_device,
+)
 from ptconvert.cli.options import SEQUENCES, shared
 from ptconvert.cli.progress import first_process, step_progress
 from ptconvert.errors import HealError
@@ -135,12 +142,14 @@ if TYPE_CHECKING:  # they import torch
     help="Where the state is kept until it is done. [DST.healing]",
 )
 @shared("--revision")
+@shared("--dry-run")
 @shared("--overwrite")
 @shared("--json")
 def heal(
     checkpoint: str,
     destination: Path,
     as_json: bool,
+    dry_run: bool,
     overwrite: bool,
     **options: Any,
 ) -> None:
@@ -167,18 +176,27 @@ def heal(
         raise click.UsageError(f"{unused}: for the end-to-end stage, which --no-kl leaves out")
     if options["dataset"] and importlib.util.find_spec("datasets") is None:
         raise HealError("--dataset needs the package datasets, not installed here")
+    from ptconvert.healing.needs import heal_needs
     from ptconvert.healing.run import check_places
     from ptconvert.healing.run import heal as run
 
     folder = options["work"] or destination.with_name(f"{destination.name}.healing")
     check_places(destination, folder, overwrite)
+    needs = report = None
     with step_progress() as progress:
         case = _case(checkpoint, folder, options, progress)
         try:
-            report = run(case, destination, command_line(sys.argv[1:]), overwrite)
+            if dry_run:
+                progress("timing a layer's first steps", 0, None)
+                needs = heal_needs(case.student, case.teacher, case.data, case.settings)
+            else:
+                report = run(case, destination, command_line(sys.argv[1:]), overwrite)
         except KeyboardInterrupt:
-            click.echo(f"what was trained is in {folder}; the same command goes on", err=True)
+            if not dry_run:
+                click.echo(f"what was trained is in {folder}; the same command goes on", err=True)
             raise
+    if needs is not None:
+        print_needs(needs, folder, as_json)
     if report is not None:
         figures = {**report.as_json(), "destination": str(destination)}
         print_figures(figures, as_json, lambda console: _print_healed(console, figures))

@@ -60,6 +60,10 @@ _SHARED: dict[str, dict[str, Any]] = {
         "type": click.Path(path_type=Path, file_okay=False),
         "help": "Where answers and measurements are kept.",
     },
+    "--dry-run": {
+        "is_flag": True,
+        "help": "Check everything, print what it will take, and write nothing.",
+    },
     "--overwrite": {"is_flag": True, "help": "Replace DST if it is a checkpoint."},
     "--html": {
         "name": "html_file",

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ptconvert.checkpoint.source import display_name, locate
-from ptconvert.cli.common import given, need_packages, print_figures, quiet_libraries, torch_device
+from ptconvert.cli.common import (
+    given,
+    need_packages,
+    print_figures,
+    print_needs,
+    quiet_libraries,
+    torch_device,
+)
 from ptconvert.cli.options import shared
 from ptconvert.cli.progress import step_progress
 from ptconvert.errors import PlanError
 from ptconvert.format import ASSIGNMENTS, MAX_GUESS_RANK
 
 if TYPE_CHECKING:  # they import torch
+    from ptconvert.checkpoint.reader import Checkpoint
+    from ptconvert.evaluate.divergence import Windows
+    from ptconvert.evaluate.models import BatchSize, Progress
+    from ptconvert.needs import Needs
     from ptconvert.planning.planner import Frontier, Objective
     from ptconvert.planning.report import Planned
     from ptconvert.schedule import Schedule
@@ -89,12 +101,14 @@ if TYPE_CHECKING:  # they import torch
 @shared("--dtype", "auto", says="auto: what is stored, or float32 if faster")
 @shared("--revision")
 @shared("--cache", says="~/.cache/ptconvert")
+@shared("--dry-run")
 @shared("--json")
 def plan(
     source: str,
     output: Path | None,
     frontier_file: Path | None,
     revision: str | None,
+    dry_run: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -118,8 +132,17 @@ def plan(
             raise click.UsageError(f"{file}: its directory does not exist")
     if frontier_file is not None and frontier_file.suffix not in (".csv", ".html"):
         raise click.UsageError(f"--frontier {frontier_file}: its name must end in .csv or .html")
-    planned = _plan(source, revision, options)
-    _write(planned, output, frontier_file, as_json)
+    with step_progress() as progress:
+        case = _case(source, revision, options, progress)
+        if not dry_run:
+            planned = _plan(case, source, options, progress)
+        else:
+            progress("timing a layer's first steps", 0, None)
+            needs = _needs(case, options)
+    if dry_run:
+        print_needs(needs, case.cache, as_json)
+    else:
+        _write(planned, output, frontier_file, as_json)
 
 
 def _settle_objective(options: dict[str, Any]) -> None:
@@ -157,64 +180,89 @@ def _write(
                 click.echo(f"wrote {file}")
 
 
-def _plan(source: str, revision: str | None, options: dict[str, Any]) -> Planned:
+@dataclass(frozen=True)
+class _Case:
+    """What is planned for, on what text, and how it is computed."""
+
+    checkpoint: Checkpoint
+    shape: ModelShape
+    tracks: int
+    windows: Windows
+    objective: Objective
+    dtype: str
+    device: str
+    batch: BatchSize
+    cache: Path
+
+
+def _case(source: str, revision: str | None, options: dict[str, Any], progress: Progress) -> _Case:
+    """The checkpoint opened, the text read and the options settled. Raises PTConvertError."""
     from ptconvert.checkpoint.reader import open_checkpoint
     from ptconvert.evaluate.divergence import windows_for
-    from ptconvert.evaluate.models import (
-        BatchSize,
-        cache_directory,
-        content_digest,
-        fastest_dtype,
-        is_dense,
-    )
-    from ptconvert.planning.planner import ROUNDS, choose, search
-    from ptconvert.planning.report import Planned
-    from ptconvert.planning.sensitivity import Meter, Store, store_file
+    from ptconvert.evaluate.models import BatchSize, cache_directory, fastest_dtype, is_dense
     from ptconvert.shape import ModelShape
 
     tracks, dtype, device = options["tracks"], options["dtype"], torch_device(options["device"])
-    cache = options["cache"] or cache_directory()
-    with step_progress() as progress:
-        progress(f"finding {source}", 0, None)
-        checkpoint = open_checkpoint(locate(source, revision))
-        shape = ModelShape.from_config(checkpoint.config, str(checkpoint.path / "config.json"))
-        if reason := shape.indivisible(tracks):
-            raise PlanError(f"--tracks {tracks}: {reason}")
-        if not is_dense(checkpoint):
-            raise PlanError(f"{source} is converted already; plan starts from the dense checkpoint")
-        objective = _objective(options, shape)
-        if dtype == "auto":
-            say = functools.partial(click.echo, err=True)
-            dtype = fastest_dtype(checkpoint, device, say)
-        progress("tokenizing the text", 0, None)
-        windows = windows_for(checkpoint, options["texts"], options["window"], options["windows"])
-        digest = content_digest(checkpoint, progress)
-        store = Store(store_file(cache, digest, windows, tracks, dtype, device))
-        batch = BatchSize(options["batch_size"], device)
-        meter = Meter(checkpoint, tracks, windows, store, dtype, device, batch, progress)
-        try:
-            limit = options["time_limit"] and 60 * options["time_limit"]
-            rounds = options["rounds"] or ROUNDS
-            budget = options["max_syncs"], options["max_loss"]
-            found = search(meter, objective, rounds, *budget, limit)
-        except KeyboardInterrupt:
-            click.echo(
-                f"what was measured is kept in {cache}; the same command goes on from there",
-                err=True,
-            )
-            raise
+    progress(f"finding {source}", 0, None)
+    checkpoint = open_checkpoint(locate(source, revision))
+    shape = ModelShape.from_config(checkpoint.config, str(checkpoint.path / "config.json"))
+    if reason := shape.indivisible(tracks):
+        raise PlanError(f"--tracks {tracks}: {reason}")
+    if not is_dense(checkpoint):
+        raise PlanError(f"{source} is converted already; plan starts from the dense checkpoint")
+    objective = _objective(options, shape)
+    if dtype == "auto":
+        dtype = fastest_dtype(checkpoint, device, functools.partial(click.echo, err=True))
+    progress("tokenizing the text", 0, None)
+    windows = windows_for(checkpoint, options["texts"], options["window"], options["windows"])
+    batch, cache = BatchSize(options["batch_size"], device), options["cache"] or cache_directory()
+    return _Case(checkpoint, shape, tracks, windows, objective, dtype, device, batch, cache)
+
+
+def _needs(case: _Case, options: dict[str, Any]) -> Needs:
+    from ptconvert.planning.needs import plan_needs
+
+    return plan_needs(
+        *(case.checkpoint, case.shape, case.tracks, case.windows, case.objective),
+        *(options["rounds"], case.dtype, case.device, case.batch),
+    )
+
+
+def _plan(case: _Case, source: str, options: dict[str, Any], progress: Progress) -> Planned:
+    from ptconvert.evaluate.models import content_digest
+    from ptconvert.planning.planner import ROUNDS, choose, search
+    from ptconvert.planning.report import Planned
+    from ptconvert.planning.sensitivity import Meter, Store, store_file
+
+    digest = content_digest(case.checkpoint, progress)
+    place = case.windows, case.tracks, case.dtype, case.device
+    store = Store(store_file(case.cache, digest, *place))
+    meter = Meter(
+        *(case.checkpoint, case.tracks, case.windows, store),
+        *(case.dtype, case.device, case.batch, progress),
+    )
+    try:
+        limit = options["time_limit"] and 60 * options["time_limit"]
+        budget = options["max_syncs"], options["max_loss"]
+        found = search(meter, case.objective, options["rounds"] or ROUNDS, *budget, limit)
+    except KeyboardInterrupt:
+        click.echo(
+            f"what was measured is kept in {case.cache}; the same command goes on from there",
+            err=True,
+        )
+        raise
     chosen = choose(found, options["max_syncs"], options["max_loss"])
     if chosen is None:
         raise PlanError(f"{_budget(options)}: {_closest(found)}")
     return Planned(
         model=display_name(source),
-        tracks=tracks,
+        tracks=case.tracks,
         texts=tuple(path.name for path in options["texts"]),
-        windows=len(windows.ids),
-        length=windows.length,
-        dtype=dtype,
+        windows=len(case.windows.ids),
+        length=case.windows.length,
+        dtype=case.dtype,
         budget=_budget(options),
-        objective=objective,
+        objective=case.objective,
         frontier=found,
         chosen=chosen,
         assignment=options["assignment"] or ASSIGNMENTS[0],

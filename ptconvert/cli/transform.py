@@ -12,6 +12,7 @@ from rich.filesize import decimal
 
 from ptconvert.cli.common import (
     ByteSize,
+    free_room,
     need_packages,
     print_figures,
     quiet_libraries,
@@ -25,6 +26,8 @@ from ptconvert.spec import Spec, read_spec
 if TYPE_CHECKING:  # they import torch
     from ptconvert.calibrate.conversion import Calibrated
     from ptconvert.checkpoint.reader import Checkpoint
+    from ptconvert.needs import Needs
+    from ptconvert.transform import Plan
 
 
 @click.command()
@@ -38,7 +41,7 @@ if TYPE_CHECKING:  # they import torch
 @shared("--device", says="cuda where there is")
 @shared("--dtype", "auto", says="auto: float32 on a CPU, else what is stored")
 @click.option("--to-dense", is_flag=True, help="Undo a conversion: SRC is a converted checkpoint.")
-@click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
+@shared("--dry-run")
 @shared("--overwrite")
 @click.option(
     "--shard-size", type=ByteSize(), default="5GB", show_default=True, help="Largest file written."
@@ -129,7 +132,10 @@ def transform(
     if dry_run:
         if to_dense:
             check_unchanged(plan)
-        print_figures(figures, as_json, lambda console: _print_plan(console, figures, free))
+        needs = None
+        if read is not None and not plan.complete:
+            needs = _needs(plan, read, (texts, window, windows, tokens), device, dtype)
+        _print_dry_run(figures, needs, destination, as_json)
         return
     if push_to_hub:
         hub.create(push_to_hub)
@@ -174,15 +180,48 @@ def _calibrate(
         return calibrate(checkpoint, spec, windows, torch_device(device), dtype, scratch, progress)
 
 
-def _print_plan(console: Console, figures: dict[str, Any], free: int) -> None:
-    from ptconvert.render import plan_table
+def _needs(
+    plan: Plan,
+    spec: Spec,
+    asked: tuple[tuple[Path, ...], int | None, int | None, int | None],
+    device: str | None,
+    dtype: str,
+) -> Needs:
+    """What computing what the spec wants will take; of a text that isn't given yet, as much as
+    would be read."""
+    need_packages("plan", "scipy")
+    quiet_libraries()
+    from ptconvert.calibrate.conversion import calibration_dtype, calibration_size
+    from ptconvert.calibrate.needs import calibration_needs
 
-    console.print(plan_table(figures, free))
-    if figures["note"]:
-        console.print(figures["note"], style="dim")
-    if figures["guess"]:
-        console.print("Guesses are counted at their full rank: the text decides.", style="dim")
-    console.print("Nothing was written (--dry-run).", style="dim")
+    where = torch_device(device)
+    with step_progress() as progress:
+        progress("timing a layer's first steps", 0, None)
+        size = calibration_size(plan.source, *asked)
+        dtype = calibration_dtype(plan.source, plan.shape, dtype, where)
+        return calibration_needs(plan, spec, *size, dtype, where)
+
+
+def _print_dry_run(
+    figures: dict[str, Any], needs: Needs | None, destination: Path, as_json: bool
+) -> None:
+    from ptconvert.render import needs_table, plan_table
+
+    room = {} if needs is None else free_room(needs.device, destination)
+
+    def show(console: Console) -> None:
+        console.print(plan_table(figures, figures["bytes_free"]))
+        if figures["note"]:
+            console.print(figures["note"], style="dim")
+        if figures["guess"]:
+            console.print("Guesses are counted at their full rank: the text decides.", style="dim")
+        if needs is not None:
+            console.print()
+            needs_table(console, needs, room)
+        console.print("Nothing was written (--dry-run).", style="dim")
+
+    told = None if needs is None else needs.as_json(room)
+    print_figures({**figures, "needs": told}, as_json, show)
 
 
 def _print_done(console: Console, figures: dict[str, Any]) -> None:

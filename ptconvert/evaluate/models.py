@@ -23,8 +23,9 @@ from ptconvert.families import CARRIED_BUFFERS
 from ptconvert.format import SECTION, read_section
 from ptconvert.modeling.model import PTConvertLlamaForCausalLM
 from ptconvert.presets import dense_schedule
+from ptconvert.runtime.memory import PROCESS_BYTES, free_bytes
 from ptconvert.schedule import Schedule
-from ptconvert.shape import DTYPES, config_dtype
+from ptconvert.shape import DTYPES, ELEMENT_BYTES, config_dtype
 
 T = TypeVar("T")
 # Told how far a long step has come: the step, how much is done, and of how much (None: unknown).
@@ -94,9 +95,9 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
 
 def fastest_dtype(checkpoint: Checkpoint, device: str, say: Callable[[str], None]) -> str:
     """What to compute a checkpoint in: torch's name of the dtype that its config names, or float32
-    where that is much faster on the device, as 16 bits are emulated on many CPUs; which it says.
-    Timed on a product of the size of the model's own. `auto`, which leaves it to transformers,
-    where the config names none. Raises ConfigError."""
+    where that is much faster on the device, as 16 bits are emulated on many CPUs, and fits there;
+    which it says. Timed on a product of the size of the model's own. `auto`, which leaves it to
+    transformers, where the config names none. Raises ConfigError."""
     own = config_dtype(checkpoint.config, str(checkpoint.path / "config.json"))
     stored = next((name for name, dtype in DTYPES.items() if dtype == own), "auto")
     if stored in ("auto", "float32"):
@@ -105,7 +106,15 @@ def fastest_dtype(checkpoint: Checkpoint, device: str, say: Callable[[str], None
     times = seconds[stored] / seconds["float32"]
     if times < _FASTER:
         return stored
-    say(f"computing in float32: {stored}, which is stored, is {times:.1f} times slower on {device}")
+    numbers = sum(e.nbytes // ELEMENT_BYTES[e.dtype] for e in checkpoint.tensors.values())
+    needed, slower = 4 * numbers + PROCESS_BYTES, f"is {times:.1f} times slower on {device}"
+    if needed > (free := free_bytes(device)):
+        say(
+            f"computing in {stored}, which is stored and {slower} than float32: in that the "
+            f"weights would take {needed / 1e9:.1f} GB of {free / 1e9:.1f}"
+        )
+        return stored
+    say(f"computing in float32: {stored}, which is stored, {slower}")
     return "float32"
 
 

@@ -154,7 +154,7 @@ def _loaded(pieces: Pieces, block: Block, healed: Tensors) -> Any:
     """The student's decoder with a block in memory, as far as it is healed."""
     model = pieces.load(block.layers, block.stages)
     own = {n: t for n, t in healed.items() if in_layers(n, block.layers)}
-    put(model, {name.removeprefix("model."): tensor for name, tensor in own.items()})
+    put(model, ((name.removeprefix("model."), tensor) for name, tensor in own.items()))
     return model
 
 

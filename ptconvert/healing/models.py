@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -68,10 +68,10 @@ def trainable(model: nn.Module, which: str, schedule: Schedule) -> list[str]:
 
 
 @torch.no_grad()
-def put(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+def put(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Copies tensors over a model's parameters of the same names."""
     parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         parameters[name].copy_(tensor)
 
 

@@ -215,7 +215,7 @@ def _distilled(case: Case, start: Tensors) -> Tensors:
     student, teacher = (open_model(c, dtype, "cpu") for c in (case.student, case.teacher))
     names = trainable(student, case.settings.train, schedule_of(case.student))
     freeze_but(student, names if case.settings.lora is None else ())
-    put(student, start)
+    put(student, start.items())
     moved = distill(
         student,
         teacher,

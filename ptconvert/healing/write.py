@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,9 +21,11 @@ from ptconvert.shape import EMBEDDING, HEAD, TIED
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-def rounded(checkpoint: Checkpoint, healed: Tensors) -> Tensors:
-    """Tensors in the dtype in which the checkpoint holds them."""
-    return {name: t.to(DTYPES[checkpoint.tensors[name].dtype]) for name, t in healed.items()}
+def rounded(checkpoint: Checkpoint, healed: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors in the dtype in which the checkpoint holds them, one at a time: what was healed lies
+    in mapped files, and all of it needn't fit in memory."""
+    for name, tensor in healed.items():
+        yield name, tensor.to(DTYPES[checkpoint.tensors[name].dtype])
 
 
 def write(
@@ -47,7 +50,7 @@ def write(
             if checkpoint.config.get(TIED) and HEAD in checkpoint.tensors:
                 # a copy that some tied checkpoints carry
                 healed = healed | {HEAD: healed[EMBEDDING]} if EMBEDDING in healed else healed
-            for name, tensor in rounded(checkpoint, healed).items():
+            for name, tensor in rounded(checkpoint, healed):
                 _replace(directory, checkpoint.tensors[name], tensor)
             if healed:
                 config = as_json(trained_config(checkpoint.config))

@@ -177,7 +177,7 @@ def search(
 
     wanted, started = None if target is None else fits, time.monotonic()
     windows = len(meter.windows.ids)
-    every = max(math.ceil(windows / SEARCH_WINDOWS), min(SEARCH_EACH, windows // 4))
+    every = searched_each(windows)
     segments = tuple(menu(meter.layers, objective.singles, objective.runs, 2 * meter.layers))
     meter.progress("weighing segments", 0, None)
     choices, prices = Choices(segments, objective.segment), Prices(segments)
@@ -185,7 +185,7 @@ def search(
     def learn(some: Sequence[Segment], step: str) -> None:
         prices.learn(dict(zip(some, meter.alone(some, step, every), strict=True)))
 
-    learn([s for s in segments if _is_basic(s)], "sensitivities")
+    learn([s for s in segments if is_basic(s)], "sensitivities")
     tried: dict[Schedule, tuple[Mixture, Cost]] = {}
     for number in range(1, rounds + 1):
         if tried and seconds is not None and time.monotonic() - started > seconds / 2:
@@ -231,7 +231,12 @@ def search(
     )
 
 
-def _is_basic(segment: Segment) -> bool:
+def searched_each(windows: int) -> int:
+    """The search is on each such window of so many."""
+    return max(math.ceil(windows / SEARCH_WINDOWS), min(SEARCH_EACH, windows // 4))
+
+
+def is_basic(segment: Segment) -> bool:
     """What is weighed before any search: all but the dense sublayers and the longer runs."""
     return not segment.dense and (segment.beside or segment.length <= 2)
 

@@ -30,7 +30,7 @@ from ptconvert.planning.segments import Segment, alone
 from ptconvert.presets import dense_schedule
 from ptconvert.schedule import Schedule
 from ptconvert.spec import parse_spec
-from ptconvert.transform import execute, plan_conversion
+from ptconvert.transform import Plan, execute, plan_conversion
 
 STREAM_BYTES = 4 << 30  # of memory for the kept streams; where it is too little, not all are kept
 
@@ -178,8 +178,7 @@ class Meter:
         if every not in self._perturbed:
             reference, model = self._opened
             streams = {layer: stream[::every] for layer, stream in reference.streams.items()}
-            held = 2 * streams[0].nbytes * (self.layers + 1)  # with the gradients
-            spacing = math.ceil(held / STREAM_BYTES)
+            spacing = gradient_spacing(self.layers, streams[0].nbytes)
             self._perturbed[every] = Perturbations(
                 model, streams, spacing, self.batch, self.progress
             )
@@ -214,10 +213,9 @@ class Meter:
 
     @cached_property
     def _kept(self) -> range:
-        """The layers whose streams are kept: all, or every so many where memory is short."""
+        """The layers whose streams are kept."""
         width = int(str(self.source.config["hidden_size"]))
-        each = self.windows.ids[:, 1:].numel() * width * 4
-        return range(0, self.layers, math.ceil(self.layers * each / STREAM_BYTES))
+        return kept_layers(self.layers, self.windows.ids[:, 1:].numel() * width * 4)
 
     @cached_property
     def _opened(self) -> tuple[Reference, Any]:
@@ -233,18 +231,34 @@ class Meter:
 
     def _all_tracks(self) -> Any:
         """The model with every layer held as tracks; its files are gone when it is open."""
-        spec = parse_spec(
-            f"format: 1\ntracks: {self.tracks}\nschedule:\n  - layers: 0-{self.layers - 1}\n"
-            f"    use: parallel_track\n    depth: {self.layers}\n",
-            "all layers as tracks",
-        )
-        plan = plan_conversion(self.source, spec, source_name=self.source.path.name)
+        plan = all_as_tracks(self.source, self.tracks)
         self.store.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="tracks-", dir=self.store.path.parent) as directory:
             converted = Path(directory) / "model"
             execute(plan, converted)
             model = open_model(open_checkpoint(converted), self.dtype, self.device)
             return model.requires_grad_(False)
+
+
+def all_as_tracks(source: Checkpoint, tracks: int) -> Plan:
+    """The conversion that holds every layer as tracks. Raises PTConvertError."""
+    layers = int(str(source.config["num_hidden_layers"]))
+    spec = parse_spec(
+        f"format: 1\ntracks: {tracks}\nschedule:\n  - layers: 0-{layers - 1}\n"
+        f"    use: parallel_track\n    depth: {layers}\n",
+        "all layers as tracks",
+    )
+    return plan_conversion(source, spec, source_name=source.path.name)
+
+
+def kept_layers(layers: int, stream_bytes: int) -> range:
+    """The layers whose streams are kept: all, or every so many where memory is short."""
+    return range(0, layers, math.ceil(layers * stream_bytes / STREAM_BYTES))
+
+
+def gradient_spacing(layers: int, stream_bytes: int) -> int:
+    """Before each how many layers there is a gradient, which is as long as a stream."""
+    return math.ceil(2 * stream_bytes * (layers + 1) / STREAM_BYTES)
 
 
 def _quiet(*_: object) -> None:

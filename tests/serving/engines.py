@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from conftest import random_model, spec_text
+from conftest import LAYERS, random_model, spec_text
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.computed import Assignment, Calibration
@@ -45,13 +45,15 @@ MIXED = """  - {layers: 0-0, use: tensor_parallel}
 """
 
 
-def make_model(directory: Path, variant: str, tracks: int, schedule: str, top: str = "") -> Path:
+def make_model(
+    directory: Path, variant: str, tracks: int, schedule: str, top: str = "", layers: int = LAYERS
+) -> Path:
     """A random dense model of a variant; converted, unless `tracks` is 0. `top` is the spec's.
 
     What a spec wants to be computed from a text, an assignment and guesses, is random.
     """
     dense = directory / "dense"
-    random_model(variant, **SIZES).save_pretrained(dense)
+    random_model(variant, **SIZES, num_hidden_layers=layers).save_pretrained(dense)
     if tracks == 0:
         return dense
     known = calibration(dense, tracks, schedule, top)

@@ -42,12 +42,13 @@ class Case:
     schedule: str = ""
     top: str = ""
     eager: bool = True
+    layers: int = LAYERS
 
 
-# A dense layer before tracks, endings of every kind, and stages of two sublayers.
+# A dense layer before tracks, endings of every kind, and a stage of two sublayers; no more layers
+# than that takes, as each is compiled.
 COMPILED = """  - {layers: 0-0, use: tensor_parallel}
-  - {layers: 1-2, use: parallel_track, depth: 2}
-  - {layers: 3-5, stages: "a3|m3! a4~2 m4^2 a5. m5!"}
+  - {layers: 1-3, stages: "a1|m1! a2~2 m2^2 a3. m3!"}
 """
 GUESSES = "assignment: {method: affinity}\nguess: {rank: 8}\n"
 CASES = {
@@ -66,8 +67,8 @@ CASES = {
     "parallel_track, depth 3, guesses": Case("llama", 2, "use: parallel_track, depth: 3", GUESSES),
     "guesses, mixed, 2 tracks per rank": Case("llama-biases", 4, MIXED, GUESSES),
     "guesses, in flight": Case("llama", 2, "use: delayed, delay: 2", GUESSES),
-    "compiled": Case("llama-biases", 4, COMPILED, eager=False),
-    "compiled, guesses": Case("llama", 2, COMPILED, GUESSES, False),
+    "compiled": Case("llama-biases", 4, COMPILED, eager=False, layers=4),
+    "compiled, guesses": Case("llama", 2, COMPILED, GUESSES, False, 4),
     "dense": Case("llama", 0),
 }
 WITH_FAULTS = (
@@ -107,7 +108,9 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="session")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
-        name: make_model(tmp_path_factory.mktemp("model"), c.variant, c.tracks, c.schedule, c.top)
+        name: make_model(
+            tmp_path_factory.mktemp("model"), c.variant, c.tracks, c.schedule, c.top, c.layers
+        )
         for name, c in CASES.items()
     }
 

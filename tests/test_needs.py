@@ -1,0 +1,304 @@
+"""What --dry-run says of memory and time: the arithmetic at real sizes, and the commands."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Convert, MakeDense, byte_level, load, spec_text
+from test_cli import run
+
+import ptconvert
+from ptconvert.beside import converted_config
+from ptconvert.calibrate import affinity, on_disk
+from ptconvert.calibrate import needs as calibrating
+from ptconvert.calibrate.needs import calibration_needs
+from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint
+from ptconvert.computed import Calibration
+from ptconvert.evaluate import models
+from ptconvert.evaluate.divergence import Windows
+from ptconvert.evaluate.models import BatchSize
+from ptconvert.healing import needs as healing
+from ptconvert.healing.data import Data
+from ptconvert.healing.needs import heal_needs
+from ptconvert.healing.settings import Settings
+from ptconvert.layout import dense_tensors
+from ptconvert.needs import Held, Needs, Phase, Place
+from ptconvert.planning import needs as planning
+from ptconvert.planning.needs import plan_needs
+from ptconvert.planning.planner import waited_for
+from ptconvert.runtime.one_layer import Step, one_layer, step_of
+from ptconvert.shape import ModelShape, read_config
+from ptconvert.spec import Spec, parse_spec
+from ptconvert.transform import plan_conversion
+
+TEXT = Path(ptconvert.__file__).parent / "spec.py"
+CONFIG = Path(__file__).parents[1] / "specs" / "configs" / "llama-3.1-8b.json"
+GB = 10**9
+NUMBERS = 8_030_261_248
+TRACKS = 8
+TEXT_8B = spec_text(TRACKS, "").replace("0-5, ", "0-31, use: parallel_track, depth: 2")
+STEP = Step(0.5, 1.5, 900 * 10**6)  # what one window of 1,024 tokens may take in a layer
+
+
+def quiet(*_: object) -> None:
+    """No progress."""
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Checkpoint:
+    """Llama-3.1-8B in bf16, of which there are no bytes."""
+    config = read_config(CONFIG)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    entries = {
+        name: TensorEntry(name, tmp_path / "none", "BF16", size, 0, 2 * math.prod(size))
+        for name, size in ModelShape.from_config(config).tensors()
+    }
+    return Checkpoint(tmp_path, config, entries)
+
+
+def spec_of(text: str) -> Spec:
+    return parse_spec(text, "spec.yaml")
+
+
+@pytest.fixture
+def converted(dense: Checkpoint) -> Checkpoint:
+    """Its conversion by TEXT_8B."""
+    spec = spec_of(TEXT_8B)
+    entries = {}
+    for tensor in dense_tensors(ModelShape.from_config(dense.config), spec.schedule(), TRACKS):
+        for part in tensor.parts:
+            size = tensor.part_shape(part)
+            file = dense.path / "none"
+            entries[part.name] = TensorEntry(part.name, file, "BF16", size, 0, 2 * math.prod(size))
+    config = converted_config(dict(dense.config), spec, spec.schedule(), "8B", Calibration(), {})
+    return Checkpoint(dense.path, config, entries)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At real sizes nothing is timed."""
+    if {"dense", "converted"} & set(request.fixturenames):
+        for module in (planning, calibrating, healing):
+            monkeypatch.setattr(module, "step_of", lambda *_, **__: STEP)
+            monkeypatch.setattr(module, "one_layer", lambda *_: None)
+            if hasattr(module, "head_seconds"):
+                monkeypatch.setattr(module, "head_seconds", lambda *_: 4.0)
+        monkeypatch.setattr(calibrating, "_fit_seconds", lambda *_: 30.0)
+
+
+def held(needs: Needs, phase: str) -> dict[str, int]:
+    (found,) = (p for p in needs.phases if p.name == phase)
+    return {h.what: h.nbytes for h in found.held}
+
+
+def data(windows: int, held_out: int) -> Data:
+    ids = torch.zeros(1, 1025, dtype=torch.int64)
+    apart = Windows(ids.expand(held_out, -1), 1024, 1024 * held_out)
+    return Data(("text",), ids.expand(windows, -1), apart)
+
+
+# The arithmetic
+
+
+def test_the_8b_model_is_planned_on_24_gb(dense: Checkpoint) -> None:
+    ids = torch.zeros(1, 1025, dtype=torch.int64).expand(64, -1)
+    shape = ModelShape.from_config(dense.config)
+    found = plan_needs(
+        *(dense, shape, TRACKS, Windows(ids, 1024, 65536), waited_for(True), None),
+        *("bfloat16", "cuda", BatchSize(1, "cuda")),
+    )
+    weighing = held(found, "weighing segments")
+    norms = 2 * shape.layers * shape.width * (TRACKS - 1)  # which each track has for itself
+    assert weighing["weights, as tracks"] == 2 * (NUMBERS + norms)
+    assert weighing["streams, 64 windows, 4 layers"] == 5 * 64 * 1024 * 4096 * 2
+    peaks = found.peaks()
+    assert 18 * GB < peaks["cuda"] < 22 * GB and 5 * GB < peaks["memory"] < 12 * GB
+    assert peaks["disk"] == 2 * (NUMBERS + norms)
+    # each pass is 64 windows of 32 layers and a head
+    assert found.phases[0].seconds == 64 * (32 * 0.5 + 4)
+    passes = found.seconds / found.phases[0].seconds
+    assert f"Times are for {passes:.0f} forward passes" in found.notes[0] and passes < 40
+
+
+def test_what_a_text_decides_of_the_8b_model(dense: Checkpoint) -> None:
+    spec = spec_of(f"{TEXT_8B}assignment: affinity\nguess: {{rank: 64}}\n")
+    plan = plan_conversion(dense, spec, source_name="8B")
+    found = calibration_needs(plan, spec, 64, 1024, "bfloat16", "cuda")
+    guesses = held(found, "guesses")
+    assert guesses["one track's regression"] == 11 * 8192**2 * 8
+    assert guesses["streams, 64 windows"] == (2 * 8 + 2 + 9) * 64 * 1024 * 4096 * 2
+    assert found.peaks()["cuda"] < 24 * GB and found.peaks()["memory"] < 5 * GB
+    assert held(found, "affinity")["all pairs of a run"] == pytest.approx(4 * 14336**2, rel=0.1)
+
+
+def test_block_by_block_the_8b_model_is_healed_on_24_gb(
+    dense: Checkpoint, converted: Checkpoint
+) -> None:
+    settings = Settings(blockwise=True, kl=False, batch_size=1, dtype="bfloat16", device="cuda")
+    found = heal_needs(converted, dense, data(256, 16), settings)
+    layer = (NUMBERS - 2 * 128256 * 4096 - 4096) // 32
+    blocks = held(found, "block by block")
+    norms = 2 * 4096 * (TRACKS - 1)
+    assert blocks["layers 0-1, with AdamW's state"] == 16 * 2 * (layer + norms)
+    assert blocks["the teacher's"] == 2 * 2 * layer
+    assert blocks["activations, 1 windows"] == 2 * STEP.kept
+    assert blocks["streams of all windows"] == 272 * 1024 * 4096 * 2
+    assert found.peaks()["cuda"] < 24 * GB
+    # 256 windows through 32 layers, forward and back, and forward in the teacher's; and so on
+    assert found.phases[1].seconds == 256 * 32 * (1.5 + 0.5) + 32 * 32 * (0.5 + 0.5) + 272 * 16
+
+
+def test_end_to_end_it_is_not(
+    dense: Checkpoint, converted: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(batch_size=1, dtype="bfloat16", device="cuda")
+
+    def end_to_end(**options: Any) -> tuple[Needs, dict[str, int]]:
+        needs = heal_needs(converted, dense, data(256, 16), replace(settings, **options))
+        return needs, held(needs, "end to end")
+
+    needs, whole = end_to_end()
+    moved = next(nbytes for what, nbytes in whole.items() if "trained" in what)
+    assert moved == 16 * (NUMBERS - 2 * 128256 * 4096 - 4096 + 32 * 2 * 4096 * (TRACKS - 1))
+    assert needs.lacking({"cuda": 80 * GB, "memory": 64 * GB}) == ["cuda"]
+    # adapters are small, and contiguous tracks are slices of the teacher's matrices
+    needs, adapters = end_to_end(lora=64, gradient_checkpointing=True)
+    assert adapters["the student's frozen ones"] == 0
+    assert adapters["the teacher's weights"] == 2 * NUMBERS
+    assert adapters["activations, 1 windows"] == 32 * 9 * 1024 * 4096 * 2 + STEP.kept
+    assert not needs.lacking({"cuda": 80 * GB, "memory": 64 * GB})
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    _, cut = end_to_end(fsdp=True)
+    assert next(nbytes for what, nbytes in cut.items() if "trained" in what) == moved // 8
+    assert cut["the teacher's weights"] == 2 * NUMBERS // 8
+
+
+def test_peaks_are_of_what_is_held_at_once() -> None:
+    phases = (
+        Phase("one", (Held("a", 5, Place.DEVICE), Held("b", 3, Place.MEMORY)), 1.0),
+        Phase("two", (Held("c", 4, Place.DEVICE), Held("d", 9, Place.DISK)), 2.0),
+    )
+    assert Needs("cuda", phases).peaks() == {"cuda": 5, "memory": 3, "disk": 9}
+    assert Needs("cpu", phases).peaks() == {"cpu": 8, "disk": 9}
+    assert Needs("cpu", phases).lacking({"cpu": 7, "disk": 9}) == ["cpu"]
+    assert Needs("cpu", phases).seconds == 3
+
+
+# What it rests on
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "qwen2"])
+def test_layers_keep_for_the_way_back_what_one_by_itself_does(
+    variant: str, make_dense: MakeDense, convert: Convert
+) -> None:
+    path = make_dense(variant)
+    model = load(convert(path, 4, "use: parallel_track, depth: 2"), attn_implementation="sdpa")
+    known = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage
+        return tensor
+
+    stream = torch.randn(2, 32, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model(inputs_embeds=stream, use_cache=False)
+    whole = sum(storage.nbytes() for storage in kept.values())
+    config = json.loads((path / "config.json").read_text())
+    found = step_of(one_layer(config, 4, "cpu"), "float32", 2, 32, trains=True)
+    assert found.forward > 0 and found.both > found.forward
+    assert 6 * found.kept == pytest.approx(whole, rel=0.1)
+    fixed = step_of(one_layer(config, 4, "cpu"), "float32", 2, 32)  # its weights are not trained
+    assert 0 < fixed.kept < found.kept
+
+
+def test_affinities_on_disk_give_the_same_assignment(
+    make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_dense("llama")
+    shape = ModelShape.from_config(read_config(source))
+    schedule = spec_of(spec_text(4, "use: parallel_track, depth: 2")).schedule()
+    ids_NT = torch.randint(3, 96, (6, 24), generator=torch.Generator().manual_seed(0))
+    mapped, folders, found = on_disk.mapped, list[Path | None](), []
+
+    def seen(folder: Path | None, tensor: torch.Tensor) -> torch.Tensor:
+        folders.append(folder)
+        return mapped(folder, tensor)
+
+    monkeypatch.setattr(affinity, "mapped", seen)
+    for limit in (4 << 30, 0):
+        assert not folders
+        monkeypatch.setattr(affinity, "MEMORY_BYTES", limit)
+        given = load(source), shape, schedule, 4, ids_NT, quiet, tmp_path
+        orders, lost = affinity.assignments(*given)
+        found.append(({k: (list(o.kv_heads), list(o.neurons)) for k, o in orders.items()}, lost))
+    assert set(folders) == {tmp_path}
+    assert found[0] == found[1] and not list(tmp_path.iterdir())
+
+
+def test_float32_is_not_taken_where_it_does_not_fit(
+    make_dense: MakeDense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, said = open_checkpoint(make_dense("llama", torch.bfloat16)), list[str]()
+    monkeypatch.setattr(
+        models, "_product_seconds", lambda _, __, dtype: {"float32": 1.0, "bfloat16": 7.0}[dtype]
+    )
+    monkeypatch.setattr(models, "free_bytes", lambda _: 5 * 10**8)
+    assert models.fastest_dtype(stored, "cpu", said.append) == "bfloat16"
+    assert said == [
+        "computing in bfloat16, which is stored and is 7.0 times slower on cpu than float32: in "
+        "that the weights would take 0.5 GB of 0.5"
+    ]
+
+
+# The commands
+
+
+@pytest.fixture
+def source(make_dense: MakeDense, tmp_path: Path) -> Path:
+    return byte_level(make_dense, tmp_path / "source")
+
+
+def commands(source: Path, convert: Convert, tmp_path: Path) -> dict[str, tuple[object, ...]]:
+    """Each command that has something to work out, without its --dry-run."""
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(f"{spec_text(4, 'use: parallel_track, depth: 2')}guess: {{rank: 4}}\n")
+    converted, out = convert(source, 4, "use: parallel_track, depth: 2"), tmp_path / "out"
+    size = ("--text", TEXT, "--window", 32)
+    return {
+        "plan": ("plan", source, "--tracks", 4, *size, "--max-syncs", 4, "--cache", out),
+        "transform": ("transform", source, out, "--spec", spec),
+        "heal": ("heal", converted, out, "--teacher", source, *size, "--blockwise"),
+    }
+
+
+@pytest.mark.parametrize("name", ["plan", "transform", "heal"])
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(
+    name: str,
+    source: Path,
+    convert: Convert,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = commands(source, convert, tmp_path)[name]
+    before = sorted(tmp_path.rglob("*"))
+    shown, _ = run(*command, "--dry-run")
+    assert "at once, at most" in shown and "NOT ENOUGH" not in shown
+    assert shown.endswith("Nothing was written (--dry-run).\n")
+    told = json.loads(run(*command, "--dry-run", "--json")[0])
+    told = told.get("needs", told)
+    assert told["fits"] and told["peak"].keys() <= told["free"].keys() == {"cpu", "disk"}
+    assert all(phase["seconds"] > 0 and phase["held"] for phase in told["phases"])
+    assert told["seconds"] == pytest.approx(sum(phase["seconds"] for phase in told["phases"]))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**6))
+    assert "NOT ENOUGH on cpu" in run(*command, "--dry-run")[0]
+    assert sorted(tmp_path.rglob("*")) == before
