@@ -22,9 +22,9 @@ from rich.table import Table
 
 from ptconvert.estimate.hardware import Engine, Hardware, Link, read_engine, read_hardware
 from ptconvert.estimate.model import Workload, estimate
-from ptconvert.presets import PRESETS
-from ptconvert.schedule import Schedule
-from ptconvert.shape import ModelShape
+from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.presets import PRESETS
+from ptconvert.schedule.stages import Schedule
 
 DATA = Path(__file__).parent / "calibration"
 Rows = Mapping[str, Any]  # hardware and engine rows by name

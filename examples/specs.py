@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ptconvert.spec import read_spec
+from ptconvert.spec.document import read_spec
 
 SPECS = Path(__file__).parents[1] / "specs"
 RANKS = (4, 2)

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from reference import Guesses
 
-from ptconvert.computed import Assignment, Calibration
-from ptconvert.guesses import guess_tensors
-from ptconvert.schedule import Schedule, Sublayer
-from ptconvert.shape import ModelShape
+from ptconvert.checkpoint.calibration import Assignment, Calibration
+from ptconvert.models.guesses import guess_tensors
+from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.stages import Schedule, Sublayer
 
 TOP = "assignment: affinity\nguess: {rank: 5}\n"
 

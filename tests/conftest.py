@@ -22,8 +22,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ptconvert.checkpoint.reader import open_checkpoint
-from ptconvert.spec import parse_spec
-from ptconvert.transform import execute, plan_conversion
+from ptconvert.convert.transform import execute, plan_conversion
+from ptconvert.spec.document import parse_spec
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("unhurried")

@@ -9,18 +9,13 @@ from pathlib import Path
 from hypothesis import strategies as st
 from test_schedule import schedules
 
+from ptconvert.checkpoint.files import read_config
 from ptconvert.estimate.collective import all_reduce
-from ptconvert.estimate.hardware import (
-    Hardware,
-    Link,
-    Protocol,
-    read_engine,
-    read_hardware,
-)
+from ptconvert.estimate.hardware import Hardware, Link, Protocol, read_engine, read_hardware
 from ptconvert.estimate.roofline import Pass
-from ptconvert.presets import PRESETS, parameters
-from ptconvert.schedule import Schedule
-from ptconvert.shape import ModelShape, read_config
+from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.presets import PRESETS, parameters
+from ptconvert.schedule.stages import Schedule
 
 ROOT = Path(__file__).parents[1]
 LAYERS = 80

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from test_modeling import SCHEDULES, TOLERANCE, difference, left_padded
 
 from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.checkpoint.section import read_section
+from ptconvert.convert.transform import check_unchanged, execute, plan_to_dense
 from ptconvert.errors import CheckpointError
-from ptconvert.format import read_section
 from ptconvert.modeling.executor import OneProcess
 from ptconvert.modeling.layers import Placement
 from ptconvert.runtime.load import load_rank
-from ptconvert.transform import check_unchanged, execute, plan_to_dense
 
 TIED = {"tie_word_embeddings": True}
 

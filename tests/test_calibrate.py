@@ -30,17 +30,18 @@ from ptconvert.calibrate import affinity, guess, on_disk
 from ptconvert.calibrate.conversion import calibrate
 from ptconvert.calibrate.guess import _pick_rank, fit_guesses, most_streams
 from ptconvert.calibrate.regression import MATRICES, RIDGES, Moments, best, fits
+from ptconvert.checkpoint.calibration import Assignment, Calibration
+from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
-from ptconvert.computed import Assignment, Calibration
+from ptconvert.convert.transform import execute, plan_conversion, plan_to_dense
 from ptconvert.errors import CheckpointError, EvaluationError, SpecError
-from ptconvert.evaluate.divergence import Windows
-from ptconvert.guesses import guess_cost
+from ptconvert.measure.divergence import Windows
 from ptconvert.modeling.executor import OneProcess, Streams, add_per_track, run_stage
-from ptconvert.schedule import DEFERRED, Kind, Schedule, Sublayer
-from ptconvert.shape import ModelShape, read_config
-from ptconvert.spec import parse_spec
-from ptconvert.transform import execute, plan_conversion, plan_to_dense
+from ptconvert.models.guesses import guess_cost
+from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.stages import DEFERRED, Kind, Schedule, Sublayer
+from ptconvert.spec.document import parse_spec
 
 AFFINITY = "assignment: affinity\n"
 

@@ -22,20 +22,16 @@ from estimating import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ptconvert.checkpoint.files import read_config
 from ptconvert.estimate.collective import Reduction, Transfer, all_reduce
 from ptconvert.estimate.compare import faster
-from ptconvert.estimate.hardware import (
-    Link,
-    Protocol,
-    read_engine,
-    read_hardware,
-)
+from ptconvert.estimate.hardware import Link, Protocol, read_engine, read_hardware
 from ptconvert.estimate.model import Workload, estimate, reduction, step
 from ptconvert.estimate.roofline import Pass, rank_bytes
 from ptconvert.estimate.timeline import run
-from ptconvert.presets import PRESETS, dense_schedule
-from ptconvert.schedule import Schedule
-from ptconvert.shape import ModelShape, read_config
+from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.presets import PRESETS, dense_schedule
+from ptconvert.schedule.stages import Schedule
 
 
 def test_a_decode_step_by_hand() -> None:

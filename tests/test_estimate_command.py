@@ -16,24 +16,20 @@ from estimating import GPT_FAST, H100, LAYERS, ROOT, SCHEDULES, SHAPE, VLLM
 from hypothesis import example, given, settings
 from test_schedule import schedules
 
-from ptconvert.beside import converted_config
+from ptconvert.checkpoint.calibration import Calibration
+from ptconvert.checkpoint.config import converted_config
 from ptconvert.cli import main
-from ptconvert.computed import Calibration
 from ptconvert.errors import HardwareError
 from ptconvert.estimate.compare import UNCHECKED, Candidate, Setting, compare
-from ptconvert.estimate.hardware import (
-    Engine,
-    engine_names,
-    hardware_names,
-)
+from ptconvert.estimate.hardware import Engine, engine_names, hardware_names
 from ptconvert.estimate.model import Workload, step
 from ptconvert.estimate.report import lane_group, layer_group, to_html
 from ptconvert.estimate.roofline import Pass
-from ptconvert.guesses import most_guesses
-from ptconvert.presets import PRESETS
-from ptconvert.schedule import Schedule
-from ptconvert.shape import DTYPES, ModelShape
-from ptconvert.spec import read_spec
+from ptconvert.models.guesses import most_guesses
+from ptconvert.models.shape import DTYPES, ModelShape
+from ptconvert.schedule.presets import PRESETS
+from ptconvert.schedule.stages import Schedule
+from ptconvert.spec.document import read_spec
 
 
 def run_command(*arguments: object, code: int = 0) -> tuple[str, str]:

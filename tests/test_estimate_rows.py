@@ -16,6 +16,7 @@ from estimating import H100, ROOT, seconds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ptconvert.checkpoint.files import read_config
 from ptconvert.errors import HardwareError
 from ptconvert.estimate.hardware import (
     Hardware,
@@ -27,8 +28,8 @@ from ptconvert.estimate.hardware import (
     to_yaml,
 )
 from ptconvert.estimate.model import Workload, estimate
-from ptconvert.presets import dense_schedule
-from ptconvert.shape import ModelShape, read_config
+from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.presets import dense_schedule
 
 
 def test_engines_say_their_version_and_the_default_is_the_newest_vllm() -> None:
@@ -75,7 +76,7 @@ def test_the_host_times_of_vllm_are_what_its_sources_leave() -> None:
 
 def test_an_engine_file_says_for_which_endings_a_way_is_open(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    text = (ROOT / "ptconvert" / "engines" / "vllm.yaml").read_text()
+    text = (ROOT / "ptconvert" / "estimate" / "rows" / "engines" / "vllm.yaml").read_text()
     file.write_text(text.replace("one_shot: blocking", 'one_shot: "yes"'))
     with pytest.raises(HardwareError, match="one_shot is yes; it must be none or blocking or ov"):
         read_engine(str(file))
@@ -89,7 +90,7 @@ def test_every_number_of_a_packaged_row_has_its_source(name: str) -> None:
         sources = row.sources
         assert row.links and to_yaml(row) and row.engine in engine_names()
     else:
-        text = (ROOT / "ptconvert" / "engines" / f"{name}.yaml").read_text()
+        text = (ROOT / "ptconvert" / "estimate" / "rows" / "engines" / f"{name}.yaml").read_text()
         sources = {line.split(":")[0].strip(): "" for line in text.split("sources:")[1].split("\n")}
     defaults = ("one_shot_us", "switch_us", "switch_gb_s", "batched_reach", "reduces_at_once")
     for path, value in numbers(row):

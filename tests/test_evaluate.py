@@ -32,14 +32,18 @@ import ptconvert
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
 from ptconvert.errors import EvaluationError
-from ptconvert.evaluate import divergence, lm, models, report, tasks
+from ptconvert.evaluate import lm, report, tasks
 from ptconvert.evaluate.harness import Metric, Scores, Settings, Task
-from ptconvert.evaluate.models import BatchSize, open_model, open_tokenizer
 from ptconvert.evaluate.report import Text, evaluate
+from ptconvert.measure import divergence
+from ptconvert.measure import opening as models
+from ptconvert.measure.opening import BatchSize, open_model, open_tokenizer
 from ptconvert.modeling import model
 
 # Text for tests: this package's own modules.
-TEXTS = tuple(Path(ptconvert.__file__).parent / name for name in ("spec.py", "shape.py"))
+TEXTS = tuple(
+    Path(ptconvert.__file__).parent / name for name in ("spec/document.py", "models/shape.py")
+)
 MADE = (tasks.PERPLEXITY_TASK, tasks.CLOZE_TASK)
 GENERATE = {
     "task": "continue",

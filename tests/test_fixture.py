@@ -11,15 +11,15 @@ import pytest
 from conftest import FIXTURE, Convert
 
 from ptconvert.calibrate.conversion import calibrate, calibration_windows
+from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.reader import open_checkpoint, same_bytes
-from ptconvert.computed import Calibration
-from ptconvert.evaluate.divergence import Reference, Windows, measure, reference, windows_for
+from ptconvert.convert.transform import execute, plan_conversion, plan_to_dense
 from ptconvert.evaluate.harness import Settings
-from ptconvert.evaluate.models import BatchSize, open_model
 from ptconvert.evaluate.report import evaluate
 from ptconvert.evaluate.tasks import CLOZE_TASK, make_tasks
-from ptconvert.spec import parse_spec
-from ptconvert.transform import execute, plan_conversion, plan_to_dense
+from ptconvert.measure.divergence import Reference, Windows, measure, reference, windows_for
+from ptconvert.measure.opening import BatchSize, open_model
+from ptconvert.spec.document import parse_spec
 
 pytestmark = pytest.mark.skipif(
     not FIXTURE.is_dir(), reason="shared/fixtures/stdlib-llama is not beside this checkout"

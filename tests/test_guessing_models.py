@@ -13,17 +13,17 @@ from reference import reference_logits
 from test_modeling import SCHEDULES, TOLERANCE, difference, left_padded, step_logits
 from test_verify import expected_of, job, run_many
 
+from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.reader import open_checkpoint
-from ptconvert.computed import Calibration
-from ptconvert.format import read_section
+from ptconvert.checkpoint.section import read_section
 from ptconvert.modeling.executor import OneProcess, Streams, run_stage
 from ptconvert.modeling.layers import Placement
-from ptconvert.presets import dense_schedule
 from ptconvert.runtime.launch import launch
 from ptconvert.runtime.load import load_rank
-from ptconvert.schedule import Schedule
-from ptconvert.spec import parse_spec
-from ptconvert.verify import _checks
+from ptconvert.schedule.presets import dense_schedule
+from ptconvert.schedule.stages import Schedule
+from ptconvert.spec.document import parse_spec
+from ptconvert.verify.ranks import _checks
 
 GUESSING = ("track-4", "sync_point_drop", "delayed-1", "delayed-3", "track-2-overlap-1", "mixed")
 

@@ -26,19 +26,19 @@ from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint, same_bytes
 from ptconvert.cli import main
 from ptconvert.cli.heal import command_line
 from ptconvert.errors import HealError
-from ptconvert.evaluate import divergence
-from ptconvert.evaluate.models import BatchSize, open_model, schedule_of
-from ptconvert.healing import run as healing
-from ptconvert.healing.blockwise import Pieces, blocks_of
-from ptconvert.healing.data import Data, read_data
-from ptconvert.healing.distill import compare, distill
-from ptconvert.healing.models import changed_layers, freeze_but, share, trainable
-from ptconvert.healing.settings import Settings
+from ptconvert.heal import run as healing
+from ptconvert.heal.blockwise import Pieces, blocks_of
+from ptconvert.heal.data import Data, read_data
+from ptconvert.heal.distill import compare, distill
+from ptconvert.heal.models import changed_layers, freeze_but, share, trainable
+from ptconvert.heal.settings import Settings
+from ptconvert.measure import divergence
+from ptconvert.measure.opening import BatchSize, open_model, schedule_of
 from ptconvert.runtime.launch import PRELOADED
-from ptconvert.schedule import Schedule
+from ptconvert.schedule.stages import Schedule
 
 pytest.importorskip("peft", reason="peft is not installed")
-TEXT = Path(ptconvert.__file__).parent / "spec.py"
+TEXT = Path(ptconvert.__file__).parent / "spec" / "document.py"
 SIZE = ("--window", 32, "--tokens", 2560, "--batch-size", 4, "--evaluations", 4)
 QUICK = (*SIZE, "--learning-rate", 1e-3, "--block-learning-rate", 1e-3)
 SCHEDULE = "use: parallel_track, depth: 2"

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ptconvert import html
+from ptconvert.report import html
 
 EVIL = "<script>alert('&')</script>"
 

@@ -15,30 +15,31 @@ from conftest import Convert, MakeDense, byte_level, load, spec_text
 from test_cli import run
 
 import ptconvert
-from ptconvert.beside import converted_config
 from ptconvert.calibrate import affinity, on_disk
 from ptconvert.calibrate import needs as calibrating
 from ptconvert.calibrate.needs import calibration_needs
+from ptconvert.checkpoint.calibration import Calibration
+from ptconvert.checkpoint.config import converted_config
+from ptconvert.checkpoint.files import read_config
+from ptconvert.checkpoint.layout import dense_tensors
 from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint
-from ptconvert.computed import Calibration
-from ptconvert.evaluate import models
-from ptconvert.evaluate.divergence import Windows
-from ptconvert.evaluate.models import BatchSize
-from ptconvert.healing import needs as healing
-from ptconvert.healing.data import Data
-from ptconvert.healing.needs import heal_needs
-from ptconvert.healing.settings import Settings
-from ptconvert.layout import dense_tensors
-from ptconvert.needs import Held, Needs, Phase, Place
-from ptconvert.planning import needs as planning
-from ptconvert.planning.needs import plan_needs
-from ptconvert.planning.planner import waited_for
-from ptconvert.runtime.one_layer import Step, one_layer, step_of
-from ptconvert.shape import ModelShape, read_config
-from ptconvert.spec import Spec, parse_spec
-from ptconvert.transform import plan_conversion
+from ptconvert.convert.transform import plan_conversion
+from ptconvert.heal import needs as healing
+from ptconvert.heal.data import Data
+from ptconvert.heal.needs import heal_needs
+from ptconvert.heal.settings import Settings
+from ptconvert.measure import opening as models
+from ptconvert.measure.divergence import Windows
+from ptconvert.measure.needs import Held, Needs, Phase, Place
+from ptconvert.measure.one_layer import Step, one_layer, step_of
+from ptconvert.measure.opening import BatchSize
+from ptconvert.models.shape import ModelShape
+from ptconvert.plan import needs as planning
+from ptconvert.plan.needs import plan_needs
+from ptconvert.plan.planner import waited_for
+from ptconvert.spec.document import Spec, parse_spec
 
-TEXT = Path(ptconvert.__file__).parent / "spec.py"
+TEXT = Path(ptconvert.__file__).parent / "spec" / "document.py"
 CONFIG = Path(__file__).parents[1] / "specs" / "configs" / "llama-3.1-8b.json"
 GB = 10**9
 NUMBERS = 8_030_261_248

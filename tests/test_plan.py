@@ -25,20 +25,20 @@ import ptconvert
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
 from ptconvert.errors import PlanError
-from ptconvert.evaluate import divergence
-from ptconvert.evaluate.divergence import windows_for
-from ptconvert.evaluate.models import BatchSize, content_digest, open_model
-from ptconvert.planning import sensitivity
-from ptconvert.planning.perturbation import Perturbations
-from ptconvert.planning.planner import choose, search, waited_for
-from ptconvert.planning.segments import HIDDEN, OWN_SEEN, OWN_SEEN_LATER, Segment, alone
-from ptconvert.planning.segments import run as run_of
-from ptconvert.planning.sensitivity import Meter, Store, store_file
-from ptconvert.presets import dense_schedule, desync
-from ptconvert.schedule import BLOCKING, Schedule
-from ptconvert.spec import parse_spec, read_spec
+from ptconvert.measure import divergence
+from ptconvert.measure.divergence import windows_for
+from ptconvert.measure.opening import BatchSize, content_digest, open_model
+from ptconvert.plan import sensitivity
+from ptconvert.plan.perturbation import Perturbations
+from ptconvert.plan.planner import choose, search, waited_for
+from ptconvert.plan.segments import HIDDEN, OWN_SEEN, OWN_SEEN_LATER, Segment, alone
+from ptconvert.plan.segments import run as run_of
+from ptconvert.plan.sensitivity import Meter, Store, store_file
+from ptconvert.schedule.presets import dense_schedule, desync
+from ptconvert.schedule.stages import BLOCKING, Schedule
+from ptconvert.spec.document import parse_spec, read_spec
 
-TEXT = Path(ptconvert.__file__).parent / "spec.py"
+TEXT = Path(ptconvert.__file__).parent / "spec" / "document.py"
 # Of the README's table, 4 tracks: planned without and with overlap for 8, and with it for 3.
 README_LOSSES = {
     "a0! m0! a1! m1. a2! m2. a3. m3. a4. m4! a5. m5. a6. m6. a7! m7. a8. m8. a9. m9. a10! m10. "
@@ -89,7 +89,7 @@ def test_what_runs_is_what_is_said(
         yield lambda step, *_: said.append(step)
 
     monkeypatch.setattr(sys.modules["ptconvert.cli.plan"], "step_progress", recorded)
-    monkeypatch.setattr("ptconvert.planning.planner.search", stop)
+    monkeypatch.setattr("ptconvert.plan.planner.search", stop)
     given = (str(source), "--tracks", "4", "--text", str(TEXT), "--max-syncs", "4", *SIZE)
     result = CliRunner().invoke(main, ["plan", *map(str, given)])
     assert result.exit_code == 2 and "stopped" in result.output
@@ -384,7 +384,7 @@ def test_the_spec_goes_through_transform_and_show(source: Path, tmp_path: Path) 
 def test_it_computes_in_what_is_fast(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ptconvert.evaluate.models.fastest_dtype", lambda *_: "bfloat16")
+    monkeypatch.setattr("ptconvert.measure.opening.fastest_dtype", lambda *_: "bfloat16")
     size = ("--window", 24, "--windows", 2, "--rounds", 1, "--cache", tmp_path / "cache")
     asked = ("--tracks", 4, "--max-syncs", 6, "--json", "--time-limit", 0.01)
     figures = json.loads(run("plan", source, "--text", TEXT, *size, *asked)[0])

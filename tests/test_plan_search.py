@@ -13,13 +13,12 @@ from estimating import SHAPE, VLLM
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptconvert import presets
 from ptconvert.estimate.hardware import read_hardware
 from ptconvert.estimate.model import Workload, estimate
-from ptconvert.guesses import most_guesses
-from ptconvert.planning.planner import latency, undominated, waited_for
-from ptconvert.planning.search import Choices, Mixture, Prices
-from ptconvert.planning.segments import (
+from ptconvert.models.guesses import most_guesses
+from ptconvert.plan.planner import latency, undominated, waited_for
+from ptconvert.plan.search import Choices, Mixture, Prices
+from ptconvert.plan.segments import (
     HIDDEN,
     OWN_SEEN,
     OWN_SEEN_LATER,
@@ -29,10 +28,11 @@ from ptconvert.planning.segments import (
     run,
     together,
 )
-from ptconvert.planning.spec_text import spec_text
-from ptconvert.presets import dense_schedule
-from ptconvert.schedule import BLOCKING, Schedule
-from ptconvert.spec import parse_spec
+from ptconvert.plan.spec_text import spec_text
+from ptconvert.schedule import presets
+from ptconvert.schedule.presets import dense_schedule
+from ptconvert.schedule.stages import BLOCKING, Schedule
+from ptconvert.spec.document import parse_spec
 
 SINGLES, RUNS = (BLOCKING, OWN_SEEN, HIDDEN), (BLOCKING, OWN_SEEN)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ptconvert.schedule import Merge, Schedule
-from ptconvert.serving.program import Step, lower
+from ptconvert.schedule.lower import Step, lower
+from ptconvert.schedule.stages import Merge, Schedule
 
 # Each step as: index, ending, stages seen, stages merged, sublayers counted.
 GOLDEN = {

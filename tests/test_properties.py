@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import execute, plan_conversion, plan_to_dense
 from ptconvert.errors import PTConvertError
-from ptconvert.spec import parse_spec
-from ptconvert.transform import execute, plan_conversion, plan_to_dense
+from ptconvert.spec.document import parse_spec
 
 GOOD_SPEC = spec_text(4, "use: parallel_track, depth: 2")
 HOSTILE = st.sampled_from(

@@ -20,7 +20,7 @@ from ptconvert.modeling.layers import Placement
 from ptconvert.runtime.communicator import ProcessGroupCommunicator
 from ptconvert.runtime.launch import Rank, launch
 from ptconvert.runtime.load import load_rank
-from ptconvert.schedule import Schedule, Sublayer
+from ptconvert.schedule.stages import Schedule, Sublayer
 
 SPANNING = f"a0! m0|a1! m1. a2. m2! {' '.join(f'a{i}! m{i}!' for i in range(3, LAYERS))}"
 

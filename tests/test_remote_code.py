@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +15,12 @@ import torch
 from calibrating import TOP, random_calibration
 from conftest import WITHOUT_PTCONVERT, Convert, MakeDense, load, spec_text
 
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import check_unchanged, plan_to_dense
 from ptconvert.modeling.export import modeling_source
-from ptconvert.spec import parse_spec
+from ptconvert.spec.document import parse_spec
 
+OLD = Path(__file__).parent / "golden" / "checkpoint-0.1.0.zip"
 IDS = [[3, 4, 5, 6, 7]]
 # Prints the class's module and saves logits.
 REMOTE = (
@@ -58,6 +63,23 @@ def test_opens_without_ptconvert(
             load(tmp_path / "saved")(torch.tensor(IDS)).logits,
         ):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_a_checkpoint_written_by_an_earlier_version_opens_as_it_did(tmp_path: Path) -> None:
+    """Written on 2026-11-28: dense and tracks, overlapped endings, an assignment and guesses."""
+    path, logits = tmp_path / "old", tmp_path / "logits.pt"
+    shutil.unpack_archive(OLD, path)
+    told = json.loads((path / "logits.json").read_text())
+    ids, expected = torch.tensor(told["ids"]), torch.tensor(told["logits"])
+    with torch.no_grad():
+        torch.testing.assert_close(load(path)(ids).logits[0, -1], expected, atol=1e-4, rtol=0)
+    arguments = [str(path), str(tmp_path / "saved"), str(logits)]
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", REMOTE, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    torch.testing.assert_close(torch.load(logits)[0, -1], expected, atol=1e-4, rtol=0)
+    check_unchanged(plan_to_dense(open_checkpoint(path)))  # its tensors are still its source's
 
 
 ORDERS = [

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptconvert.errors import ScheduleError
-from ptconvert.presets import (
+from ptconvert.schedule.presets import (
     PRESETS,
     dense_schedule,
     from_ladder_layers,
@@ -20,7 +20,7 @@ from ptconvert.presets import (
     to_ladder_layers,
     with_only,
 )
-from ptconvert.schedule import Schedule
+from ptconvert.schedule.stages import Schedule
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -210,7 +210,8 @@ def test_other_schedules_have_no_ladder_layers() -> None:
 
 def test_schedules_and_the_transform_need_no_torch() -> None:
     code = (
-        "import sys, ptconvert.schedule, ptconvert.spec, ptconvert.transform, ptconvert.cli;"
+        "import sys, ptconvert.schedule.stages, ptconvert.spec.document;"
+        "import ptconvert.convert.transform, ptconvert.cli;"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from ptconvert.checkpoint.files import read_config
 from ptconvert.errors import ConfigError
-from ptconvert.families import FAMILIES
-from ptconvert.shape import ModelShape, read_config
+from ptconvert.models.families import FAMILIES
+from ptconvert.models.shape import ModelShape
 
 BASE: dict[str, object] = {
     "model_type": "llama",

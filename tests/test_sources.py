@@ -17,14 +17,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 
 from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import execute, plan_conversion, plan_to_dense
 from ptconvert.errors import PTConvertError
-from ptconvert.families import FAMILIES
 from ptconvert.modeling.executor import OneProcess
 from ptconvert.modeling.layers import Placement
+from ptconvert.models.families import FAMILIES
+from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.load import load_rank
-from ptconvert.shape import ModelShape
-from ptconvert.spec import parse_spec
-from ptconvert.transform import execute, plan_conversion, plan_to_dense
+from ptconvert.spec.document import parse_spec
 
 TRACKED = "use: parallel_track, depth: 2"
 DENSE = 1, "use: tensor_parallel"  # the source's own function

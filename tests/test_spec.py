@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from ptconvert.errors import SpecError
-from ptconvert.shape import ModelShape
-from ptconvert.spec import parse_spec, read_spec
-from ptconvert.strict_yaml import MAX_BYTES
+from ptconvert.models.shape import ModelShape
+from ptconvert.spec.document import parse_spec, read_spec
+from ptconvert.spec.strict_yaml import MAX_BYTES
 
 GOOD = """\
 format: 1

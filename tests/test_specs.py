@@ -11,9 +11,10 @@ from types import ModuleType
 import pytest
 from click.testing import CliRunner
 
+from ptconvert.checkpoint.files import read_config
 from ptconvert.cli import main
-from ptconvert.shape import ModelShape, read_config
-from ptconvert.spec import read_spec
+from ptconvert.models.shape import ModelShape
+from ptconvert.spec.document import read_spec
 
 SPECS = Path(__file__).parents[1] / "specs"
 MODELS = sorted(p.stem for p in (SPECS / "configs").glob("*.json"))

@@ -10,7 +10,7 @@ from lm_eval.api import metrics
 from scipy import stats
 
 from ptconvert.evaluate import metrics as metrics_over
-from ptconvert.evaluate import statistics
+from ptconvert.measure import statistics
 
 
 def simulated(seed: int, documents: int, shift: float) -> tuple[np.ndarray, np.ndarray]:

@@ -15,9 +15,9 @@ from tokenizing import CLASSES, FAMILIES, TEXTS, facts, put, trained
 from transformers import AutoTokenizer
 
 from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.modeling.config import CONFIGS
-from ptconvert.spec import parse_spec
-from ptconvert.transform import execute, plan_conversion
+from ptconvert.spec.document import parse_spec
 
 REMOTE = (
     WITHOUT_PTCONVERT

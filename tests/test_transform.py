@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from ptconvert.checkpoint.atomic import new_directory
 from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import execute, plan_conversion, plan_to_dense
 from ptconvert.errors import CheckpointError, ConfigError, PTConvertError, SpecError
-from ptconvert.spec import parse_spec
-from ptconvert.transform import execute, plan_conversion, plan_to_dense
+from ptconvert.spec.document import parse_spec
 
 TRACKED = "use: parallel_track, depth: 2"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -365,7 +365,7 @@ def test_a_failing_disk_leaves_nothing(
 def test_too_little_space_is_found_before_writing(
     make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ptconvert.transform.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("ptconvert.convert.transform.free_bytes", lambda _: 1000)
     with pytest.raises(CheckpointError, match="bytes are needed and 1000 were free"):
         execute(conversion(make_dense("llama")), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -384,7 +384,7 @@ def test_a_really_full_disk(make_dense: MakeDense, tmp_path: Path) -> None:
         pytest.skip("needs the right to mount a tmpfs")
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ptconvert.transform.free_bytes", lambda _: 10**12)
+            patch.setattr("ptconvert.convert.transform.free_bytes", lambda _: 10**12)
             with pytest.raises(CheckpointError, match="the disk is full"):
                 execute(conversion(make_dense("llama")), mount / "out")
         assert list(mount.iterdir()) == []
@@ -396,8 +396,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from ptconvert.checkpoint.reader import open_checkpoint
-from ptconvert.spec import read_spec
-from ptconvert.transform import execute, plan_conversion
+from ptconvert.spec.document import read_spec
+from ptconvert.convert.transform import execute, plan_conversion
 
 source, spec, destination, stop, overwrite = sys.argv[1:]
 calls = 0

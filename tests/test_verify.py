@@ -21,9 +21,9 @@ from conftest import FIXTURE, Convert, MakeDense, spec_text
 from test_modeling import SCHEDULES
 
 from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.checkpoint.section import read_section
 from ptconvert.cli import main
 from ptconvert.errors import CheckpointError
-from ptconvert.format import read_section
 from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement
 from ptconvert.runtime.counters import Profile
@@ -31,7 +31,7 @@ from ptconvert.runtime.expected import Expected
 from ptconvert.runtime.launch import Rank, launch
 from ptconvert.runtime.load import load_rank, rank_bytes, shape_of
 from ptconvert.runtime.session import Job, run_rank
-from ptconvert.verify import Report, Settings, _checks, verify
+from ptconvert.verify.ranks import Report, Settings, _checks, verify
 
 PROMPT, NEW, BATCH = 5, 2, 2
 SETTINGS = Settings(
@@ -342,7 +342,7 @@ def test_wrong_input(make_dense: MakeDense, convert: Convert) -> None:
     with pytest.raises(CheckpointError, match="is not converted"):
         verify(make_dense("llama"), SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ptconvert.verify.available_bytes", lambda _: [10**9])
+        patch.setattr("ptconvert.verify.ranks.available_bytes", lambda _: [10**9])
         with pytest.raises(
             CheckpointError, match=r"needs about 2\.0 GB of memory on this machine, 1\.0 GB"
         ):

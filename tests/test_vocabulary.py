@@ -16,7 +16,7 @@ import ptconvert
 from ptconvert.cli import main
 from ptconvert.evaluate import tasks
 
-TEXT = Path(ptconvert.__file__).parent / "shape.py"
+TEXT = Path(ptconvert.__file__).parent / "models" / "shape.py"
 LAST = 260  # the first id without a row, and the last that the tokenizers here give
 
 

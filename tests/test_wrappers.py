@@ -19,9 +19,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import AutoModelForSequenceClassification
 
 from ptconvert.checkpoint.reader import open_checkpoint
-from ptconvert.schedule import Kind, Sublayer
-from ptconvert.spec import parse_spec
-from ptconvert.transform import execute, plan_conversion
+from ptconvert.convert.transform import execute, plan_conversion
+from ptconvert.schedule.stages import Kind, Sublayer
+from ptconvert.spec.document import parse_spec
 
 NAMES = ("mixed", "track-2-rest")  # layers held dense and layers of tracks, biases in both
 

@@ -27,15 +27,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.errors import PTConvertError
 from ptconvert.estimate.compare import Candidate
 from ptconvert.estimate.hardware import Engine, Hardware, read_engine, read_hardware
 from ptconvert.estimate.model import step
 from ptconvert.estimate.roofline import Pass
-from ptconvert.presets import dense_schedule
-from ptconvert.shape import ModelShape
-from ptconvert.spec import parse_spec
-from ptconvert.transform import execute, plan_conversion
+from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.presets import dense_schedule
+from ptconvert.spec.document import parse_spec
 
 MODEL = Path(__file__).parents[3] / "shared" / "fixtures" / "stdlib-llama" / "model"
 PRESETS = {

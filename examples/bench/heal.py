@@ -32,24 +32,19 @@ from pathlib import Path
 from plan import meter_of
 from transformers.utils.logging import disable_progress_bar
 
-from ptconvert import presets
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli.progress import step_progress
-from ptconvert.evaluate import divergence
-from ptconvert.evaluate.divergence import Reference, Tokens, Windows, windows_for
-from ptconvert.evaluate.models import (
-    BatchSize,
-    Progress,
-    cache_directory,
-    open_model,
-)
-from ptconvert.healing.data import read_data
-from ptconvert.healing.distill import distill
-from ptconvert.healing.models import put
-from ptconvert.healing.settings import Settings
-from ptconvert.planning.planner import choose, search, waited_for
-from ptconvert.planning.sensitivity import Meter
-from ptconvert.schedule import Schedule
+from ptconvert.heal.data import read_data
+from ptconvert.heal.distill import distill
+from ptconvert.heal.models import put
+from ptconvert.heal.settings import Settings
+from ptconvert.measure import divergence
+from ptconvert.measure.divergence import Reference, Tokens, Windows, windows_for
+from ptconvert.measure.opening import BatchSize, Progress, cache_directory, open_model
+from ptconvert.plan.planner import choose, search, waited_for
+from ptconvert.plan.sensitivity import Meter
+from ptconvert.schedule import presets
+from ptconvert.schedule.stages import Schedule
 
 WAITS = (24, 12, 8, 6, 4, 3, 2)
 STEPS = ("uniform", "planned", "affinity", "guess", "blockwise", "KL")

@@ -48,7 +48,7 @@ def engine(path: Path, rank: int, ranks: int, rendezvous: Path, **arguments: Any
     ExecutorWithExternalLauncher._distributed_args = lambda _: (method, rank, rank)
     defaults: dict[str, Any] = {
         "distributed_executor_backend": "external_launcher",
-        "worker_extension_cls": "ptconvert.serving.counting.Counting",
+        "worker_extension_cls": "ptconvert.engines.vllm.counting.Counting",
         "skip_tokenizer_init": True,
         "seed": 0,
     }

@@ -28,13 +28,14 @@ from rich.filesize import decimal
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ptconvert.checkpoint.files import read_config
+from ptconvert.checkpoint.layout import place
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.checkpoint.writer import Target, lay_out
 from ptconvert.cli.common import quiet_libraries
-from ptconvert.layout import place
-from ptconvert.shape import ModelShape, read_config
-from ptconvert.spec import parse_spec
-from ptconvert.transform import plan_conversion
+from ptconvert.convert.transform import plan_conversion
+from ptconvert.models.shape import ModelShape
+from ptconvert.spec.document import parse_spec
 
 TRACKS, VOCABULARY = 4, 8192
 # What of a command's line names it in the table.

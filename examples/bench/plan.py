@@ -13,19 +13,14 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from ptconvert import presets
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli.progress import step_progress
-from ptconvert.evaluate.divergence import windows_for
-from ptconvert.evaluate.models import (
-    BatchSize,
-    Progress,
-    cache_directory,
-    content_digest,
-)
-from ptconvert.planning.planner import choose, search, waited_for
-from ptconvert.planning.sensitivity import Cost, Meter, Store, store_file
-from ptconvert.schedule import Schedule
+from ptconvert.measure.divergence import windows_for
+from ptconvert.measure.opening import BatchSize, Progress, cache_directory, content_digest
+from ptconvert.plan.planner import choose, search, waited_for
+from ptconvert.plan.sensitivity import Cost, Meter, Store, store_file
+from ptconvert.schedule import presets
+from ptconvert.schedule.stages import Schedule
 
 WAITS = (12, 8, 6, 4, 3, 2)
 

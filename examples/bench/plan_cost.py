@@ -23,12 +23,12 @@ from plan import parser_of
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli.progress import step_progress
-from ptconvert.evaluate.divergence import windows_for
-from ptconvert.evaluate.models import BatchSize, Progress
-from ptconvert.planning import planner
-from ptconvert.planning.segments import Segment, alone
-from ptconvert.planning.sensitivity import Meter, Store
-from ptconvert.schedule import Schedule
+from ptconvert.measure.divergence import windows_for
+from ptconvert.measure.opening import BatchSize, Progress
+from ptconvert.plan import planner
+from ptconvert.plan.segments import Segment, alone
+from ptconvert.plan.sensitivity import Meter, Store
+from ptconvert.schedule.stages import Schedule
 
 THOROUGH = {"MIXTURES": 32, "POINTS": 32, "SEARCH_EACH": 1}
 THOROUGH_ROUNDS = 12

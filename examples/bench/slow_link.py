@@ -51,13 +51,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.errors import PTConvertError
 from ptconvert.modeling.executor import OneProcess
-from ptconvert.schedule import Counts
-from ptconvert.shape import ModelShape
-from ptconvert.spec import parse_spec
-from ptconvert.transform import execute, plan_conversion
-from ptconvert.verify import Settings, verify
+from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.stages import Counts
+from ptconvert.spec.document import parse_spec
+from ptconvert.verify.ranks import Settings, verify
 
 RANKS = 2
 PRESETS = {

@@ -27,9 +27,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ptconvert.checkpoint.layout import place
 from ptconvert.checkpoint.writer import Target, lay_out
-from ptconvert.layout import place
-from ptconvert.shape import ModelShape
+from ptconvert.models.shape import ModelShape
 
 WIDTH, NEURONS, HEADS, KV_HEADS, VOCABULARY, TRACKS = 4096, 14336, 32, 8, 32768, 8
 SHARD_BYTES = 2 * 10**9

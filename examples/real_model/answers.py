@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ptconvert  # noqa: F401  # makes AutoModelForCausalLM open converted checkpoints
-from ptconvert.html import page, paragraph, section, table
+from ptconvert.report.html import page, paragraph, section, table
 
 QUESTIONS = (
     "What is the capital of France?",

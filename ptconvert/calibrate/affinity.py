@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
-from ptconvert.computed import Assignment
-from ptconvert.evaluate.models import Progress
+from ptconvert.checkpoint.calibration import Assignment
+from ptconvert.measure.opening import Progress
 from ptconvert.modeling.layers import OUTPUT_PROJECTIONS
-from ptconvert.schedule import Kind, Schedule, Sublayer
-from ptconvert.shape import ModelShape
+from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.stages import Kind, Schedule, Sublayer
 
 PASSES = 10
 CHUNK = 256  # units that are assigned together: the time goes with the cube

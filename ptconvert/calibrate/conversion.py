@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 
 from ptconvert.calibrate.affinity import assignments
 from ptconvert.calibrate.guess import HELD_OUT, Fitted, fit_guesses, guess_tensors
+from ptconvert.checkpoint.calibration import Assignment, Calibration
+from ptconvert.checkpoint.inventory import weights_dtype
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
-from ptconvert.computed import Assignment, Calibration
+from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.errors import EvaluationError
-from ptconvert.evaluate.divergence import DEFAULT_LENGTH, Windows, positions, windows_for
-from ptconvert.evaluate.models import Progress, open_model
-from ptconvert.format import ASSIGNMENTS
-from ptconvert.shape import DTYPE_BYTES, DTYPES, ModelShape
-from ptconvert.spec import Spec
-from ptconvert.tensors import weights_dtype
-from ptconvert.transform import execute, plan_conversion
+from ptconvert.measure.divergence import DEFAULT_LENGTH, Windows, positions, windows_for
+from ptconvert.measure.opening import Progress, open_model
+from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ModelShape
+from ptconvert.spec.document import Spec
+from ptconvert.spec.terms import ASSIGNMENTS
 
 DEFAULT_TOKENS = 65536
 

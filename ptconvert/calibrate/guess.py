@@ -26,11 +26,11 @@ import torch
 
 from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
 from ptconvert.calibrate.regression import Affine, Fit, Moments, best, fits
-from ptconvert.evaluate.models import Progress
+from ptconvert.measure.opening import Progress
 from ptconvert.modeling.executor import OneProcess, PerTrack, RunSublayer, Streams, Update
 from ptconvert.modeling.layers import OUTPUT_PROJECTIONS, apply_norm
-from ptconvert.presets import dense_schedule
-from ptconvert.schedule import DEFERRED, Schedule, Sublayer
+from ptconvert.schedule.presets import dense_schedule
+from ptconvert.schedule.stages import DEFERRED, Schedule, Sublayer
 
 HELD_OUT = 5  # each such batch judges what is fitted on the others
 NEARLY_ALL = 0.95  # of the gain of the largest rank, for which a smaller one is taken

@@ -11,15 +11,15 @@ from ptconvert.calibrate.affinity import components, group_bytes
 from ptconvert.calibrate.guess import BATCH_TOKENS, most_streams
 from ptconvert.calibrate.on_disk import MEMORY_BYTES
 from ptconvert.calibrate.regression import MATRICES, RIDGES, Moments, fits
-from ptconvert.format import ASSIGNMENTS
-from ptconvert.guesses import most_guesses
-from ptconvert.needs import Held, Needs, Phase, Place
+from ptconvert.checkpoint.inventory import weights_dtype
+from ptconvert.convert.transform import Plan
+from ptconvert.measure.needs import Held, Needs, Phase, Place
+from ptconvert.measure.one_layer import in_a_layer, one_layer, step_of
+from ptconvert.models.guesses import most_guesses
+from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ModelShape
 from ptconvert.runtime.memory import PROCESS_BYTES
-from ptconvert.runtime.one_layer import in_a_layer, one_layer, step_of
-from ptconvert.shape import DTYPE_BYTES, DTYPES, ModelShape
-from ptconvert.spec import Spec
-from ptconvert.tensors import weights_dtype
-from ptconvert.transform import Plan
+from ptconvert.spec.document import Spec
+from ptconvert.spec.terms import ASSIGNMENTS
 
 _TIMED_FEATURES = 512  # of the regression that is timed; its time goes with the cube
 _PASSES = 3  # of a layer while guesses are fitted: as it came, with guesses, and the dense model's

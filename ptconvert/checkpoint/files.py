@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ptconvert.errors import CheckpointError
+from ptconvert.errors import CheckpointError, ConfigError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -113,3 +113,22 @@ def _references(config: object) -> Iterator[str]:
                 yield from (e for e in entries if isinstance(e, str))
         else:
             yield from _references(value)  # what a conversion replaced, which --to-dense restores
+
+
+def read_config(path: Path) -> dict[str, object]:
+    """A config.json as a dict. `path` is the file or its directory. Raises ConfigError."""
+    file = path / "config.json" if path.is_dir() else path
+    refuse_pointer(file)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if (file.parent / ADAPTER).is_file():
+            raise ConfigError(adapter_alone(file.parent / ADAPTER)) from None
+        raise ConfigError(f"{file} is missing; a checkpoint directory has a config.json") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} can't be read: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file} must hold a JSON object, with model_type and the sizes")
+    return config

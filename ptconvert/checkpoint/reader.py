@@ -11,9 +11,16 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ptconvert.checkpoint.files import ADAPTER, INDEX, SINGLE, adapter_alone, refuse_pointer
+from ptconvert.checkpoint.files import (
+    ADAPTER,
+    INDEX,
+    SINGLE,
+    adapter_alone,
+    read_config,
+    refuse_pointer,
+)
 from ptconvert.errors import CheckpointError
-from ptconvert.shape import ELEMENT_BYTES, read_config
+from ptconvert.models.shape import ELEMENT_BYTES
 
 _PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
 _MAX_INDEX_BYTES = 64 * 1024 * 1024

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptconvert.checkpoint.reader import TensorEntry, read_into
-from ptconvert.shape import ELEMENT_BYTES
+from ptconvert.models.shape import ELEMENT_BYTES
 
 # Places along an axis, in order: all that lie between two (step 1), or one by one.
 Indices = range | NDArray[np.int32]

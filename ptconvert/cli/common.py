@@ -21,10 +21,11 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
+from ptconvert.checkpoint.files import read_config
 from ptconvert.errors import EvaluationError, PTConvertError
-from ptconvert.needs import Needs
-from ptconvert.render import needs_table
-from ptconvert.shape import ModelShape, read_config
+from ptconvert.measure.needs import Needs
+from ptconvert.models.shape import ModelShape
+from ptconvert.report.terminal import needs_table
 
 _SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -12,9 +12,9 @@ from ptconvert.cli.common import model_shape, print_figures
 from ptconvert.cli.options import shared
 from ptconvert.cli.progress import waiting
 from ptconvert.cli.show import converted
-from ptconvert.guesses import most_guesses
-from ptconvert.shape import DTYPES, ModelShape
-from ptconvert.spec import read_spec
+from ptconvert.models.guesses import most_guesses
+from ptconvert.models.shape import DTYPES, ModelShape
+from ptconvert.spec.document import read_spec
 
 
 @click.command()
@@ -70,7 +70,7 @@ def _estimate(
     from ptconvert.estimate.hardware import read_engine, read_hardware
     from ptconvert.estimate.model import Workload
     from ptconvert.estimate.report import notes
-    from ptconvert.render import print_estimates
+    from ptconvert.estimate.terminal import print_estimates
 
     row = read_hardware(hardware)
     engine_name = options["engine"] or row.engine
@@ -141,12 +141,7 @@ def _measure(out: Path, ranks: int | None) -> None:
 
 
 def _list() -> None:
-    from ptconvert.estimate.hardware import (
-        engine_names,
-        hardware_names,
-        read_engine,
-        read_hardware,
-    )
+    from ptconvert.estimate.hardware import engine_names, hardware_names, read_engine, read_hardware
 
     for title, names in (("hardware", hardware_names()), ("engines", engine_names())):
         click.echo(f"{title}:")

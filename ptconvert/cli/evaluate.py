@@ -151,8 +151,8 @@ def _run(
 ) -> Report:
     from ptconvert.checkpoint.reader import open_checkpoint
     from ptconvert.evaluate.harness import Settings
-    from ptconvert.evaluate.models import cache_directory, fastest_dtype
     from ptconvert.evaluate.report import evaluate
+    from ptconvert.measure.opening import cache_directory, fastest_dtype
 
     cache = cache or cache_directory()
     with step_progress() as progress:

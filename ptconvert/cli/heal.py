@@ -28,7 +28,7 @@ from ptconvert.cli.progress import first_process, step_progress
 from ptconvert.errors import HealError
 
 if TYPE_CHECKING:  # they import torch
-    from ptconvert.healing.run import Case
+    from ptconvert.heal.run import Case
 
 
 @click.command()
@@ -176,9 +176,9 @@ def heal(
         raise click.UsageError(f"{unused}: for the end-to-end stage, which --no-kl leaves out")
     if options["dataset"] and importlib.util.find_spec("datasets") is None:
         raise HealError("--dataset needs the package datasets, not installed here")
-    from ptconvert.healing.needs import heal_needs
-    from ptconvert.healing.run import check_places
-    from ptconvert.healing.run import heal as run
+    from ptconvert.heal.needs import heal_needs
+    from ptconvert.heal.run import check_places
+    from ptconvert.heal.run import heal as run
 
     folder = options["work"] or destination.with_name(f"{destination.name}.healing")
     check_places(destination, folder, overwrite)
@@ -204,14 +204,14 @@ def heal(
 
 def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) -> Case:
     """The checkpoints opened, the text read and the settings made of the options."""
+    from ptconvert.checkpoint.inventory import weights_dtype
     from ptconvert.checkpoint.reader import open_checkpoint
-    from ptconvert.healing.data import DatasetSource, read_data
-    from ptconvert.healing.distill import read_options
-    from ptconvert.healing.models import check_pair
-    from ptconvert.healing.run import Case
-    from ptconvert.healing.settings import Settings
+    from ptconvert.heal.data import DatasetSource, read_data
+    from ptconvert.heal.distill import read_options
+    from ptconvert.heal.models import check_pair
+    from ptconvert.heal.run import Case
+    from ptconvert.heal.settings import Settings
     from ptconvert.runtime.load import shape_of
-    from ptconvert.tensors import weights_dtype
 
     device = torch_device(chosen["device"])
     if device.startswith("cuda:"):  # transformers' Trainer takes the first GPU that it sees

@@ -21,17 +21,17 @@ from ptconvert.cli.common import (
 from ptconvert.cli.options import shared
 from ptconvert.cli.progress import step_progress
 from ptconvert.errors import PlanError
-from ptconvert.format import ASSIGNMENTS, MAX_GUESS_RANK
+from ptconvert.spec.terms import ASSIGNMENTS, MAX_GUESS_RANK
 
 if TYPE_CHECKING:  # they import torch
     from ptconvert.checkpoint.reader import Checkpoint
-    from ptconvert.evaluate.divergence import Windows
-    from ptconvert.evaluate.models import BatchSize, Progress
-    from ptconvert.needs import Needs
-    from ptconvert.planning.planner import Frontier, Objective
-    from ptconvert.planning.report import Planned
-    from ptconvert.schedule import Schedule
-    from ptconvert.shape import ModelShape
+    from ptconvert.measure.divergence import Windows
+    from ptconvert.measure.needs import Needs
+    from ptconvert.measure.opening import BatchSize, Progress
+    from ptconvert.models.shape import ModelShape
+    from ptconvert.plan.planner import Frontier, Objective
+    from ptconvert.plan.report import Planned
+    from ptconvert.schedule.stages import Schedule
 
 
 @click.command()
@@ -162,7 +162,7 @@ def _settle_objective(options: dict[str, Any]) -> None:
 def _write(
     planned: Planned, output: Path | None, frontier_file: Path | None, as_json: bool
 ) -> None:
-    from ptconvert.planning.report import plan_page, print_plan, to_csv, to_json, to_spec
+    from ptconvert.plan.report import plan_page, print_plan, to_csv, to_json, to_spec
 
     spec = to_spec(planned)
     if output is not None:
@@ -198,9 +198,9 @@ class _Case:
 def _case(source: str, revision: str | None, options: dict[str, Any], progress: Progress) -> _Case:
     """The checkpoint opened, the text read and the options settled. Raises PTConvertError."""
     from ptconvert.checkpoint.reader import open_checkpoint
-    from ptconvert.evaluate.divergence import windows_for
-    from ptconvert.evaluate.models import BatchSize, cache_directory, fastest_dtype, is_dense
-    from ptconvert.shape import ModelShape
+    from ptconvert.measure.divergence import windows_for
+    from ptconvert.measure.opening import BatchSize, cache_directory, fastest_dtype, is_dense
+    from ptconvert.models.shape import ModelShape
 
     tracks, dtype, device = options["tracks"], options["dtype"], torch_device(options["device"])
     progress(f"finding {source}", 0, None)
@@ -220,7 +220,7 @@ def _case(source: str, revision: str | None, options: dict[str, Any], progress: 
 
 
 def _needs(case: _Case, options: dict[str, Any]) -> Needs:
-    from ptconvert.planning.needs import plan_needs
+    from ptconvert.plan.needs import plan_needs
 
     return plan_needs(
         *(case.checkpoint, case.shape, case.tracks, case.windows, case.objective),
@@ -229,10 +229,10 @@ def _needs(case: _Case, options: dict[str, Any]) -> Needs:
 
 
 def _plan(case: _Case, source: str, options: dict[str, Any], progress: Progress) -> Planned:
-    from ptconvert.evaluate.models import content_digest
-    from ptconvert.planning.planner import ROUNDS, choose, search
-    from ptconvert.planning.report import Planned
-    from ptconvert.planning.sensitivity import Meter, Store, store_file
+    from ptconvert.measure.opening import content_digest
+    from ptconvert.plan.planner import ROUNDS, choose, search
+    from ptconvert.plan.report import Planned
+    from ptconvert.plan.sensitivity import Meter, Store, store_file
 
     digest = content_digest(case.checkpoint, progress)
     place = case.windows, case.tracks, case.dtype, case.device
@@ -279,13 +279,13 @@ def _budget(options: dict[str, Any]) -> str:
 
 def _objective(options: dict[str, Any], shape: ModelShape) -> Objective:
     """What is to be made small. Raises PlanError and the estimate's errors."""
-    from ptconvert.planning.planner import latency, waited_for
+    from ptconvert.plan.planner import latency, waited_for
 
     if options["objective"] == "syncs":
         return waited_for(options["overlap"])
     from ptconvert.estimate.hardware import read_engine, read_hardware
     from ptconvert.estimate.model import Workload, estimate
-    from ptconvert.guesses import most_guesses
+    from ptconvert.models.guesses import most_guesses
 
     tracks = options["tracks"]
     hardware, ranks = read_hardware(options["hardware"]), options["ranks"] or tracks

@@ -8,12 +8,13 @@ from typing import Any
 import click
 from rich.console import Console
 
+from ptconvert.checkpoint.files import read_config
+from ptconvert.checkpoint.section import Section, read_section, source_config
 from ptconvert.cli.common import model_shape, print_figures
 from ptconvert.cli.options import shared
-from ptconvert.format import Section, read_section, source_config
-from ptconvert.guesses import guess_cost, most_guesses
-from ptconvert.shape import ModelShape, read_config
-from ptconvert.spec import read_spec
+from ptconvert.models.guesses import guess_cost, most_guesses
+from ptconvert.models.shape import ModelShape
+from ptconvert.spec.document import read_spec
 
 
 @click.command()
@@ -29,7 +30,7 @@ def show(
 
     A spec is checked against --model, or against a number of --layers.
     """
-    from ptconvert.render import fewer_ranks, print_guess_cost, print_schedule
+    from ptconvert.report.terminal import fewer_ranks, print_guess_cost, print_schedule
 
     if sum(given is not None for given in (model, layers)) != (0 if spec.is_dir() else 1):
         raise click.UsageError(

@@ -21,13 +21,13 @@ from ptconvert.cli.common import (
 from ptconvert.cli.options import shared
 from ptconvert.cli.progress import byte_progress, step_progress, waiting
 from ptconvert.errors import SpecError
-from ptconvert.spec import Spec, read_spec
+from ptconvert.spec.document import Spec, read_spec
 
 if TYPE_CHECKING:  # they import torch
     from ptconvert.calibrate.conversion import Calibrated
     from ptconvert.checkpoint.reader import Checkpoint
-    from ptconvert.needs import Needs
-    from ptconvert.transform import Plan
+    from ptconvert.convert.transform import Plan
+    from ptconvert.measure.needs import Needs
 
 
 @click.command()
@@ -84,14 +84,14 @@ def transform(
     from ptconvert.checkpoint.atomic import check_apart, check_destination
     from ptconvert.checkpoint.reader import open_checkpoint
     from ptconvert.checkpoint.source import display_name, locate
-    from ptconvert.render import fewer_ranks
-    from ptconvert.transform import (
+    from ptconvert.convert.transform import (
         check_unchanged,
         execute,
         free_bytes,
         plan_conversion,
         plan_to_dense,
     )
+    from ptconvert.report.terminal import fewer_ranks
 
     if to_dense and (spec is not None or ladder_layers_config or push_to_hub):
         raise click.UsageError(
@@ -205,7 +205,7 @@ def _needs(
 def _print_dry_run(
     figures: dict[str, Any], needs: Needs | None, destination: Path, as_json: bool
 ) -> None:
-    from ptconvert.render import needs_table, plan_table
+    from ptconvert.report.terminal import needs_table, plan_table
 
     room = {} if needs is None else free_room(needs.device, destination)
 
@@ -226,7 +226,7 @@ def _print_dry_run(
 
 def _print_done(console: Console, figures: dict[str, Any]) -> None:
     if figures["calibration"] is not None:
-        from ptconvert.render import print_calibration
+        from ptconvert.report.terminal import print_calibration
 
         print_calibration(console, figures["calibration"], figures["guess"])
     seconds = max(figures["seconds"], 1e-3)

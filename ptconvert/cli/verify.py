@@ -114,9 +114,9 @@ def verify(
     compares greedy tokens and their log-probabilities.
     """
     quiet_libraries()
-    from ptconvert.render import print_report
     from ptconvert.runtime.launch import under_torchrun
-    from ptconvert.verify import Report, Settings, default_device, verify
+    from ptconvert.verify.ranks import Report, Settings, default_device, verify
+    from ptconvert.verify.terminal import print_report
 
     for file in (options["trace"], report_file):
         if file is not None and not file.resolve().parent.is_dir():
@@ -134,7 +134,7 @@ def verify(
         settings = Settings(ranks=ranks, prompt_tokens=prompt, new_tokens=new, **options)
         report: Report | None
         if runtime == "vllm":
-            from ptconvert.serving.verify import verify_in_vllm
+            from ptconvert.engines.vllm.verify import verify_in_vllm
 
             report = verify_in_vllm(checkpoint, settings, enforce_eager)
         else:

@@ -12,9 +12,9 @@ from typing import Any
 from ptconvert.errors import ConfigError
 from ptconvert.estimate.hardware import Engine, Hardware, Link
 from ptconvert.estimate.model import Estimate, Workload, estimate
-from ptconvert.presets import dense_schedule, tensor_parallel
-from ptconvert.schedule import Schedule, Sublayer
-from ptconvert.shape import ModelShape
+from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.presets import dense_schedule, tensor_parallel
+from ptconvert.schedule.stages import Schedule, Sublayer
 
 BASELINE = tensor_parallel.__name__
 UNCHECKED = "there are no published runs to check this hardware against"

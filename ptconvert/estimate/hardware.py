@@ -31,7 +31,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ptconvert.errors import HardwareError
-from ptconvert.strict_yaml import Value, YAMLError, load
+from ptconvert.spec.strict_yaml import Value, YAMLError, load
 
 FORMAT = 1
 _WHOLE = ("ranks", "reduces_at_once")
@@ -183,7 +183,7 @@ class Engine:
 
 
 def _packaged(directory: str) -> Mapping[str, Traversable]:
-    files = resources.files("ptconvert").joinpath(directory).iterdir()
+    files = resources.files("ptconvert").joinpath("estimate", "rows", directory).iterdir()
     named = {f.name.removesuffix(".yaml"): f for f in files if f.name.endswith(".yaml")}
     return dict(sorted(named.items()))
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ptconvert.checkpoint.section import SECTION_FORMAT
 from ptconvert.errors import HardwareError
 from ptconvert.estimate.collective import Reduction, Transfer
 from ptconvert.estimate.hardware import (
@@ -32,13 +33,12 @@ from ptconvert.estimate.hardware import (
     read_engine,
 )
 from ptconvert.estimate.timeline import run
-from ptconvert.format import SECTION_FORMAT
 from ptconvert.modeling.config import PTConvertLlamaConfig
 from ptconvert.modeling.model import PTConvertLlamaForCausalLM
-from ptconvert.presets import dense_schedule, ladder, parallel_track
 from ptconvert.runtime.communicator import ProcessGroupCommunicator
 from ptconvert.runtime.launch import Rank, RanksFailed, join, launch, under_torchrun
-from ptconvert.schedule import Schedule
+from ptconvert.schedule.presets import dense_schedule, ladder, parallel_track
+from ptconvert.schedule.stages import Schedule
 
 ENGINE = "ptconvert"
 _LAYERS = 8

@@ -20,8 +20,8 @@ from ptconvert.estimate.roofline import (
     stage_seconds,
 )
 from ptconvert.estimate.timeline import Timeline, run
-from ptconvert.schedule import Schedule, Sublayer
-from ptconvert.shape import ModelShape
+from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.stages import Schedule, Sublayer
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from ptconvert import html
 from ptconvert.estimate.compare import (
     LIMITS,
     Candidate,
@@ -21,8 +20,9 @@ from ptconvert.estimate.compare import (
 from ptconvert.estimate.model import Estimate, reduction, vocabulary_seconds
 from ptconvert.estimate.roofline import Pass, kernel_seconds, kernels_of, sublayer_parts
 from ptconvert.estimate.timeline import Timeline
-from ptconvert.schedule import DEFERRED, Kind, Schedule
-from ptconvert.shape import DTYPES
+from ptconvert.models.shape import DTYPES
+from ptconvert.report import html
+from ptconvert.schedule.stages import DEFERRED, Kind, Schedule
 
 _NAMES = {Kind.ATTENTION: "attention", Kind.MLP: "MLP"}
 HEADER = (

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ptconvert.estimate.hardware import Device, Engine
-from ptconvert.guesses import guess_tensors
-from ptconvert.schedule import Kind, Sublayer
-from ptconvert.shape import ModelShape
+from ptconvert.models.guesses import guess_tensors
+from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.stages import Kind, Sublayer
 
 NO_GUESSES: Mapping[Sublayer, int] = MappingProxyType({})
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ptconvert.estimate.collective import Reduction
 from ptconvert.estimate.hardware import Device
-from ptconvert.schedule import Merge, Schedule
+from ptconvert.schedule.stages import Merge, Schedule
 
 
 @dataclass(frozen=True)

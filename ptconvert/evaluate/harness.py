@@ -27,7 +27,7 @@ from lm_eval.tasks import TaskManager
 from ptconvert import __version__
 from ptconvert.errors import EvaluationError, PTConvertError
 from ptconvert.evaluate.lm import FittingHFLM, UnopenedLM
-from ptconvert.evaluate.models import BatchSize, Progress, first_line
+from ptconvert.measure.opening import BatchSize, Progress, first_line
 
 # For lm-eval's own standard errors of metrics other than means, which are only shown.
 _LM_EVAL_RESAMPLES = 1_000

@@ -10,7 +10,7 @@ from accelerate.utils.memory import clear_device_cache
 from lm_eval.api.model import LM, CacheHook
 from lm_eval.models.huggingface import HFLM
 
-from ptconvert.evaluate.models import BatchSize, Progress, check_ids
+from ptconvert.measure.opening import BatchSize, Progress, check_ids
 
 
 class FittingHFLM(HFLM):  # type: ignore[misc]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from lm_eval.api import metrics
 
-from ptconvert.evaluate.statistics import RESAMPLES, Floats, OverDocuments
+from ptconvert.measure.statistics import RESAMPLES, Floats, OverDocuments
 
 SLOW_RESAMPLES = 999  # where the metric is a Python function of the whole list, as BLEU is
 Aggregate = Callable[[Sequence[Any]], float]

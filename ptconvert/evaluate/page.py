@@ -6,21 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 
 from ptconvert import __version__
-from ptconvert.evaluate.divergence import Block, Bucket, Closeness, Divergence
 from ptconvert.evaluate.harness import Settings
 from ptconvert.evaluate.report import Report, Row
-from ptconvert.evaluate.statistics import Estimate
-from ptconvert.evaluate.terminal import (
-    between,
-    metric_name,
-    number,
-    p_value,
-    perplexity_of,
-    shortened,
-    signed,
-    text_names,
-)
-from ptconvert.html import (
+from ptconvert.evaluate.terminal import metric_name
+from ptconvert.measure.divergence import Block, Bucket, Closeness, Divergence
+from ptconvert.measure.statistics import Estimate
+from ptconvert.report.html import (
     Html,
     Interval,
     Series,
@@ -35,8 +26,17 @@ from ptconvert.html import (
     section,
     table,
 )
-from ptconvert.html_schedule import schedule_diagram
-from ptconvert.schedule import Schedule
+from ptconvert.report.html_schedule import schedule_diagram
+from ptconvert.report.numbers import (
+    between,
+    number,
+    p_value,
+    perplexity_of,
+    shortened,
+    signed,
+    text_names,
+)
+from ptconvert.schedule.stages import Schedule
 
 
 def evaluation_page(report: Report) -> str:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
+from ptconvert.checkpoint.section import read_section
 from ptconvert.errors import EvaluationError
-from ptconvert.evaluate import divergence, harness, metrics, statistics, tasks
-from ptconvert.evaluate.divergence import Divergence
+from ptconvert.evaluate import harness, metrics, tasks
 from ptconvert.evaluate.harness import GroupOfTasks, Metric, Scores, Settings, Task
-from ptconvert.evaluate.models import (
+from ptconvert.measure import divergence, statistics
+from ptconvert.measure.divergence import Divergence
+from ptconvert.measure.opening import (
     BatchSize,
     Progress,
     content_digest,
@@ -25,11 +27,8 @@ from ptconvert.evaluate.models import (
     open_tokenizer,
     schedule_of,
 )
-from ptconvert.evaluate.statistics import Difference, Estimate, Seed
-from ptconvert.format import read_section
-from ptconvert.schedule import Schedule
-
-SIGNIFICANT = 1 - statistics.CONFIDENCE
+from ptconvert.measure.statistics import Difference, Estimate, Seed
+from ptconvert.schedule.stages import Schedule
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Row:
         """better, worse, no difference found, or nothing where there is none to judge."""
         if self.difference is None or self.difference.p_value is None:
             return ""
-        if self.difference.p_value >= SIGNIFICANT or self.difference.value == 0:
+        if self.difference.p_value >= statistics.SIGNIFICANT or self.difference.value == 0:
             return "no difference found"
         if self.higher_is_better is None:
             return "differs"
@@ -292,8 +291,9 @@ def _notes(scores: Scores, settings: Settings, rows: Sequence[Row]) -> Iterator[
     tested = sum(row.difference is not None for row in rows)
     if tested > 10:
         yield (
-            f"{tested} differences are tested, each by itself: about {tested * SIGNIFICANT:.0f} of "
-            f"them would come out as significant (p < {SIGNIFICANT:.2f}) by chance alone"
+            f"{tested} differences are tested, each by itself: about "
+            f"{tested * statistics.SIGNIFICANT:.0f} of them would come out as significant (p < "
+            f"{statistics.SIGNIFICANT:.2f}) by chance alone"
         )
 
 

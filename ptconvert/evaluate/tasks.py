@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from ptconvert.errors import EvaluationError
+from ptconvert.measure.texts import read_text
 
 # Generation first: Llama-3.1-8B with its last 16 layers as Ladder fell from 85.0 to 10.5 on GSM8K
 # and from 52.6 to 46.3 on IFEval, while HellaSwag lost 2.3 points of 80 (Ladder Residual,
@@ -85,14 +86,6 @@ def make_tasks(directory: Path, texts: Sequence[Path], seed: int) -> tuple[str, 
     _write(directory, PERPLEXITY_TASK, [{"text": d} for d in documents], perplexity)
     _write(directory, CLOZE_TASK, questions, cloze)
     return PERPLEXITY_TASK, CLOZE_TASK
-
-
-def read_text(path: Path) -> str:
-    """A text file's content. Raises EvaluationError where it isn't text."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path}: is not a text in UTF-8") from error
 
 
 def _documents(text: str) -> list[str]:

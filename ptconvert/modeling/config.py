@@ -7,7 +7,7 @@ from typing import Any
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto import tokenization_auto
 
-from ptconvert.format import MODEL_TYPE_PREFIX
+from ptconvert.checkpoint.section import MODEL_TYPE_PREFIX
 
 
 class PTConvertLlamaConfig(LlamaConfig):  # type: ignore[misc]

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from ptconvert.schedule import Merge, Schedule, Sublayer
+from ptconvert.schedule.stages import Merge, Schedule, Sublayer
 
 # A value of each local track: one tensor where all of them agree, else one tensor per track.
 PerTrack = list[torch.Tensor]

@@ -11,9 +11,10 @@ from importlib import resources
 
 MODULES = (
     "errors.py",
-    "schedule.py",
-    "presets.py",
-    "format.py",
+    "schedule/stages.py",
+    "schedule/presets.py",
+    "spec/terms.py",
+    "checkpoint/section.py",
     "modeling/executor.py",
     "modeling/config.py",
     "modeling/layers.py",

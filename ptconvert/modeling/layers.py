@@ -14,7 +14,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptconvert.modeling.executor import PerTrack, Update
-from ptconvert.schedule import Kind
+from ptconvert.schedule.stages import Kind
 
 
 def output_projection(kind: Kind) -> tuple[str, str]:

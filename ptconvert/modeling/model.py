@@ -19,7 +19,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
-from ptconvert.format import MODELING_FILE, read_section
+from ptconvert.checkpoint.section import MODELING_FILE, read_section
 from ptconvert.modeling.config import (
     PTConvertLlamaConfig,
     PTConvertMistralConfig,
@@ -34,14 +34,8 @@ from ptconvert.modeling.executor import (
     Update,
     run_schedule,
 )
-from ptconvert.modeling.layers import (
-    Placement,
-    TrackedLayer,
-    dense_layer,
-    family_class,
-    run_layer,
-)
-from ptconvert.schedule import Sublayer
+from ptconvert.modeling.layers import Placement, TrackedLayer, dense_layer, family_class, run_layer
+from ptconvert.schedule.stages import Sublayer
 
 logger = logging.get_logger(__name__)
 WHOLE = Placement()

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ptconvert.presets import dense_schedule
 from ptconvert.runtime.communicator import Event, stages_of
 from ptconvert.runtime.counters import ALL_REDUCE
 from ptconvert.runtime.launch import RankFailure, RanksFailed
-from ptconvert.schedule import Merge, Schedule
+from ptconvert.schedule.presets import dense_schedule
+from ptconvert.schedule.stages import Merge, Schedule
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from torch import nn
 from transformers import AutoConfig
 
 import ptconvert
+from ptconvert.checkpoint.inventory import overruled, weights_dtype
 from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint, read_into
+from ptconvert.checkpoint.section import read_section, source_config
 from ptconvert.errors import CheckpointError
-from ptconvert.families import TensorRule
-from ptconvert.format import read_section, source_config
 from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement, family_class
 from ptconvert.modeling.model import CAUSAL_LMS
-from ptconvert.shape import ModelShape
-from ptconvert.tensors import overruled, weights_dtype
+from ptconvert.models.families import TensorRule
+from ptconvert.models.shape import ModelShape
 
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

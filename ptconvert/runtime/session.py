@@ -21,13 +21,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement
-from ptconvert.presets import dense_schedule
 from ptconvert.runtime.by_layer import opened_by_layer, reorderings
 from ptconvert.runtime.communicator import ProcessGroupCommunicator
 from ptconvert.runtime.counters import FlightRecorder, Profile
 from ptconvert.runtime.launch import Rank
 from ptconvert.runtime.load import load_rank
-from ptconvert.schedule import Schedule
+from ptconvert.schedule.presets import dense_schedule
+from ptconvert.schedule.stages import Schedule
 
 WARM_UP = 1
 

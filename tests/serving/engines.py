@@ -14,12 +14,12 @@ import torch
 import transformers
 from conftest import LAYERS, random_model, spec_text
 
+from ptconvert.checkpoint.calibration import Assignment, Calibration
 from ptconvert.checkpoint.reader import open_checkpoint
-from ptconvert.computed import Assignment, Calibration
-from ptconvert.guesses import guess_tensors
+from ptconvert.convert.transform import Plan, execute, plan_conversion
+from ptconvert.models.guesses import guess_tensors
 from ptconvert.runtime.session import greedy_steps
-from ptconvert.spec import parse_spec
-from ptconvert.transform import Plan, execute, plan_conversion
+from ptconvert.spec.document import parse_spec
 
 CORES = sorted(os.sched_getaffinity(0))
 # vLLM gives its ranks cores and threads itself, and communicates in another way where this is set.

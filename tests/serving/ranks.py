@@ -44,10 +44,10 @@ def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[s
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import default_loader
 
-    from ptconvert.format import read_section
-    from ptconvert.schedule import Schedule
-    from ptconvert.serving.program import lower
-    from ptconvert.serving.verify import generate
+    from ptconvert.checkpoint.section import read_section
+    from ptconvert.engines.vllm.verify import generate
+    from ptconvert.schedule.lower import lower
+    from ptconvert.schedule.stages import Schedule
 
     files: list[str] = []
     read = default_loader.safetensors_weights_iterator
@@ -114,7 +114,7 @@ def faults(model: Any) -> Iterator[tuple[str, Callable[[], None]]]:
     import torch
 
     from ptconvert.modeling.layers import Guess
-    from ptconvert.schedule import Merge
+    from ptconvert.schedule.stages import Merge
 
     program = model.program
 

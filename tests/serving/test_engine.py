@@ -19,7 +19,7 @@ import transformers
 from engines import MIXED, greedy, make_model
 from tokenizing import FAMILIES
 
-from ptconvert.serving.verify import TOLERANCE
+from ptconvert.engines.vllm.verify import TOLERANCE
 
 WORDS = [f"w{i}" for i in range(94)]
 LIMIT_SECONDS = 400
@@ -247,13 +247,13 @@ import json, sys
 from pathlib import Path
 from vllm.plugins import load_general_plugins
 load_general_plugins()
-import ptconvert.serving
-ptconvert.serving.register()
+import ptconvert.engines.vllm
+ptconvert.engines.vllm.register()
 import torch
 from vllm import ModelRegistry
 assert "PTConvertQwen3ForCausalLM" in ModelRegistry.get_supported_archs()
 assert not torch.cuda.is_initialized()
-assert "ptconvert.serving.model" not in sys.modules
+assert "ptconvert.engines.vllm.model" not in sys.modules
 
 sys.path.insert(0, sys.argv[1])
 from tokenizing import CLASSES, facts, put, trained

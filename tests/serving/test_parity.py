@@ -22,11 +22,11 @@ from engines import MIXED, SIZES, calibration, greedy, make_model
 from reference import reference_logits
 from safetensors.torch import load_file, save_file
 
-from ptconvert.format import read_section
-from ptconvert.presets import dense_schedule
-from ptconvert.schedule import Schedule
-from ptconvert.serving.verify import TOLERANCE, count_checks
-from ptconvert.shape import read_config
+from ptconvert.checkpoint.files import read_config
+from ptconvert.checkpoint.section import read_section
+from ptconvert.engines.vllm.verify import TOLERANCE, count_checks
+from ptconvert.schedule.presets import dense_schedule
+from ptconvert.schedule.stages import Schedule
 
 NEW_TOKENS = 8
 LIMIT_SECONDS = 1800.0  # where ranks share no memory, gloo takes several times as long

@@ -1,0 +1,133 @@
+"""Where a dense checkpoint's tensors lie in a converted one: the map that both directions read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptconvert.checkpoint.calibration import Assignment
+from ptconvert.checkpoint.writer import Indices, Target
+from ptconvert.models.families import Cut, TensorRule
+from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.stages import Schedule
+
+SHARED = "shared"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of the converted checkpoint: what lies at `indices` of the dense tensor's `axis`.
+
+    `track` owns it; None where it is shared by all.
+    """
+
+    name: str
+    track: int | None
+    axis: int
+    indices: Indices
+
+
+@dataclass(frozen=True)
+class DenseTensor:
+    """A tensor of the dense checkpoint, and the parts that hold it in the converted one.
+
+    Parts that cover the same indices are copies of each other; the others share the axis out.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    def part_shape(self, part: Part) -> tuple[int, ...]:
+        """The shape of one part."""
+        size = len(part.indices)
+        return tuple(size if axis == part.axis else s for axis, s in enumerate(self.shape))
+
+
+def dense_tensors(
+    shape: ModelShape,
+    schedule: Schedule,
+    tracks: int,
+    assignments: Mapping[int, Assignment] = MappingProxyType({}),
+) -> Iterator[DenseTensor]:
+    """Every tensor of the dense model with its parts.
+
+    Layers in which tracks never differ keep their tensors as they are. The others become
+    `model.layers.{i}.tracks.{t}.self_attn.…` and, for output biases,
+    `model.layers.{i}.common.o_proj_bias` and `….down_proj_bias`. Layers without an assignment are
+    assigned contiguously.
+    """
+    tracked = schedule.track_layers
+    rules = {f"model.layers.{i}.{r.name}": (i, r) for i in tracked for r in shape.rules}
+    for name, size in shape.tensors():
+        if name not in rules:
+            yield DenseTensor(name, size, (Part(name, None, 0, range(size[0])),))
+            continue
+        layer, rule = rules[name]
+        if rule.cut is Cut.COMMON:
+            common = f"model.layers.{layer}.common.{'_'.join(rule.name.split('.')[1:])}"
+            yield DenseTensor(name, size, (Part(common, None, 0, range(size[0])),))
+            continue
+        parts = tuple(
+            Part(
+                f"model.layers.{layer}.tracks.{track}.{rule.name}",
+                track,
+                rule.axis,
+                _owned(shape, rule, track, tracks, assignments.get(layer)),
+            )
+            for track in range(tracks)
+        )
+        yield DenseTensor(name, size, parts)
+
+
+def _owned(
+    shape: ModelShape, rule: TensorRule, track: int, tracks: int, assignment: Assignment | None
+) -> Indices:
+    """The indices of `rule.axis` that a track owns."""
+    start, stop = shape.span(rule, track, tracks)
+    replicated = rule.cut in (Cut.HEADS, Cut.KV_HEADS) and shape.kv_heads % tracks > 0
+    if assignment is None or rule.cut is Cut.COPY or replicated:
+        return range(start, stop)
+    order = assignment.neurons if rule.cut is Cut.NEURONS else assignment.kv_heads
+    unit = shape.size(rule)[rule.axis] // len(order)
+    units = order[start // unit : stop // unit, None]
+    indices: NDArray[np.int32] = (units * unit + np.arange(unit)).ravel().astype(np.int32)
+    return indices
+
+
+def place(tensors: Iterable[Target], shard_bytes: int) -> tuple[Target, ...]:
+    """Splits files that would exceed `shard_bytes`; each target comes with its file's stem.
+
+    A stem with one file gives `stem.safetensors`, else `stem-00001-of-00003.safetensors` and so
+    on. A tensor that is larger on its own gets a file to itself.
+    """
+    shards: dict[str, list[list[Target]]] = {}
+    filled: dict[str, int] = {}
+    for target in tensors:
+        files = shards.setdefault(target.file, [[]])
+        total = filled.get(target.file, 0) + target.nbytes
+        if files[-1] and total > shard_bytes:
+            files.append([])
+            total = target.nbytes
+        files[-1].append(target)
+        filled[target.file] = total
+    return tuple(
+        replace(target, file=_file_name(stem, number, len(files)))
+        for stem, files in shards.items()
+        for number, members in enumerate(files, 1)
+        for target in members
+    )
+
+
+def _file_name(stem: str, number: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05}-of-{count:05}.safetensors"
+
+
+def track_stem(track: int, tracks: int) -> str:
+    """The stem of the files that hold one track's tensors."""
+    digits = max(2, len(str(tracks)))
+    return f"track-{track:0{digits}d}-of-{tracks:0{digits}d}"

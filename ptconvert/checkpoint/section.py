@@ -1,0 +1,138 @@
+"""What a converted checkpoint's config.json says about its conversion: the `ptconvert` section.
+
+"ptconvert": {
+  "format": 1,               the version of this section
+  "tracks": 8,
+  "schedule": "a0! m0! ...", the resolved schedule's text form
+  "deferred": "sum",
+  "assignment": "contiguous", or "affinity": each layer of tracks then has the order of its units
+  "guess": {"a3": 64, ...},  sublayers whose tracks guess each other's partials, with the rank; not
+                             there where none does
+  "trained": true,           not there where the weights are still the source's, each in its place
+  "tensors_digest": "sha256:...", of the source's tensors as they lie here (`tensors_digest`)
+  "spec_digest": "sha256:...",
+  "source_name": "meta-llama/Llama-3.1-8B",
+  "source": {...}            what the conversion replaced in the source's config.json
+}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from ptconvert.errors import ConfigError
+from ptconvert.schedule.presets import from_ladder_layers
+from ptconvert.schedule.stages import Schedule, Sublayer
+from ptconvert.spec.terms import ASSIGNMENTS, DEFERRED_RULES, MAX_GUESS_RANK, MAX_TRACKS
+
+SECTION = "ptconvert"
+SECTION_FORMAT = 1
+MODEL_TYPE_PREFIX = "ptconvert_"
+MODELING_FILE = "modeling_ptconvert.py"
+SPEC_FILE = "ptconvert.yaml"
+# The keys of config.json that a conversion writes; `--to-dense` restores or removes them.
+REPLACED_KEYS = ("model_type", "architectures", "auto_map", "ladder_layers")
+
+_parse = lru_cache(maxsize=64)(Schedule.parse)
+
+
+@dataclass(frozen=True)
+class Section:
+    """The part of the `ptconvert` section that decides what the model computes."""
+
+    schedule: Schedule
+    tracks: int
+    deferred: str
+    source: Mapping[str, object]
+    spec_digest: object = None
+    assignment: str = ASSIGNMENTS[0]
+    guesses: Mapping[Sublayer, int] = field(default_factory=dict)  # ranks
+    trained: bool = False
+    tensors_digest: object = None
+
+    @property
+    def assigned(self) -> bool:
+        """Whether units went to tracks in an order of their own, which the checkpoint holds."""
+        return self.assignment != ASSIGNMENTS[0]
+
+
+def read_section(config: Mapping[str, Any], where: str = "config.json") -> Section:
+    """The conversion that a config.json describes.
+
+    A config without the section is a source model's: its schedule follows from `ladder_layers`,
+    the Ladder authors' key, and is the dense model's where that is absent.
+    Raises ConfigError or ScheduleError for a section that this version can't read.
+    """
+    layers = config.get("num_hidden_layers")
+    if type(layers) is not int:
+        raise ConfigError(f"{where}: num_hidden_layers must be a whole number")
+    section = config.get(SECTION)
+    if section is None:
+        ladder_layers = config.get("ladder_layers")
+        schedule = from_ladder_layers([] if ladder_layers is None else ladder_layers, layers)
+        return Section(schedule, 1, "sum", {})
+    if not isinstance(section, Mapping) or section.get("format") != SECTION_FORMAT:
+        raise ConfigError(
+            f"{where}: {SECTION} must be a section of format {SECTION_FORMAT}; convert the source "
+            "again with this version"
+        )
+    tracks, deferred = section.get("tracks"), section.get("deferred")
+    text, source = section.get("schedule"), section.get("source", {})
+    if type(tracks) is not int or not 1 <= tracks <= MAX_TRACKS:
+        raise ConfigError(f"{where}: {SECTION}.tracks must be a whole number, 1 to {MAX_TRACKS}")
+    if deferred not in DEFERRED_RULES:
+        raise ConfigError(f"{where}: {SECTION}.deferred must be {' or '.join(DEFERRED_RULES)}")
+    if not isinstance(text, str) or not isinstance(source, Mapping):
+        raise ConfigError(f"{where}: {SECTION} must have a schedule (text) and a source (mapping)")
+    schedule = _parse(text)
+    if schedule.layers != layers:
+        raise ConfigError(
+            f"{where}: the schedule runs {schedule.layers} layers, the model has {layers}"
+        )
+    assignment = section.get("assignment", ASSIGNMENTS[0])
+    if assignment not in ASSIGNMENTS:
+        raise ConfigError(f"{where}: {SECTION}.assignment must be {' or '.join(ASSIGNMENTS)}")
+    guesses = _guesses(section.get("guess", {}), schedule, tracks, where)
+    return Section(
+        schedule,
+        tracks,
+        deferred,
+        source,
+        section.get("spec_digest"),
+        assignment,
+        guesses,
+        section.get("trained") is True,
+        section.get("tensors_digest"),
+    )
+
+
+def trained_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A converted checkpoint's config.json once its weights were trained."""
+    return {**config, SECTION: {**config[SECTION], "trained": True}}
+
+
+def with_digest(config: Mapping[str, Any], digest: str) -> dict[str, Any]:
+    """A converted checkpoint's config.json with the digest of its tensors."""
+    return {**config, SECTION: {**config[SECTION], "tensors_digest": digest}}
+
+
+def _guesses(given: object, schedule: Schedule, tracks: int, where: str) -> Mapping[Sublayer, int]:
+    """The ranks of the guesses, by sublayer, in the schedule's order."""
+    ranks = given if isinstance(given, Mapping) else {"": 0}
+    own_kept = {str(s): s for s in schedule.own_kept(tracks)}
+    for name, rank in ranks.items():
+        if name not in own_kept or type(rank) is not int or not 1 <= rank <= MAX_GUESS_RANK:
+            raise ConfigError(
+                f"{where}: {SECTION}.guess must give a rank, 1 to {MAX_GUESS_RANK}, to sublayers "
+                "after which tracks go on without each other's partials"
+            )
+    return {s: ranks[name] for name, s in own_kept.items() if name in ranks}
+
+
+def source_config(config: Mapping[str, Any], section: Section) -> dict[str, Any]:
+    """The source model's config.json, from a converted one's."""
+    kept = {k: v for k, v in config.items() if k not in (SECTION, *REPLACED_KEYS)}
+    return kept | dict(section.source)

@@ -1,0 +1,1 @@
+"""Planning and executing a rewrite of a checkpoint."""

@@ -1,0 +1,406 @@
+"""The transform: a plan as pure data, and its execution as a streamed rewrite.
+
+plan_conversion(checkpoint, spec) -> Plan     dense to converted
+plan_to_dense(checkpoint) -> Plan             and back, bit for bit
+execute(plan, destination) -> None
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ptconvert.checkpoint.atomic import check_apart, check_destination, new_directory
+from ptconvert.checkpoint.calibration import Calibration, order_values, read_orders
+from ptconvert.checkpoint.card import model_card
+from ptconvert.checkpoint.config import (
+    as_json,
+    carried_files,
+    converted_config,
+    index_text,
+    ladder_layers_key,
+)
+from ptconvert.checkpoint.files import INDEX
+from ptconvert.checkpoint.inventory import (
+    check_tensors,
+    overruled,
+    part_dtype,
+    under_own_names,
+    weights_dtype,
+)
+from ptconvert.checkpoint.layout import SHARED, DenseTensor, Part, dense_tensors, place, track_stem
+from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, same_bytes
+from ptconvert.checkpoint.section import (
+    MODELING_FILE,
+    SECTION,
+    SPEC_FILE,
+    read_section,
+    source_config,
+    with_digest,
+)
+from ptconvert.checkpoint.writer import Digests, Move, Target, copy_moves, lay_out, write_arrays
+from ptconvert.errors import CheckpointError, ConfigError, SpecError
+from ptconvert.modeling.export import modeling_source
+from ptconvert.models.guesses import guess_cost, guess_tensors, most_guesses
+from ptconvert.models.shape import ORDER_DTYPE, TIED, ModelShape
+from ptconvert.schedule.presets import dense_schedule
+from ptconvert.schedule.stages import Counts, Schedule, Sublayer
+from ptconvert.spec.document import Spec, parse_spec
+from ptconvert.spec.terms import ASSIGNMENTS
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that an execution does: which tensor parts go where, and the files beside them.
+
+    `config` is the result's config.json, less what is known only when all is written. `converted`
+    are the tensors of the converted checkpoint that hold the source's, in order, and `digest` what
+    they must have (going to dense). `replicas` are pairs of source tensors that must hold the same
+    bytes (likewise).
+    `computed` are tensors of the result that come from no source tensor; `guesses` are their ranks.
+    A plan is `complete` unless it lacks what its spec wants to be computed from a text.
+    """
+
+    source: Checkpoint
+    shape: ModelShape
+    schedule: Schedule
+    tracks: int
+    targets: tuple[Target, ...]
+    moves: tuple[Move, ...]
+    config: Mapping[str, object]
+    texts: Mapping[str, str]
+    carried: tuple[Path, ...]
+    converted: tuple[str, ...]
+    to_dense: bool = False
+    digest: object = None
+    replicas: tuple[tuple[str, str], ...] = ()
+    computed: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    assignment: str = ASSIGNMENTS[0]
+    guesses: Mapping[Sublayer, int] = field(default_factory=dict)
+    complete: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors to be written."""
+        return sum(t.nbytes for t in self.targets)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes of disk that the result takes, tensors and the files beside them."""
+        texts = sum(len(t.encode()) for t in (as_json(self.config), *self.texts.values()))
+        headers = 256 * len(self.targets)
+        return self.nbytes + texts + headers + sum(p.stat().st_size for p in self.carried)
+
+    def summary(self) -> dict[str, Any]:
+        """The plan in figures, as `--json` prints it."""
+        tracked = sorted(self.schedule.track_layers)
+        before = dense_schedule(self.shape.layers).counts
+        after = self.schedule.counts
+        if self.to_dense:
+            before, after = after, before
+        per_file: dict[str, int] = {}
+        for target in self.targets:
+            per_file[target.file] = per_file.get(target.file, 0) + target.nbytes
+        return {
+            "model_type": self.shape.family.model_type,
+            "tracks": self.tracks,
+            "schedule": str(self.schedule),
+            "layers": self.shape.layers,
+            "layers_as_tracks": tracked,
+            "tensors_in": len(self.source.tensors),
+            "tensors_out": len(self.targets),
+            "bytes_in": self.source.nbytes,
+            "bytes_out": self.nbytes,
+            "files": per_file,
+            "all_reduces": _counts(before, after, "all_reduces"),
+            "waited_for": _counts(before, after, "waited_for"),
+            "bytes_per_token_per_all_reduce": self.shape.bytes_per_token,
+            "bytes_needed": self.needed_bytes,
+            "assignment": self.assignment,
+            "guess": guess_cost(self.shape, self.guesses, self.tracks),
+        }
+
+
+def _counts(before: Counts, after: Counts, name: str) -> dict[str, int]:
+    return {"before": getattr(before, name), "after": getattr(after, name)}
+
+
+def plan_conversion(
+    checkpoint: Checkpoint,
+    spec: Spec | None,
+    *,
+    source_name: str,
+    name: str = "DST",
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    ladder_layers_config: bool = False,
+    calibration: Calibration | None = None,
+) -> Plan:
+    """The plan that converts a dense checkpoint by a spec.
+
+    Without a spec the checkpoint must be of the Ladder authors' format, whose config.json says
+    its schedule. `name` is what the model card calls the result: its directory or repository.
+    `ladder_layers_config` writes their key beside ours. `calibration` is what the spec wants to be
+    computed from a text; without it the plan has the right sizes, all guesses at their full rank,
+    and can't be executed.
+    Raises PTConvertError, one line or one per fault of the spec, before anything is written.
+    """
+    where = str(checkpoint.path / "config.json")
+    checkpoint = under_own_names(checkpoint, ModelShape.from_config(checkpoint.config, where))
+    replaced = overruled(checkpoint)
+    shape = ModelShape.from_config({**checkpoint.config, **replaced}, where)
+    spec = _spec_for(checkpoint, shape, spec)
+    spec.check(shape)
+    schedule = spec.schedule()
+    guesses = most_guesses(schedule, spec.tracks, spec.guess, shape)
+    known = calibration or Calibration(guesses=guesses)
+    tensors = list(dense_tensors(shape, schedule, spec.tracks, known.assignments))
+    extras = check_tensors(checkpoint, {t.name: t.shape for t in tensors}, shape)
+    targets, moves = list[Target](), list[Move]()
+    for tensor in tensors:
+        dtype = checkpoint.tensors[tensor.name].dtype
+        for part in tensor.parts:
+            stem = SHARED if part.track is None else track_stem(part.track, spec.tracks)
+            targets.append(Target(part.name, stem, dtype, tensor.part_shape(part)))
+            put = range(len(part.indices))
+            moves.append(Move(tensor.name, part.name, part.axis, part.indices, put))
+    # After the weights: where a config names no dtype, the first tensor of all says it.
+    _copy(extras, SHARED, targets, moves)
+    orders = order_values(shape, schedule, spec, known)
+    targets += [Target(n, SHARED, ORDER_DTYPE, order.shape) for n, order in orders.items()]
+    dtype = weights_dtype(checkpoint, shape)
+    for track, guess, size in guess_tensors(shape, known.guesses, spec.tracks):
+        targets.append(Target(guess, track_stem(track, spec.tracks), dtype, size))
+    placed = place(targets, shard_bytes)
+    config = converted_config(checkpoint.config, spec, schedule, source_name, known, replaced)
+    if ladder_layers_config:
+        config["ladder_layers"] = ladder_layers_key(spec, schedule)
+    texts = {
+        INDEX: index_text(placed),
+        SPEC_FILE: spec.text,
+        MODELING_FILE: modeling_source(),
+        "README.md": model_card(
+            checkpoint.path, source_name, name, spec, schedule, shape, len(known.guesses)
+        ),
+    }
+    return Plan(
+        source=checkpoint,
+        shape=shape,
+        schedule=schedule,
+        tracks=spec.tracks,
+        targets=placed,
+        moves=tuple(moves),
+        config=config,
+        texts=texts,
+        carried=carried_files(checkpoint.path, texts),
+        converted=tuple(part.name for t in tensors for part in t.parts),
+        computed={**orders, **known.tensors},
+        assignment=spec.assignment,
+        guesses=known.guesses,
+        complete=calibration is not None or not spec.needs_text,
+    )
+
+
+def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
+    """The plan that undoes a conversion. Raises PTConvertError."""
+    where = str(checkpoint.path / "config.json")
+    if SECTION not in checkpoint.config:
+        raise ConfigError(f"{where} has no {SECTION} section; only converted checkpoints have one")
+    section = read_section(checkpoint.config, where)
+    if section.trained:
+        raise ConfigError(f"{where}: healed since the conversion; the source's weights are gone")
+    if overruled(checkpoint):
+        raise CheckpointError(_changed(checkpoint.path, "lm_head is not the embedding any more"))
+    config = source_config(checkpoint.config, section)
+    tied = checkpoint.config.get(TIED)  # not the source's word, where its tensors say otherwise
+    shape = ModelShape.from_config({**config, TIED: tied}, where)
+    if reason := shape.indivisible(section.tracks):
+        raise ConfigError(f"{where}: {reason}")
+    orders, assignments = read_orders(checkpoint, shape, section)
+    tensors = list(dense_tensors(shape, section.schedule, section.tracks, assignments))
+    converted = {part.name: t.part_shape(part) for t in tensors for part in t.parts}
+    for _, guess, size in guess_tensors(shape, section.guesses, section.tracks):
+        converted[guess] = size  # they are not the source's, and stay behind
+    extras = check_tensors(checkpoint, converted, shape, orders)
+    targets, moves, replicas = list[Target](), list[Move](), list[tuple[str, str]]()
+    for tensor in tensors:
+        targets.append(Target(tensor.name, "model", part_dtype(checkpoint, tensor), tensor.shape))
+        for part, original in _tiles(tensor):
+            if original is None:
+                take = range(len(part.indices))
+                moves.append(Move(part.name, tensor.name, part.axis, take, part.indices))
+            else:
+                replicas.append((original.name, part.name))
+    _copy(extras, "model", targets, moves)
+    placed = place(targets, shard_bytes)
+    texts = {INDEX: index_text(placed)} if len({t.file for t in placed}) > 1 else {}
+    return Plan(
+        source=checkpoint,
+        shape=shape,
+        schedule=section.schedule,
+        tracks=section.tracks,
+        targets=placed,
+        moves=tuple(moves),
+        config=config,
+        texts=texts,
+        carried=carried_files(checkpoint.path, texts),
+        converted=tuple(part.name for t in tensors for part in t.parts),
+        to_dense=True,
+        digest=section.tensors_digest,
+        replicas=tuple(replicas),
+    )
+
+
+def execute(
+    plan: Plan,
+    destination: Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Carries out a plan: `destination` appears whole, or not at all.
+
+    `progress` is called with the bytes written since its last call, from several threads.
+    Raises CheckpointError, one line, where files can't be read or written or the disk is full.
+    """
+    assert plan.complete, "the spec needs a text, and nothing was computed from one"
+    check_destination(destination, overwrite)
+    check_apart(destination, plan.source.path)
+    free = free_bytes(destination)
+    if free < plan.needed_bytes:
+        raise CheckpointError(_disk_full(plan, destination, free))
+    check_replicas(plan)
+    sources, digests = plan.source.tensors, Digests(of_sources=plan.to_dense)
+    try:
+        with new_directory(destination, overwrite) as directory:
+            placed = lay_out(directory, plan.targets)
+            copy_moves(sources, placed, plan.moves, progress, digests)
+            write_arrays(placed, plan.computed, progress)
+            texts = {**plan.texts, "config.json": _config_text(plan, placed, digests)}
+            for name, text in texts.items():
+                (directory / name).write_text(text, encoding="utf-8")
+            for path in plan.carried:
+                target = directory / path.relative_to(plan.source.path)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CheckpointError(_disk_full(plan, destination, free)) from None
+        raise CheckpointError(f"{error.filename or destination}: {error.strerror}") from None
+
+
+def tensors_digest(plan: Plan, entries: Mapping[str, TensorEntry], digests: Digests) -> str:
+    """One digest of a converted checkpoint's tensors that hold the source's: the SHA-256 of their
+    SHA-256, in the order of the source's tensors and within each in that of its parts."""
+    same = {copy: name for name, copy in plan.replicas}  # whose bytes were compared
+    whole = hashlib.sha256()
+    for name in plan.converted:
+        whole.update(digests.of(entries[same.get(name, name)]))
+    return f"sha256:{whole.hexdigest()}"
+
+
+def _config_text(plan: Plan, placed: Mapping[str, TensorEntry], digests: Digests) -> str:
+    """config.json of what was written; on the way back, once the tensors were found unchanged."""
+    if plan.to_dense:
+        check_digest(plan, digests)
+        return as_json(plan.config)
+    return as_json(with_digest(plan.config, tensors_digest(plan, placed, digests)))
+
+
+def check_unchanged(plan: Plan) -> None:
+    """Raises CheckpointError where the tensors of a converted checkpoint are not the source's any
+    more (going to dense). Reads them all."""
+    check_replicas(plan)
+    check_digest(plan, Digests(of_sources=True))
+
+
+def check_digest(plan: Plan, digests: Digests) -> None:
+    """Raises CheckpointError where the tensors aren't those that the conversion wrote. Checkpoints
+    of versions that kept no digest pass."""
+    entries = plan.source.tensors
+    if plan.digest is not None and tensors_digest(plan, entries, digests) != plan.digest:
+        raise CheckpointError(_changed(plan.source.path, "trained, or saved in another type"))
+
+
+def _changed(path: Path, how: str) -> str:
+    return (
+        f"{path}: the weights changed since the conversion ({how}), so they are not the source's; "
+        "use the source itself"
+    )
+
+
+def check_replicas(plan: Plan) -> None:
+    """Raises CheckpointError where copies that must become one tensor differ (going to dense)."""
+    sources = plan.source.tensors
+    for name, copy in plan.replicas:
+        if not same_bytes(sources[name], sources[copy]):
+            raise CheckpointError(
+                f"{copy} differs from {name}: the tracks were trained since the conversion, and "
+                "no dense tensor can hold both"
+            )
+
+
+def free_bytes(destination: Path) -> int:
+    """Bytes free where `destination` would be written."""
+    return shutil.disk_usage(destination.resolve().parent).free
+
+
+def _disk_full(plan: Plan, destination: Path, free: int) -> str:
+    return (
+        f"{destination}: the disk is full: {plan.needed_bytes} bytes are needed and {free} were "
+        "free at the start; nothing was written"
+    )
+
+
+def _spec_for(checkpoint: Checkpoint, shape: ModelShape, spec: Spec | None) -> Spec:
+    """The spec given, or the one that a checkpoint of the Ladder authors' format implies."""
+    theirs = checkpoint.config.get("ladder_layers")
+    if spec is not None and theirs is not None:
+        raise SpecError(
+            [
+                f"{spec.name}:1: the source runs ladder already (ladder_layers in its "
+                "config.json); leave --spec out to keep its schedule"
+            ]
+        )
+    if spec is not None:
+        return spec
+    if theirs is None:
+        raise SpecError(["a spec is needed: --spec FILE"])
+    schedule = read_section(checkpoint.config).schedule
+    tracks = max(n for n in range(1, 9) if shape.indivisible(n) is None)
+    text = (
+        "# The schedule that ladder_layers in the source's config.json stands for.\n"
+        f"format: 1\ntracks: {tracks}\nschedule:\n"
+        f'  - layers: 0-{shape.layers - 1}\n    stages: "{schedule}"\n'
+    )
+    return parse_spec(text, SPEC_FILE)
+
+
+def _copy(extras: list[TensorEntry], stem: str, targets: list[Target], moves: list[Move]) -> None:
+    """Adds what copies tensors as they are."""
+    for extra in extras:
+        rows = range(extra.shape[0])
+        targets.append(Target(extra.name, stem, extra.dtype, extra.shape))
+        moves.append(Move(extra.name, extra.name, 0, rows, rows))
+
+
+def _tiles(tensor: DenseTensor) -> Iterator[tuple[Part, Part | None]]:
+    """Each part, with the earlier part that it repeats or None; those of None share the axis."""
+    first: dict[object, Part] = {}
+    covered = np.zeros(tensor.shape[tensor.parts[0].axis], np.int32)
+    for part in tensor.parts:
+        key = part.indices if isinstance(part.indices, range) else part.indices.tobytes()
+        original = first.setdefault(key, part)
+        if original is part:
+            covered[np.asarray(part.indices)] += 1
+        yield part, None if original is part else original
+    assert (covered == 1).all(), f"{tensor.name}: parts leave a gap or overlap"

@@ -1,0 +1,53 @@
+"""What vLLM is told about a converted model before it starts: what can't be served, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from ptconvert.checkpoint.section import Section, read_section
+from ptconvert.errors import ConfigError
+
+
+class ServingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
+    """vLLM's hook for an architecture, which it runs before it starts any worker."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Raises ConfigError for settings under which the model would not work."""
+        config = vllm_config.model_config.hf_config
+        section = read_section(vars(config), vllm_config.model_config.model)
+        refused = list(_refused(vllm_config, section))
+        if refused:
+            raise ConfigError("; ".join(refused))
+
+
+def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    ranks, tracks = parallel.tensor_parallel_size, section.tracks
+    if tracks % ranks:
+        fits = ", ".join(str(r) for r in range(1, tracks + 1) if tracks % r == 0)
+        yield (
+            f"tensor_parallel_size {ranks}: the checkpoint has {tracks} tracks, so it runs on "
+            f"{fits} ranks"
+        )
+    if model.quantization is not None:
+        yield (
+            f"quantization {model.quantization}: converted models are served in bfloat16, float16 "
+            "or float32 only"
+        )
+    if vllm_config.lora_config is not None:
+        yield "enable_lora: adapters name a dense model's layers; merge them before converting"
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name) > 1:
+            yield (
+                f"{name} {getattr(parallel, name)}: ranks would share keys and values, but each "
+                "track has its own; leave it at 1"
+            )
+    if parallel.pipeline_parallel_size > 1:
+        yield (
+            f"pipeline_parallel_size {parallel.pipeline_parallel_size}: a schedule's all-reduces "
+            "may span layers, so all layers must be on every rank; use tensor_parallel_size"
+        )

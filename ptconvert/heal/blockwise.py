@@ -1,0 +1,274 @@
+"""Block-to-block distillation: one block of the schedule at a time learns to give what the dense
+layers in its place give (SPD, arXiv 2502.20727, does so for one synchronisation point at a time).
+
+A block is a run of stages between two points where nothing is outstanding, `Schedule.blocks()`. Its
+input is the student's own stream, with all earlier blocks healed, and its target the teacher's
+layers on that same stream: so each block repairs what it does itself, and is never asked to undo
+what came in. The streams at a block's beginning are kept for all windows and moved on block by
+block, so a device holds one block of each model. Shapes: N windows, B of them at once, T tokens, D
+residual stream width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoConfig
+
+import ptconvert
+from ptconvert.checkpoint.reader import Checkpoint
+from ptconvert.errors import HealError
+from ptconvert.heal.data import Data
+from ptconvert.heal.models import in_layers, put
+from ptconvert.heal.settings import Settings
+from ptconvert.heal.work import Tensors, load_tensors, save_tensors
+from ptconvert.measure.opening import schedule_of
+from ptconvert.modeling.layers import family_class
+from ptconvert.modeling.model import PTConvertModel
+from ptconvert.runtime.load import read_part
+from ptconvert.schedule.presets import dense_schedule, with_only
+from ptconvert.schedule.stages import Schedule
+
+Report = Callable[..., None]
+STREAM_BYTES = 2**32  # of streams kept in memory; beyond it they lie in the work folder
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block: its stages in the student's and in the dense schedule, and the layers in them."""
+
+    stages: range
+    dense: range
+    layers: range
+    changed: bool
+    text: str
+
+
+def blocks_of(schedule: Schedule) -> Iterator[Block]:
+    """The blocks of a schedule, those that are the dense model's too."""
+    dense = dense_schedule(schedule.layers)
+    for stages in schedule.blocks():
+        sublayers = [s for i in stages for s in schedule.stages[i].sublayers]
+        positions, layers = [s.position for s in sublayers], [s.layer for s in sublayers]
+        yield Block(
+            stages,
+            range(min(positions), max(positions) + 1),
+            range(min(layers), max(layers) + 1),
+            with_only(schedule, stages) != dense,
+            " ".join(str(schedule.stages[i]) for i in stages),
+        )
+
+
+class Pieces:
+    """A checkpoint's decoder of which a few layers at a time are in memory."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> None:
+        ptconvert.register()
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        with torch.device("meta"):
+            self.model = PTConvertModel(config).eval().requires_grad_(False)
+            self.model.norm = nn.Identity()  # the stream itself is wanted
+        self.model.rotary_emb = family_class(config, "RotaryEmbedding")(config=config).to(device)
+
+    def load(self, layers: range, stages: range) -> Any:
+        """The decoder with these layers in memory, and no others, that runs these stages."""
+        for index, layer in enumerate(self.model.layers):
+            for name, parameter in list(layer.named_parameters()):
+                if index not in layers and not parameter.is_meta:
+                    _set(layer, name, torch.empty_like(parameter, device="meta"))
+                elif index in layers and parameter.is_meta:
+                    _set(layer, name, self.read(f"model.layers.{index}.{name}"))
+        self.model.first_stage, self.model.stop_stage = stages.start, stages.stop
+        return self.model
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor of the checkpoint, on the device."""
+        entry = self.checkpoint.tensors[name]
+        tensor = read_part(entry, 0, 0, entry.shape[0])
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+
+def _set(owner: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(owner.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def heal_blocks(
+    student: Checkpoint,
+    teacher: Checkpoint,
+    data: Data,
+    settings: Settings,
+    work: Path,
+    progress: Report,
+    say: Callable[[str], None],
+) -> Tensors:
+    """The healed parameters of all changed blocks, in fp32.
+
+    Finished blocks are kept in `work` and not trained again. A block whose error on the held-out
+    windows didn't fall keeps its own weights. Raises HealError.
+    """
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+    pieces = Pieces(student, dtype, settings.device)
+    dense = Pieces(teacher, dtype, settings.device)
+    order = data.order(settings.tokens, settings.seed)
+    used, order = torch.unique(order, return_inverse=True)  # streams of no other windows are kept
+    progress("embedding the windows", 0, None)
+    streams = [
+        _first_streams(pieces, ids_NS[:, :-1], work / f"stream-{which}")
+        for which, ids_NS in (("train", data.train[used]), ("held-out", data.held_out.ids))
+    ]
+    blocks = list(blocks_of(schedule_of(student)))
+    changed = [block for block in blocks if block.changed]
+    healed: Tensors = {}
+    for block in blocks:
+        if block.changed:
+            file = work / f"block-{block.stages.start}.safetensors"
+            step = f"block {changed.index(block) + 1} of {len(changed)}"
+            if not file.is_file():
+                pair = _loaded(pieces, block, healed), dense.load(block.layers, block.dense)
+                moved = _heal(*pair, block, streams, order, settings, step, progress, say)
+                save_tensors(file, moved)
+                pieces.load(range(0), range(0))
+            healed |= load_tensors(file)
+            if block == changed[-1]:
+                break
+        model = _loaded(pieces, block, healed)
+        step = f"streams past layers {block.layers.start}-{block.layers.stop - 1}"
+        for stream_NTD in streams:
+            _advance(model, stream_NTD, settings.batch_size, step, progress)
+    for path in work.glob("stream-*"):
+        path.unlink()
+    return healed
+
+
+def _loaded(pieces: Pieces, block: Block, healed: Tensors) -> Any:
+    """The student's decoder with a block in memory, as far as it is healed."""
+    model = pieces.load(block.layers, block.stages)
+    own = {n: t for n, t in healed.items() if in_layers(n, block.layers)}
+    put(model, ((name.removeprefix("model."), tensor) for name, tensor in own.items()))
+    return model
+
+
+@torch.no_grad()
+def _first_streams(pieces: Pieces, ids_NT: torch.Tensor, file: Path) -> torch.Tensor:
+    """The embedded tokens of all windows (N, T, D), in memory or, where they are many, on disk."""
+    weight_VD = pieces.read("model.embed_tokens.weight").cpu()
+    shape, dtype = (*ids_NT.shape, weight_VD.shape[1]), weight_VD.dtype
+    if math.prod(shape) * weight_VD.element_size() > STREAM_BYTES:
+        file.unlink(missing_ok=True)
+        stream_NTD = torch.from_file(str(file), True, math.prod(shape), dtype=dtype).view(shape)
+    else:
+        stream_NTD = torch.empty(shape, dtype=dtype)
+    for ids_T, stream_TD in zip(ids_NT, stream_NTD, strict=True):
+        stream_TD[:] = functional.embedding(ids_T, weight_VD)
+    return stream_NTD
+
+
+@torch.no_grad()
+def _advance(model: Any, stream_NTD: torch.Tensor, batch: int, step: str, progress: Report) -> None:
+    """Moves streams past the block that the model holds, in place."""
+    for start in range(0, len(stream_NTD), batch):
+        progress(step, start, len(stream_NTD))
+        rows = slice(start, start + batch)
+        stream_NTD[rows] = _run(model, stream_NTD[rows]).to("cpu", stream_NTD.dtype)
+
+
+def _run(model: Any, stream_BTD: torch.Tensor) -> torch.Tensor:
+    """A block's output stream, by autocast where it has 16 bits: what is trained is fp32."""
+    device, dtype = next(p.device for p in model.parameters() if not p.is_meta), stream_BTD.dtype
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        inputs = stream_BTD.to(device)
+        out_BTD: torch.Tensor = model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    return out_BTD
+
+
+def relative_error(
+    out_BTD: torch.Tensor, target_BTD: torch.Tensor, stream_BTD: torch.Tensor
+) -> torch.Tensor:
+    """The mean over tokens of the output's squared error over the squared update of the target.
+
+    Relative to each token's update, so that the few tokens with huge activations that trained
+    models have (arXiv 2402.17762) don't outweigh all the others.
+    """
+    error_BT = (out_BTD - target_BTD).float().square().sum(-1)
+    update_BT = (target_BTD - stream_BTD).float().square().sum(-1)
+    return (error_BT / (update_BT + _EPSILON)).mean()
+
+
+def _heal(
+    model: Any,
+    target: Any,
+    block: Block,
+    streams: list[torch.Tensor],
+    order: torch.Tensor,
+    settings: Settings,
+    step: str,
+    progress: Report,
+    say: Callable[[str], None],
+) -> Tensors:
+    """Trains one block; returns its new parameters by their names in the checkpoint, or none."""
+    torch.manual_seed(settings.seed)
+    train_NTD, held_NTD = streams
+    own = {n: p for n, p in model.named_parameters() if in_layers(f"model.{n}", block.layers)}
+    for parameter in own.values():
+        parameter.data, parameter.requires_grad = parameter.data.float(), True
+    together = settings.batch_size * settings.accumulation
+    rows = [r for r in torch.split(order, together) if len(r) == together]
+    optimizer = torch.optim.AdamW(own.values(), lr=settings.block_learning_rate, weight_decay=0.0)
+    warm = math.ceil(settings.warmup * len(rows))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, warm, len(rows)))
+    progress(step, 0, len(rows))
+    before = _held_out(model, target, held_NTD, settings.batch_size)
+    if not math.isfinite(before):
+        raise HealError(f"{_shortened(block.text)}: its stream isn't finite; try --dtype float32")
+    for number, chosen in enumerate(rows):
+        for part in torch.split(chosen, settings.batch_size):
+            stream_BTD = train_NTD[part].to(settings.device)
+            with torch.no_grad():
+                target_BTD = _run(target, stream_BTD)
+            loss = relative_error(_run(model, stream_BTD), target_BTD, stream_BTD)
+            torch.autograd.backward(loss * len(part) / len(chosen))
+        torch.nn.utils.clip_grad_norm_(own.values(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        progress(step, number + 1, len(rows), f"error {loss.detach():.4f}")
+    moved = {n: p for n, p in own.items() if p in optimizer.state}
+    for parameter in own.values():
+        parameter.requires_grad = False
+    after = _held_out(model, target, held_NTD, settings.batch_size)
+    say(f"{step} ({_shortened(block.text)}): held-out error {before:.4f} → {after:.4f}")
+    if not after < before:
+        return {}
+    return {f"model.{n}": p.detach().cpu() for n, p in moved.items()}
+
+
+def _rate(step: int, warm: int, steps: int) -> float:
+    """The share of the learning rate at a step: linear warm-up, then a half cosine to nothing."""
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+@torch.no_grad()
+def _held_out(model: Any, target: Any, stream_NTD: torch.Tensor, batch: int) -> float:
+    """The block's relative error on the held-out windows."""
+    total = 0.0
+    for piece_BTD in torch.split(stream_NTD, batch):
+        out_BTD, target_BTD = _run(model, piece_BTD), _run(target, piece_BTD)
+        error = relative_error(out_BTD, target_BTD, piece_BTD.to(out_BTD.device))
+        total += float(error) * len(piece_BTD)
+    return total / len(stream_NTD)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 30 else f"{text[:14]} … {text[-14:]}"

@@ -1,0 +1,115 @@
+"""Student and teacher: which weights move, and storage that both share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from ptconvert.checkpoint.reader import Checkpoint
+from ptconvert.checkpoint.section import SECTION, read_section, source_config
+from ptconvert.errors import HealError
+from ptconvert.measure.opening import is_dense
+from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.presets import dense_schedule, with_only
+from ptconvert.schedule.stages import Schedule
+
+_TRACK = re.compile(r"\.tracks\.\d+\.")
+
+
+def check_pair(student: Checkpoint, teacher: Checkpoint) -> ModelShape:
+    """The shape that a converted checkpoint and its source have in common. Raises PTConvertError.
+
+    Any model of the source's shape will do: the source itself, or a better trained one.
+    """
+    where = str(student.path / "config.json")
+    if SECTION not in student.config:
+        raise HealError(f"{student.path} isn't converted; heal starts from a converted checkpoint")
+    if not is_dense(teacher):
+        raise HealError(f"--teacher {teacher.path} is converted; it must be a dense checkpoint")
+    section = read_section(student.config, where)
+    shape = ModelShape.from_config(source_config(student.config, section), where)
+    other = ModelShape.from_config(teacher.config, str(teacher.path / "config.json"))
+    ours, theirs = dict(shape.tensors()), dict(other.tensors())
+    for name in ours | theirs:
+        if ours.get(name) != theirs.get(name):
+            sizes = [list(s[name]) if name in s else "missing" for s in (theirs, ours)]
+            raise HealError(
+                f"--teacher {teacher.path}: its {name} is {sizes[0]}, the checkpoint's source has "
+                f"{sizes[1]}; it must be of the source's shape"
+            )
+    return shape
+
+
+def changed_layers(schedule: Schedule) -> frozenset[int]:
+    """The layers inside blocks of the schedule that aren't the dense model's."""
+    dense = dense_schedule(schedule.layers)
+    return frozenset(
+        sublayer.layer
+        for block in schedule.blocks()
+        if with_only(schedule, block) != dense
+        for i in block
+        for sublayer in schedule.stages[i].sublayers
+    )
+
+
+def in_layers(name: str, layers: Iterable[int]) -> bool:
+    """Whether a parameter or module is one of these layers'."""
+    parts = name.split(".")
+    return parts[:2] == ["model", "layers"] and len(parts) > 2 and int(parts[2]) in layers
+
+
+def trainable(model: nn.Module, which: str, schedule: Schedule) -> list[str]:
+    """The parameters that are to move: `changed`, or `all`."""
+    layers = changed_layers(schedule)
+    return [n for n, _ in model.named_parameters() if which == "all" or in_layers(n, layers)]
+
+
+@torch.no_grad()
+def put(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copies tensors over a model's parameters of the same names."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors:
+        parameters[name].copy_(tensor)
+
+
+def freeze_but(model: nn.Module, names: Iterable[str]) -> None:
+    """Lets only these parameters move, and holds them in fp32: the steps are smaller than what
+    16 bits resolve."""
+    wanted = set(names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted)
+        if name in wanted:
+            parameter.data = parameter.data.float()
+
+
+@torch.no_grad()
+def share(student: nn.Module, teacher: nn.Module) -> int:
+    """Lets frozen matrices of the student be views of the teacher's where the values are the same:
+    whole ones outside of tracks, and the rows or columns of it that a track has. Returns the bytes
+    saved.
+
+    Vectors (norms) stay apart: they are small, and copies of one must not become one tensor.
+    """
+    theirs = dict(teacher.named_parameters())
+    saved = 0
+    for name, own in student.named_parameters():
+        whole = theirs.get(_TRACK.sub(".", name))
+        if own.requires_grad or own.ndim != 2 or whole is None or whole.dtype != own.dtype:
+            continue
+        same = next((v for v in _slices(whole.data, own.shape) if torch.equal(v, own)), None)
+        if same is not None:
+            own.data = same
+            saved += same.nbytes
+    return saved
+
+
+def _slices(whole: torch.Tensor, size: torch.Size) -> Iterator[torch.Tensor]:
+    """The pieces of this size that lie one after the other along the axis that is longer."""
+    longer = [axis for axis in range(whole.ndim) if whole.shape[axis] != size[axis]]
+    if not longer:
+        yield whole
+    elif len(longer) == 1:
+        yield from (v for v in torch.split(whole, size[longer[0]], longer[0]) if v.shape == size)

@@ -1,0 +1,36 @@
+"""What a healing has to report, as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ptconvert.heal.settings import Settings
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model on the held-out windows: its loss, and its KL from the teacher, in nats per token."""
+
+    name: str
+    loss: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Healed:
+    """A healing's report: figures in the order of the stages, and which of them is the model
+    written. `tokens` are those trained on, in all stages together."""
+
+    teacher: str
+    data: tuple[str, ...]
+    data_digest: str
+    held_out_tokens: int
+    tokens: int
+    settings: Settings
+    rows: tuple[Measured, ...]
+    kept: str
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, for `--json`."""
+        return asdict(self)

@@ -1,0 +1,224 @@
+"""A healing from beginning to end: measure, train, measure again, keep the best, write it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ptconvert import __version__
+from ptconvert.checkpoint.atomic import check_apart, check_destination, nested
+from ptconvert.checkpoint.card import healed_card
+from ptconvert.checkpoint.reader import Checkpoint
+from ptconvert.errors import HealError
+from ptconvert.heal.blockwise import heal_blocks
+from ptconvert.heal.card import healing_section
+from ptconvert.heal.data import Data
+from ptconvert.heal.distill import check, distill
+from ptconvert.heal.models import changed_layers, check_pair, freeze_but, put, trainable
+from ptconvert.heal.report import Healed, Measured
+from ptconvert.heal.settings import Settings
+from ptconvert.heal.work import (
+    Tensors,
+    load_tensors,
+    save_tensors,
+    start_file,
+    wait_for,
+    work_folder,
+)
+from ptconvert.heal.write import rounded, write
+from ptconvert.measure import divergence
+from ptconvert.measure.divergence import Reference
+from ptconvert.measure.opening import BatchSize, content_digest, open_model, schedule_of
+
+_BLOCKS = "blocks.safetensors"  # what the blockwise stage made
+_KL = "kl.safetensors"  # and the KL stage
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is healed by what, on what, and how; `folder` keeps the state, and `progress` (step,
+    done, of how many, a note) and `say` tell the user how far it is."""
+
+    student: Checkpoint
+    teacher: Checkpoint
+    teacher_name: str
+    data: Data
+    settings: Settings
+    folder: Path
+    progress: Callable[..., None]
+    say: Callable[[str], None]
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that each stage trains on."""
+        return self.settings.tokens or self.data.train[:, 1:].numel()
+
+
+def check_places(destination: Path, folder: Path, overwrite: bool) -> None:
+    """Raises PTConvertError where the result can't be written, or would be gone with the work
+    folder, which is removed at the end."""
+    check_destination(destination, overwrite)
+    if nested(destination, folder):
+        raise HealError(f"--work {folder}: it may not lie in DST, nor DST in it")
+
+
+def heal(
+    case: Case, destination: Path, command: str = "", overwrite: bool = False
+) -> Healed | None:
+    """Heals a converted checkpoint into `destination`, and returns the report.
+
+    Of the checkpoint as it came and of what each stage made of it, the one with the smallest KL on
+    the held-out windows is written. `command` goes to its model card. Under a launcher (`accelerate
+    launch`, torchrun) every process calls this; the first one measures and writes, the others
+    return None. Raises PTConvertError.
+    """
+    check_places(destination, case.folder, overwrite)
+    for other in (case.student, case.teacher):
+        check_apart(destination, other.path)
+    check_pair(case.student, case.teacher)
+    if not (case.settings.blockwise or case.settings.kl):
+        raise HealError("nothing to do: neither block by block nor end to end")
+    if case.settings.train == "changed" and not changed_layers(schedule_of(case.student)):
+        raise HealError("the schedule changes no layer, so there is nothing to heal")
+    check(case.settings, len(case.data.order(case.settings.tokens, case.settings.seed)))
+    key = _key(case)
+    start = start_file(case.folder, key)
+    if not _is_first():
+        wait_for(start)
+        if case.settings.kl:
+            _distilled(case, load_tensors(start))
+        return None
+    with work_folder(case.folder, key):
+        report, healed = _stages(case, start)
+        card = healed_card(case.student.path, destination.name, healing_section(report, command))
+        case.progress(f"writing {destination.name}", 0, None)
+        write(case.student, healed, card, destination, overwrite)
+    shutil.rmtree(case.folder.resolve(), ignore_errors=True)  # it may be a link
+    return report
+
+
+def _stages(case: Case, start: Path) -> tuple[Healed, Tensors]:
+    """Trains, measuring before and after each stage; the report, and the best tensors. What the KL
+    stage begins with goes to the file `start`."""
+    reference = _reference(case)
+    source, before = _measured(case, reference, "before", {})
+    rows, best, healed = [before], before, Tensors()
+    case.say(f"held out, before: loss {before.loss:.4f}, KL {before.kl:.4f}")
+    if case.settings.blockwise:
+        blocks = _blocks(case)
+        rows.append(_measured(case, reference, "blockwise", blocks)[1])
+        if rows[-1].kl < best.kl:
+            best, healed = rows[-1], blocks
+    save_tensors(start, healed)
+    if case.settings.kl and (moved := _distilled(case, healed)):
+        rows.append(_measured(case, reference, "KL", healed | moved)[1])
+        if rows[-1].kl < best.kl:
+            best, healed = rows[-1], healed | moved
+    return (
+        Healed(
+            teacher=case.teacher_name,
+            data=case.data.names,
+            data_digest=case.data.digest,
+            held_out_tokens=case.data.held_out.ids[:, 1:].numel(),
+            tokens=case.tokens * (case.settings.blockwise + case.settings.kl),
+            settings=case.settings,
+            rows=(source, *rows),
+            kept=best.name,
+        ),
+        healed,
+    )
+
+
+def _reference(case: Case) -> Reference:
+    """The teacher's predictions on the held-out windows."""
+    settings = case.settings
+    case.progress("opening the teacher", 0, None)
+    model = open_model(case.teacher, settings.dtype, settings.device)
+    batch = BatchSize(None, settings.device)
+    return divergence.reference(model, case.data.held_out, batch, case.progress)
+
+
+def _measured(
+    case: Case, reference: Reference, name: str, healed: Tensors
+) -> tuple[Measured, Measured]:
+    """The source and the model with these tensors, as they would be written, on held-out text."""
+    settings = case.settings
+    case.progress(f"opening the model to measure: {name}", 0, None)
+    model = open_model(case.student, settings.dtype, settings.device)
+    put(model, rounded(case.student, healed))
+    tokens = divergence.measure(
+        model,
+        reference,
+        case.data.held_out,
+        BatchSize(None, settings.device),
+        case.progress,
+        name,
+    )
+    source = Measured("source", float(tokens.source_loss.mean()), 0.0)
+    return source, Measured(name, float(tokens.converted_loss.mean()), float(tokens.kl.mean()))
+
+
+def _blocks(case: Case) -> Tensors:
+    """The tensors of the blockwise stage, made now or by an earlier run."""
+    file = case.folder / _BLOCKS
+    if not file.is_file():
+        healed = heal_blocks(
+            case.student,
+            case.teacher,
+            case.data,
+            case.settings,
+            case.folder,
+            case.progress,
+            case.say,
+        )
+        save_tensors(file, healed)
+    return load_tensors(file)
+
+
+def _distilled(case: Case, start: Tensors) -> Tensors:
+    """The tensors of the KL stage, which begins with `start`, made now or by an earlier run."""
+    if (case.folder / _KL).is_file():
+        return load_tensors(case.folder / _KL)
+    case.progress("opening both models to train", 0, None)
+    dtype = case.settings.dtype
+    student, teacher = (open_model(c, dtype, "cpu") for c in (case.student, case.teacher))
+    names = trainable(student, case.settings.train, schedule_of(case.student))
+    freeze_but(student, names if case.settings.lora is None else ())
+    put(student, start.items())
+    moved = distill(
+        student,
+        teacher,
+        names,
+        case.data,
+        case.settings,
+        case.folder / "kl",
+        case.progress,
+        case.say,
+    )
+    if _is_first():
+        save_tensors(case.folder / _KL, moved)
+    return moved
+
+
+def _is_first() -> bool:
+    """Whether this is the only process, or the first that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _key(case: Case) -> dict[str, object]:
+    """Everything that decides the result: what a state must agree in to be gone on from."""
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers")}
+    return {
+        "checkpoint": content_digest(case.student, case.progress),
+        "teacher": content_digest(case.teacher, case.progress),
+        "text": case.data.digest,
+        **asdict(case.settings),
+        "tokens": case.tokens,
+        "processes": os.environ.get("WORLD_SIZE", "1"),
+        "ptconvert": __version__,
+        **versions,
+    }

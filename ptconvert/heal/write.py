@@ -1,0 +1,73 @@
+"""Writing what was healed: the checkpoint as it was, file by file, with other numbers in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ptconvert.checkpoint.atomic import new_directory
+from ptconvert.checkpoint.config import as_json
+from ptconvert.checkpoint.files import INDEX, small_files
+from ptconvert.checkpoint.reader import Checkpoint, TensorEntry
+from ptconvert.checkpoint.section import MODELING_FILE, SPEC_FILE, trained_config
+from ptconvert.errors import CheckpointError
+from ptconvert.heal.work import Tensors
+from ptconvert.models.shape import EMBEDDING, HEAD, TIED
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def rounded(checkpoint: Checkpoint, healed: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors in the dtype in which the checkpoint holds them, one at a time: what was healed lies
+    in mapped files, and all of it needn't fit in memory."""
+    for name, tensor in healed.items():
+        yield name, tensor.to(DTYPES[checkpoint.tensors[name].dtype])
+
+
+def write(
+    checkpoint: Checkpoint, healed: Tensors, card: str, destination: Path, overwrite: bool
+) -> None:
+    """Writes a copy of a checkpoint in which these tensors are replaced, and the model card.
+
+    Every tensor keeps its file, place, shape and dtype; spec, tokenizer and modelling file come
+    along, and the config, which says that the weights were trained if any were. `destination`
+    appears whole or not at all. Raises CheckpointError.
+    """
+    source = checkpoint.path
+    own = (source / name for name in (INDEX, SPEC_FILE, MODELING_FILE))
+    small = {*small_files(source), *(path for path in own if path.is_file())}
+    weights = {entry.file for entry in checkpoint.tensors.values()}
+    try:
+        with new_directory(destination, overwrite) as directory:
+            for path in sorted(small | weights):
+                target = directory / path.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+            if checkpoint.config.get(TIED) and HEAD in checkpoint.tensors:
+                # a copy that some tied checkpoints carry
+                healed = healed | {HEAD: healed[EMBEDDING]} if EMBEDDING in healed else healed
+            for name, tensor in rounded(checkpoint, healed):
+                _replace(directory, checkpoint.tensors[name], tensor)
+            if healed:
+                config = as_json(trained_config(checkpoint.config))
+                (directory / "config.json").write_text(config, encoding="utf-8")
+            (directory / "README.md").write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or destination}: {error.strerror}") from None
+
+
+def _replace(directory: Path, entry: TensorEntry, tensor: torch.Tensor) -> None:
+    """Writes a tensor's bytes over those in the copy of its file."""
+    assert tuple(tensor.shape) == entry.shape, entry.name
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    handle = os.open(directory / entry.file.name, os.O_WRONLY)
+    try:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(handle, data[done:], entry.offset + done)
+    finally:
+        os.close(handle)

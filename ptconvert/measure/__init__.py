@@ -1,0 +1,1 @@
+"""Texts, opened models, how far predictions are apart, and what that takes."""

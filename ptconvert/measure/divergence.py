@@ -1,0 +1,395 @@
+"""How far a converted model's predictions are from its source's, on the user's own text.
+
+The most sensitive measure of a conversion, and it needs no task data. Shapes: N windows, T tokens
+in each, V vocabulary, D residual stream width.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from ptconvert.checkpoint.reader import Checkpoint
+from ptconvert.errors import EvaluationError
+from ptconvert.measure.opening import BatchSize, Progress, check_ids, open_tokenizer, vocabulary
+from ptconvert.measure.statistics import (
+    RESAMPLES,
+    Difference,
+    Estimate,
+    Floats,
+    compare,
+    estimate,
+    mean_over,
+)
+from ptconvert.measure.texts import read_text
+from ptconvert.schedule.presets import dense_schedule, with_only
+from ptconvert.schedule.stages import Schedule
+
+DEFAULT_LENGTH = 1024
+DEFAULT_WINDOWS = 64
+# Windows of the measurement by block: it runs the model once per block, and between blocks the
+# differences are large.
+BLOCK_WINDOWS = 8
+_FIRST_BUCKET = 8  # tokens; each further one is as long as all before it
+LOGITS_AT_ONCE = 1 << 24  # 64 MiB of fp32 for each of the few copies that KL needs
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Pieces of a text: token ids (N, T + 1), whose T first tokens predict the T last ones."""
+
+    ids: torch.Tensor
+    step: int
+    tokens: int  # of the whole text
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[1] - 1
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether windows share tokens, which makes intervals over them too narrow."""
+        return len(self.ids) > 1 and self.step < self.length
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """Two models on the same tokens. Losses and KL are in nats per token."""
+
+    source_loss: Estimate
+    converted_loss: Estimate
+    loss: Difference
+    kl: Estimate  # KL(source || converted)
+    agreement: Estimate  # the share of tokens for which both models' first choice is the same
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The positions first..last of a window, counted from 0."""
+
+    first: int
+    last: int
+    closeness: Closeness
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of the schedule, converted alone: every other sublayer is all-reduced at once."""
+
+    stages: str
+    first_layer: int
+    last_layer: int
+    waited_before: int
+    waited_after: int
+    closeness: Closeness
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """All of it: over the text, by position in the window, and, where asked for, by block of the
+    schedule."""
+
+    texts: tuple[str, ...]
+    tokens: int
+    windows: int
+    length: int
+    overlapping: bool
+    whole: Closeness
+    by_position: tuple[Bucket, ...]
+    by_block: tuple[Block, ...]
+    block_windows: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What was measured at each token: four arrays (N, T)."""
+
+    source_loss: Floats
+    converted_loss: Floats
+    kl: Floats
+    agree: Floats
+
+    def closeness(self, seed: int, positions: slice = slice(None)) -> Closeness:
+        """Means over the windows' positions, with intervals over windows."""
+        windows = len(self.kl)
+        source, converted, kl, agree = (
+            mean_over(values[:, positions].mean(axis=1))
+            for values in (self.source_loss, self.converted_loss, self.kl, self.agree)
+        )
+        return Closeness(
+            source_loss=estimate(source, windows, RESAMPLES, seed),
+            converted_loss=estimate(converted, windows, RESAMPLES, seed),
+            loss=compare(source, converted, windows, RESAMPLES, seed),
+            kl=estimate(kl, windows, RESAMPLES, seed),
+            agreement=estimate(agree, windows, RESAMPLES, seed),
+        )
+
+
+def token_ids(texts: Iterable[str], tokenizer: Any, vocabulary: int) -> Iterator[list[int]]:
+    """Each text's tokens, after the beginning-of-sequence token (end-of-sequence where the
+    tokenizer has none).
+
+    Raises EvaluationError for an id beyond a `vocabulary` of so many.
+    """
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = [] if first is None else [first]
+    for text in texts:
+        ids = start + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        check_ids(ids, tokenizer, vocabulary)
+        yield ids
+
+
+def windows_for(
+    checkpoint: Checkpoint,
+    texts: Sequence[Path],
+    length: int | None,
+    count: int | None,
+    tokens: int | None = None,
+) -> Windows:
+    """Texts as windows for a checkpoint: tokenized one by one by its tokenizer, joined, and cut.
+
+    `length` defaults to 1024 tokens, or less where the model or the text is shorter, `count` to as
+    many windows as don't overlap, at most 64 or about `tokens` in all. Raises PTConvertError for a
+    text that is no text or too short, and for ids that the model has no embedding of.
+    """
+    tokenizer, longest = open_tokenizer(checkpoint), positions(checkpoint)
+    pieces = token_ids(map(read_text, texts), tokenizer, vocabulary(checkpoint))
+    ids = list(itertools.chain.from_iterable(pieces))
+    if length is not None and length > longest:
+        raise EvaluationError(f"--window {length}: the model has {longest} positions")
+    if len(ids) < 2 or (length is not None and len(ids) < length + 1):
+        wanted = f"--window {length} needs {length + 1}" if length else "at least 2 are needed"
+        raise EvaluationError(f"the text has {len(ids)} tokens; {wanted}")
+    length = min(DEFAULT_LENGTH, longest, len(ids) - 1) if length is None else length
+    if count is None:
+        most = DEFAULT_WINDOWS if tokens is None else tokens // length
+        count = max(1, min(most, (len(ids) - 1) // length))
+    return cut_windows(ids, length, count)
+
+
+def cut_windows(ids: Sequence[int], length: int, count: int) -> Windows:
+    """`count` windows of `length` tokens at even steps over the text, apart where so many fit.
+
+    Of windows one after the other, the last id of one is the first of the next and predicted once:
+    (len(ids) - 1) // length of them fit. Raises EvaluationError where not so many differ.
+    """
+    last = len(ids) - 1 - length  # where the last window may begin
+    # Each begins its share of the places; where so they overlap, the last one begins at the last.
+    step = max(last // count, min(length, last // (count - 1) if count > 1 else length))
+    if step == 0:
+        raise EvaluationError(
+            f"--windows {count}: the text has {len(ids)} tokens, too few for so many windows of "
+            f"{length}"
+        )
+    rows = [ids[start : start + length + 1] for start in range(0, step * count, step)]
+    return Windows(torch.tensor(rows), step, len(ids))
+
+
+def positions(checkpoint: Checkpoint) -> int:
+    """How many positions a checkpoint's model has. Raises EvaluationError."""
+    longest = checkpoint.config.get("max_position_embeddings")
+    if not isinstance(longest, int):
+        raise EvaluationError(f"{checkpoint.path}/config.json: max_position_embeddings is missing")
+    return longest
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The source model's predictions, kept as final hidden states (N, T, D) on the CPU and the
+    output head: the source needn't stay in memory beside the converted model.
+
+    `streams` are the residual streams (N, T, D) that enter the layers asked for.
+    """
+
+    hidden: torch.Tensor
+    head: Any
+    streams: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+
+@torch.inference_mode()
+def reference(
+    model: Any,
+    windows: Windows,
+    batch: BatchSize,
+    progress: Progress,
+    layers: Sequence[int] = (),
+) -> Reference:
+    """Runs the source model over the windows once; keeps the streams that enter `layers`."""
+    hidden: list[torch.Tensor] = []
+    streams: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+    run = functools.partial(model.get_decoder(), output_hidden_states=bool(layers))
+    for _, outputs in _outputs(run, model.device, windows.ids, batch, progress, "source"):
+        hidden.append(outputs.last_hidden_state.cpu())
+        for layer in layers:
+            streams[layer].append(outputs.hidden_states[layer].cpu())
+    return Reference(
+        torch.cat(hidden),
+        model.get_output_embeddings(),
+        {layer: torch.cat(parts) for layer, parts in streams.items()},
+    )
+
+
+@torch.inference_mode()
+def measure(
+    model: Any,
+    source: Reference,
+    windows: Windows,
+    batch: BatchSize,
+    progress: Progress,
+    step: str = "converted",
+    every: int = 1,
+    stream: torch.Tensor | None = None,
+) -> Tokens:
+    """Runs a model over the windows (each `every`-th) and compares it with the source, per token.
+
+    `stream` (N, T, D) takes the place of the embedded tokens, for a model that is to begin at a
+    later stage (its `first_stage`). Logits are compared in fp32; the vocabularies are the same.
+    """
+    ids, kept = windows.ids[::every], source.hidden[::every]
+    head = model.get_output_embeddings()
+    results: list[Floats] = []
+    stream = None if stream is None else stream[::every]
+    decoder, device = model.get_decoder(), model.device
+    for rows, outputs in _outputs(decoder, device, ids, batch, progress, step, stream):
+        hidden_BTD, target_BT = outputs.last_hidden_state, ids[rows, 1:].to(model.device)
+        results.append(_compared(source.head, kept[rows], head, hidden_BTD, target_BT))
+    return Tokens(*np.concatenate(results, axis=1))
+
+
+def _outputs(
+    decoder: Callable[..., Any],
+    device: torch.device,
+    ids: torch.Tensor,
+    batch: BatchSize,
+    progress: Progress,
+    step: str,
+    stream: torch.Tensor | None = None,
+) -> Iterator[tuple[slice, Any]]:
+    """Windows that fit in memory at once, and what a model's decoder gives for them."""
+    label, done = f"divergence: {step}", 0
+    while done < len(ids):
+        progress(label, done, len(ids))
+
+        def run(size: int, first: int = done) -> tuple[slice, Any]:
+            rows = slice(first, first + size)
+            inputs = {"input_ids": ids[rows, :-1].to(device)}
+            if stream is not None:
+                inputs = {"inputs_embeds": stream[rows].to(device)}
+            return rows, decoder(**inputs, use_cache=False, return_dict=True)
+
+        rows, outputs = batch.fitting(run)
+        yield rows, outputs
+        done += len(outputs.last_hidden_state)
+    progress(label, done, len(ids))
+
+
+def _compared(
+    source_head: Any,
+    source_BTD: torch.Tensor,
+    head: Any,
+    hidden_BTD: torch.Tensor,
+    target_BT: torch.Tensor,
+) -> Floats:
+    """Source's loss, this model's loss, KL and agreement of each token: (4, B, T)."""
+    at_once = max(1, LOGITS_AT_ONCE // source_head.weight.shape[0])
+    flat = torch.empty(4, target_BT.numel(), dtype=torch.float32)
+    pieces = zip(
+        torch.split(source_BTD.flatten(0, 1), at_once),
+        torch.split(hidden_BTD.flatten(0, 1), at_once),
+        torch.split(target_BT.flatten(), at_once),
+        strict=True,
+    )
+    done = 0
+    for source_PD, hidden_PD, target_P in pieces:
+        logp_PV = source_head(source_PD.to(hidden_PD.device)).float().log_softmax(-1)
+        logq_PV = head(hidden_PD).float().log_softmax(-1)
+        kl_P = functional.kl_div(logq_PV, logp_PV, reduction="none", log_target=True).sum(-1)
+        rows = torch.stack(
+            [
+                functional.nll_loss(logp_PV, target_P, reduction="none"),
+                functional.nll_loss(logq_PV, target_P, reduction="none"),
+                kl_P,
+                (logp_PV.argmax(-1) == logq_PV.argmax(-1)).float(),
+            ]
+        )
+        flat[:, done : done + len(target_P)] = rows.cpu()
+        done += len(target_P)
+    return flat.view(4, *target_BT.shape).double().numpy()
+
+
+def by_position(tokens: Tokens, seed: int) -> Iterator[Bucket]:
+    """Closeness by position in the window, in buckets that double: 0-7, 8-15, 16-31, ..."""
+    length = tokens.kl.shape[1]
+    first, last = 0, min(_FIRST_BUCKET, length)
+    while first < length:
+        yield Bucket(first, last - 1, tokens.closeness(seed, slice(first, last)))
+        first, last = last, min(2 * last, length)
+
+
+def by_block(
+    model: Any,
+    schedule: Schedule,
+    source: Reference,
+    windows: Windows,
+    batch: BatchSize,
+    progress: Progress,
+    seed: int,
+) -> tuple[tuple[Block, ...], int]:
+    """What each block of the schedule costs by itself, all else run as the dense model does.
+
+    Returns the blocks that aren't dense, and on how many windows they were measured.
+    """
+    every = _block_step(windows)
+    converted = converted_blocks(schedule)
+    each = block_windows(windows)
+    blocks = []
+    for number, block in enumerate(converted):
+        stages = schedule.stages[block.start : block.stop]
+        sublayers = [s for stage in stages for s in stage.sublayers]
+        model.model.schedule = with_only(schedule, block)
+        try:
+            step = f"windows of {len(converted)} blocks, each alone"
+            within = _part(progress, number * each, len(converted) * each)
+            tokens = measure(model, source, windows, batch, within, step, every)
+        finally:
+            model.model.schedule = schedule
+        blocks.append(
+            Block(
+                stages=" ".join(map(str, stages)),
+                first_layer=min(s.layer for s in sublayers),
+                last_layer=max(s.layer for s in sublayers),
+                waited_before=len(sublayers),
+                waited_after=sum(schedule.merged_after(i) == i for i in block),
+                closeness=tokens.closeness(seed),
+            )
+        )
+    return tuple(blocks), each
+
+
+def _part(progress: Progress, before: int, total: int) -> Progress:
+    """Progress in a part of something, of which so much was done before."""
+    return lambda step, done, _: progress(step, before + done, total)
+
+
+def converted_blocks(schedule: Schedule) -> list[range]:
+    """The stages of each block that isn't dense."""
+    dense = dense_schedule(schedule.layers)
+    return [b for b in schedule.blocks() if with_only(schedule, b) != dense]
+
+
+def block_windows(windows: Windows) -> int:
+    """On how many of the windows each block is measured: BLOCK_WINDOWS at most."""
+    return len(range(0, len(windows.ids), _block_step(windows)))
+
+
+def _block_step(windows: Windows) -> int:
+    return math.ceil(len(windows.ids) / BLOCK_WINDOWS)

@@ -1,0 +1,133 @@
+"""One layer of a model by itself, with random weights: how long a batch takes in it, and how much
+of it is kept for the way back. What a command is going to take is worked out from that."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoConfig
+
+import ptconvert
+from ptconvert.checkpoint.calibration import Calibration
+from ptconvert.checkpoint.config import converted_config
+from ptconvert.modeling.layers import family_class
+from ptconvert.modeling.model import PTConvertModel
+from ptconvert.models.shape import ModelShape
+from ptconvert.spec.document import parse_spec
+
+_REPEATS = 3  # after one to warm up, the fastest of which counts
+_ENOUGH_SECONDS = 1.0  # after which nothing is repeated: what warming up takes is little of it
+
+
+@dataclass(frozen=True)
+class Step:
+    """What B windows of T tokens take in a layer: seconds forward, seconds forward and back, and
+    bytes of activations that are kept for the way back."""
+
+    forward: float
+    both: float
+    kept: int
+
+
+def one_layer(config: Mapping[str, object], tracks: int, device: str) -> Any:
+    """A decoder of the first layer alone of a dense model's config, held as so many tracks, or
+    dense where that is one. There is nothing else in it: streams go in and come out. In fp32."""
+    ptconvert.register()
+    use = "tensor_parallel" if tracks == 1 else "parallel_track, depth: 1"
+    text = f"format: 1\ntracks: {tracks}\nschedule:\n  - {{layers: 0-0, use: {use}}}\n"
+    spec = parse_spec(text, "one layer")
+    cut: dict[str, object] = {**config, "num_hidden_layers": 1}
+    if isinstance(kinds := config.get("layer_types"), list):
+        cut["layer_types"] = kinds[:1]
+    converted = converted_config(cut, spec, spec.schedule(), "one layer", Calibration(), {})
+    with torch.device("meta"):
+        model = PTConvertModel(AutoConfig.for_model(**converted)).eval()
+    model.norm = nn.Identity()
+    model.rotary_emb = family_class(model.config, "RotaryEmbedding")(config=model.config).to(device)
+    model.layers.to_empty(device=device)
+    for weight in model.layers.parameters():
+        nn.init.normal_(weight, std=0.02)
+    return model
+
+
+def step_of(
+    model: Any, dtype: str, windows: int, tokens: int, trains: bool = False, keeps: bool = True
+) -> Step:
+    """Runs `one_layer`'s on a random stream of so many windows, computing in `dtype`.
+
+    `trains` says whether its weights are trained, as heal trains them: in fp32, by autocast where
+    it computes in less. Without `keeps` there is no way back.
+    """
+    own = getattr(torch, dtype)
+    model.layers.to(torch.float32 if trains else own)
+    weights = list(model.layers.parameters())
+    device = weights[0].device
+    stream_BTD = torch.randn(windows, tokens, model.config.hidden_size, device=device, dtype=own)
+    known = {p.untyped_storage()._cdata for p in weights}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage  # held, so that no other takes its place
+        return tensor
+
+    def run(stream_BTD: torch.Tensor) -> Any:
+        with torch.autocast(device.type, own, enabled=trains and own != torch.float32):
+            return model(inputs_embeds=stream_BTD, use_cache=False).last_hidden_state
+
+    def forward() -> None:
+        with torch.inference_mode():
+            run(stream_BTD)
+
+    def both() -> None:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out_BTD = run(stream_BTD.clone().requires_grad_())
+        torch.autograd.backward(out_BTD.sum())
+
+    model.requires_grad_(trains)
+    seconds = _fastest(forward, device), _fastest(both, device) if keeps else 0.0
+    for weight in weights:
+        weight.grad = None
+    return Step(*seconds, sum(storage.nbytes() for storage in kept.values()))
+
+
+def in_a_layer(shape: ModelShape, tracks: int, length: int, number: int) -> int:
+    """Bytes of one window while a layer runs with all tracks in this process: what is merged, what
+    each track waits with, reads and gives; and in one track its norm in fp32 and its neurons."""
+    streams = (3 * tracks + 3) * number + 2 * 4
+    return length * (streams * shape.width + 3 * number * shape.neurons // tracks)
+
+
+def head_seconds(vocabulary: int, width: int, dtype: str, device: str, tokens: int) -> float:
+    """In which two output heads predict so many tokens, and their predictions are compared."""
+    kind: dict[str, Any] = {"device": device, "dtype": getattr(torch, dtype)}
+    weight_VD = torch.randn(vocabulary, width, **kind)
+    hidden_PD = torch.randn(min(tokens, 256), width, **kind)
+
+    @torch.inference_mode()
+    def compared() -> None:
+        ours, theirs = (
+            functional.linear(hidden_PD, weight_VD).float().log_softmax(-1) for _ in range(2)
+        )
+        functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+
+    return _fastest(compared, weight_VD.device) * tokens / len(hidden_PD)
+
+
+def _fastest(run: Callable[[], None], device: torch.device) -> float:
+    taken = list[float]()
+    while len(taken) <= _REPEATS and sum(taken) < _ENOUGH_SECONDS:
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return min(taken[1:] or taken)

@@ -1,0 +1,215 @@
+"""ModelShape: what a config.json says about a model's tensors, and how tracks divide it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ptconvert.errors import ConfigError
+from ptconvert.models.families import FAMILIES, UNSUPPORTED, Cut, Family, TensorRule
+from ptconvert.schedule.stages import MAX_LAYERS
+
+# safetensors' names of the dtypes that are converted, by torch's names and with their bytes.
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+ORDER_DTYPE = "I32"  # of what a converted checkpoint holds beside weights: orders of units
+ELEMENT_BYTES = {**DTYPE_BYTES, ORDER_DTYPE: 4}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TIED = "tie_word_embeddings"
+_MAX_SIZE = 2**31
+MAX_HEADS = 65536
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a dense decoder-only transformer; all are counts of elements.
+
+    `dtype` is safetensors' name of the weights' type, None where config.json doesn't say.
+    """
+
+    family: Family
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    neurons: int
+    vocabulary: int
+    tied: bool
+    dtype: str | None
+    rules: tuple[TensorRule, ...]
+
+    @property
+    def query_width(self) -> int:
+        """Rows of q_proj."""
+        return self.heads * self.head_size
+
+    @property
+    def kv_width(self) -> int:
+        """Rows of k_proj and of v_proj."""
+        return self.kv_heads * self.head_size
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one all-reduce carries for one token: the residual stream's width.
+
+        Partials that wait for the same all-reduce are summed locally first, so how many there
+        are doesn't matter. bf16 is assumed where config.json doesn't say.
+        """
+        return self.width * DTYPE_BYTES[self.dtype or "BF16"]
+
+    def size(self, rule: TensorRule) -> tuple[int, ...]:
+        """The shape of a layer's tensor."""
+        return tuple(int(getattr(self, name)) for name in rule.shape)
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of all tensors; a tied lm_head is not among them."""
+        yield EMBEDDING, (self.vocabulary, self.width)
+        for i in range(self.layers):
+            for rule in self.rules:
+                yield f"model.layers.{i}.{rule.name}", self.size(rule)
+        yield "model.norm.weight", (self.width,)
+        if not self.tied:
+            yield HEAD, (self.vocabulary, self.width)
+
+    def indivisible(self, tracks: int) -> str | None:
+        """Why `tracks` can't share this model evenly, and what would do; None if they can."""
+        fits = [n for n in range(1, self.heads + 1) if self._divides(n)]
+        if tracks in fits:
+            return None
+        return (
+            f"{tracks} tracks don't divide {self.heads} heads, {self.kv_heads} KV heads and "
+            f"{self.neurons} FFN neurons; possible are {', '.join(map(str, fits))}"
+        )
+
+    def _divides(self, tracks: int) -> bool:
+        kv_fits = self.kv_heads % tracks == 0 or tracks % self.kv_heads == 0
+        return kv_fits and self.heads % tracks == 0 and self.neurons % tracks == 0
+
+    def span(self, rule: TensorRule, track: int, tracks: int) -> tuple[int, int]:
+        """The part [start, stop) of `rule.axis` that a track owns, in elements.
+
+        Heads and neurons are assigned contiguously. With fewer KV heads than tracks, the tracks
+        whose query heads share a KV head each own that whole head.
+        """
+        if rule.cut is Cut.HEADS:
+            size, unit = self.heads, self.head_size
+        elif rule.cut is Cut.KV_HEADS:
+            size, unit = self.kv_heads, self.head_size
+        elif rule.cut is Cut.NEURONS:
+            size, unit = self.neurons, 1
+        else:
+            return 0, self.size(rule)[rule.axis]
+        start = track * size // tracks
+        count = max(size // tracks, 1)
+        return start * unit, (start + count) * unit
+
+    @staticmethod
+    def from_config(config: Mapping[str, object], where: str = "config.json") -> ModelShape:
+        """Reads a config.json's fields; `where` names it in errors.
+
+        Raises ConfigError, naming the family and the reason, for what can't be converted.
+        """
+        family = _family(config, where)
+
+        def size(key: str, otherwise: int | None = None, most: int = _MAX_SIZE) -> int:
+            value = config.get(key, family.defaults.get(key))
+            if value is None and (key not in config or key in family.nullable):
+                value = otherwise
+            if type(value) is not int or not 1 <= value <= most:
+                was = f"is {_short(value)}" if key in config else "is missing"
+                raise ConfigError(f"{where}: {key} {was}; it must be a whole number, 1 to {most}")
+            return value
+
+        heads, width = size("num_attention_heads", most=MAX_HEADS), size("hidden_size")
+        head_size = size("head_dim", width // heads)
+        shape = ModelShape(
+            family=family,
+            layers=size("num_hidden_layers", most=MAX_LAYERS),
+            width=width,
+            heads=heads,
+            kv_heads=size("num_key_value_heads", heads, most=MAX_HEADS),
+            head_size=head_size,
+            neurons=size("intermediate_size"),
+            vocabulary=size("vocab_size"),
+            tied=_flag(config, TIED, where),
+            dtype=config_dtype(config, where),
+            rules=family.layer_rules(config),
+        )
+        if shape.heads % shape.kv_heads:
+            raise ConfigError(
+                f"{where}: {shape.heads} attention heads don't share {shape.kv_heads} KV heads "
+                "evenly; num_key_value_heads must divide num_attention_heads"
+            )
+        return shape
+
+
+def config_dtype(config: Mapping[str, object], where: str) -> str | None:
+    """The dtype that a config.json says, where it does; torch's short names mean the same."""
+    key = "dtype" if config.get("dtype") is not None else "torch_dtype"
+    dtype = config.get(key)
+    if dtype is None:
+        return None
+    name = {"half": "float16", "float": "float32"}.get(str(dtype), dtype)
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ConfigError(
+            f"{where}: {key} is {_short(dtype)}; the weights must be {' or '.join(DTYPES)}, "
+            "written so"
+        )
+    return DTYPES[name]
+
+
+def _flag(config: Mapping[str, object], key: str, where: str) -> bool:
+    """A key that is true, false or absent, which is false; transformers opens no other."""
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{where}: {key} is {_short(value)}; it must be true or false, or absent")
+    return value
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _family(config: Mapping[str, object], where: str) -> Family:
+    """The family that a config.json names, or ConfigError with the reason why it is refused."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ConfigError(f"{where}: model_type is {_short(model_type)}; it must name a family")
+    if "ptconvert" in config:
+        raise ConfigError(
+            f"{where}: this checkpoint is converted already; `ptconvert transform --to-dense` "
+            "gives back its source"
+        )
+    if config.get("quantization_config") is not None:
+        raise ConfigError(
+            f"{where}: the weights are quantised (quantization_config); convert the unquantised "
+            "checkpoint and quantise the result"
+        )
+    if model_type in UNSUPPORTED:
+        raise ConfigError(f"{where}: {model_type} can't be converted: {UNSUPPORTED[model_type]}")
+    if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise ConfigError(f"{where}: {model_type} with experts can't be converted: MoE layers")
+    family = FAMILIES.get(model_type)
+    supported = ", ".join(FAMILIES)
+    if family is None:
+        raise ConfigError(
+            f"{where}: model_type {_short(model_type)} is not supported; supported are {supported}"
+        )
+    architectures = config.get("architectures")
+    # Which tensors there are says more than whether lm_head's class saved them; and the first
+    # Llamas called it LLaMAForCausalLM.
+    names = {family.causal_lm.lower(), family.causal_lm.replace("ForCausalLM", "Model").lower()}
+    if architectures and str(architectures).lower() not in {str([name]) for name in names}:
+        raise ConfigError(
+            f"{where}: architectures is {_short(architectures)}; only {family.causal_lm} can be "
+            f"converted for {model_type}"
+        )
+    auto_map = config.get("auto_map")
+    if isinstance(auto_map, dict) and any(k.startswith("AutoModel") for k in auto_map):
+        raise ConfigError(
+            f"{where}: the model runs its own code (auto_map), which may not be {model_type}'s; "
+            "only transformers' own classes can be converted"
+        )
+    return family

@@ -1,0 +1,127 @@
+"""What a plan will hold and how long it will take, from the sizes and one layer's first step."""
+
+from __future__ import annotations
+
+import math
+
+from ptconvert.checkpoint.inventory import weights_dtype
+from ptconvert.checkpoint.reader import Checkpoint
+from ptconvert.measure.divergence import LOGITS_AT_ONCE, Windows
+from ptconvert.measure.needs import Held, Needs, Phase, Place
+from ptconvert.measure.one_layer import head_seconds, in_a_layer, one_layer, step_of
+from ptconvert.measure.opening import BatchSize
+from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ModelShape
+from ptconvert.plan.planner import MIXTURES, POINTS, ROUNDS, Objective, is_basic, searched_each
+from ptconvert.plan.segments import Segment, menu
+from ptconvert.plan.sensitivity import all_as_tracks, gradient_spacing, kept_layers
+from ptconvert.runtime.memory import PROCESS_BYTES
+
+_LOGITS = 5  # copies in fp32 of LOGITS_AT_ONCE numbers, while two predictions are compared
+
+
+def plan_needs(
+    source: Checkpoint,
+    shape: ModelShape,
+    tracks: int,
+    windows: Windows,
+    objective: Objective,
+    rounds: int | None,
+    dtype: str,
+    device: str,
+    batch: BatchSize,
+) -> Needs:
+    """A plan's phases: the source's pass, the weighing of segments, and mixtures measured whole.
+
+    Times are for as many forward passes as it can take: most searches end before their last round.
+    """
+    count, length = len(windows.ids), windows.length
+    stored = weights_dtype(source, shape)
+    if dtype == "auto":
+        dtype = next(name for name, short in DTYPES.items() if short == stored)
+    number = DTYPE_BYTES[DTYPES[dtype]]
+    scale = number / DTYPE_BYTES[stored]
+    all_tracks = all_as_tracks(source, tracks).nbytes
+    stream = count * length * shape.width * number
+    kept = kept_layers(shape.layers, count * length * shape.width * 4)
+    every = searched_each(count)
+    searched = len(range(0, count, every))
+    search_stream = searched * length * shape.width * number
+    spacing = gradient_spacing(shape.layers, search_stream)
+    at_once = min(batch.size, count)
+    step = step_of(one_layer(source.config, tracks, device), dtype, 1, length, trains=False)
+    seconds = count * (
+        shape.layers * step.forward
+        + head_seconds(shape.vocabulary, shape.width, dtype, device, length)
+    )
+    basic = [s for s in menu(shape.layers, objective.singles, objective.runs, 2) if is_basic(s)]
+    weighed = sum(_layers_run(s, spacing) for s in basic)
+    share = searched / count / shape.layers  # of a pass is a layer's run over what is searched on
+    weighing = share * (3 * shape.layers + weighed)
+    measuring = share * shape.layers * (rounds or ROUNDS) * MIXTURES + POINTS
+    sequence = length * shape.width * number
+    streams = Held(
+        f"streams, {count} windows, {len(kept)} layers",
+        (len(kept) + 1) * stream,
+        Place.MEMORY,
+    )
+    process = Held("the process", PROCESS_BYTES, Place.MEMORY)
+    throughout = (
+        Held("weights, as tracks", int(scale * all_tracks), Place.DEVICE),
+        Held("the source's head", shape.vocabulary * shape.width * number, Place.DEVICE),
+        Held(
+            f"a layer's streams, {at_once} windows",
+            at_once * in_a_layer(shape, tracks, length, number),
+            Place.DEVICE,
+        ),
+        streams,
+        Held(
+            f"streams and gradients, {searched} windows",
+            2 * search_stream * (math.ceil(shape.layers / spacing) + 1),
+            Place.MEMORY,
+        ),
+        process,
+    )
+    logits = Held("logits, a piece", _LOGITS * 4 * LOGITS_AT_ONCE, Place.DEVICE)
+    return Needs(
+        device,
+        (
+            Phase(
+                "the source's predictions",
+                (
+                    Held("weights", int(scale * source.nbytes), Place.DEVICE),
+                    Held(
+                        f"streams, {at_once} windows, all layers",
+                        (shape.layers + 1) * at_once * sequence,
+                        Place.DEVICE,
+                    ),
+                    streams,
+                    process,
+                ),
+                seconds,
+            ),
+            Phase(
+                "weighing segments",
+                (
+                    *throughout,
+                    Held(
+                        f"activations, {min(at_once, searched)} windows, {spacing} layers",
+                        spacing * min(at_once, searched) * step.kept,
+                        Place.DEVICE,
+                    ),
+                    Held("a copy, for a moment", all_tracks, Place.DISK),
+                ),
+                weighing * seconds,
+            ),
+            Phase("measuring mixtures", (*throughout, logits), measuring * seconds),
+        ),
+        (
+            f"Times are for {1 + weighing + measuring:.0f} forward passes over the text; "
+            "most searches end sooner.",
+        ),
+    )
+
+
+def _layers_run(segment: Segment, spacing: int) -> int:
+    """How many layers a segment runs for until all of it is merged where a stream is held."""
+    begin = segment.start // 2 // spacing
+    return (math.ceil((segment.stop + segment.ending.lag) / 2 / spacing) - begin) * spacing

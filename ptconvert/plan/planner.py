@@ -1,0 +1,301 @@
+"""The plan: segments are weighed, mixtures searched for, and the best measured whole."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from ptconvert.plan.search import Choices, Mixture, Prices
+from ptconvert.plan.segments import HIDDEN, OWN_SEEN, OWN_SEEN_LATER, Segment, menu, run, together
+from ptconvert.plan.sensitivity import Cost, Meter
+from ptconvert.schedule.presets import dense_schedule
+from ptconvert.schedule.stages import BLOCKING, Ending, Schedule, Sublayer
+
+T = TypeVar("T")
+
+# Of the windows given, what the search is on: eight at most, and of fewer than 32 a quarter, but
+# four at least. The frontier is measured on all.
+SEARCH_WINDOWS = 8
+SEARCH_EACH = 4
+ROUNDS = 3
+MIXTURES = 20  # that a round measures whole, at most
+POINTS = 16  # of the frontier that are measured, where it has more
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is saved. `whole` gives it for a schedule in its `unit`, `segment` what a segment adds
+    to the sum over a mixture, in whole numbers of any unit."""
+
+    name: str
+    unit: str
+    whole: Callable[[Schedule], float]
+    segment: Callable[[Segment], int]
+    singles: tuple[Ending, ...]  # endings worth trying after one sublayer,
+    runs: tuple[Ending, ...]  # and after several of which only the last all-reduces
+
+
+def waited_for(overlap: bool) -> Objective:
+    """All-reduces waited for. Without `overlap` no all-reduce runs beside computation, so that
+    those waited for are all there are. With it, no overlapped all-reduce is saved: none is waited
+    for, and each brings the tracks nearer together."""
+    singles = (BLOCKING, OWN_SEEN, HIDDEN) if overlap else (BLOCKING,)
+    return Objective(
+        "syncs",
+        "waited for",
+        lambda s: s.counts.waited_for,
+        lambda s: s.waits,
+        singles,
+        (BLOCKING,),
+    )
+
+
+def latency(
+    seconds: Callable[[Schedule], float],
+    layers: int,
+    overlap: bool = True,
+    grain: float | None = None,
+) -> Objective:
+    """Estimated seconds of schedules, of which those of two sublayers more and less in a long run
+    differ alike; sums of segments are rounded to `grain` of the dense model's time, by
+    default a quarter of what one blocking all-reduce takes of it. Without `overlap` no all-reduce
+    runs beside computation."""
+    last = 2 * layers
+    stages = dense_schedule(layers).stages
+    dense = seconds(Schedule(stages))
+    if grain is None:
+        # Side by side a layer has one all-reduce less and no tracks: that alone is what changes.
+        pair = Segment(0, 2, BLOCKING, beside=True)
+        one = 1 - seconds(Schedule((*pair.stages, *stages[2:]))) / dense
+        grain = one / 4 if one > 1e-6 else 1e-3  # less than that is what floats leave of nothing
+    known: dict[object, float] = {}
+
+    def added(segment: Segment) -> float:
+        # Layers are alike: where a segment stands matters only to what is in flight at the end.
+        start, stop, ending, beside = segment
+        key = start % 2, stop - start, ending, beside, min(last - stop, OWN_SEEN_LATER.lag)
+        if key not in known:
+            more = 0 if beside else max(0, stop - start - 5) // 2
+            if more:  # in a run, every two sublayers add what the two before them do
+                one, two = (added(run(start + 2 * more + n, stop, ending)) for n in (0, 2))
+                known[key] = one + more * (one - two)
+            else:
+                # With its own last all-reduce, which only a blocking one just after it would save:
+                # that pair is a longer segment of the menu.
+                whole = Schedule((*stages[:start], *segment.stages, *stages[stop:]))
+                known[key] = seconds(whole) - dense
+        return known[key]
+
+    runs = (BLOCKING, OWN_SEEN, OWN_SEEN_LATER) if overlap else (BLOCKING,)
+    singles = (*runs, HIDDEN) if overlap else runs
+    return Objective(
+        "latency",
+        "ms",
+        lambda s: 1e3 * seconds(s),
+        lambda s: round(added(s) / (grain * dense)),
+        singles,
+        runs,
+    )
+
+
+@dataclass(frozen=True)
+class Point:
+    """A schedule of the frontier: what it still waits for, its parts with the KL of each by itself,
+    and what was measured of the whole."""
+
+    schedule: Schedule
+    weight: float
+    parts: tuple[tuple[Segment, float], ...]
+    cost: Cost
+
+    @property
+    def predicted(self) -> float:
+        """The KL if the parts' added up."""
+        return sum(kl for _, kl in self.parts)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The KL of one sublayer's ending in an otherwise dense model; None where the objective has no
+    use for it. `deferred` merges with the next sublayer."""
+
+    sublayer: Sublayer
+    deferred: float | None
+    own_seen: float | None
+    hidden: float | None
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Points in rising weight and falling measured KL, and what was learnt on the way."""
+
+    points: tuple[Point, ...]
+    sensitivities: tuple[Sensitivity, ...]
+    weighed_alone: int
+    measured_whole: int
+    search_windows: int
+    passes: float = field(compare=False)  # what was computed, in forward passes over all windows
+
+
+def search(
+    meter: Meter,
+    objective: Objective,
+    rounds: int = ROUNDS,
+    target: float | None = None,
+    max_loss: float | None = None,
+    seconds: float | None = None,
+) -> Frontier:
+    """Finds the frontier of an objective against KL.
+
+    Each round searches the cheapest mixtures at the prices known, weighs each segment in them that
+    was only guessed, then measures the mixtures whole, and corrects the prices; until it proposes
+    nothing new. All on a few windows; the best are then measured on all of them, and those that
+    another one beats in both respects are dropped. `target` is a weight, and `max_loss` a rise of
+    the loss, not to leave out. Where `seconds` are given, no further round begins when half of them
+    are over, and of the frontier what was asked for and its ends are measured, and more while there
+    is time.
+    """
+
+    def within(schedule: Schedule) -> bool:
+        return objective.whole(schedule) <= (target or 0)
+
+    def fits(mixture: Mixture) -> bool:
+        return within(together(mixture.segments))
+
+    wanted, started = None if target is None else fits, time.monotonic()
+    windows = len(meter.windows.ids)
+    every = searched_each(windows)
+    segments = tuple(menu(meter.layers, objective.singles, objective.runs, 2 * meter.layers))
+    meter.progress("weighing segments", 0, None)
+    choices, prices = Choices(segments, objective.segment), Prices(segments)
+
+    def learn(some: Sequence[Segment], step: str) -> None:
+        prices.learn(dict(zip(some, meter.alone(some, step, every), strict=True)))
+
+    learn([s for s in segments if is_basic(s)], "sensitivities")
+    tried: dict[Schedule, tuple[Mixture, Cost]] = {}
+    for number in range(1, rounds + 1):
+        if tried and seconds is not None and time.monotonic() - started > seconds / 2:
+            break
+        step = f"round {number}"
+        meter.progress(f"{step}: searching", 0, None)
+        # other weights in each round, where there are more than it measures
+        shift = (number - 1) / rounds
+        weigh = functools.partial(learn, step=f"{step}: longer runs")
+        found = _priced(choices, prices, weigh, wanted, shift)
+        new = {together(m.segments): m for m in found}
+        new = {s: m for s, m in new.items() if s not in tried}
+        if not new:
+            break
+        costs = meter.costs(new, f"{step}: mixtures", every)
+        for (schedule, mixture), cost in zip(new.items(), costs, strict=True):
+            tried[schedule] = mixture, cost
+        prices.correct([(mixture.segments, cost.kl) for mixture, cost in tried.values()])
+    best = undominated(tried.items(), lambda t: (objective.whole(t[0]), t[1][1].kl))
+    asked = [t for t in best if target is not None and within(t[0])][-1:]
+    if max_loss is not None:  # the lightest that fits, and the next, should others' windows differ
+        fits_at = next(i for i, t in enumerate(best) if t[1][1].loss <= max_loss or t is best[-1])
+        asked += best[fits_at : fits_at + 2]
+    asked = list(dict.fromkeys([*asked, best[0], best[-1]]))
+    order = list(dict.fromkeys([*asked, *_thinned(best, None, POINTS)]))
+    chosen = []
+    for item, cost in zip(order, meter.each([s for s, _ in order], "frontier, whole"), strict=True):
+        chosen.append((item, cost))
+        late = seconds is not None and time.monotonic() - started > seconds
+        if late and len(chosen) >= len(asked):
+            break
+    points = [
+        Point(s, objective.whole(s), tuple((p, prices.alone(p)) for p in m.segments), cost)
+        for (s, (m, _)), cost in chosen
+    ]
+    return Frontier(
+        tuple(undominated(points, lambda p: (p.weight, p.cost.kl))),
+        tuple(_sensitivities(meter.layers, prices)),
+        len(prices.measured),
+        len(tried),
+        len(range(0, windows, every)),
+        meter.passes,
+    )
+
+
+def searched_each(windows: int) -> int:
+    """The search is on each such window of so many."""
+    return max(math.ceil(windows / SEARCH_WINDOWS), min(SEARCH_EACH, windows // 4))
+
+
+def is_basic(segment: Segment) -> bool:
+    """What is weighed before any search: all but the dense sublayers and the longer runs."""
+    return not segment.dense and (segment.beside or segment.length <= 2)
+
+
+def _priced(
+    choices: Choices,
+    prices: Prices,
+    learn: Callable[[Sequence[Segment]], None],
+    wanted: Callable[[Mixture], bool] | None,
+    shift: float,
+) -> list[Mixture]:
+    """The cheapest mixtures, no segment of which is only guessed; not all where they are many."""
+    while True:
+        mixtures = choices.cheapest(prices.costs)
+        found = _thinned(mixtures, wanted, MIXTURES, shift)
+        used = dict.fromkeys(s for m in found for s in m.segments if not s.dense)
+        unknown = [s for s in used if s not in prices.measured]
+        if not unknown:
+            return found
+        learn(unknown)
+
+
+def undominated(items: Iterable[T], values: Callable[[T], tuple[float, float]]) -> list[T]:
+    """Those that no other beats in both values, by the first value rising."""
+    kept, best = list[T](), math.inf
+    for (_, second), item in sorted(((values(i), i) for i in items), key=lambda pair: pair[0]):
+        if not kept or second < best:
+            kept.append(item)
+            best = second
+    return kept
+
+
+def _thinned(
+    items: Sequence[T], wanted: Callable[[T], bool] | None, most: int, shift: float = 0.0
+) -> list[T]:
+    """So many, evenly, from a part of a step on; the first; and the last that is wanted."""
+    count = len(items)
+    step = (count - 1) / max(1, most - 1)
+    chosen = set(range(count))
+    if count > most:
+        chosen = {0, *(min(count - 1, round((i + shift) * step)) for i in range(most))}
+    if wanted is not None:
+        chosen.update(itertools.islice((i for i in reversed(range(count)) if wanted(items[i])), 1))
+    return [items[i] for i in sorted(chosen)]
+
+
+def _sensitivities(layers: int, prices: Prices) -> Iterable[Sensitivity]:
+    last = 2 * layers
+    for p in range(last):
+        single = {e: run(p, p + 1, e) for e in (OWN_SEEN, HIDDEN)}
+        pair = run(p, p + 2, BLOCKING) if p + 2 <= last else None
+        yield Sensitivity(
+            single[OWN_SEEN].stages[0].sublayers[0],
+            prices.measured.get(pair) if pair else None,
+            *(prices.measured.get(single[e]) for e in (OWN_SEEN, HIDDEN)),
+        )
+
+
+def choose(frontier: Frontier, max_weight: float | None, max_loss: float | None) -> Point | None:
+    """The cheapest point of at most `max_weight`, or the lightest whose loss rises by at most
+    `max_loss`; None where there is none."""
+    fitting = [
+        p
+        for p in frontier.points
+        if (max_weight is None or p.weight <= max_weight)
+        and (max_loss is None or p.cost.loss <= max_loss)
+    ]
+    if not fitting:
+        return None
+    return fitting[-1] if max_loss is None else fitting[0]

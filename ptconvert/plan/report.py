@@ -1,0 +1,324 @@
+"""A plan for people and machines: the spec's comments, the table, CSV, JSON, and the page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ptconvert import __version__
+from ptconvert.measure.statistics import RESAMPLES, Estimate, estimate, mean_over
+from ptconvert.plan.planner import Frontier, Objective, Point
+from ptconvert.plan.spec_text import spec_text
+from ptconvert.report.html import (
+    Html,
+    Series,
+    block,
+    code,
+    facts,
+    line_chart,
+    note,
+    page,
+    paragraph,
+    section,
+    table,
+)
+from ptconvert.report.html_schedule import schedule_diagram
+from ptconvert.report.numbers import between, number, signed, text_names
+from ptconvert.report.terminal import diagram
+from ptconvert.spec.terms import ASSIGNMENTS
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A search's result and how it came to be; `chosen` is the point that fits the budget."""
+
+    model: str
+    tracks: int
+    texts: tuple[str, ...]
+    windows: int
+    length: int
+    dtype: str
+    budget: str
+    objective: Objective
+    frontier: Frontier
+    chosen: Point
+    assignment: str = ASSIGNMENTS[0]  # this and the guesses' rank are for the spec
+    guess: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were predicted for each figure of the frontier."""
+        return self.windows * self.length
+
+
+def interval(point: Point) -> Estimate:
+    """The measured KL with its 95% interval over windows."""
+    windows = point.cost.kl_by_window
+    return estimate(mean_over(windows), len(windows), RESAMPLES, 0)
+
+
+def to_spec(planned: Planned) -> str:
+    """The chosen schedule as a spec, with what it costs as comments."""
+    p, counts = planned.chosen, planned.chosen.schedule.counts
+    before = 2 * p.schedule.layers
+    head = [
+        f"{planned.model}, planned by ptconvert {__version__} for {planned.budget}.",
+        "",
+        f"All-reduces per forward pass: {before} before, {counts.all_reduces} after;",
+        f"waited for: {before} before, {counts.waited_for} after.",
+        f"Measured on {text_names(planned.texts)} ({planned.windows} windows of {planned.length} "
+        "tokens), before any",
+        f"training: KL {number(p.cost.kl)}, loss {signed(p.cost.loss)} nats per token.",
+        "The figure at each range is the sum of what its parts cost by themselves, to second order",
+        "in nats of KL.",
+    ]
+    alone = _by_layer(planned)
+
+    def remark(layers: range) -> str:
+        total = sum(alone[i] for i in layers)
+        return f"{number(total)}" if total else "as the dense model"
+
+    return spec_text(p.schedule, planned.tracks, head, remark, _computed(planned))
+
+
+def _computed(planned: Planned) -> list[str]:
+    """The lines of the spec about what transform computes from a text, where that has any use."""
+    lines = []
+    if planned.assignment != ASSIGNMENTS[0]:
+        lines.append(f"assignment: {planned.assignment}")
+    if planned.guess is not None:
+        lines.append(f"guess: {{rank: {planned.guess}}}")
+    if not lines or not planned.chosen.schedule.own_kept(planned.tracks):
+        return []
+    return ["# Computed from a text, not counted above: transform needs --text FILE.", *lines]
+
+
+def _by_layer(planned: Planned) -> dict[int, float]:
+    """The predicted KL of the chosen point's segments, by the layer in which each begins."""
+    found = dict.fromkeys(range(planned.chosen.schedule.layers), 0.0)
+    for segment, kl in planned.chosen.parts:
+        found[segment.start // 2] += kl
+    return found
+
+
+def to_json(planned: Planned) -> dict[str, Any]:
+    """Everything but the windows' own figures, as plain data."""
+    f = planned.frontier
+    return {
+        "model": planned.model,
+        "tracks": planned.tracks,
+        "texts": list(planned.texts),
+        "windows": planned.windows,
+        "window_tokens": planned.length,
+        "dtype": planned.dtype,
+        "objective": planned.objective.name,
+        "budget": planned.budget,
+        "chosen": _row(planned, planned.chosen),
+        "frontier": [_row(planned, point) for point in f.points],
+        "sensitivities": [
+            {
+                "sublayer": str(s.sublayer),
+                "deferred": s.deferred,
+                "own_seen": s.own_seen,
+                "hidden": s.hidden,
+            }
+            for s in f.sensitivities
+        ],
+        "weighed_alone": f.weighed_alone,
+        "measured_whole": f.measured_whole,
+        "search_windows": f.search_windows,
+        "forward_passes": f.passes,
+    }
+
+
+def _row(planned: Planned, point: Point) -> dict[str, Any]:
+    kl, counts = interval(point), point.schedule.counts
+    low, high = kl.interval or (None, None)
+    row = {
+        "waited_for": counts.waited_for,
+        "all_reduces": counts.all_reduces,
+        "predicted_kl": point.predicted,
+        "kl": kl.value,
+        "kl_low": low,
+        "kl_high": high,
+        "loss_increase": point.cost.loss,
+        "same_first_choice": point.cost.agreement,
+        "schedule": str(point.schedule),
+    }
+    if planned.objective.name == "latency":
+        row["milliseconds"] = point.weight
+    return row
+
+
+def to_csv(planned: Planned) -> str:
+    """The frontier, one row per point, KL and losses in nats per token."""
+    rows = [_row(planned, point) for point in planned.frontier.points]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+_SHOWN = (
+    *("waited\nfor", "all-\nreduces", "predicted\nKL", "measured\nKL", "95%\ninterval"),
+    *("loss", "same\nchoice"),
+)
+
+
+def _cells(planned: Planned, point: Point) -> list[str]:
+    kl, counts = interval(point), point.schedule.counts
+    cells = [f"{counts.waited_for}", f"{counts.all_reduces}", number(point.predicted)]
+    cells += [number(kl.value), between(kl, number), signed(point.cost.loss)]
+    cells.append(f"{point.cost.agreement:.1%}")
+    return [f"{point.weight:.2f}", *cells] if planned.objective.name == "latency" else cells
+
+
+def _header(planned: Planned) -> tuple[str, ...]:
+    return ("ms", *_SHOWN) if planned.objective.name == "latency" else _SHOWN
+
+
+def print_plan(console: Console, planned: Planned) -> None:
+    """The frontier as a table with the chosen point marked, and its schedule."""
+    console.print(Text(_title(planned), style="bold"), soft_wrap=True)
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("", *_header(planned)):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for point in planned.frontier.points:
+        here = point is planned.chosen
+        mark = "→" if here else ""
+        shown.add_row(mark, *_cells(planned, point), style="bold" if here else "")
+    console.print(shown)
+    console.print(Text(_explained(planned), style="dim"), soft_wrap=True)
+    console.print()
+    console.print(diagram(planned.chosen.schedule, planned.tracks, console.width))
+
+
+def _title(planned: Planned) -> str:
+    return (
+        f"{planned.model} over {planned.tracks} tracks, {planned.budget}: {planned.windows} "
+        f"windows of {planned.length} tokens of {text_names(planned.texts)} in {planned.dtype}; "
+        "nats per token"
+    )
+
+
+def _explained(planned: Planned) -> str:
+    f = planned.frontier
+    return (
+        "→ chosen; predicted: the sum of what the parts cost by themselves, to second order; KL "
+        f"and loss: the whole schedule, measured. {f.weighed_alone} parts and {f.measured_whole} "
+        f"whole schedules were tried on {f.search_windows} windows; this time "
+        f"{f.passes:.0f} forward passes over the text."
+    )
+
+
+def plan_page(planned: Planned) -> str:
+    """The frontier as one self-contained page."""
+    subtitle = f"ptconvert plan {__version__}: all-reduces waited for against KL"
+    title = f"{planned.model} over {planned.tracks} tracks"
+    return page(title, subtitle, _sections(planned))
+
+
+def _sections(planned: Planned) -> Iterator[Html]:
+    chosen = planned.chosen
+    counts = chosen.schedule.counts
+    yield section(
+        "Chosen",
+        facts(
+            [
+                ("budget", planned.budget),
+                ("waited for", f"{2 * chosen.schedule.layers} → {counts.waited_for}"),
+                ("all-reduces", f"{2 * chosen.schedule.layers} → {counts.all_reduces}"),
+                ("KL", f"{number(chosen.cost.kl)}  ({between(interval(chosen), number)})"),
+                ("loss", signed(chosen.cost.loss)),
+                ("same first choice", f"{chosen.cost.agreement:.1%}"),
+            ]
+        ),
+        schedule_diagram(chosen.schedule, planned.tracks),
+        block(to_spec(planned)),
+    )
+    points = planned.frontier.points
+    yield section(
+        "Frontier",
+        *_chart(planned),
+        table(
+            [name.replace("-\n", "-") for name in _header(planned)],
+            [_cells(planned, p) for p in points],
+            text_columns=(),
+            highlight=[i for i, p in enumerate(points) if p is chosen],
+        ),
+        note(
+            "Before any training. The schedules were chosen on this text, so another text of the "
+            "same kind will show a little more: ptconvert eval measures it."
+        ),
+    )
+    yield section("Sensitivity of each sublayer", *_sensitivities(planned))
+    yield section("How this was measured", paragraph(f"{_title(planned)}. {_explained(planned)}"))
+    schedules = [[f"{p.schedule.counts.waited_for}", code(str(p.schedule))] for p in points]
+    yield section("Schedules", table(["waited for", "schedule"], schedules, text_columns=(1,)))
+
+
+def _chart(planned: Planned) -> Iterator[Html]:
+    """KL against weight, on a logarithmic scale, which has no place for the dense model's 0."""
+    by_latency = planned.objective.name == "latency"
+    ranges = {p: interval(p).interval or (p.cost.kl, p.cost.kl) for p in planned.frontier.points}
+    drawn = [p for p in ranges if min(p.predicted, *ranges[p]) > 0]
+    if drawn:
+        measured = [(p.weight, p.cost.kl) for p in drawn]
+        yield line_chart(
+            [
+                Series("measured whole", measured, [ranges[p] for p in drawn]),
+                Series("predicted", [(p.weight, p.predicted) for p in drawn]),
+            ],
+            "milliseconds, estimated" if by_latency else "all-reduces waited for",
+            "KL, nats per token",
+            log_y=True,
+            caption="With 95% intervals over windows. Predicted is the sum over the parts.",
+        )
+
+
+_ENDINGS = (
+    ("deferred", "deferred to the next (.)"),
+    ("own_seen", "overlapped, own part seen (^1)"),
+    ("hidden", "overlapped, hidden (~1)"),
+)
+
+
+def _sensitivities(planned: Planned) -> Iterator[Html]:
+    found = planned.frontier.sensitivities
+    names = [(key, label) for key, label in _ENDINGS if any(getattr(s, key) for s in found)]
+    yield paragraph(
+        "KL, to second order, when one sublayer alone ends so and all others are all-reduced at "
+        "once. Where a line peaks, keeping the sublayer dense buys the most."
+    )
+    yield line_chart(
+        [
+            Series(
+                label,
+                [
+                    (s.sublayer.position / 2, kl)
+                    for s in found
+                    if (kl := getattr(s, key) or 0.0) > 0
+                ],
+            )
+            for key, label in names
+        ],
+        "layer (attention at the whole number, MLP half a step on)",
+        "KL, nats per token",
+        log_y=True,
+    )
+    yield table(
+        ["sublayer", *(label for _, label in names)],
+        [[str(s.sublayer), *(_or_dash(getattr(s, key)) for key, _ in names)] for s in found],
+    )
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else number(value)

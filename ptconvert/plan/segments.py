@@ -1,0 +1,120 @@
+"""What a mixed schedule is put together from: sublayers that share an all-reduce, and its ending.
+
+A segment runs consecutive sublayers of the dense model. Before it nothing is pending, and after it
+nothing but what its own last all-reduce still has in flight; so any segments in a row that cover
+all sublayers are a schedule. Positions count the dense model's 2L sublayers (`Sublayer.position`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from ptconvert.schedule.presets import dense_schedule
+from ptconvert.schedule.stages import BLOCKING, DEFERRED, Ending, Merge, Schedule, Stage, Sublayer
+
+HIDDEN = Ending(Merge.HIDDEN, 1)
+OWN_SEEN = Ending(Merge.OWN_SEEN, 1)
+OWN_SEEN_LATER = Ending(Merge.OWN_SEEN, 2)
+
+
+class Segment(NamedTuple):
+    """The sublayers at positions [start, stop), and how they run.
+
+    One after the other, of which only the last one all-reduces (`a1. m1. a2!`); or, where `beside`,
+    each of their first half beside one of the second, and each stage with this ending. There are
+    thousands in a search, looked up over and over: so stages are made when they are asked for.
+    """
+
+    start: int
+    stop: int
+    ending: Ending
+    beside: bool = False
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.stages))
+
+    @property
+    def length(self) -> int:
+        """How many sublayers it runs."""
+        return self.stop - self.start
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What runs the sublayers."""
+        if self.beside:
+            half = self.length // 2
+            firsts = range(self.start, self.start + half)
+            return tuple(
+                Stage((Sublayer.at(p), Sublayer.at(p + half)), self.ending) for p in firsts
+            )
+        deferred = (Stage((Sublayer.at(p),), DEFERRED) for p in range(self.start, self.stop - 1))
+        return (*deferred, Stage((Sublayer.at(self.stop - 1),), self.ending))
+
+    @property
+    def waits(self) -> int:
+        """How many all-reduces it waits for."""
+        endings = self.length // 2 if self.beside else 1
+        return endings if self.ending == BLOCKING else 0
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is one sublayer run as the dense model runs it, which costs nothing."""
+        return self.length == 1 and self.ending == BLOCKING
+
+
+def run(start: int, stop: int, ending: Ending) -> Segment:
+    """Sublayers one after the other, of which only the last one all-reduces: `a1. m1. a2!`."""
+    return Segment(start, stop, ending)
+
+
+def menu(
+    layers: int, singles: Iterable[Ending], runs: Iterable[Ending], longest: int
+) -> Iterator[Segment]:
+    """Every segment that a search may choose from, for a model of so many layers.
+
+    Single sublayers with each ending of `singles`, runs of up to `longest` sublayers with each of
+    `runs`, and attention and MLP of a layer, or two layers, side by side and blocking. The last
+    segment of the model blocks: nothing is left to run beside its all-reduce.
+    """
+    last = 2 * layers
+    for start in range(last):
+        for stop in range(start + 1, min(start + longest, last) + 1):
+            for ending in singles if stop - start == 1 else runs:
+                if stop < last or not ending.merge.overlapped:
+                    yield Segment(start, stop, ending)
+    for start in range(0, last, 2):
+        yield Segment(start, start + 2, BLOCKING, beside=True)
+    for start in range(0, last - 2, 2):
+        yield Segment(start, start + 4, BLOCKING, beside=True)
+
+
+def alone(segment: Segment, layers: int) -> Schedule:
+    """The dense schedule with one segment in place of the same sublayers."""
+    dense, (start, stop, _, _) = dense_schedule(layers).stages, segment
+    changed = _saved((*segment.stages, *dense[stop : stop + 1]))
+    return Schedule((*dense[:start], *changed, *dense[stop + 1 :]))
+
+
+def together(segments: Iterable[Segment]) -> Schedule:
+    """The schedule of segments in a row, which cover all sublayers."""
+    return Schedule(_saved(tuple(stage for segment in segments for stage in segment.stages)))
+
+
+def _saved(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Stages less the all-reduces that change nothing.
+
+    `a1^1 m1!` is the same function as `a1. m1!`: the track sees its own part in the stage between,
+    and the rest arrives after it, with that stage's all-reduce or in one of its own.
+    """
+    pairs = zip(stages, (*stages[1:], None), strict=True)
+    return tuple(
+        replace(stage, ending=DEFERRED)
+        if stage.ending.merge is Merge.OWN_SEEN
+        and stage.ending == OWN_SEEN
+        and after is not None
+        and after.ending == BLOCKING
+        else stage
+        for stage, after in pairs
+    )

@@ -1,0 +1,239 @@
+"""What the terminal shows: schedules as diagrams, plans and counts as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from ptconvert.measure.needs import Needs
+from ptconvert.schedule.presets import dense_schedule
+from ptconvert.schedule.stages import Kind, Schedule, Sublayer
+from ptconvert.spec.terms import ASSIGNMENTS
+
+if TYPE_CHECKING:  # it imports torch, which the other commands do without
+    pass
+
+_STYLES = {"!": "bold red", "~": "yellow", "^": "cyan", ".": "green", "|": "magenta"}
+MEANING = {
+    "!": "blocking all-reduce, waited for",
+    "~": "~k overlapped all-reduce, merged k stages later, hidden until then",
+    "^": "^k overlapped all-reduce, merged k stages later, own part seen",
+    ".": "no all-reduce: the track keeps its partial",
+    "|": "side by side with the next",
+}
+_ONE, _DIFFER = "─", "≡"
+
+
+def diagram(schedule: Schedule, tracks: int, width: int) -> RenderableType:
+    """The schedule with layers as columns, and under each sublayer what follows it.
+
+    `width` is the terminal's, in characters; layers that don't fit go into further rows.
+    """
+    cells = endings(schedule)
+    tracked = schedule.track_layers if tracks > 1 else frozenset()
+    column = 1 + max(len(str(schedule.layers - 1)), *(len(cell) for cell in cells.values()))
+    per_row = max(1, (width - 11) // column)
+    rows: list[RenderableType] = []
+    for first in range(0, schedule.layers, per_row):
+        layers = range(first, min(first + per_row, schedule.layers))
+        rows.append(_row("layer", [(str(i), "dim") for i in layers], column))
+        for label, kind in (("attention", Kind.ATTENTION), ("MLP", Kind.MLP)):
+            texts = [cells[Sublayer(i, kind)] for i in layers]
+            rows.append(_row(label, [(t, _STYLES[t[0]]) for t in texts], column))
+        streams = [(_DIFFER * column if i in tracked else _ONE * column, "dim") for i in layers]
+        rows.append(_row("stream", streams, column))
+        rows.append(Text(""))
+    rows.extend(_legend(cells.values(), bool(tracked), tracks))
+    return Group(*rows)
+
+
+def endings(schedule: Schedule) -> dict[Sublayer, str]:
+    """What the schedule's text form has after each sublayer: `|` or the stage's ending."""
+    return {
+        sublayer: "|" if sublayer is not stage.sublayers[-1] else str(stage.ending)
+        for stage in schedule.stages
+        for sublayer in stage.sublayers
+    }
+
+
+def _row(label: str, cells: Sequence[tuple[str, str]], column: int) -> Text:
+    row = Text(f"{label:<10}", style="bold", no_wrap=True)
+    for text, style in cells:
+        row.append(f"{text:>{column}}", style=f"not bold {style}")
+    return row
+
+
+def _legend(cells: Sequence[str] | Any, differ: bool, tracks: int) -> Iterator[Text]:
+    used = {cell[0] for cell in cells}
+    for symbol, meaning in MEANING.items():
+        if symbol in used:
+            yield Text.assemble((f"{symbol}  ", _STYLES[symbol]), (meaning, "dim"))
+    one = f"{_ONE}  the {tracks} tracks' streams agree (held dense)"
+    yield Text(one + (f"   {_DIFFER}  they differ (held per track)" if differ else ""), "dim")
+
+
+def counts_table(schedule: Schedule, bytes_per_token: int | None) -> RenderableType:
+    """All-reduces of the dense model under tensor parallelism and of the schedule."""
+    before, after = dense_schedule(schedule.layers).counts, schedule.counts
+    rows: list[tuple[str, int, int]] = [
+        ("all-reduces per forward pass", before.all_reduces, after.all_reduces),
+        ("of them waited for", before.waited_for, after.waited_for),
+    ]
+    if bytes_per_token is not None:
+        total = "bytes all-reduced per token"
+        each = "bytes per token per all-reduce"
+        rows.append((each, bytes_per_token, bytes_per_token))
+        rows.append(
+            (total, before.all_reduces * bytes_per_token, after.all_reduces * bytes_per_token)
+        )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in ("tensor parallel", "this schedule", "times fewer"):
+        table.add_column(name, justify="right")
+    for label, old, new in rows:
+        table.add_row(label, f"{old:,}", f"{new:,}", "" if old == new else f"{old / new:.1f}")
+    return table
+
+
+def plan_table(summary: Mapping[str, Any], free: int) -> RenderableType:
+    """A plan's figures, as `--dry-run` shows them; `free` is the disk space found, in bytes."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    tracked = summary["layers_as_tracks"]
+    dense = [i for i in range(summary["layers"]) if i not in tracked]
+    held = "; ".join(
+        f"{len(layers)} {kind} ({ranges(layers)})"
+        for kind, layers in (("dense", dense), (f"as {summary['tracks']} tracks", tracked))
+        if layers
+    )
+    table.add_row("layers", held)
+    for label, key in (("all-reduces", "all_reduces"), ("waited for", "waited_for")):
+        table.add_row(label, f"{summary[key]['before']} before, {summary[key]['after']} after")
+    for way in ("in", "out"):
+        tensors, size = summary[f"tensors_{way}"], decimal(summary[f"bytes_{way}"])
+        table.add_row(way, f"{tensors} tensors, {size}")
+    for file, size in summary["files"].items():
+        table.add_row("", f"{file}  {decimal(size)}")
+    if summary["assignment"] != ASSIGNMENTS[0]:
+        table.add_row("assignment", summary["assignment"])
+    if summary["guess"]:
+        table.add_row("guesses", _guess_cost(summary["guess"]))
+    fits = "enough" if free >= summary["bytes_needed"] else "NOT ENOUGH"
+    needed = decimal(summary["bytes_needed"])
+    table.add_row("disk space", f"{needed} needed, {decimal(free)} free: {fits}")
+    return table
+
+
+def needs_table(console: Console, needs: Needs, free: Mapping[str, int]) -> None:
+    """What a command holds in each of its phases and about how long these take, and whether there
+    is room."""
+    peaks = needs.peaks()
+    table = Table(box=None, pad_edge=False)
+    for name in ("phase", "holds", *peaks, "takes about"):
+        table.add_column(name, justify="left" if name in ("phase", "holds") else "right")
+    for phase in needs.phases:
+        for held in phase.held:
+            first = held is phase.held[0]
+            sizes = [decimal(held.nbytes) if needs.place(held) == p else "" for p in peaks]
+            took = _duration(phase.seconds) if first else ""
+            table.add_row(phase.name if first else "", held.what, *sizes, took)
+    table.add_row("at once, at most", "", *map(decimal, peaks.values()), _duration(needs.seconds))
+    there = [decimal(free[place]) if place in free else "" for place in peaks]
+    table.add_row("free", "", *there, "")
+    console.print(table)
+    for note in needs.notes:
+        console.print(note, style="dim")
+    lacking = needs.lacking(free)
+    if lacking:
+        console.print(f"NOT ENOUGH on {', '.join(lacking)}", style="bold red")
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _guess_cost(cost: Mapping[str, Any]) -> str:
+    """What guesses add over all tracks, against the dense model."""
+    ranks = cost["ranks"].values()
+    largest = max(ranks)
+    return (
+        f"{len(ranks)} sublayers, rank {largest if min(ranks) == largest else f'up to {largest}'}: "
+        f"{cost['parameters']:,} parameters (+{cost['parameters_share']:.1%}), "
+        f"{decimal(cost['bytes'])}, {cost['flops_per_token']:,} FLOPs per token "
+        f"(+{cost['flops_share']:.1%})"
+    )
+
+
+def print_calibration(
+    console: Console, computed: Mapping[str, Any], cost: Mapping[str, Any] | None
+) -> None:
+    """What was computed from the text, and what the guesses gain and cost."""
+    shares = computed["affinity_between_tracks"]
+    if shares is not None:
+        console.print(
+            f"affinity between units of different tracks: {shares['before']:.1%} before, "
+            f"{shares['after']:.1%} as assigned"
+        )
+    if computed["guesses"]:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("guessed after", "rank", "error left"):
+            table.add_column(name, justify="right")
+        for row in computed["guesses"]:
+            kept = row["rank"] > 0
+            table.add_row(
+                row["sublayer"],
+                str(row["rank"]) if kept else "-",
+                f"{row['error']:.0%}" if kept else "gains nothing",
+            )
+        console.print(table)
+    if cost is not None:
+        print_guess_cost(console, cost)
+
+
+def print_guess_cost(console: Console, cost: Mapping[str, Any], at_most: bool = False) -> None:
+    """What guesses add to a model; `at_most` before a text has decided."""
+    console.print(f"guesses{', at most' if at_most else ''}: {_guess_cost(cost)}", soft_wrap=True)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Numbers as ranges: 0-3, 7, 9-11."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in parts)
+
+
+def fewer_ranks(tracks: int, tracked: Collection[int]) -> str | None:
+    """What becomes of `tracks` on fewer ranks; None where no layer is held as tracks."""
+    if not tracked or tracks == 1:
+        return None
+    parts = [f"For {tracks} ranks, a track each."]
+    if fewer := [str(n) for n in range(2, tracks) if tracks % n == 0]:
+        *others, last = fewer
+        listed = f"{', '.join(others)} or {last}" if others else last
+        parts.append(
+            f"On {listed} a rank runs several tracks one after another, each with its own kernels, "
+            "and tensor parallelism can be faster: take a spec of as many tracks."
+        )
+    return " ".join([*parts, "On one rank use the dense checkpoint, which needs no tracks."])
+
+
+def print_schedule(
+    console: Console, schedule: Schedule, tracks: int, bytes_per_token: int | None
+) -> None:
+    """Diagram, counts and text form."""
+    console.print(diagram(schedule, tracks, console.width))
+    console.print()
+    console.print(counts_table(schedule, bytes_per_token))
+    console.print()
+    console.print(Text(str(schedule)), style="dim", soft_wrap=False)

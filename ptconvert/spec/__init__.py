@@ -1,0 +1,1 @@
+"""The YAML document that says how a model is converted."""

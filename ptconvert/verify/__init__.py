@@ -1,0 +1,1 @@
+"""What a converted model does on real ranks."""
