@@ -66,7 +66,8 @@ def test_the_table_of_the_readme_is_what_is_printed() -> None:
     config = ROOT / "specs" / "configs" / "llama-3.1-70b.json"
     out, _ = run_command(*specs, "--model", config, "--hardware", "h100-pcie", "--ranks", 8)
     lines = "\n".join(line.rstrip() for line in out.splitlines())
-    assert lines in (ROOT / "README.md").read_text()
+    for page in ("README.md", "docs/estimate.md"):
+        assert lines in (ROOT / page).read_text()
 
 
 def test_several_specs_and_what_does_not_fit() -> None:

@@ -126,4 +126,4 @@ def test_the_calibration_script_runs(capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr().out
     lines = [line.rstrip() for line in printed.splitlines()]
     first = next(i for i, line in enumerate(lines) if line.startswith("mean absolute errors"))
-    assert "\n".join(lines[first - 1 :]) in (ROOT / "README.md").read_text()
+    assert "\n".join(lines[first - 1 :]) in (ROOT / "docs" / "estimate.md").read_text()

@@ -1,4 +1,4 @@
-"""One vocabulary: a name is the same option in every command, and README's table has them all."""
+"""One vocabulary: a name is the same option in every command, and docs/options.md has them all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ptconvert.cli import main
 from ptconvert.cli.options import Renamed, shared
 from ptconvert.cli.verify import verify as verify_command
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[1] / "docs" / "options.md").read_text(encoding="utf-8")
 
 
 def options() -> dict[str, dict[str, click.Option]]:
@@ -81,9 +81,8 @@ def test_what_the_help_says_of_a_default_is_the_default() -> None:
                 assert said[1].startswith("auto: "), (flag, command)
 
 
-def test_readme_lists_the_shared_options_and_their_commands() -> None:
-    section = README.split("## Options that several commands share", 1)[1].split("\n## ", 1)[0]
-    lines = [re.split(r" *(?<!\\)\| *", line) for line in section.splitlines() if "| `--" in line]
+def test_the_page_lists_the_shared_options_and_their_commands() -> None:
+    lines = [re.split(r" *(?<!\\)\| *", line) for line in PAGE.splitlines() if "| `--" in line]
     rows = [(line[1].strip("`").split()[0], line[3]) for line in lines]
     listed = {flag: set(commands.split(", ")) for flag, commands in rows}
     assert listed == {flag: set(found) for flag, found in SHARED.items()}

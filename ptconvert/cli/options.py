@@ -1,5 +1,5 @@
 """Options that several commands have: each is defined here, once, so that a name has one type, one
-help and one meaning everywhere. README.md lists them."""
+help and one meaning everywhere. docs/options.md lists them."""
 
 from __future__ import annotations
 
