@@ -233,6 +233,15 @@ def group_bytes(shape: ModelShape, group: Iterable[tuple[Sublayer, Sublayer]], t
     return sum(4 * math.prod(_units(shape, s.kind, tracks) for s in pair) for pair in group)
 
 
+def group_flops(shape: ModelShape, group: Iterable[tuple[Sublayer, Sublayer]]) -> float:
+    """What the affinities of a group take: of each pair the reader's rows times the writer's
+    columns."""
+    columns = {Kind.ATTENTION: shape.query_width, Kind.MLP: shape.neurons}
+    rows = {Kind.ATTENTION: shape.query_width + 2 * shape.kv_width, Kind.MLP: 2 * shape.neurons}
+    pairs = [rows[reader.kind] * columns[writer.kind] for writer, reader in group]
+    return 2.0 * shape.width * sum(pairs)
+
+
 def components(schedule: Schedule) -> Iterator[list[tuple[Sublayer, Sublayer]]]:
     """The pairs of writers and readers, in groups that share no sublayer."""
     groups: list[list[tuple[Sublayer, Sublayer]]] = []

@@ -68,6 +68,7 @@ def calibration_windows(
 
 def calibration_size(
     source: Checkpoint,
+    spec: Spec,
     texts: Sequence[Path],
     window: int | None,
     windows: int | None,
@@ -77,9 +78,24 @@ def calibration_size(
     read of a long one. Raises PTConvertError."""
     if texts:
         found = calibration_windows(source, texts, window, windows, tokens)
-        return len(found.ids), found.length
-    length = window or min(DEFAULT_LENGTH, positions(source))
-    return windows or max(1, (tokens or DEFAULT_TOKENS) // length), length
+        count, length = len(found.ids), found.length
+    else:
+        longest = positions(source)
+        length = window or min(DEFAULT_LENGTH, longest)
+        if length > longest:
+            raise EvaluationError(f"--window {length}: the model has {longest} positions")
+        count = windows or max(1, (tokens or DEFAULT_TOKENS) // length)
+    _check_windows(spec, count, length)
+    return count, length
+
+
+def _check_windows(spec: Spec, count: int, length: int) -> None:
+    """Raises EvaluationError where there are too few to fit guesses on and to judge them by."""
+    if spec.guess is not None and count < HELD_OUT:
+        raise EvaluationError(
+            f"the text gives {count} windows of {length} tokens; guesses need at least {HELD_OUT}: "
+            "a longer text, more --windows or a smaller --window"
+        )
 
 
 def calibration_dtype(source: Checkpoint, shape: ModelShape, dtype: str, device: str) -> str:
@@ -106,11 +122,7 @@ def calibrate(
     `scratch` meanwhile, as do streams that are too many for memory. `dtype` is torch's name of one,
     or `auto` (see `calibration_dtype`). Raises PTConvertError.
     """
-    if spec.guess is not None and len(windows.ids) < HELD_OUT:
-        raise EvaluationError(
-            f"the text gives {len(windows.ids)} windows of {windows.length} tokens; guesses need "
-            f"at least {HELD_OUT}: a longer text, more --windows or a smaller --window"
-        )
+    _check_windows(spec, len(windows.ids), windows.length)
     shape = ModelShape.from_config(source.config, str(source.path / "config.json"))
     ids_NT = windows.ids[:, :-1]
     dtype = calibration_dtype(source, shape, dtype, device)

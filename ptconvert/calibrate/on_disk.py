@@ -1,4 +1,4 @@
-"""What a calibration holds for all of a text, on disk where it is too much for memory."""
+"""What a calibration holds that may be too much for memory, and lies on disk then."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def mapped(folder: Path | None, tensor: torch.Tensor) -> torch.Tensor:
         kept = torch.from_file(name, True, tensor.numel(), dtype=tensor.dtype)
     except OSError as error:
         raise EvaluationError(
-            f"{name}: {error.strerror}: what is computed from all --windows lies on disk, where "
-            "it is too much for memory; give fewer, or a destination with more room"
+            f"{name}: {error.strerror}: it is too much for memory and lies beside the "
+            "destination meanwhile; give one with more room, or for guesses fewer --windows"
         ) from error
     finally:
         os.close(handle)

@@ -13,7 +13,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rich.console import Console
 
 from ptconvert.checkpoint.files import read_config
 from ptconvert.errors import EvaluationError, PTConvertError
-from ptconvert.measure.needs import Needs
+from ptconvert.measure.needs import Needs, shares_memory
 from ptconvert.models.shape import ModelShape
 from ptconvert.report.terminal import needs_table
 
@@ -98,25 +99,43 @@ def print_figures(figures: dict[str, Any], as_json: bool, show: Callable[[Consol
         show(Console(highlight=False, markup=False))
 
 
-def print_needs(needs: Needs, folder: Path, as_json: bool) -> None:
-    """What a command will take, beside what there is: on the device, in memory, and on the disk of
-    a folder that may not be there yet."""
-    free = free_room(needs.device, folder)
+def print_needs(needs: Needs, room: Mapping[str, int], as_json: bool) -> None:
+    """What a command will take, beside the bytes that there were free by place before."""
 
     def show(console: Console) -> None:
-        needs_table(console, needs, free)
+        needs_table(console, needs, room)
         console.print("Nothing was written (--dry-run).", style="dim")
 
-    print_figures(needs.as_json(free), as_json, show)
+    print_figures(needs.as_json(room), as_json, show)
 
 
 def free_room(device: str, folder: Path) -> dict[str, int]:
-    """The bytes that are free by place, as `Needs` names them."""
-    from ptconvert.runtime.memory import free_bytes
+    """The bytes that are free by place, as `Needs` names them: on the device, in memory, and on the
+    disk of a folder that may not be there yet."""
+    from ptconvert.runtime.memory import free_memory
 
     there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    free = {device: free_bytes(device), "disk": shutil.disk_usage(there).free}
-    return free if device == "cpu" else {**free, "memory": free_bytes("cpu")}
+    room = {device: free_memory(device), "disk": shutil.disk_usage(there).free}
+    return room if shares_memory(device) else {**room, "memory": free_memory("cpu")}
+
+
+@contextmanager
+def timing(device: str) -> Iterator[None]:
+    """Raises EvaluationError where not even one layer of the model fits."""
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise EvaluationError(
+            f"--dry-run: not even a layer and a window or two fit on {device}, to time them"
+        ) from error
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def quiet_libraries() -> None:

@@ -16,11 +16,13 @@ from rich.table import Table
 
 from ptconvert.checkpoint.source import display_name, locate
 from ptconvert.cli.common import (
+    free_room,
     given,
     need_packages,
     print_figures,
     print_needs,
     quiet_libraries,
+    timing,
     torch_device,
 )
 from ptconvert.cli.options import SEQUENCES, shared
@@ -177,7 +179,7 @@ def heal(
     if options["dataset"] and importlib.util.find_spec("datasets") is None:
         raise HealError("--dataset needs the package datasets, not installed here")
     from ptconvert.heal.needs import heal_needs
-    from ptconvert.heal.run import check_places
+    from ptconvert.heal.run import check_case, check_places
     from ptconvert.heal.run import heal as run
 
     folder = options["work"] or destination.with_name(f"{destination.name}.healing")
@@ -187,16 +189,19 @@ def heal(
         case = _case(checkpoint, folder, options, progress)
         try:
             if dry_run:
+                check_case(case, destination, overwrite)
+                room = free_room(case.settings.device, folder)
                 progress("timing a layer's first steps", 0, None)
-                needs = heal_needs(case.student, case.teacher, case.data, case.settings)
+                with timing(case.settings.device):
+                    needs = heal_needs(case.student, case.teacher, case.data, case.settings)
             else:
                 report = run(case, destination, command_line(sys.argv[1:]), overwrite)
         except KeyboardInterrupt:
             if not dry_run:
                 click.echo(f"what was trained is in {folder}; the same command goes on", err=True)
             raise
-    if needs is not None:
-        print_needs(needs, folder, as_json)
+    if needs is not None and first_process():
+        print_needs(needs, room, as_json)
     if report is not None:
         figures = {**report.as_json(), "destination": str(destination)}
         print_figures(figures, as_json, lambda console: _print_healed(console, figures))

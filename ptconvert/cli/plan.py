@@ -11,11 +11,13 @@ import click
 
 from ptconvert.checkpoint.source import display_name, locate
 from ptconvert.cli.common import (
+    free_room,
     given,
     need_packages,
     print_figures,
     print_needs,
     quiet_libraries,
+    timing,
     torch_device,
 )
 from ptconvert.cli.options import shared
@@ -137,10 +139,12 @@ def plan(
         if not dry_run:
             planned = _plan(case, source, options, progress)
         else:
+            room = free_room(case.device, case.cache)
             progress("timing a layer's first steps", 0, None)
-            needs = _needs(case, options)
+            with timing(case.device):
+                needs = _needs(case, options)
     if dry_run:
-        print_needs(needs, case.cache, as_json)
+        print_needs(needs, room, as_json)
     else:
         _write(planned, output, frontier_file, as_json)
 
@@ -224,7 +228,7 @@ def _needs(case: _Case, options: dict[str, Any]) -> Needs:
 
     return plan_needs(
         *(case.checkpoint, case.shape, case.tracks, case.windows, case.objective),
-        *(options["rounds"], case.dtype, case.device, case.batch),
+        *(options["rounds"], options["time_limit"], case.dtype, case.device, case.batch),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ptconvert.cli.common import (
     need_packages,
     print_figures,
     quiet_libraries,
+    timing,
     torch_device,
 )
 from ptconvert.cli.options import shared
@@ -132,10 +134,11 @@ def transform(
     if dry_run:
         if to_dense:
             check_unchanged(plan)
-        needs = None
+        needs, room = None, dict[str, int]()
         if read is not None and not plan.complete:
+            room = free_room(torch_device(device), destination)
             needs = _needs(plan, read, (texts, window, windows, tokens), device, dtype)
-        _print_dry_run(figures, needs, destination, as_json)
+        _print_dry_run(figures, needs, room, as_json)
         return
     if push_to_hub:
         hub.create(push_to_hub)
@@ -197,17 +200,16 @@ def _needs(
     where = torch_device(device)
     with step_progress() as progress:
         progress("timing a layer's first steps", 0, None)
-        size = calibration_size(plan.source, *asked)
+        size = calibration_size(plan.source, spec, *asked)
         dtype = calibration_dtype(plan.source, plan.shape, dtype, where)
-        return calibration_needs(plan, spec, *size, dtype, where)
+        with timing(where):
+            return calibration_needs(plan, spec, *size, dtype, where)
 
 
 def _print_dry_run(
-    figures: dict[str, Any], needs: Needs | None, destination: Path, as_json: bool
+    figures: dict[str, Any], needs: Needs | None, room: Mapping[str, int], as_json: bool
 ) -> None:
     from ptconvert.report.terminal import needs_table, plan_table
-
-    room = {} if needs is None else free_room(needs.device, destination)
 
     def show(console: Console) -> None:
         console.print(plan_table(figures, figures["bytes_free"]))

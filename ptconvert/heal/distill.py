@@ -239,7 +239,8 @@ def distill(
     teacher = teacher.to(arguments.device)
     freeze_but(student, names if settings.lora is None else ())
     if not _sharded(arguments):  # else each process holds a part of the student only
-        shared = share(student.to(arguments.device), teacher)
+        shared = share(student, teacher)
+        student.to(arguments.device)
         if arguments.process_index == 0:
             say(f"student and teacher share {shared / 1e6:.1f} MB")
     set_seed(settings.seed)
@@ -416,14 +417,20 @@ def _options(settings: Settings) -> dict[str, object]:
 
 def _with_adapters(student: Any, names: list[str], rank: int) -> Any:
     """The student with a LoRA adapter on each linear layer whose weight is among `names`."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     linear = {n for n, module in student.named_modules() if isinstance(module, nn.Linear)}
     targets = [owner for owner in (n.removesuffix(".weight") for n in names) if owner in linear]
-    config = LoraConfig(
+    return get_peft_model(student, lora_config(targets, rank))
+
+
+def lora_config(targets: list[str], rank: int) -> Any:
+    """peft's config of adapters on these modules."""
+    from peft import LoraConfig
+
+    return LoraConfig(
         r=rank, lora_alpha=LORA_ALPHA * rank, target_modules=targets, task_type="CAUSAL_LM"
     )
-    return get_peft_model(student, config)
 
 
 def _merged(state: Tensors, names: list[str]) -> Tensors:

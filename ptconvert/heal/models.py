@@ -89,7 +89,8 @@ def freeze_but(model: nn.Module, names: Iterable[str]) -> None:
 def share(student: nn.Module, teacher: nn.Module) -> int:
     """Lets frozen matrices of the student be views of the teacher's where the values are the same:
     whole ones outside of tracks, and the rows or columns of it that a track has. Returns the bytes
-    saved.
+    saved. The student may still be on the CPU: what is shared never comes to the teacher's device a
+    second time.
 
     Vectors (norms) stay apart: they are small, and copies of one must not become one tensor.
     """
@@ -99,7 +100,8 @@ def share(student: nn.Module, teacher: nn.Module) -> int:
         whole = theirs.get(_TRACK.sub(".", name))
         if own.requires_grad or own.ndim != 2 or whole is None or whole.dtype != own.dtype:
             continue
-        same = next((v for v in _slices(whole.data, own.shape) if torch.equal(v, own)), None)
+        mine = own.to(whole.device)
+        same = next((v for v in _slices(whole.data, own.shape) if torch.equal(v, mine)), None)
         if same is not None:
             own.data = same
             saved += same.nbytes

@@ -7,31 +7,42 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
+
+import torch
 
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.checkpoint.section import Section, read_section
 from ptconvert.heal.blockwise import STREAM_BYTES, blocks_of
 from ptconvert.heal.data import Data
+from ptconvert.heal.distill import lora_config
 from ptconvert.heal.models import changed_layers, in_layers
 from ptconvert.heal.settings import Settings
 from ptconvert.measure.divergence import LOGITS_AT_ONCE
-from ptconvert.measure.needs import Held, Needs, Phase, Place
+from ptconvert.measure.needs import Held, Needs, Phase, Place, shares_memory
 from ptconvert.measure.one_layer import Step, head_seconds, in_a_layer, one_layer, step_of
-from ptconvert.measure.opening import schedule_of
+from ptconvert.measure.opening import BatchSize
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ELEMENT_BYTES, ModelShape
 from ptconvert.runtime.load import shape_of
 from ptconvert.runtime.memory import PROCESS_BYTES
 
 _TRAINED = 4 + 4 + 8  # bytes of a trained number: it and its gradient in fp32, AdamW's two moments
+_BLOCKWISE = {"cpu": _TRAINED}  # torch's AdamW; elsewhere, where it steps all weights at once,
+_BLOCKWISE_ELSEWHERE = _TRAINED + 4  # what it steps by, too
+_STATES = 3  # of the Trainer's: the newest, the best, and one that is being written
 _LOGITS = 4  # copies in fp32 of LOGITS_AT_ONCE numbers, while a piece is compared
 _PROCESS = Held("the process", PROCESS_BYTES, Place.MEMORY)
 
 
 def heal_needs(student: Checkpoint, teacher: Checkpoint, data: Data, settings: Settings) -> Needs:
-    """A healing's phases, as one of the processes that a launcher started has them."""
+    """A healing's phases, as the first of the processes that a launcher started has them.
+
+    What student and teacher hold in common is counted once where it must be: with another teacher
+    of the source's shape it is more.
+    """
     pair = _Pair(student, teacher, data, settings)
     phases = [_measuring(pair)]
-    if settings.blockwise:
+    if settings.blockwise and pair.blocks:
         phases.append(_blockwise(pair))
     if settings.kl:
         phases.append(_end_to_end(pair))
@@ -58,12 +69,12 @@ class _Pair:
     @cached_property
     def numbers(self) -> Mapping[str, int]:
         """The student's parameters, by name."""
-        return {n: e.nbytes // ELEMENT_BYTES[e.dtype] for n, e in self.student.tensors.items()}
+        return _numbers(self.student)
 
     @property
     def taught(self) -> int:
         """The teacher's parameters."""
-        return sum(e.nbytes // ELEMENT_BYTES[e.dtype] for e in self.teacher.tensors.values())
+        return sum(_numbers(self.teacher).values())
 
     @property
     def size(self) -> int:
@@ -84,19 +95,37 @@ class _Pair:
         """Parameters of these layers of the student."""
         return sum(count for name, count in self.numbers.items() if in_layers(name, layers))
 
-    def steps(self, trains: bool) -> Mapping[int, Step]:
-        """What one window takes in a layer, by the number of tracks it is held as; 1 is dense."""
-        return {
-            tracks: step_of(
-                one_layer(self.teacher.config, tracks, self.settings.device),
-                *(self.settings.dtype, 1, self.data.length, trains),
-            )
-            for tracks in {1, self.section.tracks}
-        }
+    @property
+    def blocks(self) -> list[range]:
+        """The layers of each block that the blockwise stage trains."""
+        return [block.layers for block in blocks_of(self.section.schedule) if block.changed]
+
+    def steps(self, lora: int | None) -> Mapping[int, Step]:
+        """What one window takes in a layer whose weights are trained, or adapters of this rank, by
+        the number of tracks it is held as; 1 is dense."""
+        found = {}
+        for tracks in {1, self.section.tracks}:
+            held = "float32" if lora is None else self.settings.dtype
+            layer = one_layer(self.teacher.config, tracks, self.settings.device, held)
+            if lora is None:
+                layer.layers.requires_grad_(True)
+            else:
+                adapt(layer, lora)
+            found[tracks] = step_of(layer, self.settings.dtype, self.data.length)
+        return found
 
     @cached_property
     def trained(self) -> Mapping[int, Step]:
-        return self.steps(trains=True)
+        return self.steps(None)
+
+    @cached_property
+    def judge(self) -> tuple[Held, ...]:
+        """What is kept of the teacher to measure by."""
+        windows, shape = len(self.data.held_out.ids), self.shape
+        return (
+            Held("the teacher's head", shape.vocabulary * shape.width * self.size, Place.DEVICE),
+            Held("the teacher's last streams", windows * self.stream, Place.MEMORY),
+        )
 
     def of(self, layers: Iterable[int], steps: Mapping[int, Step]) -> Iterator[Step]:
         """The student's layers, one after the other."""
@@ -121,16 +150,16 @@ class _Pair:
 
 def _measuring(pair: _Pair) -> Phase:
     shape, settings, layers = pair.shape, pair.settings, range(pair.shape.layers)
-    windows, batch = len(pair.data.held_out.ids), settings.batch_size
+    windows = len(pair.data.held_out.ids)
+    batch = min(windows, BatchSize(None, settings.device).size)
     layer = in_a_layer(shape, pair.section.tracks, pair.data.length, pair.size)
     times = 1 + settings.blockwise + settings.kl
     return Phase(
         "measuring on held-out text",
         (
             Held("weights", sum(pair.numbers.values()) * pair.size, Place.DEVICE),
-            Held("the teacher's head", shape.vocabulary * shape.width * pair.size, Place.DEVICE),
             Held(f"a layer's streams, {batch} windows", batch * layer, Place.DEVICE),
-            Held("the teacher's last streams", windows * pair.stream, Place.MEMORY),
+            *pair.judge,
             _logits(),
             _PROCESS,
         ),
@@ -139,39 +168,45 @@ def _measuring(pair: _Pair) -> Phase:
 
 
 def _blockwise(pair: _Pair) -> Phase:
-    shape, batch = pair.shape, pair.settings.batch_size
-    blocks = [block.layers for block in blocks_of(schedule_of(pair.student)) if block.changed]
+    shape, settings, batch = pair.shape, pair.settings, pair.settings.batch_size
+    each = _BLOCKWISE.get(settings.device, _BLOCKWISE_ELSEWHERE)
 
     def kept(layers: range) -> int:
-        return batch * sum(step.kept for step in pair.of(layers, pair.trained))
+        return sum(batch * step.kept + step.fixed for step in pair.of(layers, pair.trained))
 
     def seconds(layers: range) -> float:
         both = sum(step.both for step in pair.of(layers, pair.trained)) + pair.teaches(layers)
         return pair.windows * both + 2 * held_out * (pair.forward(layers) + pair.teaches(layers))
 
-    largest = max(blocks, key=lambda b: _TRAINED * pair.in_layers(b) + kept(b))
+    largest = max(pair.blocks, key=lambda block: each * pair.in_layers(block) + kept(block))
+    trained = sum(map(pair.in_layers, pair.blocks))
     held_out = len(pair.data.held_out.ids)
-    used = min(pair.windows, len(pair.data.train)) + held_out
-    streams = used * pair.stream
+    used = min(pair.windows, len(pair.data.train))
     layer = sum(math.prod(shape.size(rule)) for rule in shape.rules)
+    streams = [
+        Held(
+            f"streams, {windows} windows",
+            windows * pair.stream,
+            Place.MEMORY if windows * pair.stream <= STREAM_BYTES else Place.DISK,
+        )
+        for windows in (used, held_out)
+    ]
     return Phase(
         "block by block",
         (
             Held(
                 f"layers {largest.start}-{largest.stop - 1}, with AdamW's state",
-                _TRAINED * pair.in_layers(largest),
+                each * pair.in_layers(largest),
                 Place.DEVICE,
             ),
             Held("the teacher's", len(largest) * layer * pair.size, Place.DEVICE),
             Held(f"activations, {batch} windows", kept(largest), Place.DEVICE),
-            Held(
-                "streams of all windows",
-                streams,
-                Place.MEMORY if streams <= STREAM_BYTES else Place.DISK,
-            ),
+            *streams,
+            *pair.judge,
             _PROCESS,
+            Held("blocks, each and all, in fp32", 3 * 4 * trained, Place.DISK),
         ),
-        sum(map(seconds, blocks)) + used * pair.forward(range(shape.layers)),
+        sum(map(seconds, pair.blocks)) + (used + held_out) * pair.forward(range(shape.layers)),
     )
 
 
@@ -181,42 +216,73 @@ def _end_to_end(pair: _Pair) -> Phase:
     cut = ranks if settings.fsdp else 1
     changed = changed_layers(pair.section.schedule)
     moves = [n for n in pair.numbers if settings.train == "all" or in_layers(n, changed)]
-    trained = sum(pair.numbers[name] for name in moves)
-    still = sum(pair.numbers.values()) - trained
-    steps, own = pair.trained, 0  # of what stays, as the teacher hasn't it (see models.share)
-    if settings.lora is not None:
-        steps = pair.steps(trains=False)
-        if pair.section.assigned:
-            own = sum(pair.numbers[name] for name in moves if ".tracks." in name)
-        entries = [pair.student.tensors[name].shape for name in moves]
-        trained = sum(settings.lora * sum(size) for size in entries if len(size) == 2)
-        still = sum(pair.numbers.values())
-    frozen = still if settings.fsdp else own
-    kept = batch * sum(step.kept for step in pair.of(layers, steps))
-    again = 1.0
-    if settings.gradient_checkpointing:  # a layer's inputs, and one layer's activations
-        streams = shape.layers * (pair.section.tracks + 1) * pair.stream
-        kept = batch * (streams + max(step.kept for step in steps.values()))
-        again = 4 / 3
-    both = sum(step.both for step in pair.of(layers, steps)) + pair.teaches(layers) + 3 * pair.head
-    judged = settings.evaluations * len(pair.data.held_out.ids)
-    logits = 2 * batch * pair.data.length * shape.vocabulary * pair.size
+    trained, still = sum(pair.numbers[name] for name in moves), sum(pair.numbers.values())
+    steps, apart = pair.trained, 0  # of what stays, as the teacher hasn't it (see models.share)
+    if settings.lora is None:
+        still -= trained
+    else:
+        steps = pair.steps(settings.lora)
+        if pair.section.assigned or pair.section.trained or settings.blockwise:
+            apart = trained
+        sizes = [pair.student.tensors[name].shape for name in moves]
+        trained = sum(settings.lora * sum(size) for size in sizes if len(size) == 2)
+    frozen = still if settings.fsdp else apart
+    both = sum(step.both for step in pair.of(layers, steps))
+    kept = sum(batch * step.kept + step.fixed for step in pair.of(layers, steps))
+    if settings.gradient_checkpointing:  # what each sublayer reads, and one layer's activations
+        apart_for = {reader for _, reader in pair.section.schedule.own_read()}
+        views = 2 * shape.layers + (pair.section.tracks - 1) * len(apart_for)
+        kept = batch * views * pair.stream
+        kept += max(batch * step.kept + step.fixed for step in steps.values())
+        both *= 4 / 3
+    inside = sum(n for name, n in _numbers(pair.teacher).items() if ".layers." in name)
+    taught = pair.taught - inside + inside // cut
+    if settings.fsdp:  # a layer of both models is gathered at a time
+        taught += 2 * inside // shape.layers
+    each = _TRAINED + 4 * (ranks > 1 and not settings.fsdp)  # the buckets that gradients go in
+    steps_taken = pair.windows // (batch * settings.accumulation * ranks)
+    judged = min(settings.evaluations, steps_taken) * len(pair.data.held_out.ids) / ranks
+    logits = batch * pair.data.length * shape.vocabulary * (8 if pair.size == 4 else 12)
+    state = still * pair.size + (4 + 8) * trained
+    held = [
+        Held("the teacher's weights", taught * pair.size, Place.DEVICE),
+        Held("the student's frozen ones", frozen * pair.size // cut, Place.DEVICE),
+        Held(f"{trained / 1e6:,.0f} M trained, and AdamW's", each * trained // cut, Place.DEVICE),
+        Held(f"activations, {batch} windows", kept, Place.DEVICE),
+        Held("logits and their gradients", logits, Place.DEVICE),
+        _logits(),
+        *pair.judge,
+        _PROCESS,
+        Held("states to go on from", _STATES * state, Place.DISK),
+        Held("what was trained, in fp32", 4 * sum(pair.numbers[n] for n in moves), Place.DISK),
+    ]
+    if not shares_memory(settings.device):
+        # where they are opened; what is read in the dtype that it is stored in is only mapped
+        held.append(Held("weights to train, in fp32", 4 * trained, Place.MEMORY))
+        held.append(Held("the state, gathered", still * pair.size + 4 * trained, Place.MEMORY))
     return Phase(
         "end to end",
-        (
-            Held("the teacher's weights", pair.taught * pair.size // cut, Place.DEVICE),
-            Held("the student's frozen ones", frozen * pair.size // cut, Place.DEVICE),
-            Held(
-                f"{trained:,} trained, gradients, moments", _TRAINED * trained // cut, Place.DEVICE
-            ),
-            Held(f"activations, {batch} windows", kept, Place.DEVICE),
-            Held("logits and their gradients", logits, Place.DEVICE),
-            _logits(),
-            _PROCESS,
-        ),
-        pair.windows / ranks * both * again
-        + judged / ranks * (pair.forward(layers) + pair.teaches(layers) + pair.head),
+        tuple(held),
+        pair.windows / ranks * (both + pair.teaches(layers) + 3 * pair.head)
+        + judged * (pair.forward(layers) + pair.teaches(layers) + pair.head),
     )
+
+
+def adapt(layer: Any, rank: int) -> None:
+    """Puts adapters on all linear layers, as they are trained with --lora."""
+    linear = [n for n, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(lora_config(linear, rank), layer)
+    for name, weight in layer.layers.named_parameters():
+        weight.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            weight.data = weight.data.float()
+
+
+def _numbers(checkpoint: Checkpoint) -> dict[str, int]:
+    """A checkpoint's parameters, by name."""
+    return {n: e.nbytes // ELEMENT_BYTES[e.dtype] for n, e in checkpoint.tensors.items()}
 
 
 def _logits() -> Held:

@@ -66,6 +66,19 @@ def check_places(destination: Path, folder: Path, overwrite: bool) -> None:
         raise HealError(f"--work {folder}: it may not lie in DST, nor DST in it")
 
 
+def check_case(case: Case, destination: Path, overwrite: bool) -> None:
+    """Raises PTConvertError where a healing can't begin, all of which is found before it does."""
+    check_places(destination, case.folder, overwrite)
+    for other in (case.student, case.teacher):
+        check_apart(destination, other.path)
+    check_pair(case.student, case.teacher)
+    if not (case.settings.blockwise or case.settings.kl):
+        raise HealError("nothing to do: neither block by block nor end to end")
+    if case.settings.train == "changed" and not changed_layers(schedule_of(case.student)):
+        raise HealError("the schedule changes no layer, so there is nothing to heal")
+    check(case.settings, len(case.data.order(case.settings.tokens, case.settings.seed)))
+
+
 def heal(
     case: Case, destination: Path, command: str = "", overwrite: bool = False
 ) -> Healed | None:
@@ -76,15 +89,7 @@ def heal(
     launch`, torchrun) every process calls this; the first one measures and writes, the others
     return None. Raises PTConvertError.
     """
-    check_places(destination, case.folder, overwrite)
-    for other in (case.student, case.teacher):
-        check_apart(destination, other.path)
-    check_pair(case.student, case.teacher)
-    if not (case.settings.blockwise or case.settings.kl):
-        raise HealError("nothing to do: neither block by block nor end to end")
-    if case.settings.train == "changed" and not changed_layers(schedule_of(case.student)):
-        raise HealError("the schedule changes no layer, so there is nothing to heal")
-    check(case.settings, len(case.data.order(case.settings.tokens, case.settings.seed)))
+    check_case(case, destination, overwrite)
     key = _key(case)
     start = start_file(case.folder, key)
     if not _is_first():

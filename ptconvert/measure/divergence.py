@@ -231,11 +231,9 @@ def reference(
         hidden.append(outputs.last_hidden_state.cpu())
         for layer in layers:
             streams[layer].append(outputs.hidden_states[layer].cpu())
-    return Reference(
-        torch.cat(hidden),
-        model.get_output_embeddings(),
-        {layer: torch.cat(parts) for layer, parts in streams.items()},
-    )
+    # each list is let go when it is joined, so that one stream at a time is there twice
+    joined = {layer: torch.cat(streams.pop(layer)) for layer in layers}
+    return Reference(torch.cat(hidden), model.get_output_embeddings(), joined)
 
 
 @torch.inference_mode()

@@ -9,11 +9,16 @@ from typing import Any
 
 
 class Place(StrEnum):
-    """Where something is held. On a CPU, `DEVICE` is `MEMORY` too."""
+    """Where something is held. For a device that shares memory, `DEVICE` is `MEMORY`."""
 
     DEVICE = "device"
     MEMORY = "memory"
     DISK = "disk"
+
+
+def shares_memory(device: str) -> bool:
+    """Whether a device, as torch names it, has no memory of its own."""
+    return device.partition(":")[0] in ("cpu", "mps")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ class Needs:
 
     def place(self, held: Held) -> str:
         """Where it is; on the device by its name."""
-        here = held.place is Place.DEVICE or (held.place is Place.MEMORY and self.device == "cpu")
+        if held.place is Place.DISK:
+            return str(held.place)
+        here = held.place is Place.DEVICE or shares_memory(self.device)
         return self.device if here else str(held.place)
 
     def peaks(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""One layer of a model by itself, with random weights: how long a batch takes in it, and how much
+"""One layer of a model by itself, with random weights: how long a window takes in it, and how much
 of it is kept for the way back. What a command is going to take is worked out from that."""
 
 from __future__ import annotations
@@ -27,17 +27,21 @@ _ENOUGH_SECONDS = 1.0  # after which nothing is repeated: what warming up takes 
 
 @dataclass(frozen=True)
 class Step:
-    """What B windows of T tokens take in a layer: seconds forward, seconds forward and back, and
-    bytes of activations that are kept for the way back."""
+    """What a window of T tokens takes in a layer: seconds forward, seconds forward and back, and
+    bytes of activations that are kept for the way back, `kept` for each window and `fixed` for all
+    of a batch together (weights as they are multiplied with, where they are held in another dtype).
+    """
 
     forward: float
     both: float
     kept: int
+    fixed: int
 
 
-def one_layer(config: Mapping[str, object], tracks: int, device: str) -> Any:
+def one_layer(config: Mapping[str, object], tracks: int, device: str, dtype: str) -> Any:
     """A decoder of the first layer alone of a dense model's config, held as so many tracks, or
-    dense where that is one. There is nothing else in it: streams go in and come out. In fp32."""
+    dense where that is one, in torch's dtype of that name. There is nothing else in it: streams go
+    in and come out."""
     ptconvert.register()
     use = "tensor_parallel" if tracks == 1 else "parallel_track, depth: 1"
     text = f"format: 1\ntracks: {tracks}\nschedule:\n  - {{layers: 0-0, use: {use}}}\n"
@@ -53,22 +57,27 @@ def one_layer(config: Mapping[str, object], tracks: int, device: str) -> Any:
     model.layers.to_empty(device=device)
     for weight in model.layers.parameters():
         nn.init.normal_(weight, std=0.02)
-    return model
+    model.layers.to(getattr(torch, dtype))
+    return model.requires_grad_(False)
 
 
-def step_of(
-    model: Any, dtype: str, windows: int, tokens: int, trains: bool = False, keeps: bool = True
-) -> Step:
-    """Runs `one_layer`'s on a random stream of so many windows, computing in `dtype`.
+def forward_seconds(model: Any, dtype: str, tokens: int) -> float:
+    """Seconds of one window of so many tokens in `one_layer`'s layer, as it is held."""
+    stream_BTD = _stream(model, dtype, 1, tokens)
 
-    `trains` says whether its weights are trained, as heal trains them: in fp32, by autocast where
-    it computes in less. Without `keeps` there is no way back.
-    """
+    def forward() -> None:
+        with torch.inference_mode():
+            model(inputs_embeds=stream_BTD, use_cache=False)
+
+    return _fastest(forward, stream_BTD.device)
+
+
+def step_of(model: Any, dtype: str, tokens: int) -> Step:
+    """The whole step of `one_layer`'s layer, with gradients of its input and of the weights that
+    want them; where any does, by autocast, as heal trains, where `dtype` isn't fp32."""
     own = getattr(torch, dtype)
-    model.layers.to(torch.float32 if trains else own)
     weights = list(model.layers.parameters())
-    device = weights[0].device
-    stream_BTD = torch.randn(windows, tokens, model.config.hidden_size, device=device, dtype=own)
+    trains = any(weight.requires_grad for weight in weights)
     known = {p.untyped_storage()._cdata for p in weights}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -78,25 +87,30 @@ def step_of(
             kept[storage._cdata] = storage  # held, so that no other takes its place
         return tensor
 
-    def run(stream_BTD: torch.Tensor) -> Any:
-        with torch.autocast(device.type, own, enabled=trains and own != torch.float32):
-            return model(inputs_embeds=stream_BTD, use_cache=False).last_hidden_state
-
-    def forward() -> None:
-        with torch.inference_mode():
-            run(stream_BTD)
-
-    def both() -> None:
+    def both(stream_BTD: torch.Tensor) -> None:
         kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out_BTD = run(stream_BTD.clone().requires_grad_())
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast(stream_BTD.device.type, own, enabled=trains and own != torch.float32),
+        ):
+            inputs = stream_BTD.clone().requires_grad_()
+            out_BTD = model(inputs_embeds=inputs, use_cache=False).last_hidden_state
         torch.autograd.backward(out_BTD.sum())
 
-    model.requires_grad_(trains)
-    seconds = _fastest(forward, device), _fastest(both, device) if keeps else 0.0
+    one_BTD, two_BTD = (_stream(model, dtype, windows, tokens) for windows in (1, 2))
+    seconds = _fastest(lambda: both(one_BTD), one_BTD.device)
+    one = sum(storage.nbytes() for storage in kept.values())
+    both(two_BTD)
+    each = sum(storage.nbytes() for storage in kept.values()) - one
     for weight in weights:
         weight.grad = None
-    return Step(*seconds, sum(storage.nbytes() for storage in kept.values()))
+    return Step(forward_seconds(model, dtype, tokens), seconds, each, one - each)
+
+
+def _stream(model: Any, dtype: str, windows: int, tokens: int) -> torch.Tensor:
+    device = next(model.layers.parameters()).device
+    size = windows, tokens, model.config.hidden_size
+    return torch.randn(size, device=device, dtype=getattr(torch, dtype))
 
 
 def in_a_layer(shape: ModelShape, tracks: int, length: int, number: int) -> int:

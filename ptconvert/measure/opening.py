@@ -23,7 +23,7 @@ from ptconvert.errors import CheckpointError, EvaluationError
 from ptconvert.modeling.model import PTConvertLlamaForCausalLM
 from ptconvert.models.families import CARRIED_BUFFERS
 from ptconvert.models.shape import DTYPES, ELEMENT_BYTES, config_dtype
-from ptconvert.runtime.memory import PROCESS_BYTES, free_bytes
+from ptconvert.runtime.memory import PROCESS_BYTES, free_memory
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.stages import Schedule
 
@@ -108,7 +108,7 @@ def fastest_dtype(checkpoint: Checkpoint, device: str, say: Callable[[str], None
         return stored
     numbers = sum(e.nbytes // ELEMENT_BYTES[e.dtype] for e in checkpoint.tensors.values())
     needed, slower = 4 * numbers + PROCESS_BYTES, f"is {times:.1f} times slower on {device}"
-    if needed > (free := free_bytes(device)):
+    if needed > (free := free_memory(device)):
         say(
             f"computing in {stored}, which is stored and {slower} than float32: in that the "
             f"weights would take {needed / 1e9:.1f} GB of {free / 1e9:.1f}"

@@ -26,13 +26,15 @@ def plan_needs(
     windows: Windows,
     objective: Objective,
     rounds: int | None,
+    minutes: float | None,
     dtype: str,
     device: str,
     batch: BatchSize,
 ) -> Needs:
     """A plan's phases: the source's pass, the weighing of segments, and mixtures measured whole.
 
-    Times are for as many forward passes as it can take: most searches end before their last round.
+    Times are for all rounds and points, or for `minutes` where these are less; runs of more than
+    two sublayers that a search weighs on its way are not in them.
     """
     count, length = len(windows.ids), windows.length
     stored = weights_dtype(source, shape)
@@ -48,7 +50,7 @@ def plan_needs(
     search_stream = searched * length * shape.width * number
     spacing = gradient_spacing(shape.layers, search_stream)
     at_once = min(batch.size, count)
-    step = step_of(one_layer(source.config, tracks, device), dtype, 1, length, trains=False)
+    step = step_of(one_layer(source.config, tracks, device, dtype), dtype, length)
     seconds = count * (
         shape.layers * step.forward
         + head_seconds(shape.vocabulary, shape.width, dtype, device, length)
@@ -58,12 +60,14 @@ def plan_needs(
     share = searched / count / shape.layers  # of a pass is a layer's run over what is searched on
     weighing = share * (3 * shape.layers + weighed)
     measuring = share * shape.layers * (rounds or ROUNDS) * MIXTURES + POINTS
+    if minutes is not None:
+        measuring = max(0.0, min(measuring, 60 * minutes / seconds - weighing))
     sequence = length * shape.width * number
+    # before these layers, and the last of all; and gradients at those that are searched by
     streams = Held(
-        f"streams, {count} windows, {len(kept)} layers",
-        (len(kept) + 1) * stream,
-        Place.MEMORY,
+        f"streams, {count} windows, {len(kept)} layers", (len(kept) + 1) * stream, Place.MEMORY
     )
+    searched_by = {*kept, *range(0, shape.layers, spacing), shape.layers}
     process = Held("the process", PROCESS_BYTES, Place.MEMORY)
     throughout = (
         Held("weights, as tracks", int(scale * all_tracks), Place.DEVICE),
@@ -76,7 +80,7 @@ def plan_needs(
         streams,
         Held(
             f"streams and gradients, {searched} windows",
-            2 * search_stream * (math.ceil(shape.layers / spacing) + 1),
+            2 * search_stream * len(searched_by),
             Place.MEMORY,
         ),
         process,
@@ -95,6 +99,7 @@ def plan_needs(
                         Place.DEVICE,
                     ),
                     streams,
+                    Held("one of them, as it is joined", stream, Place.MEMORY),
                     process,
                 ),
                 seconds,
@@ -115,8 +120,8 @@ def plan_needs(
             Phase("measuring mixtures", (*throughout, logits), measuring * seconds),
         ),
         (
-            f"Times are for {1 + weighing + measuring:.0f} forward passes over the text; "
-            "most searches end sooner.",
+            f"{1 + weighing + measuring:.0f} forward passes over the text; a search may end "
+            "before its last round, and weighs longer runs on its way.",
         ),
     )
 

@@ -19,11 +19,15 @@ def available_bytes(device: str) -> list[int]:
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no such group, or its limit is "max"
         limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
+        used = int((group / "memory.current").read_text())
+        told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # pages of files that were read count as used, and are let go when memory is wanted
+        free = min(free, limit - used + int(told.get("inactive_file", 0)))
     return [free]
 
 
-def free_bytes(device: str) -> int:
-    """Memory that can be had on one device, as torch names it."""
+def free_memory(device: str) -> int:
+    """Bytes that can be had on one device, as torch names it; of what isn't a GPU of NVIDIA's or
+    AMD's, those of this machine."""
     kind, _, index = device.partition(":")
-    return available_bytes(kind)[int(index or 0)]
+    return available_bytes(kind)[int(index or 0) if kind == "cuda" else 0]
