@@ -62,11 +62,12 @@ def one_layer(config: Mapping[str, object], tracks: int, device: str, dtype: str
 
 
 def forward_seconds(model: Any, dtype: str, tokens: int) -> float:
-    """Seconds of one window of so many tokens in `one_layer`'s layer, as it is held."""
+    """Seconds of one window of so many tokens in `one_layer`'s layer, by autocast where it is held
+    in another dtype."""
     stream_BTD = _stream(model, dtype, 1, tokens)
 
     def forward() -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), _autocast(model, stream_BTD):
             model(inputs_embeds=stream_BTD, use_cache=False)
 
     return _fastest(forward, stream_BTD.device)
@@ -74,10 +75,8 @@ def forward_seconds(model: Any, dtype: str, tokens: int) -> float:
 
 def step_of(model: Any, dtype: str, tokens: int) -> Step:
     """The whole step of `one_layer`'s layer, with gradients of its input and of the weights that
-    want them; where any does, by autocast, as heal trains, where `dtype` isn't fp32."""
-    own = getattr(torch, dtype)
+    want them; by autocast where any of them is held in another dtype, as heal trains."""
     weights = list(model.layers.parameters())
-    trains = any(weight.requires_grad for weight in weights)
     known = {p.untyped_storage()._cdata for p in weights}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -91,7 +90,7 @@ def step_of(model: Any, dtype: str, tokens: int) -> Step:
         kept.clear()
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast(stream_BTD.device.type, own, enabled=trains and own != torch.float32),
+            _autocast(model, stream_BTD),
         ):
             inputs = stream_BTD.clone().requires_grad_()
             out_BTD = model(inputs_embeds=inputs, use_cache=False).last_hidden_state
@@ -105,6 +104,12 @@ def step_of(model: Any, dtype: str, tokens: int) -> Step:
     for weight in weights:
         weight.grad = None
     return Step(forward_seconds(model, dtype, tokens), seconds, each, one - each)
+
+
+def _autocast(model: Any, stream_BTD: torch.Tensor) -> torch.autocast:
+    own = stream_BTD.dtype
+    mixed = any(weight.dtype != own for weight in model.layers.parameters())
+    return torch.autocast(stream_BTD.device.type, own, enabled=mixed)
 
 
 def _stream(model: Any, dtype: str, windows: int, tokens: int) -> torch.Tensor:
