@@ -62,3 +62,8 @@ class EngineError(PTConvertError):
 def _printable(text: str) -> str:
     escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return "".join(escaped)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, cut to a line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

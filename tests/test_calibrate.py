@@ -36,7 +36,7 @@ from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
 from ptconvert.convert.transform import execute, plan_conversion, plan_to_dense
 from ptconvert.errors import CheckpointError, EvaluationError, SpecError
-from ptconvert.measure.divergence import Windows
+from ptconvert.measure.windows import Windows
 from ptconvert.modeling.executor import OneProcess, Streams, add_per_track, run_stage
 from ptconvert.models.guesses import guess_cost
 from ptconvert.models.shape import ModelShape

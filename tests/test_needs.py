@@ -30,10 +30,10 @@ from ptconvert.heal.data import Data
 from ptconvert.heal.needs import heal_needs
 from ptconvert.heal.settings import Settings
 from ptconvert.measure import opening as models
-from ptconvert.measure.divergence import Windows
 from ptconvert.measure.needs import Held, Needs, Phase, Place
 from ptconvert.measure.one_layer import Step, one_layer, step_of
 from ptconvert.measure.opening import BatchSize
+from ptconvert.measure.windows import Windows
 from ptconvert.models.shape import ModelShape
 from ptconvert.plan import needs as planning
 from ptconvert.plan.needs import plan_needs

@@ -26,8 +26,8 @@ from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
 from ptconvert.errors import PlanError
 from ptconvert.measure import divergence
-from ptconvert.measure.divergence import windows_for
 from ptconvert.measure.opening import BatchSize, content_digest, open_model
+from ptconvert.measure.windows import windows_for
 from ptconvert.plan import sensitivity
 from ptconvert.plan.perturbation import Perturbations
 from ptconvert.plan.planner import choose, search, waited_for

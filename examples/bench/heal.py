@@ -39,8 +39,9 @@ from ptconvert.heal.distill import distill
 from ptconvert.heal.models import put
 from ptconvert.heal.settings import Settings
 from ptconvert.measure import divergence
-from ptconvert.measure.divergence import Reference, Tokens, Windows, windows_for
+from ptconvert.measure.divergence import Reference, Tokens
 from ptconvert.measure.opening import BatchSize, Progress, cache_directory, open_model
+from ptconvert.measure.windows import Windows, windows_for
 from ptconvert.plan.planner import choose, search, waited_for
 from ptconvert.plan.sensitivity import Meter
 from ptconvert.schedule import presets

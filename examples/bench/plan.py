@@ -15,8 +15,8 @@ from pathlib import Path
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli.progress import step_progress
-from ptconvert.measure.divergence import windows_for
 from ptconvert.measure.opening import BatchSize, Progress, cache_directory, content_digest
+from ptconvert.measure.windows import windows_for
 from ptconvert.plan.planner import choose, search, waited_for
 from ptconvert.plan.sensitivity import Cost, Meter, Store, store_file
 from ptconvert.schedule import presets

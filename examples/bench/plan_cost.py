@@ -23,8 +23,8 @@ from plan import parser_of
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli.progress import step_progress
-from ptconvert.measure.divergence import windows_for
 from ptconvert.measure.opening import BatchSize, Progress
+from ptconvert.measure.windows import windows_for
 from ptconvert.plan import planner
 from ptconvert.plan.segments import Segment, alone
 from ptconvert.plan.sensitivity import Meter, Store

@@ -27,9 +27,9 @@ from ptconvert.spec.terms import ASSIGNMENTS, MAX_GUESS_RANK
 
 if TYPE_CHECKING:  # they import torch
     from ptconvert.checkpoint.reader import Checkpoint
-    from ptconvert.measure.divergence import Windows
     from ptconvert.measure.needs import Needs
     from ptconvert.measure.opening import BatchSize, Progress
+    from ptconvert.measure.windows import Windows
     from ptconvert.models.shape import ModelShape
     from ptconvert.plan.planner import Frontier, Objective
     from ptconvert.plan.report import Planned
@@ -202,8 +202,8 @@ class _Case:
 def _case(source: str, revision: str | None, options: dict[str, Any], progress: Progress) -> _Case:
     """The checkpoint opened, the text read and the options settled. Raises PTConvertError."""
     from ptconvert.checkpoint.reader import open_checkpoint
-    from ptconvert.measure.divergence import windows_for
     from ptconvert.measure.opening import BatchSize, cache_directory, fastest_dtype, is_dense
+    from ptconvert.measure.windows import windows_for
     from ptconvert.models.shape import ModelShape
 
     tracks, dtype, device = options["tracks"], options["dtype"], torch_device(options["device"])

@@ -25,9 +25,9 @@ from lm_eval.api.metrics import mean
 from lm_eval.tasks import TaskManager
 
 from ptconvert import __version__
-from ptconvert.errors import EvaluationError, PTConvertError
+from ptconvert.errors import EvaluationError, PTConvertError, first_line
 from ptconvert.evaluate.lm import FittingHFLM, UnopenedLM
-from ptconvert.measure.opening import BatchSize, Progress, first_line
+from ptconvert.measure.opening import BatchSize, Progress
 
 # For lm-eval's own standard errors of metrics other than means, which are only shown.
 _LM_EVAL_RESAMPLES = 1_000

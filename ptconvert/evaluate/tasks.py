@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from ptconvert.errors import EvaluationError
-from ptconvert.measure.texts import read_text
+from ptconvert.measure.windows import read_text
 
 # Generation first: Llama-3.1-8B with its last 16 layers as Ladder fell from 85.0 to 10.5 on GSM8K
 # and from 52.6 to 46.3 on IFEval, while HellaSwag lost 2.3 points of 80 (Ladder Residual,

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from ptconvert.checkpoint.reader import Checkpoint
-from ptconvert.errors import HealError
-from ptconvert.measure.divergence import DEFAULT_LENGTH, Windows, positions, token_ids
-from ptconvert.measure.opening import Progress, first_line, open_tokenizer, vocabulary
-from ptconvert.measure.texts import read_text
+from ptconvert.errors import HealError, first_line
+from ptconvert.measure.opening import Progress, open_tokenizer, vocabulary
+from ptconvert.measure.windows import DEFAULT_LENGTH, Windows, positions, read_text, token_ids
 
 HELD_OUT_TOKENS = 1 << 14  # to judge by, where no text is given for it; and at most a tenth of all
 MAX_PASSES = 32  # over the same text; beyond it, a typing error is likelier than a wish

@@ -32,13 +32,12 @@ from transformers import (
     set_seed,
 )
 
-from ptconvert.errors import HealError
+from ptconvert.errors import HealError, first_line
 from ptconvert.heal.data import Data
 from ptconvert.heal.models import freeze_but, share
 from ptconvert.heal.settings import LORA_ALPHA, Settings
 from ptconvert.heal.work import Tensors
 from ptconvert.measure.divergence import LOGITS_AT_ONCE
-from ptconvert.measure.opening import first_line
 
 Report = Callable[..., None]  # the step, how much is done, of how much, and a note
 _STATE = "trainer_state.json"

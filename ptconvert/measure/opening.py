@@ -19,7 +19,7 @@ import ptconvert
 from ptconvert.checkpoint.files import small_files
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.checkpoint.section import SECTION, read_section
-from ptconvert.errors import CheckpointError, EvaluationError
+from ptconvert.errors import CheckpointError, EvaluationError, first_line
 from ptconvert.modeling.model import PTConvertLlamaForCausalLM
 from ptconvert.models.families import CARRIED_BUFFERS
 from ptconvert.models.shape import DTYPES, ELEMENT_BYTES, config_dtype
@@ -163,11 +163,6 @@ def check_ids(ids: Iterable[int], tokenizer: Any, vocabulary: int) -> None:
             f"{largest}, and the model's embedding has {vocabulary} rows; resize it "
             "(resize_token_embeddings) before converting, or put the model's own tokenizer there"
         )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, cut to a line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def content_digest(checkpoint: Checkpoint, progress: Progress) -> str:

@@ -6,10 +6,11 @@ import math
 
 from ptconvert.checkpoint.inventory import weights_dtype
 from ptconvert.checkpoint.reader import Checkpoint
-from ptconvert.measure.divergence import LOGITS_AT_ONCE, Windows
+from ptconvert.measure.divergence import LOGITS_AT_ONCE
 from ptconvert.measure.needs import Held, Needs, Phase, Place
 from ptconvert.measure.one_layer import head_seconds, in_a_layer, one_layer, step_of
 from ptconvert.measure.opening import BatchSize
+from ptconvert.measure.windows import Windows
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ModelShape
 from ptconvert.plan.planner import MIXTURES, POINTS, ROUNDS, Objective, is_basic, searched_each
 from ptconvert.plan.segments import Segment, menu

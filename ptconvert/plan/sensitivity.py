@@ -24,8 +24,9 @@ from ptconvert import __version__
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.convert.transform import Plan, execute, plan_conversion
 from ptconvert.measure import divergence
-from ptconvert.measure.divergence import Reference, Windows
+from ptconvert.measure.divergence import Reference
 from ptconvert.measure.opening import BatchSize, Progress, open_model
+from ptconvert.measure.windows import Windows
 from ptconvert.plan.perturbation import Perturbations
 from ptconvert.plan.segments import Segment, alone
 from ptconvert.schedule.presets import dense_schedule

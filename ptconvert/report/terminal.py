@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
@@ -15,9 +15,6 @@ from ptconvert.measure.needs import Needs
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.stages import Kind, Schedule, Sublayer
 from ptconvert.spec.terms import ASSIGNMENTS
-
-if TYPE_CHECKING:  # it imports torch, which the other commands do without
-    pass
 
 _STYLES = {"!": "bold red", "~": "yellow", "^": "cyan", ".": "green", "|": "magenta"}
 MEANING = {

@@ -1,1 +1,1 @@
-"""A converted model on real ranks: loading, communicating, launching, counting, timelines."""
+"""A converted model on real ranks: loading, communicating, launching, counting."""

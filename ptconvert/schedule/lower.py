@@ -1,4 +1,4 @@
-"""A schedule lowered into the static program that vLLM's model runs.
+"""A schedule lowered into the static program that a serving engine's model walks.
 
 What happens around each stage is settled here, before any forward pass: what its tracks read, what
 is all-reduced after it and what is merged. So the model only walks a tuple, torch.compile sees

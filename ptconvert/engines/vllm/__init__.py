@@ -1,6 +1,6 @@
 """Converted checkpoints in vLLM: the plugin, the model, and what counts its collectives.
 
-Everything but this module and `program.py` imports vLLM, which is an extra: `ptconvert[vllm]`.
+Everything but this module imports vLLM, which is an extra: `ptconvert[vllm]`.
 """
 
 from __future__ import annotations
