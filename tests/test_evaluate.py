@@ -38,6 +38,7 @@ from ptconvert.evaluate.report import Text, evaluate
 from ptconvert.measure import divergence
 from ptconvert.measure import opening as models
 from ptconvert.measure.opening import BatchSize, open_model, open_tokenizer
+from ptconvert.measure.windows import DEFAULT_WINDOWS, cut_windows, windows_for
 from ptconvert.modeling import model
 
 # Text for tests: this package's own modules.
@@ -353,7 +354,7 @@ def test_as_many_windows_as_do_not_overlap(
     """A text of 5T + 1 tokens, the first of which begins it, has 5 windows of T."""
     text = tmp_path / "text"
     text.write_text("x" * characters)
-    found = divergence.windows_for(open_checkpoint(source), [text], 99, None)
+    found = windows_for(open_checkpoint(source), [text], 99, None)
     assert found.ids.shape == (windows, 100) and not found.overlapping
     assert found.tokens == characters + 1
 
@@ -367,9 +368,9 @@ def test_windows_lie_evenly_and_apart_where_so_many_fit(
     ids, places = list(range(tokens)), tokens - length
     if count > places:
         with pytest.raises(EvaluationError, match="too few for so many windows"):
-            divergence.cut_windows(ids, length, count)
+            cut_windows(ids, length, count)
         return
-    found = divergence.cut_windows(ids, length, count)
+    found = cut_windows(ids, length, count)
     starts = found.ids[:, 0].tolist()
     assert found.ids.tolist() == [ids[s : s + length + 1] for s in starts]  # all within the text
     assert len(starts) == count and starts[0] == 0
@@ -693,4 +694,4 @@ def test_batch_size_halves_and_stays() -> None:
 def test_default_suite_shows_damage() -> None:
     assert not tasks.hides_damage(["generate_until", "multiple_choice"])
     assert tasks.DEFAULT_TASKS[0] == "gsm8k"
-    assert divergence.BLOCK_WINDOWS < divergence.DEFAULT_WINDOWS
+    assert divergence.BLOCK_WINDOWS < DEFAULT_WINDOWS

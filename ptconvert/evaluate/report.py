@@ -28,6 +28,7 @@ from ptconvert.measure.opening import (
     schedule_of,
 )
 from ptconvert.measure.statistics import Difference, Estimate, Seed
+from ptconvert.measure.windows import Windows, windows_for
 from ptconvert.schedule.stages import Schedule
 
 
@@ -141,7 +142,7 @@ def evaluate(
             raise EvaluationError(
                 "the divergence is from a source model: give it as --baseline SRC"
             )
-        windows = divergence.windows_for(source, text.paths, text.length, text.windows)
+        windows = windows_for(source, text.paths, text.length, text.windows)
         if len(windows.ids) < statistics.MIN_DOCUMENTS:
             notes.append(
                 f"with fewer than {statistics.MIN_DOCUMENTS} windows the divergence has no "
@@ -217,7 +218,7 @@ def _divergence(
     source: Checkpoint,
     found: Checkpoint,
     text: Text,
-    windows: divergence.Windows,
+    windows: Windows,
     settings: Settings,
     progress: Progress,
     say: Callable[[str], None],
@@ -255,7 +256,7 @@ def _divergence(
     )
 
 
-def _blocks_cost(schedule: Schedule, windows: divergence.Windows, pass_seconds: float) -> str:
+def _blocks_cost(schedule: Schedule, windows: Windows, pass_seconds: float) -> str:
     """What running each block alone takes, by the seconds of the whole model's pass."""
     blocks = len(divergence.converted_blocks(schedule))
     each, total = divergence.block_windows(windows), len(windows.ids)
