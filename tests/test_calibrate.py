@@ -598,7 +598,7 @@ def test_the_command(make_dense: MakeDense, tmp_path: Path) -> None:
     [
         ("cpu", "auto", "float32"),
         ("cpu", "bfloat16", "bfloat16"),
-        ("meta", "auto", "auto"),
+        ("meta", "auto", "bfloat16"),
         ("meta", "float16", "float16"),
     ],
 )
@@ -610,7 +610,8 @@ def test_what_the_text_is_run_in(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source, seen = byte_level(make_dense, tmp_path / "source"), []
+    stored = functools.partial(make_dense, dtype=torch.bfloat16)
+    source, seen = byte_level(stored, tmp_path / "source"), []
     (tmp_path / "text.txt").write_text("the quick brown fox " * 40)
     (tmp_path / "spec.yaml").write_text(spec_text(4, "use: parallel_track, depth: 2", TOP))
 
