@@ -40,7 +40,7 @@ from ptconvert.spec.document import parse_spec
 TRACKS, VOCABULARY = 4, 8192
 # What of a command's line names it in the table.
 NAMED = (
-    *("plan", "transform", "heal", "--blockwise", "--no-kl", "--lora", "16"),
+    *("plan", "transform", "heal", "--blockwise", "--no-kl", "--lora"),
     "--gradient-checkpointing",
 )
 SPEC = """format: 1
