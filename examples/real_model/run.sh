@@ -51,5 +51,6 @@ python examples/real_model/answers.py "$out/source" "$out/planned" "$out/healed"
 
 if [ -x .venv-vllm/bin/ptconvert ]; then
     say "Serve it in vLLM"
-    PATH="$PWD/.venv-vllm/bin:$PATH" ptconvert verify "$out/healed" --runtime vllm --ranks 1
+    PATH="$PWD/.venv-vllm/bin:$PATH" ptconvert verify "$out/healed" --runtime vllm --ranks 1 \
+        --enforce-eager  # compiling 30 layers of three tracks each takes many minutes
 fi
