@@ -21,7 +21,7 @@ from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.errors import EvaluationError
 from ptconvert.measure.opening import Progress, open_model
 from ptconvert.measure.windows import DEFAULT_LENGTH, Windows, positions, windows_for
-from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ModelShape
+from ptconvert.models.shape import DTYPE_BYTES, TORCH_NAMES, ModelShape
 from ptconvert.spec.document import Spec
 from ptconvert.spec.terms import ASSIGNMENTS
 
@@ -104,7 +104,7 @@ def calibration_dtype(source: Checkpoint, shape: ModelShape, dtype: str, device:
     if dtype != "auto":
         return dtype
     stored = weights_dtype(source, shape)
-    return "float32" if device == "cpu" else next(n for n, d in DTYPES.items() if d == stored)
+    return "float32" if device == "cpu" else TORCH_NAMES[stored]
 
 
 def calibrate(
@@ -156,8 +156,9 @@ def calibrate(
 
 def _stored(tensor: torch.Tensor, dtype: str) -> NDArray[np.uint8]:
     """A tensor's bytes in a dtype by safetensors' name."""
-    name = next(torch_name for torch_name, stored in DTYPES.items() if stored == dtype)
-    stored = tensor.to(getattr(torch, name)).cpu().flatten()  # view needs strides of 1, rank 1 too
+    stored = (
+        tensor.to(getattr(torch, TORCH_NAMES[dtype])).cpu().flatten()
+    )  # view needs strides of 1, rank 1 too
     assert stored.element_size() == DTYPE_BYTES[dtype]
     raw: NDArray[np.uint8] = stored.view(torch.uint8).numpy()
     return raw

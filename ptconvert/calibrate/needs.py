@@ -14,18 +14,16 @@ from ptconvert.calibrate.on_disk import MEMORY_BYTES
 from ptconvert.calibrate.regression import MATRICES, RIDGES, Moments, fits
 from ptconvert.checkpoint.inventory import weights_dtype
 from ptconvert.convert.transform import Plan
-from ptconvert.measure.needs import Held, Needs, Phase, Place
-from ptconvert.measure.one_layer import forward_seconds, in_a_layer, one_layer
+from ptconvert.measure.needs import Held, Needs, Phase, Place, spilling
+from ptconvert.measure.one_layer import PROCESS, forward_seconds, in_a_layer, one_layer
 from ptconvert.models.guesses import most_guesses
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES
-from ptconvert.runtime.memory import PROCESS_BYTES
 from ptconvert.spec.document import Spec
 from ptconvert.spec.terms import ASSIGNMENTS
 
 _TIMED_FEATURES = 512  # of the regression that is timed; its time goes with the cube
 _PASSES = 3  # of a layer while guesses are fitted: as it came, with guesses, and the dense model's
 _COPIES = 5  # of a pair's affinity while it is computed
-_PROCESS = Held("the process", PROCESS_BYTES, Place.MEMORY)
 
 
 def calibration_needs(
@@ -57,13 +55,9 @@ def _affinity(plan: Plan, windows: int, length: int, dtype: str, device: str) ->
         (
             Held("weights", _scaled(plan, plan.source.nbytes, dtype), Place.DEVICE),
             Held("one pair's affinity", _COPIES * pair, Place.DEVICE),
-            Held(
-                "all pairs of a run",
-                largest,
-                Place.MEMORY if largest <= MEMORY_BYTES else Place.DISK,
-            ),
+            spilling("all pairs of a run", largest, MEMORY_BYTES),
             Held("a pair in fp64", 2 * pair, Place.MEMORY),
-            _PROCESS,
+            PROCESS,
         ),
         windows * shape.layers * seconds
         + sum(group_flops(shape, group) for group in groups) / rate,
@@ -86,12 +80,8 @@ def _guesses(plan: Plan, rank: int, windows: int, length: int, dtype: str, devic
             Held("one track's regression", MATRICES * (2 * shape.width) ** 2 * 8, Place.DEVICE),
             Held("the tracks' factors", factors, Place.DEVICE),
             Held(f"a layer's streams, {at_once} windows", layer, Place.DEVICE),
-            Held(
-                f"streams, {windows} windows",
-                streams,
-                Place.MEMORY if streams <= MEMORY_BYTES else Place.DISK,
-            ),
-            _PROCESS,
+            spilling(f"streams, {windows} windows", streams, MEMORY_BYTES),
+            PROCESS,
             Held("a conversion, for a moment", plan.nbytes, Place.DISK),
         ),
         _PASSES * windows * shape.layers * seconds

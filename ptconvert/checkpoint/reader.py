@@ -38,6 +38,11 @@ class TensorEntry:
     offset: int
     nbytes: int
 
+    @property
+    def count(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class Checkpoint:

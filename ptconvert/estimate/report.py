@@ -20,7 +20,7 @@ from ptconvert.estimate.compare import (
 from ptconvert.estimate.model import Estimate, reduction, vocabulary_seconds
 from ptconvert.estimate.roofline import Pass, kernel_seconds, kernels_of, sublayer_parts
 from ptconvert.estimate.timeline import Timeline
-from ptconvert.models.shape import DTYPES
+from ptconvert.models.shape import TORCH_NAMES
 from ptconvert.report import html
 from ptconvert.schedule.stages import DEFERRED, Kind, Schedule
 
@@ -89,9 +89,7 @@ def served_by(setting: Setting) -> str:
 
 def dtype(setting: Setting) -> str:
     """What the model is served in, as the command line names it."""
-    return next(
-        (name for name, short in DTYPES.items() if short == setting.shape.dtype), "bfloat16"
-    )
+    return TORCH_NAMES[setting.shape.dtype or "BF16"]
 
 
 def cells(row: Row) -> list[str]:

@@ -19,19 +19,15 @@ from ptconvert.heal.distill import lora_config
 from ptconvert.heal.models import changed_layers, in_layers
 from ptconvert.heal.settings import Settings
 from ptconvert.measure.divergence import LOGITS_AT_ONCE
-from ptconvert.measure.needs import Held, Needs, Phase, Place, shares_memory
-from ptconvert.measure.one_layer import Step, head_seconds, in_a_layer, one_layer, step_of
+from ptconvert.measure.needs import Held, Needs, Phase, Place, shares_memory, spilling
+from ptconvert.measure.one_layer import PROCESS, Step, head_seconds, in_a_layer, one_layer, step_of
 from ptconvert.measure.opening import BatchSize
-from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ELEMENT_BYTES, ModelShape
+from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ModelShape
 from ptconvert.runtime.load import shape_of
-from ptconvert.runtime.memory import PROCESS_BYTES
 
 _TRAINED = 4 + 4 + 8  # bytes of a trained number: it and its gradient in fp32, AdamW's two moments
-_BLOCKWISE = {"cpu": _TRAINED}  # torch's AdamW; elsewhere, where it steps all weights at once,
-_BLOCKWISE_ELSEWHERE = _TRAINED + 4  # what it steps by, too
 _STATES = 3  # of the Trainer's: the newest, the best, and one that is being written
 _LOGITS = 4  # copies in fp32 of LOGITS_AT_ONCE numbers, while a piece is compared
-_PROCESS = Held("the process", PROCESS_BYTES, Place.MEMORY)
 
 
 def heal_needs(student: Checkpoint, teacher: Checkpoint, data: Data, settings: Settings) -> Needs:
@@ -161,7 +157,7 @@ def _measuring(pair: _Pair) -> Phase:
             Held(f"a layer's streams, {batch} windows", batch * layer, Place.DEVICE),
             *pair.judge,
             _logits(),
-            _PROCESS,
+            PROCESS,
         ),
         windows * (pair.teaches(layers) + times * (pair.forward(layers) + pair.head)),
     )
@@ -169,7 +165,8 @@ def _measuring(pair: _Pair) -> Phase:
 
 def _blockwise(pair: _Pair) -> Phase:
     shape, settings, batch = pair.shape, pair.settings, pair.settings.batch_size
-    each = _BLOCKWISE.get(settings.device, _BLOCKWISE_ELSEWHERE)
+    # torch's AdamW; elsewhere than on a CPU it steps all weights at once, and holds what by
+    each = _TRAINED if settings.device == "cpu" else _TRAINED + 4
 
     def kept(layers: range) -> int:
         return sum(batch * step.kept + step.fixed for step in pair.of(layers, pair.trained))
@@ -184,11 +181,7 @@ def _blockwise(pair: _Pair) -> Phase:
     used = min(pair.windows, len(pair.data.train))
     layer = sum(math.prod(shape.size(rule)) for rule in shape.rules)
     streams = [
-        Held(
-            f"streams, {windows} windows",
-            windows * pair.stream,
-            Place.MEMORY if windows * pair.stream <= STREAM_BYTES else Place.DISK,
-        )
+        spilling(f"streams, {windows} windows", windows * pair.stream, STREAM_BYTES)
         for windows in (used, held_out)
     ]
     return Phase(
@@ -203,7 +196,7 @@ def _blockwise(pair: _Pair) -> Phase:
             Held(f"activations, {batch} windows", kept(largest), Place.DEVICE),
             *streams,
             *pair.judge,
-            _PROCESS,
+            PROCESS,
             Held("blocks, each and all, in fp32", 3 * 4 * trained, Place.DISK),
         ),
         sum(map(seconds, pair.blocks)) + (used + held_out) * pair.forward(range(shape.layers)),
@@ -252,7 +245,7 @@ def _end_to_end(pair: _Pair) -> Phase:
         Held("logits and their gradients", logits, Place.DEVICE),
         _logits(),
         *pair.judge,
-        _PROCESS,
+        PROCESS,
         Held("states to go on from", _STATES * state, Place.DISK),
         Held("what was trained, in fp32", 4 * sum(pair.numbers[n] for n in moves), Place.DISK),
     ]
@@ -270,9 +263,9 @@ def _end_to_end(pair: _Pair) -> Phase:
 
 def adapt(layer: Any, rank: int) -> None:
     """Puts adapters on all linear layers, as they are trained with --lora."""
-    linear = [n for n, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
     from peft import inject_adapter_in_model
 
+    linear = [n for n, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
     inject_adapter_in_model(lora_config(linear, rank), layer)
     for name, weight in layer.layers.named_parameters():
         weight.requires_grad_("lora_" in name)
@@ -282,7 +275,7 @@ def adapt(layer: Any, rank: int) -> None:
 
 def _numbers(checkpoint: Checkpoint) -> dict[str, int]:
     """A checkpoint's parameters, by name."""
-    return {n: e.nbytes // ELEMENT_BYTES[e.dtype] for n, e in checkpoint.tensors.items()}
+    return {name: entry.count for name, entry in checkpoint.tensors.items()}
 
 
 def _logits() -> Held:

@@ -30,6 +30,11 @@ class Held:
     place: Place
 
 
+def spilling(what: str, nbytes: int, limit: int) -> Held:
+    """Something that lies in memory up to so many bytes, and beyond them on disk."""
+    return Held(what, nbytes, Place.MEMORY if nbytes <= limit else Place.DISK)
+
+
 @dataclass(frozen=True)
 class Phase:
     """A part of a command: what it holds at once, and about how long it takes, in seconds."""

@@ -16,11 +16,14 @@ from transformers import AutoConfig
 import ptconvert
 from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.config import converted_config
+from ptconvert.measure.needs import Held, Place
 from ptconvert.modeling.layers import family_class
 from ptconvert.modeling.model import PTConvertModel
 from ptconvert.models.shape import ModelShape
+from ptconvert.runtime.memory import PROCESS_BYTES
 from ptconvert.spec.document import parse_spec
 
+PROCESS = Held("the process", PROCESS_BYTES, Place.MEMORY)
 _REPEATS = 3  # after one to warm up, the fastest of which counts
 _ENOUGH_SECONDS = 1.0  # after which nothing is repeated: what warming up takes is little of it
 

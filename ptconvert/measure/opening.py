@@ -22,7 +22,7 @@ from ptconvert.checkpoint.section import SECTION, read_section
 from ptconvert.errors import CheckpointError, EvaluationError, first_line
 from ptconvert.modeling.model import PTConvertLlamaForCausalLM
 from ptconvert.models.families import CARRIED_BUFFERS
-from ptconvert.models.shape import DTYPES, ELEMENT_BYTES, config_dtype
+from ptconvert.models.shape import TORCH_NAMES, config_dtype
 from ptconvert.runtime.memory import PROCESS_BYTES, free_memory
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.stages import Schedule
@@ -99,14 +99,14 @@ def fastest_dtype(checkpoint: Checkpoint, device: str, say: Callable[[str], None
     which it says. Timed on a product of the size of the model's own. `auto`, which leaves it to
     transformers, where the config names none. Raises ConfigError."""
     own = config_dtype(checkpoint.config, str(checkpoint.path / "config.json"))
-    stored = next((name for name, dtype in DTYPES.items() if dtype == own), "auto")
+    stored = "auto" if own is None else TORCH_NAMES[own]
     if stored in ("auto", "float32"):
         return stored
     seconds = {d: _product_seconds(checkpoint, device, d) for d in (stored, "float32")}
     times = seconds[stored] / seconds["float32"]
     if times < _FASTER:
         return stored
-    numbers = sum(e.nbytes // ELEMENT_BYTES[e.dtype] for e in checkpoint.tensors.values())
+    numbers = sum(entry.count for entry in checkpoint.tensors.values())
     needed, slower = 4 * numbers + PROCESS_BYTES, f"is {times:.1f} times slower on {device}"
     if needed > (free := free_memory(device)):
         say(

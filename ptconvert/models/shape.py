@@ -11,6 +11,7 @@ from ptconvert.schedule.stages import MAX_LAYERS
 
 # safetensors' names of the dtypes that are converted, by torch's names and with their bytes.
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+TORCH_NAMES = {short: name for name, short in DTYPES.items()}
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 ORDER_DTYPE = "I32"  # of what a converted checkpoint holds beside weights: orders of units
 ELEMENT_BYTES = {**DTYPE_BYTES, ORDER_DTYPE: 4}

@@ -8,14 +8,13 @@ from ptconvert.checkpoint.inventory import weights_dtype
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.measure.divergence import LOGITS_AT_ONCE
 from ptconvert.measure.needs import Held, Needs, Phase, Place
-from ptconvert.measure.one_layer import head_seconds, in_a_layer, one_layer, step_of
+from ptconvert.measure.one_layer import PROCESS, head_seconds, in_a_layer, one_layer, step_of
 from ptconvert.measure.opening import BatchSize
 from ptconvert.measure.windows import Windows
-from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ModelShape
+from ptconvert.models.shape import DTYPE_BYTES, DTYPES, TORCH_NAMES, ModelShape
 from ptconvert.plan.planner import MIXTURES, POINTS, ROUNDS, Objective, is_basic, searched_each
 from ptconvert.plan.segments import Segment, menu
 from ptconvert.plan.sensitivity import all_as_tracks, gradient_spacing, kept_layers
-from ptconvert.runtime.memory import PROCESS_BYTES
 
 _LOGITS = 5  # copies in fp32 of LOGITS_AT_ONCE numbers, while two predictions are compared
 
@@ -40,7 +39,7 @@ def plan_needs(
     count, length = len(windows.ids), windows.length
     stored = weights_dtype(source, shape)
     if dtype == "auto":
-        dtype = next(name for name, short in DTYPES.items() if short == stored)
+        dtype = TORCH_NAMES[stored]
     number = DTYPE_BYTES[DTYPES[dtype]]
     scale = number / DTYPE_BYTES[stored]
     all_tracks = all_as_tracks(source, tracks).nbytes
@@ -69,7 +68,6 @@ def plan_needs(
         f"streams, {count} windows, {len(kept)} layers", (len(kept) + 1) * stream, Place.MEMORY
     )
     searched_by = {*kept, *range(0, shape.layers, spacing), shape.layers}
-    process = Held("the process", PROCESS_BYTES, Place.MEMORY)
     throughout = (
         Held("weights, as tracks", int(scale * all_tracks), Place.DEVICE),
         Held("the source's head", shape.vocabulary * shape.width * number, Place.DEVICE),
@@ -84,7 +82,7 @@ def plan_needs(
             2 * search_stream * len(searched_by),
             Place.MEMORY,
         ),
-        process,
+        PROCESS,
     )
     logits = Held("logits, a piece", _LOGITS * 4 * LOGITS_AT_ONCE, Place.DEVICE)
     return Needs(
@@ -101,7 +99,7 @@ def plan_needs(
                     ),
                     streams,
                     Held("one of them, as it is joined", stream, Place.MEMORY),
-                    process,
+                    PROCESS,
                 ),
                 seconds,
             ),

@@ -18,7 +18,7 @@ from ptconvert.checkpoint.section import SECTION, SPEC_FILE, Section, read_secti
 from ptconvert.errors import CheckpointError
 from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement
-from ptconvert.models.shape import DTYPES, ModelShape
+from ptconvert.models.shape import TORCH_NAMES, ModelShape
 from ptconvert.runtime.by_layer import by_layer_bytes
 from ptconvert.runtime.counters import ALL_REDUCE
 from ptconvert.runtime.expected import Expected, with_departures
@@ -185,7 +185,7 @@ def _backend(settings: Settings) -> tuple[str, tuple[str, ...]]:
 
 def torch_dtype(settings: Settings, shape: ModelShape) -> torch.dtype:
     """What to compute in: as asked for, else the checkpoint's own."""
-    name = settings.dtype or next((k for k, v in DTYPES.items() if v == shape.dtype), "float32")
+    name = settings.dtype or TORCH_NAMES[shape.dtype or "F32"]
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 

@@ -19,7 +19,7 @@ import vllm
 
 from ptconvert.engines.vllm.counting import EXTENSION
 from ptconvert.errors import EngineError
-from ptconvert.models.shape import DTYPES, ModelShape
+from ptconvert.models.shape import TORCH_NAMES, ModelShape
 from ptconvert.runtime.by_layer import opened_by_layer
 from ptconvert.runtime.counters import ALL_REDUCE
 from ptconvert.schedule.stages import Schedule
@@ -44,7 +44,7 @@ def verify_in_vllm(path: Path, settings: Settings, eager: bool = False) -> Repor
     wrong, EngineError where vLLM doesn't start.
     """
     checkpoint, section, shape = open_converted(path)
-    dtype = settings.dtype or next(k for k, v in DTYPES.items() if v == (shape.dtype or "F32"))
+    dtype = settings.dtype or TORCH_NAMES[shape.dtype or "F32"]
     check_ranks(checkpoint, settings, getattr(torch, dtype))
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.batch, settings.prompt_tokens)
