@@ -24,7 +24,7 @@ from ptconvert.estimate.hardware import Engine, Hardware, Link, read_engine, rea
 from ptconvert.estimate.model import Workload, estimate
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.presets import PRESETS
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 DATA = Path(__file__).parent / "calibration"
 Rows = Mapping[str, Any]  # hardware and engine rows by name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 
 def drawn_schedule(random: Random, layers: int) -> Schedule:

@@ -15,7 +15,7 @@ from ptconvert.estimate.hardware import Hardware, Link, Protocol, read_engine, r
 from ptconvert.estimate.roofline import Pass
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.presets import PRESETS, parameters
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 ROOT = Path(__file__).parents[1]
 LAYERS = 80

@@ -37,10 +37,11 @@ from ptconvert.cli import main
 from ptconvert.convert.transform import execute, plan_conversion, plan_to_dense
 from ptconvert.errors import CheckpointError, EvaluationError, SpecError
 from ptconvert.measure.windows import Windows
-from ptconvert.modeling.executor import OneProcess, Streams, add_per_track, run_stage
+from ptconvert.modeling.executor import OneProcess, Streams, TorchEngine, add_per_track
 from ptconvert.models.guesses import guess_cost
 from ptconvert.models.shape import ModelShape
-from ptconvert.schedule.stages import DEFERRED, Kind, Schedule, Sublayer
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Kind, Sublayer
 from ptconvert.spec.document import parse_spec
 
 AFFINITY = "assignment: affinity\n"
@@ -303,21 +304,21 @@ def test_the_model_errs_as_the_fit_says(
     base_BTD = decoder.embed_tokens(ids_BT)
     streams, run = Streams(base_BTD), decoder.runner(base_BTD)
     errors = {}
+    engine = TorchEngine(run, OneProcess())
     with torch.no_grad():
-        for index, stage in enumerate(schedule.stages):
-            view = streams.view()
-            own = run_stage(schedule, index, view, run)
+        for step in schedule.program:
+            own = engine.run(step, streams)
             if own.guesses is not None:
-                if stage.ending == DEFERRED:
-                    target_BTD = dense[stage.sublayers[-1]]
+                if not step.launches:
+                    target_BTD = dense[step.sublayers[-1]]
                     got = add_per_track(streams.landed(), own.seen)
                 else:
                     target_BTD, got = torch.stack(own.partials).sum(0), own.seen
                 missed = sum(float((target_BTD - g).square().sum()) for g in got)
                 got = [g - guess for g, guess in zip(got, own.guesses, strict=True)]
                 without = sum(float((target_BTD - g).square().sum()) for g in got)
-                errors[str(stage.sublayers[-1])] = missed / without
-            streams.end_stage(schedule, index, own, OneProcess())
+                errors[str(step.sublayers[-1])] = missed / without
+            streams.end(step, own, engine)
     assert errors and errors == pytest.approx(
         {str(f.sublayer): f.error for f in found.fitted if f.rank}, rel=1e-3
     )

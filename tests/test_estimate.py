@@ -31,7 +31,7 @@ from ptconvert.estimate.roofline import Pass, rank_bytes
 from ptconvert.estimate.timeline import run
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.presets import PRESETS, dense_schedule
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 
 def test_a_decode_step_by_hand() -> None:

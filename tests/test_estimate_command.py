@@ -28,7 +28,7 @@ from ptconvert.estimate.roofline import Pass
 from ptconvert.models.guesses import most_guesses
 from ptconvert.models.shape import DTYPES, ModelShape
 from ptconvert.schedule.presets import PRESETS
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import read_spec
 
 

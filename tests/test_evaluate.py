@@ -572,7 +572,7 @@ def test_our_own_faults_are_not_called_a_tasks(
         done = run(*arguments)
         assert done.exit_code == 2 and "can't run it on this model: TypeError" in done.output
     else:
-        monkeypatch.setattr(model, "run_schedule", len)  # which takes no such arguments
+        monkeypatch.setattr(model, "run_program", len)  # which takes no such arguments
         done = run(*arguments)
         assert isinstance(done.exception, TypeError), done.output
 

@@ -16,12 +16,12 @@ from test_verify import expected_of, job, run_many
 from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.checkpoint.section import read_section
-from ptconvert.modeling.executor import OneProcess, Streams, run_stage
+from ptconvert.modeling.executor import OneProcess, Streams, TorchEngine
 from ptconvert.modeling.layers import Placement
 from ptconvert.runtime.launch import launch
 from ptconvert.runtime.load import load_rank
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import parse_spec
 from ptconvert.verify.ranks import _checks
 
@@ -162,11 +162,13 @@ def test_what_is_in_flight_has_landed_once_a_deferred_stage_is_over(
     decoder = load(convert(make_dense("llama"), 2, items)).model
     embedded_BSD = decoder.embed_tokens(torch.tensor([[5, 6, 7, 8]]))
     run, dense = decoder.runner(embedded_BSD), dense_schedule(decoder.schedule.layers)
+    engine = TorchEngine(run, OneProcess())
     student, whole = Streams(embedded_BSD), Streams(embedded_BSD)
     for index in range(2):
         for schedule, streams in ((decoder.schedule, student), (dense, whole)):
-            own = run_stage(schedule, index, streams.view(), run)
-            streams.end_stage(schedule, index, own, OneProcess())
-    for landed_BSD, view_BSD in zip(student.landed(), student.view(), strict=False):
-        assert torch.allclose(landed_BSD, whole.base, atol=1e-5)
+            step = schedule.program[index]
+            streams.end(step, engine.run(step, streams), engine)
+    view = student.view(decoder.schedule.program[2])
+    for landed_BSD, view_BSD in zip(student.landed(), view, strict=False):
+        assert torch.allclose(landed_BSD, whole.settled(), atol=1e-5)
         assert not torch.allclose(view_BSD, whole.base, atol=1e-3)

@@ -35,7 +35,7 @@ from ptconvert.heal.settings import Settings
 from ptconvert.measure import divergence
 from ptconvert.measure.opening import BatchSize, open_model, schedule_of
 from ptconvert.runtime.launch import PRELOADED
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 pytest.importorskip("peft", reason="peft is not installed")
 TEXT = Path(ptconvert.__file__).parent / "spec" / "document.py"

@@ -34,8 +34,9 @@ from ptconvert.plan.planner import choose, search, waited_for
 from ptconvert.plan.segments import HIDDEN, OWN_SEEN, OWN_SEEN_LATER, Segment, alone
 from ptconvert.plan.segments import run as run_of
 from ptconvert.plan.sensitivity import Meter, Store, store_file
+from ptconvert.schedule.endings import BLOCKING
 from ptconvert.schedule.presets import dense_schedule, desync
-from ptconvert.schedule.stages import BLOCKING, Schedule
+from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import parse_spec, read_spec
 
 TEXT = Path(ptconvert.__file__).parent / "spec" / "document.py"

@@ -30,8 +30,9 @@ from ptconvert.plan.segments import (
 )
 from ptconvert.plan.spec_text import spec_text
 from ptconvert.schedule import presets
+from ptconvert.schedule.endings import BLOCKING
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import BLOCKING, Schedule
+from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import parse_spec
 
 SINGLES, RUNS = (BLOCKING, OWN_SEEN, HIDDEN), (BLOCKING, OWN_SEEN)
@@ -273,7 +274,7 @@ def _up_to(weight: int, costs: dict[tuple[Segment, ...], float]) -> list[float]:
 
 def test_objectives() -> None:
     syncs = waited_for(overlap=False)
-    assert all(not e.merge.overlapped for e in (*syncs.singles, *syncs.runs))
+    assert all(not e.kind.lagged for e in (*syncs.singles, *syncs.runs))
 
     def seconds(schedule: Schedule) -> float:
         return 1.0 + schedule.counts.all_reduces

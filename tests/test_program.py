@@ -1,53 +1,98 @@
-"""The program that vLLM's model walks: what a schedule is lowered to. (Needs no vLLM.)"""
+"""The program that everything walks: what a schedule is lowered to."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from random import Random
+
 import pytest
 
-from ptconvert.schedule.lower import Step, lower
-from ptconvert.schedule.stages import Merge, Schedule
+from ptconvert.schedule.endings import KINDS
+from ptconvert.schedule.lower import Step
+from ptconvert.schedule.schedule import Schedule
 
-# Each step as: index, ending, stages seen, stages merged, sublayers counted.
+# Each step as: index, bucket, what is launched after it (& beside what follows), whether tracks go
+# on with their own part, buckets read, buckets merged.
 GOLDEN = {
-    "a0! m0!": ["0 ! sees [] merges [] counts a0", "1 ! sees [] merges [] counts m0"],
+    "a0! m0!": ["0 in 0 ! reads [] merges [0]", "1 in 1 ! reads [] merges [1]"],
     "a0. m0. a1. m1!": [
-        "0 . sees [] merges [] counts ",
-        "1 . sees [] merges [] counts ",
-        "2 . sees [] merges [] counts ",
-        "3 ! sees [] merges [] counts a0 m0 a1 m1",
+        "0 in 3 own reads [] merges []",
+        "1 in 3 own reads [3] merges []",
+        "2 in 3 own reads [3] merges []",
+        "3 in 3 ! reads [3] merges [3]",
     ],
     "a0~1 m0~1 a1~1 m1~1": [
-        "0 ~ sees [] merges [] counts ",
-        "1 ~ sees [] merges [0] counts a0",
-        "2 ~ sees [] merges [1] counts m0",
-        "3 ~ sees [] merges [2, 3] counts a1 m1",
+        "0 in 0 & reads [] merges []",
+        "1 in 1 & reads [] merges [0]",
+        "2 in 2 & reads [] merges [1]",
+        "3 in 3 & reads [] merges [2, 3]",
     ],
     "a0^2 m0. a1|m1!": [
-        "0 ^ sees [] merges [] counts ",
-        "1 . sees [0] merges [] counts ",
-        "2 ! sees [0] merges [0] counts m0 a1 m1 a0",
+        "0 in 0 & own reads [] merges []",
+        "1 in 2 own reads [0] merges []",
+        "2 in 2 ! reads [0, 2] merges [0, 2]",
+    ],
+    # what waited is hidden once it is launched by ~, and all of it seen with ^
+    "a0. m0~2 a1. m1^1 a2! m2!": [
+        "0 in 1 own reads [] merges []",
+        "1 in 1 & reads [1] merges []",
+        "2 in 3 own reads [] merges []",
+        "3 in 3 & own reads [3] merges [1]",
+        "4 in 4 ! reads [3] merges [3, 4]",
+        "5 in 5 ! reads [] merges [5]",
     ],
 }
 
 
 def printed(step: Step) -> str:
-    counted = " ".join(map(str, step.counted))
-    sees, merged = list(step.sees), list(step.merged)
-    return f"{step.index} {step.ending.value} sees {sees} merges {merged} counts {counted}"
+    marks = [mark for mark, is_so in (("&", step.beside), ("own", step.keeps_own)) if is_so]
+    if step.launches and not step.beside:
+        marks.insert(0, "!")
+    reads, merges = list(step.reads), list(step.merges)
+    return f"{step.index} in {step.bucket} {' '.join(marks)} reads {reads} merges {merges}"
 
 
 @pytest.mark.parametrize("text", GOLDEN)
 def test_golden(text: str) -> None:
-    assert [printed(step) for step in lower(Schedule.parse(text))] == GOLDEN[text]
+    assert [printed(step) for step in Schedule.parse(text).program] == GOLDEN[text]
 
 
 @pytest.mark.parametrize("text", GOLDEN)
-def test_every_sublayer_is_counted_once_and_what_is_launched_is_merged(text: str) -> None:
+def test_every_bucket_is_launched_once_and_merged_once(text: str) -> None:
+    """So every sublayer's partials, and its output bias, join the stream once."""
     schedule = Schedule.parse(text)
-    program = lower(schedule)
-    run = [str(s) for step in program for s in step.sublayers]
-    assert sorted(run) == sorted(str(s) for step in program for s in step.counted)
-    launched = [step.index for step in program if step.ending.overlapped]
-    assert launched == sorted(stage for step in program for stage in step.merged)
-    blocking = sum(step.ending is Merge.BLOCKING for step in program)
-    assert blocking + len(launched) == schedule.counts.all_reduces
+    buckets = {step.bucket for step in schedule.program}
+    launched = [step.index for step in schedule.program if step.launches]
+    assert launched == sorted(buckets)
+    assert launched == sorted(bucket for step in schedule.program for bucket in step.merges)
+    assert len(launched) == schedule.counts.all_reduces
+
+
+def drawn_stages(random: Random) -> Iterator[str]:
+    layers = random.randint(1, 5)
+    for position in range(2 * layers):
+        last = position == 2 * layers - 1
+        ending = random.choice([kind for kind in KINDS.values() if kind.launches or not last])
+        lag = random.randint(1, 3) if ending.lagged else ""
+        yield f"{'am'[position % 2]}{position // 2}{ending.symbol}{lag}"
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_what_is_read_is_what_was_written_and_not_merged(seed: int) -> None:
+    """By a count of its own, sublayer by sublayer, of who sees what."""
+    stages = " ".join(drawn_stages(Random(seed))).split()
+    schedule = Schedule.parse(" ".join(stages))
+    pending: list[tuple[int, bool]] = []  # stage, and whether its own track sees its partial
+    flights: list[tuple[int, list[tuple[int, bool]]]] = []  # when merged, and what
+    pairs = set()
+    for index, stage in enumerate(stages):
+        kind, lag = KINDS[stage[2]], int(stage[3:] or 0)
+        seen = [*pending, *(each for _, flight in flights for each in flight)]
+        pairs |= {(writer, index) for writer, is_seen in seen if is_seen}
+        pending.append((index, kind.own_seen))
+        if kind.launches:
+            merged = min(index + lag, len(stages) - 1)
+            flights.append((merged, [(writer, kind.own_seen) for writer, _ in pending]))
+            pending = []
+        flights = [(at, flight) for at, flight in flights if at > index]
+    assert {(w.position, r.position) for w, r in schedule.own_read()} == pairs

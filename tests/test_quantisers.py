@@ -16,7 +16,7 @@ from test_modeling import left_padded
 from torch import nn
 from transformers import BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 TRACKS = "a0! m0! a1. m1! a2~1 m2! a3^1 m3! a4. m4. a5. m5!"
 

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from reference import reference_logits
 from test_modeling import TOLERANCE, difference, left_padded
 
-from ptconvert.modeling.executor import OneProcess, Update, run_schedule
+from ptconvert.modeling.executor import OneProcess, TorchEngine, Update, run_program
 from ptconvert.modeling.layers import Placement
 from ptconvert.runtime.communicator import ProcessGroupCommunicator
 from ptconvert.runtime.launch import Rank, launch
 from ptconvert.runtime.load import load_rank
-from ptconvert.schedule.stages import Schedule, Sublayer
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Sublayer
 
 SPANNING = f"a0! m0|a1! m1. a2. m2! {' '.join(f'a{i}! m{i}!' for i in range(3, LAYERS))}"
 
@@ -34,7 +35,8 @@ def test_the_partial_of_a_layer_held_dense_is_counted_once() -> None:
         assert guess == (str(sublayer) == "m1") and len(view) in (1, 4)
         return Update([torch.ones(()) / 4] * 4 if sublayer.layer in tracked else [torch.ones(())])
 
-    assert float(run_schedule(schedule, torch.ones(()), ones, OneProcess(), 4)) == 7
+    engine = TorchEngine(ones, OneProcess())
+    assert float(run_program(schedule.program, torch.ones(()), engine).settled()) == 7
 
 
 @settings(

@@ -20,7 +20,7 @@ from ptconvert.schedule.presets import (
     to_ladder_layers,
     with_only,
 )
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 GOLDEN = Path(__file__).parent / "golden"
 

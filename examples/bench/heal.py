@@ -45,7 +45,7 @@ from ptconvert.measure.windows import Windows, windows_for
 from ptconvert.plan.planner import choose, search, waited_for
 from ptconvert.plan.sensitivity import Meter
 from ptconvert.schedule import presets
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 WAITS = (24, 12, 8, 6, 4, 3, 2)
 STEPS = ("uniform", "planned", "affinity", "guess", "blockwise", "KL")

@@ -20,7 +20,7 @@ from ptconvert.measure.windows import windows_for
 from ptconvert.plan.planner import choose, search, waited_for
 from ptconvert.plan.sensitivity import Cost, Meter, Store, store_file
 from ptconvert.schedule import presets
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 WAITS = (12, 8, 6, 4, 3, 2)
 

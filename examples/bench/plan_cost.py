@@ -28,7 +28,7 @@ from ptconvert.measure.windows import windows_for
 from ptconvert.plan import planner
 from ptconvert.plan.segments import Segment, alone
 from ptconvert.plan.sensitivity import Meter, Store
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 THOROUGH = {"MIXTURES": 32, "POINTS": 32, "SEARCH_EACH": 1}
 THOROUGH_ROUNDS = 12

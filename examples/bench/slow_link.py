@@ -55,7 +55,7 @@ from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.errors import PTConvertError
 from ptconvert.modeling.executor import OneProcess
 from ptconvert.models.shape import ModelShape
-from ptconvert.schedule.stages import Counts
+from ptconvert.schedule.schedule import Counts
 from ptconvert.spec.document import parse_spec
 from ptconvert.verify.ranks import Settings, verify
 

@@ -25,7 +25,8 @@ from ptconvert.checkpoint.calibration import Assignment
 from ptconvert.measure.opening import Progress
 from ptconvert.modeling.layers import OUTPUT_PROJECTIONS
 from ptconvert.models.shape import ModelShape
-from ptconvert.schedule.stages import Kind, Schedule, Sublayer
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Kind, Sublayer
 
 PASSES = 10
 CHUNK = 256  # units that are assigned together: the time goes with the cube

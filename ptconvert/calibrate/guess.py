@@ -17,6 +17,7 @@ Memory, beside the model's, for n tracks:
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,10 +28,19 @@ import torch
 from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
 from ptconvert.calibrate.regression import Affine, Fit, Moments, best, fits
 from ptconvert.measure.opening import Progress
-from ptconvert.modeling.executor import OneProcess, PerTrack, RunSublayer, Streams, Update
+from ptconvert.modeling.executor import (
+    OneProcess,
+    PerTrack,
+    RunSublayer,
+    Streams,
+    TorchEngine,
+    Update,
+)
 from ptconvert.modeling.layers import OUTPUT_PROJECTIONS, apply_norm
+from ptconvert.schedule.lower import Step
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import DEFERRED, Schedule, Sublayer
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Sublayer
 
 HELD_OUT = 5  # each such batch judges what is fitted on the others
 NEARLY_ALL = 0.95  # of the gain of the largest rank, for which a smaller one is taken
@@ -71,23 +81,24 @@ class _Batch:
     updates: list[Update] = field(default_factory=list)  # of the stage at hand, if it guesses
     wholes: list[torch.Tensor] = field(default_factory=list)  # their outputs, all tracks merged
 
-    def stage(self, sublayers: Sequence[Sublayer]) -> tuple[PerTrack, list[Update]]:
+    def stage(self, step: Step) -> tuple[PerTrack, list[Update]]:
         """What the tracks read, and what sublayers give for it without guesses."""
-        view = self._at_hand(self.student).view()
+        view = self._at_hand(self.student).view(step)
         if self.updates:
             return view, [_moved_update(update, self._to_device) for update in self.updates]
-        return view, [self.run(s, view, False) for s in sublayers]
+        return view, [self.run(s, view, False) for s in step.sublayers]
 
-    def keep_stage(self, sublayers: Sequence[Sublayer]) -> None:
+    def keep_stage(self, step: Step) -> None:
         """Runs a stage's sublayers once for all its fits, each of which goes over all windows."""
-        _, updates = self.stage(sublayers)
+        _, updates = self.stage(step)
         self.wholes = [self.keep(_whole(update)) for update in updates]
         self.updates = [_moved_update(update, self.keep) for update in updates]
 
     def pairs(
-        self, t: int, track: Any, sublayer: Sublayer, place: int, behind: bool
+        self, t: int, track: Any, step: Step, place: int, behind: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a track guesses a kept sublayer from, (P, 2D), and what it should guess, (P, D).
+        """What a track guesses a kept stage's sublayer from, (P, 2D), and what it should guess,
+        (P, D); `place` is the sublayer's in the stage.
 
         With `behind` that is also what its stream would lack against the dense model's after the
         stage, if it saw all partials of this stage and all that is in flight, which is merged while
@@ -97,25 +108,29 @@ class _Batch:
         own_BTD = self._to_device(self.updates[place].partials[t])
         y_BTD = self._to_device(self.wholes[place]) - own_BTD
         if behind:
-            y_BTD += self._to_device(self.dense.base) - streams.landed()[0]
+            y_BTD += self._to_device(self.dense.settled()) - streams.landed()[0]
             for whole_BTD in self.wholes:
                 y_BTD -= self._to_device(whole_BTD)
-        return _features(track, sublayer, streams.view()[0], own_BTD), y_BTD.flatten(0, 1)
+        features_P2D = _features(track, step.sublayers[place], streams.view(step)[0], own_BTD)
+        return features_P2D, y_BTD.flatten(0, 1)
 
-    def end_stage(self, schedule: Schedule, index: int, own: Update, weight: float) -> None:
+    def end(self, step: Step, own: Update, weight: float) -> None:
         """Moves the converted model's streams on past a stage."""
         student = self._at_hand(self.student)
-        student.end_stage(schedule, index, own, OneProcess(), weight)
+        student.end(step, own, self._engine, weight)
         self.student = _moved(student, self.keep)
         self.updates, self.wholes = [], []
 
     def run_dense(self, dense: Schedule, count: int) -> None:
         """Moves the dense model's stream on until so many sublayers have run."""
         stream = self._at_hand(self.dense)
-        for index in range(self.dense_done, count):
-            own = self.run(dense.stages[index].sublayers[0], stream.view(), False)
-            stream.end_stage(dense, index, own, OneProcess())
+        for step in dense.program[self.dense_done : count]:
+            stream.end(step, self._engine.run(step, stream), self._engine)
         self.dense, self.dense_done = _moved(stream, self.keep), count
+
+    @property
+    def _engine(self) -> TorchEngine:
+        return TorchEngine(self.run, OneProcess())
 
     def _at_hand(self, streams: Streams) -> Streams:
         return _moved(streams, self._to_device)
@@ -127,18 +142,14 @@ class _Batch:
 def _of_track(streams: Streams, track: int) -> Streams:
     """What one track reads them from, and no more: the other tracks' may lie on disk."""
 
-    def own(tensors: PerTrack) -> PerTrack:
-        return [tensors[track % len(tensors)]]
+    def own(update: Update | None) -> Update | None:
+        if update is None:
+            return None
+        guesses = None if update.guesses is None else [update.guesses[track % len(update.guesses)]]
+        return Update([update.partials[track % len(update.partials)]], update.common, guesses)
 
-    waiting = streams.waiting
-    if waiting is not None:
-        guesses = None if waiting.guesses is None else own(waiting.guesses)
-        waiting = Update(own(waiting.partials), waiting.common, guesses)
-    flights = [
-        flight if flight.seen is None else replace(flight, seen=own(flight.seen))
-        for flight in streams.in_flight
-    ]
-    return Streams(streams.base, waiting, flights)
+    buckets = {i: replace(b, shown=own(b.shown)) for i, b in streams.buckets.items()}
+    return Streams(streams.settled(), buckets=buckets)
 
 
 def _moved_update(update: Update, move: Keep) -> Update:
@@ -149,13 +160,15 @@ def _moved_update(update: Update, move: Keep) -> Update:
 
 def _moved(streams: Streams, move: Keep) -> Streams:
     """Streams whose tensors were moved, as an update's are."""
-    waiting = None if streams.waiting is None else _moved_update(streams.waiting, move)
-    flights = []
-    for flight in streams.in_flight:
-        wait = functools.partial(move, move(flight.wait()))
-        seen = None if flight.seen is None else [move(tensor) for tensor in flight.seen]
-        flights.append(replace(flight, wait=wait, seen=seen))
-    return Streams(move(streams.base), waiting, flights)
+    buckets = {}
+    for index, bucket in streams.buckets.items():
+        shown, hidden = (
+            None if update is None else _moved_update(update, move)
+            for update in (bucket.shown, bucket.hidden)
+        )
+        wait = None if bucket.wait is None else functools.partial(move, move(bucket.wait()))
+        buckets[index] = replace(bucket, shown=shown, hidden=hidden, wait=wait)
+    return Streams(move(streams.settled()), buckets=buckets)
 
 
 @torch.inference_mode()
@@ -175,26 +188,26 @@ def fit_guesses(
     directory for streams that memory is not to hold. Raises EvaluationError.
     """
     schedule: Schedule = decoder.schedule
-    weight = 1 / decoder.track_count if decoder.deferred == "mean" else 1.0
-    stages = [i for i in range(len(schedule.stages)) if schedule.keeps_own(i)]
+    program = schedule.program
+    guessing = [step.index for step in program if step.keeps_own]
     batches = list(_batches(decoder, ids_NT, scratch))
     found = []
-    for index in range(stages[-1] + 1):
-        progress("fitting guesses", index, stages[-1] + 1)
-        stage, fitted = schedule.stages[index], list[Fitted]()
-        if index in stages:
-            behind = stage.ending == DEFERRED and _dense_reaches(schedule, index, batches)
+    for step in program[: guessing[-1] + 1]:
+        progress("fitting guesses", step.index, guessing[-1] + 1)
+        fitted = list[Fitted]()
+        if step.keeps_own:
+            behind = not step.launches and _dense_reaches(schedule, step.index, batches)
             for batch in batches:
-                batch.keep_stage(stage.sublayers)
-            for place, sublayer in enumerate(stage.sublayers):
-                lacks = behind and place == len(stage.sublayers) - 1
-                fitted.append(_fit_sublayer(decoder, sublayer, place, batches, lacks, rank))
+                batch.keep_stage(step)
+            for place in range(len(step.sublayers)):
+                lacks = behind and place == len(step.sublayers) - 1
+                fitted.append(_fit_sublayer(decoder, step, place, batches, lacks, rank))
         for batch in batches:
-            view, updates = batch.stage(stage.sublayers)
+            view, updates = batch.stage(step)
             for f, update in zip(fitted, updates, strict=bool(fitted)):
                 _add_guesses(decoder, f, view, update)
-            total = sum(updates[1:], start=updates[0])
-            batch.end_stage(schedule, index, total, weight)
+            total = functools.reduce(operator.add, updates)
+            batch.end(step, total, decoder.waiting_weight)
         found += fitted
     return found
 
@@ -213,17 +226,16 @@ def _batches(decoder: Any, ids_NT: torch.Tensor, scratch: Path | None) -> Iterat
 
 def most_streams(schedule: Schedule, tracks: int) -> int:
     """How many streams of all windows there are at most at once, as while a stage is fitted."""
-    most = deferred = 0
-    flights: list[tuple[int, int]] = []  # streams of each, and the stage that they are merged after
-    for index, stage in enumerate(schedule.stages):
-        guesses = schedule.keeps_own(index)
-        flights = [(streams, after) for streams, after in flights if after >= index]
-        kept = (tracks + 1) * len(stage.sublayers) if guesses else 0
-        most = max(most, 2 + deferred + kept + sum(streams for streams, _ in flights))
-        after = schedule.merged_after(index)
-        deferred = 2 * tracks if after is None else 0
-        if after is not None:
-            flights.append((1 + tracks * guesses, after))
+    most = 0
+    pending: dict[int, int] = {}  # streams of each bucket
+    for step in schedule.program:
+        kept = (tracks + 1) * len(step.sublayers) if step.keeps_own else 0
+        most = max(most, 2 + kept + sum(pending.values()))
+        # of those that wait partials and guesses, of those in flight the sum and what is seen
+        waiting, flying = 2 * tracks, 1 + tracks * step.keeps_own
+        pending[step.bucket] = flying if step.launches else waiting
+        for merged in step.merges:
+            del pending[merged]
     return most
 
 
@@ -251,7 +263,7 @@ def _whole(update: Update) -> torch.Tensor:
 
 def _fit_sublayer(
     decoder: Any,
-    sublayer: Sublayer,
+    step: Step,
     place: int,
     batches: Sequence[_Batch],
     behind: bool,
@@ -259,13 +271,13 @@ def _fit_sublayer(
 ) -> Fitted:
     """Fits the guesses of one of a stage's sublayers, track by track; with `behind` also to what
     the stream lacks after the stage. The batches keep the stage."""
-    width = decoder.embed_tokens.embedding_dim
+    width, sublayer = decoder.embed_tokens.embedding_dim, step.sublayers[place]
     rank, before = min(rank, width), 0.0
     candidates: list[list[Fit]] = []
     for t, track in enumerate(_tracks(decoder, sublayer)):
         train, test = (Moments(2 * width, width, decoder.device) for _ in range(2))
         for batch in batches:
-            pairs = batch.pairs(t, track, sublayer, place, behind)
+            pairs = batch.pairs(t, track, step, place, behind)
             (test if batch.held_out else train).add(*pairs)
         candidates.append(fits(train, test, rank))
         before += test.energy

@@ -12,7 +12,8 @@ from ptconvert.checkpoint.reader import Checkpoint, read_tensor
 from ptconvert.checkpoint.section import Section
 from ptconvert.errors import CheckpointError
 from ptconvert.models.shape import ORDER_DTYPE, ModelShape
-from ptconvert.schedule.stages import Schedule, Sublayer
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Sublayer
 from ptconvert.spec.document import Spec
 from ptconvert.spec.terms import ASSIGNMENTS
 

@@ -13,7 +13,7 @@ from ptconvert.checkpoint.calibration import Assignment
 from ptconvert.checkpoint.writer import Indices, Target
 from ptconvert.models.families import Cut, TensorRule
 from ptconvert.models.shape import ModelShape
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 SHARED = "shared"
 

@@ -25,7 +25,8 @@ from typing import Any
 
 from ptconvert.errors import ConfigError
 from ptconvert.schedule.presets import from_ladder_layers
-from ptconvert.schedule.stages import Schedule, Sublayer
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Sublayer
 from ptconvert.spec.terms import ASSIGNMENTS, DEFERRED_RULES, MAX_GUESS_RANK, MAX_TRACKS
 
 SECTION = "ptconvert"
@@ -57,6 +58,11 @@ class Section:
     def assigned(self) -> bool:
         """Whether units went to tracks in an order of their own, which the checkpoint holds."""
         return self.assignment != ASSIGNMENTS[0]
+
+    @property
+    def waiting_weight(self) -> float:
+        """What partials that waited since an earlier stage count at the all-reduce."""
+        return 1 / self.tracks if self.deferred == "mean" else 1.0
 
 
 def read_section(config: Mapping[str, Any], where: str = "config.json") -> Section:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -15,7 +14,9 @@ from rich.console import Console
 from ptconvert.cli.common import quiet_libraries
 from ptconvert.cli.options import Renamed, shared
 from ptconvert.cli.progress import waiting
+from ptconvert.engines import engine_names, find_engine
 
+_TORCH = "torch"  # ptconvert's own
 _TORCH_ONLY = ("device", "backend", "repeats", "timeout", "trace")
 
 
@@ -48,12 +49,14 @@ class _Verify(Renamed, _JsonFile):
 @shared("--ranks")
 @click.option(
     "--runtime",
-    type=click.Choice(["torch", "vllm"]),
-    default="torch",
+    type=click.Choice([_TORCH, *engine_names()]),
+    default=_TORCH,
     show_default=True,
-    help="What runs it: ptconvert's own runtime, or vLLM on so many tensor-parallel ranks.",
+    help="What runs it: ptconvert's own runtime, or a serving engine on so many ranks.",
 )
-@click.option("--enforce-eager", is_flag=True, help="vLLM: without torch.compile and CUDA graphs.")
+@click.option(
+    "--enforce-eager", is_flag=True, help="Serving engines: without torch.compile and CUDA graphs."
+)
 @shared("--device", says="cuda where there is", takes=click.Choice(["cpu", "cuda"]))
 @click.option("--backend", type=click.Choice(["gloo", "nccl"]), help="Default: the best that fits.")
 @shared("--dtype", "float32")
@@ -110,8 +113,8 @@ def verify(
     single-process model, measures how far overlapped all-reduces are hidden, and times it against
     the same weights under tensor parallelism. Under torchrun it joins the ranks that are there.
 
-    With --runtime vllm it counts the all-reduces of each forward pass inside vLLM's workers, and
-    compares greedy tokens and their log-probabilities.
+    With a serving engine as --runtime it counts the all-reduces of each forward pass inside of the
+    engine's workers, and compares greedy tokens and their log-probabilities.
     """
     quiet_libraries()
     from ptconvert.runtime.launch import under_torchrun
@@ -126,19 +129,17 @@ def verify(
         raise click.UsageError("--new: at least 2, so that there is a decode step")
     options["device"] = options["device"] or default_device()
     options["dtype"] = None if options["dtype"] == "auto" else options["dtype"]
-    if runtime == "torch" and under_torchrun():
+    if runtime == _TORCH and under_torchrun():
         ranks = int(os.environ["WORLD_SIZE"])
     if ranks is None:
         raise click.UsageError("give the number of processes: --ranks R")
     with waiting(f"verifying on {ranks} ranks"):
         settings = Settings(ranks=ranks, prompt_tokens=prompt, new_tokens=new, **options)
         report: Report | None
-        if runtime == "vllm":
-            from ptconvert.engines.vllm.verify import verify_in_vllm
-
-            report = verify_in_vllm(checkpoint, settings, enforce_eager)
-        else:
+        if runtime == _TORCH:
             report = verify(checkpoint, settings)
+        else:
+            report = find_engine(runtime).verify(checkpoint, settings, enforce_eager)
     if report is None:
         return
     text = json.dumps(report.to_json(), indent=2)
@@ -153,10 +154,7 @@ def verify(
 
 
 def _check_options(ctx: click.Context, runtime: str) -> None:
-    """Raises for options that the runtime doesn't have, and where vLLM isn't installed."""
-    others = {"torch": ("enforce_eager",), "vllm": _TORCH_ONLY}
-    for name in others[runtime]:
+    """Raises for options that the runtime doesn't have."""
+    for name in ("enforce_eager",) if runtime == _TORCH else _TORCH_ONLY:
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--runtime {runtime} takes no --{name.replace('_', '-')}")
-    if runtime == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise click.UsageError("--runtime vllm needs vLLM: pip install 'ptconvert[vllm]'")

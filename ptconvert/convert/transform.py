@@ -52,7 +52,8 @@ from ptconvert.modeling.export import modeling_source
 from ptconvert.models.guesses import guess_cost, guess_tensors, most_guesses
 from ptconvert.models.shape import ORDER_DTYPE, TIED, ModelShape
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import Counts, Schedule, Sublayer
+from ptconvert.schedule.schedule import Counts, Schedule
+from ptconvert.schedule.stages import Sublayer
 from ptconvert.spec.document import Spec, parse_spec
 from ptconvert.spec.terms import ASSIGNMENTS
 

@@ -1,1 +1,45 @@
-"""Serving engines that run converted checkpoints."""
+"""Serving engines that run converted checkpoints, found by the entry-point group GROUP.
+
+`base` says what an engine gives and walks the schedule over it; a folder beside it, or another
+package, is an engine. Importing this module imports none of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from ptconvert.errors import EngineError
+
+GROUP = "ptconvert.engines"
+
+
+@dataclass(frozen=True)
+class ServingEngine:
+    """What an entry point of GROUP names.
+
+    `package` must be importable, else `install` says how to get it. `verify` runs a checkpoint with
+    `ptconvert.verify`'s settings in the engine, eagerly or compiled, and returns its report.
+    """
+
+    package: str
+    install: str
+    verify: Callable[[Path, Any, bool], Any]
+
+
+def engine_names() -> list[str]:
+    """The engines that are registered, installed or not."""
+    return sorted(entry.name for entry in entry_points(group=GROUP))
+
+
+def find_engine(name: str) -> ServingEngine:
+    """A registered engine. Raises EngineError where what it needs isn't installed."""
+    (entry,) = entry_points(group=GROUP, name=name)
+    engine: ServingEngine = entry.load()
+    if importlib.util.find_spec(engine.package) is None:
+        raise EngineError(f"{name} is not installed: {engine.install}")
+    return engine

@@ -38,7 +38,7 @@ from ptconvert.modeling.model import PTConvertLlamaForCausalLM
 from ptconvert.runtime.communicator import ProcessGroupCommunicator
 from ptconvert.runtime.launch import Rank, RanksFailed, join, launch, under_torchrun
 from ptconvert.schedule.presets import dense_schedule, ladder, parallel_track
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 ENGINE = "ptconvert"
 _LAYERS = 8

@@ -21,7 +21,8 @@ from ptconvert.estimate.roofline import (
 )
 from ptconvert.estimate.timeline import Timeline, run
 from ptconvert.models.shape import ModelShape
-from ptconvert.schedule.stages import Schedule, Sublayer
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Sublayer
 
 
 @dataclass(frozen=True)

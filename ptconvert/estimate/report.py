@@ -22,7 +22,8 @@ from ptconvert.estimate.roofline import Pass, kernel_seconds, kernels_of, sublay
 from ptconvert.estimate.timeline import Timeline
 from ptconvert.models.shape import TORCH_NAMES
 from ptconvert.report import html
-from ptconvert.schedule.stages import DEFERRED, Kind, Schedule
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Kind
 
 _NAMES = {Kind.ATTENTION: "attention", Kind.MLP: "MLP"}
 HEADER = (
@@ -163,7 +164,7 @@ def layer_group(schedule: Schedule) -> range:
     inner = {
         1 + max(s.layer for s in stage.sublayers)
         for stage in schedule.stages
-        if stage.ending != DEFERRED and any(s.kind is Kind.MLP for s in stage.sublayers)
+        if stage.ending.kind.launches and any(s.kind is Kind.MLP for s in stage.sublayers)
     }
     ends = sorted({0, *inner, schedule.layers})
     first = min(ends[:-1], key=lambda layer: abs(layer - schedule.layers // 2))

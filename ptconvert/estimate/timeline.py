@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ptconvert.estimate.collective import Reduction
 from ptconvert.estimate.hardware import Device
-from ptconvert.schedule.stages import Merge, Schedule
+from ptconvert.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -66,19 +66,17 @@ def run(
     blocking, overlapped = reduction.blocking.seconds, beside.seconds
     taken = device.overlap_share * beside.fixed + device.bulk_overlap_share * beside.moving
     busy = [0.0] * device.reduces_at_once  # until when
-    due: dict[int, float] = {}
+    done: dict[int, float] = {}  # when the all-reduce of each bucket is
     spans = []
-    for index, alone in enumerate(stages):
-        end = now + alone + owed
-        merged, transfer = schedule.merged_after(index), None
-        if merged is not None:
+    for step, alone in zip(schedule.program, stages, strict=True):
+        end, transfer = now + alone + owed, None
+        if step.launches:
             start = max(end, min(busy))
-            launched = schedule.stages[index].ending.merge is not Merge.BLOCKING
-            transfer = (start, start + (overlapped if launched else blocking))
+            transfer = (start, start + (overlapped if step.beside else blocking))
             busy = [*sorted(busy)[1:], transfer[1]]
-            due[merged] = max(transfer[1], due.get(merged, 0.0))
-        owed = taken if merged is not None and merged > index else 0.0
-        ready = max(end, due.pop(index, end))
+            done[step.bucket] = transfer[1]
+        owed = taken if step.launches and not step.waits else 0.0
+        ready = max([end, *(done[bucket] for bucket in step.merges)])
         spans.append(Span((now, end), transfer, ready - end))
         now = ready
     return Timeline(tuple(spans), sum(stages) + head, now + head + outside)

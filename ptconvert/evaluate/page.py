@@ -36,7 +36,7 @@ from ptconvert.report.numbers import (
     signed,
     text_names,
 )
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 
 def evaluation_page(report: Report) -> str:

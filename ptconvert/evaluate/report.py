@@ -29,7 +29,7 @@ from ptconvert.measure.opening import (
 )
 from ptconvert.measure.statistics import Difference, Estimate, Seed
 from ptconvert.measure.windows import Windows, windows_for
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True)

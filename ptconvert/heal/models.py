@@ -14,7 +14,7 @@ from ptconvert.errors import HealError
 from ptconvert.measure.opening import is_dense
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.presets import dense_schedule, with_only
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 _TRACK = re.compile(r"\.tracks\.\d+\.")
 

@@ -28,7 +28,7 @@ from ptconvert.measure.statistics import (
 )
 from ptconvert.measure.windows import Windows
 from ptconvert.schedule.presets import dense_schedule, with_only
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 # Windows of the measurement by block: it runs the model once per block, and between blocks the
 # differences are large.
@@ -274,7 +274,7 @@ def by_block(
                 first_layer=min(s.layer for s in sublayers),
                 last_layer=max(s.layer for s in sublayers),
                 waited_before=len(sublayers),
-                waited_after=sum(schedule.merged_after(i) == i for i in block),
+                waited_after=sum(schedule.program[i].waits for i in block),
                 closeness=tokens.closeness(seed),
             )
         )

@@ -1,8 +1,9 @@
-"""The executor: a schedule becomes calls to sublayers and to a communicator.
+"""The executor: a lowered schedule becomes calls to an engine's layers and all-reduces.
 
 It works on the tracks that are local to this process, all n of them in one process or n/R on each
-of R ranks, and is the only place that knows how a schedule runs. Shape suffixes: B batch, S
-sequence, D residual stream width.
+of R ranks, and is the only place that walks a schedule's program over tensors: transformers'
+layers run under it (`TorchEngine`), and those of every serving engine. Shape suffixes: B batch,
+S sequence, D residual stream width.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from ptconvert.schedule.stages import Merge, Schedule, Sublayer
+from ptconvert.schedule.lower import Step
+from ptconvert.schedule.stages import Sublayer
 
 # A value of each local track: one tensor where all of them agree, else one tensor per track.
 PerTrack = list[torch.Tensor]
@@ -38,30 +40,120 @@ class Update:
     common: torch.Tensor | None = None
     guesses: PerTrack | None = None
 
-    def __add__(self, other: Update) -> Update:
-        common = other.common if self.common is None else self.common
-        if self.common is not None and other.common is not None:
-            common = self.common + other.common
+    def __add__(self, later: Update) -> Update:
         guesses = self.guesses
-        if other.guesses is not None:
-            guesses = add_per_track(guesses, other.guesses)
-        return Update(add_partials(self.partials, other.partials), common, guesses)
+        if later.guesses is not None:
+            guesses = add_per_track(guesses, later.guesses)
+        partials = add_partials(self.partials, later.partials)
+        return Update(partials, _sum_of(self.common, later.common), guesses)
 
     @property
     def seen(self) -> PerTrack:
         """What each track sees of it before the merge: its own partial, and its guess."""
         return self.partials if self.guesses is None else add_per_track(self.guesses, self.partials)
 
-    def to(self, device: torch.device) -> Update:
-        """The same on a device."""
-        common = None if self.common is None else self.common.to(device)
-        guesses = None if self.guesses is None else _all_to(self.guesses, device)
-        return Update(_all_to(self.partials, device), common, guesses)
+
+@dataclass(eq=False)
+class Bucket:
+    """Partials that one all-reduce takes: those that wait for it, then their sum in flight.
+
+    Of what is `shown` each track reads its own part; what is `hidden` waits and nobody reads it
+    yet. `wait` gives the sum once it is launched, where the engine leaves it here.
+    """
+
+    shown: Update | None = None
+    hidden: Update | None = None
+    common: torch.Tensor | None = None
+    wait: Callable[[], torch.Tensor] | None = None
+
+    def take(self, step: Step, own: Update, waiting_weight: float) -> torch.Tensor:
+        """Takes a stage's partials. Returns what this process gives to the all-reduce that is
+        launched after it; where none is, the stage's last partial."""
+        if not step.launches:
+            if step.keeps_own:
+                self.shown = own if self.shown is None else self.shown + own
+            else:
+                self.hidden = own if self.hidden is None else self.hidden + own
+            return own.partials[-1]
+        waited = [update for update in (self.shown, self.hidden) if update is not None]
+        whole = functools.reduce(operator.add, [*waited, own])
+        reduced = whole
+        if waiting_weight != 1.0:
+            weighed = [Update([p * waiting_weight for p in update.partials]) for update in waited]
+            reduced = functools.reduce(operator.add, [*weighed, own])
+        self.shown = Update(whole.seen) if step.keeps_own else None
+        self.hidden, self.common = None, whole.common
+        return functools.reduce(operator.add, reduced.partials)
 
 
-# A sublayer's Update for what each track reads, and whether with guesses: where no track goes on
-# without the others' partials, there is nothing to guess.
-RunSublayer = Callable[[Sublayer, PerTrack, bool], Update]
+@dataclass(eq=False)
+class Streams:
+    """The residual stream of each local track between two stages: what is merged, and what waits.
+
+    `base` (BSD) is merged; `merged` will be added to it where it is read next, which engines fuse
+    with the norm; `buckets` are outstanding, by the stage that launches them.
+    """
+
+    base: torch.Tensor
+    merged: torch.Tensor | None = None
+    buckets: dict[int, Bucket] = field(default_factory=dict)
+
+    def settled(self) -> torch.Tensor:
+        """`base`, with `merged` added to it."""
+        if self.merged is not None:
+            self.base, self.merged = _sum(self.base, self.merged), None
+        return self.base
+
+    def own(self, step: Step) -> PerTrack | None:
+        """What each track reads at a stage for itself only, beside the merged stream."""
+        own: PerTrack | None = None
+        for bucket in step.reads:
+            shown = self.buckets[bucket].shown
+            assert shown is not None
+            own = add_per_track(own, shown.seen)
+        return own
+
+    def view(self, step: Step) -> PerTrack:
+        """What the tracks read at a stage."""
+        base_BSD, own = self.settled(), self.own(step)
+        return [base_BSD] if own is None else add_per_track([base_BSD], own)
+
+    def landed(self) -> PerTrack:
+        """What the tracks would read if all that is in flight were merged already."""
+        base_BSD = self.settled()
+        view: PerTrack | None = None
+        for bucket in self.buckets.values():
+            if bucket.wait is not None:
+                base_BSD = _sum(base_BSD, _with_common(bucket.wait(), bucket))
+            elif bucket.shown is not None:
+                view = add_per_track(view, bucket.shown.seen)
+        return [base_BSD] if view is None else add_per_track([base_BSD], view)
+
+    def end(self, step: Step, own: Update, engine: Engine, waiting_weight: float = 1.0) -> None:
+        """Ends a stage whose sublayers gave `own`: launches and merges as its step says.
+
+        `waiting_weight` is what partials of earlier stages count at the all-reduce.
+        """
+        bucket = self.buckets.setdefault(step.bucket, Bucket())
+        merged_BSD = engine.boundary(step, self, bucket.take(step, own, waiting_weight))
+        for index in step.merges:
+            assert merged_BSD is not None
+            merged_BSD = _with_common(merged_BSD, self.buckets.pop(index))
+        self.merged = _sum_of(self.merged, merged_BSD)
+
+
+class Engine(Protocol):
+    """What runs sublayers and sums over ranks."""
+
+    def run(self, step: Step, streams: Streams) -> Update:
+        """What the sublayers of a stage give together; guesses only where `step.keeps_own`."""
+
+    def boundary(
+        self, step: Step, streams: Streams, local_BSD: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Launches the stage's all-reduce of `local_BSD` over ranks, if it has one, and returns the
+        sum of those that are merged here, None where there is none. Where nothing is launched,
+        `local_BSD` is only what the waiting comes after."""
 
 
 class Communicator(Protocol):
@@ -84,135 +176,85 @@ class OneProcess:
         return lambda: partial_BSD
 
 
-@dataclass(eq=False)
-class _InFlight:
-    """An all-reduce that was launched; `seen` is what each track sees of it before its merge."""
-
-    merged_after: int
-    wait: Callable[[], torch.Tensor]
-    seen: PerTrack | None
-    common: torch.Tensor | None
-
-    def merge(self, base_BSD: torch.Tensor) -> torch.Tensor:
-        merged_BSD = base_BSD + self.wait().to(base_BSD.device)
-        return merged_BSD if self.common is None else merged_BSD + self.common.to(base_BSD.device)
+# A sublayer's Update for what each track reads, and whether with guesses: where no track goes on
+# without the others' partials, there is nothing to guess.
+RunSublayer = Callable[[Sublayer, PerTrack, bool], Update]
 
 
 @dataclass(eq=False)
-class Streams:
-    """The residual stream of each local track between two stages: what is merged, and what waits.
+class TorchEngine:
+    """transformers' layers, and a communicator."""
 
-    `base` (BSD) is merged, `waiting` deferred, `in_flight` launched and not merged yet.
-    """
+    run_sublayer: RunSublayer
+    communicator: Communicator
 
-    base: torch.Tensor
-    waiting: Update | None = None
-    in_flight: list[_InFlight] = field(default_factory=list)
+    def run(self, step: Step, streams: Streams) -> Update:
+        return run_stage(step, streams.view(step), self.run_sublayer)
 
-    def view(self) -> PerTrack:
-        """What the tracks read at the next stage."""
-        view = [self.base]
-        if self.waiting is not None:
-            view = add_per_track(view, self.waiting.seen)
-        for flight in self.in_flight:
-            view = view if flight.seen is None else add_per_track(view, flight.seen)
-        return view
-
-    def landed(self) -> PerTrack:
-        """What the tracks would read if all that is in flight were merged already."""
-        base_BSD = self.base
-        for flight in self.in_flight:
-            base_BSD = flight.merge(base_BSD)
-        return Streams(base_BSD, self.waiting).view()
-
-    def end_stage(
-        self,
-        schedule: Schedule,
-        index: int,
-        own: Update,
-        communicator: Communicator,
-        waiting_weight: float = 1.0,
-    ) -> None:
-        """Ends stage `index`, whose sublayers gave `own`: reduces and merges as it says.
-
-        `waiting_weight` is what partials of earlier stages count at the all-reduce.
-        """
-        self._follow(own.partials[0].device)
-        pending = own if self.waiting is None else self.waiting + own
-        merged_after, merge = schedule.merged_after(index), schedule.stages[index].ending.merge
-        if merged_after is None:
-            self.waiting = pending
-        else:
-            reduced = pending
-            if self.waiting is not None and waiting_weight != 1.0:
-                reduced = Update([p * waiting_weight for p in self.waiting.partials]) + own
-            local_BSD = functools.reduce(operator.add, reduced.partials)
-            if merge is Merge.BLOCKING:
-                wait = _already(communicator.all_reduce(local_BSD))
+    def boundary(
+        self, step: Step, streams: Streams, local_BSD: torch.Tensor
+    ) -> torch.Tensor | None:
+        if step.launches:
+            launched = streams.buckets[step.index]
+            if step.beside:
+                launched.wait = self.communicator.start_all_reduce(local_BSD)
             else:
-                wait = communicator.start_all_reduce(local_BSD)
-            seen = pending.seen if merge is Merge.OWN_SEEN else None
-            self.in_flight.append(_InFlight(merged_after, wait, seen, pending.common))
-            self.waiting = None
-        for flight in [f for f in self.in_flight if f.merged_after == index]:
-            self.base = flight.merge(self.base)
-            self.in_flight.remove(flight)
-
-    def _follow(self, device: torch.device) -> None:
-        """Brings the streams to the device of the layer that ran last: layers may lie on several,
-        as transformers' `device_map` has them, and the streams move on with them."""
-        if self.base.device == device:
-            return
-        self.base = self.base.to(device)
-        self.waiting = None if self.waiting is None else self.waiting.to(device)
-        for flight in self.in_flight:
-            flight.seen = None if flight.seen is None else _all_to(flight.seen, device)
+                launched.wait = _already(self.communicator.all_reduce(local_BSD))
+        merged_BSD: torch.Tensor | None = None
+        for index in step.merges:
+            wait = streams.buckets[index].wait
+            assert wait is not None
+            merged_BSD = _sum_of(merged_BSD, wait())
+        return merged_BSD
 
 
-def run_schedule(
-    schedule: Schedule,
+def run_program(
+    program: Iterable[Step],
     base_BSD: torch.Tensor,
-    run_sublayer: RunSublayer,
-    communicator: Communicator,
-    tracks: int,
-    deferred: str = "sum",
+    engine: Engine,
+    waiting_weight: float = 1.0,
     entered: Callable[[int], object] | None = None,
-    first: int = 0,
-    stop: int | None = None,
-) -> torch.Tensor:
-    """Runs every stage of a schedule on the embedded tokens; returns the merged stream, BSD.
+) -> Streams:
+    """Runs steps on the embedded tokens, or on a stream that the steps before have left with
+    nothing outstanding; returns the streams after the last.
 
-    `tracks` is n over all processes.
-    `deferred` is "sum", which keeps a dense model's meaning, or "mean": partials that waited
-    since an earlier stage are merged with weight 1/n (the Desync rule, arXiv 2501.06589).
-    `entered` is called with each stage's index as it begins. `first` is the stage to begin at, for
-    a `base_BSD` that the stages before it have left with nothing outstanding, and `stop` the one
-    to end before, likewise.
+    `waiting_weight` is what partials that waited since an earlier stage count at the all-reduce: 1,
+    which keeps a dense model's meaning, or 1/n (the Desync rule, arXiv 2501.06589). `entered` is
+    called with each stage's index as it begins.
     """
     streams = Streams(base_BSD)
-    waiting_weight = 1 / tracks if deferred == "mean" else 1.0
-    for index in range(first, len(schedule.stages) if stop is None else stop):
+    for step in program:
         if entered is not None:
-            entered(index)
-        own = run_stage(schedule, index, streams.view(), run_sublayer)
-        streams.end_stage(schedule, index, own, communicator, waiting_weight)
-    return streams.base
+            entered(step.index)
+        streams.end(step, engine.run(step, streams), engine, waiting_weight)
+    return streams
 
 
-def run_stage(schedule: Schedule, index: int, view: PerTrack, run_sublayer: RunSublayer) -> Update:
-    """What the sublayers of stage `index` give together for what each track reads."""
-    guess = schedule.keeps_own(index)
-    updates = [run_sublayer(s, view, guess) for s in schedule.stages[index].sublayers]
-    device = updates[-1].partials[0].device
-    return functools.reduce(operator.add, [update.to(device) for update in updates])
+def run_stage(step: Step, view: PerTrack, run_sublayer: RunSublayer) -> Update:
+    """What the sublayers of a stage give together for what each track reads."""
+    updates = [run_sublayer(sublayer, view, step.keeps_own) for sublayer in step.sublayers]
+    return functools.reduce(operator.add, updates)
 
 
 def _already(reduced_BSD: torch.Tensor) -> Callable[[], torch.Tensor]:
     return lambda: reduced_BSD
 
 
-def _all_to(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    return [tensor.to(device) for tensor in tensors]
+def _sum(earlier: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
+    """The sum, on the later one's device: layers may lie on several, as transformers' `device_map`
+    has them, and the streams move on with them."""
+    return earlier.to(later.device) + later
+
+
+def _sum_of(earlier: torch.Tensor | None, later: torch.Tensor | None) -> torch.Tensor | None:
+    """The sum of those that there are."""
+    if earlier is None or later is None:
+        return later if earlier is None else earlier
+    return _sum(earlier, later)
+
+
+def _with_common(sum_BSD: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+    return sum_BSD if bucket.common is None else sum_BSD + bucket.common.to(sum_BSD.device)
 
 
 def add_partials(a: list[torch.Tensor] | None, b: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -222,7 +264,7 @@ def add_partials(a: list[torch.Tensor] | None, b: list[torch.Tensor]) -> list[to
     joins that of one track. (Beside tracks it is never seen, only summed: such a stage reduces.)
     """
     pairs = itertools.zip_longest(a or (), b)
-    return [x if y is None else y if x is None else x + y for x, y in pairs]
+    return [x if y is None else y if x is None else _sum(x, y) for x, y in pairs]
 
 
 def add_per_track(a: PerTrack | None, b: PerTrack) -> PerTrack:
@@ -230,4 +272,4 @@ def add_per_track(a: PerTrack | None, b: PerTrack) -> PerTrack:
     if a is None:
         return b
     count = max(len(a), len(b))
-    return [a[t % len(a)] + b[t % len(b)] for t in range(count)]
+    return [_sum(a[t % len(a)], b[t % len(b)]) for t in range(count)]

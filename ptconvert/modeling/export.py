@@ -11,7 +11,10 @@ from importlib import resources
 
 MODULES = (
     "errors.py",
+    "schedule/endings.py",
     "schedule/stages.py",
+    "schedule/lower.py",
+    "schedule/schedule.py",
     "schedule/presets.py",
     "spec/terms.py",
     "checkpoint/section.py",

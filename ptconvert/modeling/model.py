@@ -31,8 +31,9 @@ from ptconvert.modeling.executor import (
     OneProcess,
     PerTrack,
     RunSublayer,
+    TorchEngine,
     Update,
-    run_schedule,
+    run_program,
 )
 from ptconvert.modeling.layers import Placement, TrackedLayer, dense_layer, family_class, run_layer
 from ptconvert.schedule.stages import Sublayer
@@ -101,7 +102,7 @@ class PTConvertModel(PTConvertPreTrainedModel):
         section = read_section(vars(config))
         self.schedule = section.schedule
         self.track_count = section.tracks
-        self.deferred = section.deferred
+        self.waiting_weight = section.waiting_weight
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         tracked = self.schedule.track_layers
         self._cache_layer_of = list(range(config.num_hidden_layers))
@@ -242,19 +243,15 @@ class PTConvertModel(PTConvertPreTrainedModel):
         run_sublayer = self.runner(
             stream_BSD, attention_mask, position_ids, past_key_values, use_cache, **kwargs
         )
-        stream_BSD = run_schedule(
-            self.schedule,
+        streams = run_program(
+            self.schedule.program[self.first_stage : self.stop_stage],
             stream_BSD,
-            run_sublayer,
-            self.communicator,
-            self.track_count,
-            self.deferred,
+            TorchEngine(run_sublayer, self.communicator),
+            self.waiting_weight,
             self.entered,
-            self.first_stage,
-            self.stop_stage,
         )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(stream_BSD),
+            last_hidden_state=self.norm(streams.settled()),
             past_key_values=past_key_values if use_cache else None,
         )
 

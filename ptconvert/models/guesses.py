@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ptconvert.models.shape import DTYPE_BYTES, EMBEDDING, ModelShape
-from ptconvert.schedule.stages import Kind, Schedule, Sublayer
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Kind, Sublayer
 
 
 def guess_tensors(

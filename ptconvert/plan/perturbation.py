@@ -20,10 +20,10 @@ import torch
 
 from ptconvert.measure.divergence import LOGITS_AT_ONCE
 from ptconvert.measure.opening import BatchSize, Progress
-from ptconvert.modeling.executor import run_schedule
+from ptconvert.modeling.executor import TorchEngine, run_program
 from ptconvert.plan.segments import Segment, alone
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 _SEED = 0
 
@@ -85,16 +85,9 @@ class Perturbations:
 
     def _layers(self, schedule: Schedule, stages: range, stream_BTD: torch.Tensor) -> torch.Tensor:
         decoder = self._decoder
-        return run_schedule(
-            schedule,
-            stream_BTD,
-            decoder.runner(stream_BTD),
-            decoder.communicator,
-            decoder.track_count,
-            decoder.deferred,
-            first=stages.start,
-            stop=stages.stop,
-        )
+        engine = TorchEngine(decoder.runner(stream_BTD), decoder.communicator)
+        program = schedule.program[stages.start : stages.stop]
+        return run_program(program, stream_BTD, engine, decoder.waiting_weight).settled()
 
     def _back(self, progress: Progress) -> dict[int, torch.Tensor]:
         """The gradients (N, T, D) of the summed log-probability of sampled tokens, by the layer

@@ -13,8 +13,10 @@ from typing import TypeVar
 from ptconvert.plan.search import Choices, Mixture, Prices
 from ptconvert.plan.segments import HIDDEN, OWN_SEEN, OWN_SEEN_LATER, Segment, menu, run, together
 from ptconvert.plan.sensitivity import Cost, Meter
+from ptconvert.schedule.endings import BLOCKING, Ending
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import BLOCKING, Ending, Schedule, Sublayer
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Sublayer
 
 T = TypeVar("T")
 

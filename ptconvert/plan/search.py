@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptconvert.plan.segments import Segment
-from ptconvert.schedule.stages import BLOCKING
+from ptconvert.schedule.endings import BLOCKING
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+from ptconvert.schedule.endings import BLOCKING, DEFERRED, Ending
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import BLOCKING, DEFERRED, Ending, Merge, Schedule, Stage, Sublayer
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Stage, Sublayer
 
-HIDDEN = Ending(Merge.HIDDEN, 1)
-OWN_SEEN = Ending(Merge.OWN_SEEN, 1)
-OWN_SEEN_LATER = Ending(Merge.OWN_SEEN, 2)
+HIDDEN = Ending("~", 1)
+OWN_SEEN = Ending("^", 1)
+OWN_SEEN_LATER = Ending("^", 2)
 
 
 class Segment(NamedTuple):
@@ -82,7 +84,7 @@ def menu(
     for start in range(last):
         for stop in range(start + 1, min(start + longest, last) + 1):
             for ending in singles if stop - start == 1 else runs:
-                if stop < last or not ending.merge.overlapped:
+                if stop < last or not ending.kind.lagged:
                     yield Segment(start, stop, ending)
     for start in range(0, last, 2):
         yield Segment(start, start + 2, BLOCKING, beside=True)
@@ -111,10 +113,7 @@ def _saved(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     pairs = zip(stages, (*stages[1:], None), strict=True)
     return tuple(
         replace(stage, ending=DEFERRED)
-        if stage.ending.merge is Merge.OWN_SEEN
-        and stage.ending == OWN_SEEN
-        and after is not None
-        and after.ending == BLOCKING
+        if stage.ending == OWN_SEEN and after is not None and after.ending == BLOCKING
         else stage
         for stage, after in pairs
     )

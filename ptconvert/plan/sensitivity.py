@@ -30,7 +30,7 @@ from ptconvert.measure.windows import Windows
 from ptconvert.plan.perturbation import Perturbations
 from ptconvert.plan.segments import Segment, alone
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import parse_spec
 
 STREAM_BYTES = 4 << 30  # of memory for the kept streams; where it is too little, not all are kept

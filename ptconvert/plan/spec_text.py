@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 
 from ptconvert.plan.segments import HIDDEN
 from ptconvert.schedule import presets
-from ptconvert.schedule.stages import BLOCKING, Merge, Schedule, Stage
+from ptconvert.schedule.endings import BLOCKING
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Stage
 from ptconvert.spec.document import Spec, parse_spec
 
 # What an item of a spec costs to read: one by a preset 1, one by stages more for each layer.
@@ -115,7 +117,7 @@ def _ways(layers: range, stages: tuple[Stage, ...]) -> Iterator[_Item]:
 
 def _parameters(preset: str, stages: tuple[Stage, ...]) -> Iterator[dict[str, int]]:
     """The values of a preset's parameters that could give these stages."""
-    reducing = (i for i, s in enumerate(stages, 1) if s.ending.merge is not Merge.DEFERRED)
+    reducing = (i for i, s in enumerate(stages, 1) if s.ending.kind.launches)
     reduces = next(reducing, len(stages))
     lag = stages[reduces - 1].ending.lag
     worth = {"delay": {lag}, "every": {reduces}, "depth": {reduces // 2}, "overlap": {0, lag}}

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ptconvert.report.html import Html, markup
-from ptconvert.report.terminal import MEANING, endings
-from ptconvert.schedule.stages import Kind, Schedule, Sublayer
+from ptconvert.report.terminal import endings
+from ptconvert.schedule.endings import MARKS
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Kind, Sublayer
 
 _PER_ROW = 32
 _CELL, _LEFT, _ROW = 21, 84, 74
-# Of each way to end, by the character that prints it: dark is waited for.
-_FILLS = {"!": "#b3422b", "~": "#e9c46a", "^": "#8ecae6", ".": "#dcefe3", "|": "#d8c7ea"}
-_INK = {"!": "#fff"}
 
 
 def schedule_diagram(schedule: Schedule, tracks: int) -> Html:
@@ -26,8 +25,8 @@ def schedule_diagram(schedule: Schedule, tracks: int) -> Html:
     used = {cell[0] for cell in cells.values()}
     keys = [
         f'<span class="key"><svg width="16" height="16">{_cell(0, 0, symbol, 15)}</svg>'
-        f"<span>{markup(meaning)}</span></span>"
-        for symbol, meaning in MEANING.items()
+        f"<span>{markup(mark.words)}</span></span>"
+        for symbol, mark in MARKS.items()
         if symbol in used
     ]
     counts = schedule.counts
@@ -60,9 +59,9 @@ def _row(
 
 
 def _cell(x: float, y: float, text: str, size: int = _CELL - 2) -> str:
-    fill, ink = _FILLS[text[0]], _INK.get(text[0], "#1c2126")
+    mark = MARKS[text[0]]
     return (
-        f'<rect x="{x}" y="{y}" width="{size}" height="{size}" rx="2" fill="{fill}"/>'
+        f'<rect x="{x}" y="{y}" width="{size}" height="{size}" rx="2" fill="{mark.fill}"/>'
         f'<text x="{x + size / 2}" y="{y + size / 2 + 4}" text-anchor="middle" '
-        f'style="fill:{ink};font-size:11px">{markup(text)}</text>'
+        f'style="fill:{mark.ink};font-size:11px">{markup(text)}</text>'
     )

@@ -12,18 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ptconvert.measure.needs import Needs
+from ptconvert.schedule.endings import BESIDE, MARKS
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import Kind, Schedule, Sublayer
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Kind, Sublayer
 from ptconvert.spec.terms import ASSIGNMENTS
 
-_STYLES = {"!": "bold red", "~": "yellow", "^": "cyan", ".": "green", "|": "magenta"}
-MEANING = {
-    "!": "blocking all-reduce, waited for",
-    "~": "~k overlapped all-reduce, merged k stages later, hidden until then",
-    "^": "^k overlapped all-reduce, merged k stages later, own part seen",
-    ".": "no all-reduce: the track keeps its partial",
-    "|": "side by side with the next",
-}
 _ONE, _DIFFER = "─", "≡"
 
 
@@ -42,7 +36,7 @@ def diagram(schedule: Schedule, tracks: int, width: int) -> RenderableType:
         rows.append(_row("layer", [(str(i), "dim") for i in layers], column))
         for label, kind in (("attention", Kind.ATTENTION), ("MLP", Kind.MLP)):
             texts = [cells[Sublayer(i, kind)] for i in layers]
-            rows.append(_row(label, [(t, _STYLES[t[0]]) for t in texts], column))
+            rows.append(_row(label, [(t, MARKS[t[0]].style) for t in texts], column))
         streams = [(_DIFFER * column if i in tracked else _ONE * column, "dim") for i in layers]
         rows.append(_row("stream", streams, column))
         rows.append(Text(""))
@@ -53,7 +47,7 @@ def diagram(schedule: Schedule, tracks: int, width: int) -> RenderableType:
 def endings(schedule: Schedule) -> dict[Sublayer, str]:
     """What the schedule's text form has after each sublayer: `|` or the stage's ending."""
     return {
-        sublayer: "|" if sublayer is not stage.sublayers[-1] else str(stage.ending)
+        sublayer: BESIDE.symbol if sublayer is not stage.sublayers[-1] else str(stage.ending)
         for stage in schedule.stages
         for sublayer in stage.sublayers
     }
@@ -68,9 +62,9 @@ def _row(label: str, cells: Sequence[tuple[str, str]], column: int) -> Text:
 
 def _legend(cells: Sequence[str] | Any, differ: bool, tracks: int) -> Iterator[Text]:
     used = {cell[0] for cell in cells}
-    for symbol, meaning in MEANING.items():
+    for symbol, mark in MARKS.items():
         if symbol in used:
-            yield Text.assemble((f"{symbol}  ", _STYLES[symbol]), (meaning, "dim"))
+            yield Text.assemble((f"{symbol}  ", mark.style), (mark.words, "dim"))
     one = f"{_ONE}  the {tracks} tracks' streams agree (held dense)"
     yield Text(one + (f"   {_DIFFER}  they differ (held per track)" if differ else ""), "dim")
 

@@ -13,7 +13,7 @@ from ptconvert.runtime.communicator import Event, stages_of
 from ptconvert.runtime.counters import ALL_REDUCE
 from ptconvert.runtime.launch import RankFailure, RanksFailed
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import Merge, Schedule
+from ptconvert.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Expected:
     def all_reduces(self) -> list[tuple[str, bool]]:
         """Each all-reduce of a step: its stage as printed, and whether it is asynchronous."""
         return [
-            (f"stage {i + 1} {stage}", stage.ending.merge is not Merge.BLOCKING)
-            for i, stage in enumerate(self.schedule.stages)
-            if self.schedule.merged_after(i) is not None
+            (f"stage {step.index + 1} {self.schedule.stages[step.index]}", step.beside)
+            for step in self.schedule.program
+            if step.launches
         ]
 
     def departure(self, step: str, seen: Sequence[dict[str, Any]]) -> str | None:
@@ -128,7 +128,7 @@ def _left_schedule(events: Sequence[Event], expected: Expected) -> str | None:
         schedule = _schedule_of(where, expected)
         step = "prefill" if where.endswith("prefill") else "decode"
         shape = "x".join(map(str, expected.shape(step)))
-        promised = [f"{shape} {dtype}"] * (schedule.merged_after(int(index)) is not None)
+        promised = [f"{shape} {dtype}"] * schedule.program[int(index)].launches
         unfinished = number == len(stages) - 1 and len(reduces) < len(promised)
         if reduces != promised and not unfinished:
             sent, wanted = ", ".join(reduces) or "nothing", ", ".join(promised) or "nothing"

@@ -27,7 +27,7 @@ from ptconvert.runtime.counters import FlightRecorder, Profile
 from ptconvert.runtime.launch import Rank
 from ptconvert.runtime.load import load_rank
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 WARM_UP = 1
 

@@ -1,67 +1,78 @@
-"""A schedule lowered into the static program that a serving engine's model walks.
+"""A schedule lowered into the program that everything walks: what happens around each stage.
 
-What happens around each stage is settled here, before any forward pass: what its tracks read, what
-is all-reduced after it and what is merged. So the model only walks a tuple, torch.compile sees
-straight code, and nothing asks a schedule anything while tokens are waited for.
+Executor, ranks, serving engines, expected collectives, timelines and diagrams all read the same
+steps, so what an ending means is settled here once, and models walk a tuple of plain data: nothing
+asks a schedule anything while tokens are waited for, and compilers see straight code.
+
+Partials that one all-reduce takes are a bucket, named by the stage that launches it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ptconvert.schedule.stages import Merge, Schedule, Sublayer
+from ptconvert.schedule.stages import Stage, Sublayer
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage, and the boundary after it. Stages are named by their index in the schedule.
+    """A stage, what its tracks read, and the boundary after it.
 
-    `sees`: stages in flight of which each track reads its own part.
-    `ending`: whether the stage's partial is reduced, and how.
-    `merged`: stages in flight whose all-reduce joins the stream at this boundary, the stage itself
-    among them where nothing is left to run beside its all-reduce.
-    `counted`: the sublayers that become part of the stream here, whose output biases join with
-    them.
+    `reads`: buckets of which each track sees its own part, beside the merged stream.
+    `bucket`: the one that takes the stage's partials. It is launched here if it is the stage's own.
+    `beside`: whether an all-reduce launched here runs beside what follows.
+    `keeps_own`: whether tracks go on from here with their own partials, and not the others'.
+    `merges`: buckets whose sums, and whose sublayers' output biases, join the stream here.
     """
 
     index: int
     sublayers: tuple[Sublayer, ...]
-    sees: tuple[int, ...]
-    ending: Merge
-    merged: tuple[int, ...]
-    counted: tuple[Sublayer, ...]
+    reads: tuple[int, ...]
+    bucket: int
+    beside: bool
+    keeps_own: bool
+    merges: tuple[int, ...]
 
     @property
-    def keeps_own(self) -> bool:
-        """Whether tracks go on from here with their own partials, and guesses of the others'."""
-        return self.ending is Merge.DEFERRED or (
-            self.ending is Merge.OWN_SEEN and self.index not in self.merged
-        )
+    def launches(self) -> bool:
+        """Whether an all-reduce is launched after the stage."""
+        return self.bucket == self.index
 
     @property
-    def boundary(self) -> bool:
-        """Whether an asynchronous all-reduce is launched or waited for after the stage."""
-        return self.ending.overlapped or bool(self.merged)
+    def waits(self) -> bool:
+        """Whether the all-reduce launched here is needed at once: nothing runs beside it."""
+        return self.index in self.merges
+
+    @property
+    def diverged(self) -> bool:
+        """Whether tracks differ around the stage: they read different streams, or will."""
+        return bool(self.reads) or self.keeps_own
 
 
-def lower(schedule: Schedule) -> tuple[Step, ...]:
-    """The program of a schedule, one step for each of its stages."""
-    return tuple(_steps(schedule))
+def lower(stages: Sequence[Stage]) -> tuple[Step, ...]:
+    """The program of a schedule's stages, the last of which must launch; one step for each."""
+    return tuple(_steps(stages))
 
 
-def _steps(schedule: Schedule) -> Iterator[Step]:
-    waiting: tuple[Sublayer, ...] = ()
-    in_flight: dict[int, tuple[Sublayer, ...]] = {}
-    for index, stage in enumerate(schedule.stages):
-        merge = stage.ending.merge
-        sees = tuple(i for i in in_flight if schedule.stages[i].ending.merge is Merge.OWN_SEEN)
-        waiting += stage.sublayers
-        counted: tuple[Sublayer, ...] = ()
-        if merge.overlapped:
-            in_flight[index], waiting = waiting, ()
-        elif merge is Merge.BLOCKING:
-            counted, waiting = waiting, ()
-        merged = tuple(i for i in in_flight if schedule.merged_after(i) == index)
-        counted = sum((in_flight.pop(i) for i in merged), start=counted)
-        yield Step(index, stage.sublayers, sees, merge, merged, counted)
+def _steps(stages: Sequence[Stage]) -> Iterator[Step]:
+    last, bucket = len(stages) - 1, -1
+    until: dict[int, int] = {}  # of each bucket in flight, after which stage it is merged
+    seen: set[int] = set()  # outstanding buckets with a part that its own track sees
+    for index, stage in enumerate(stages):
+        if bucket < index:
+            bucket = next(i for i in range(index, last + 1) if stages[i].ending.kind.launches)
+        kind, reads = stage.ending.kind, tuple(sorted(seen))
+        if bucket == index:
+            until[index] = min(index + stage.ending.lag, last)
+        merges = tuple(launched for launched, after in until.items() if after == index)
+        keeps_own = kind.own_seen and index not in merges
+        if keeps_own:
+            seen.add(bucket)
+        elif bucket == index:
+            seen.discard(bucket)  # what was pending in it is hidden from here on
+        seen.difference_update(merges)
+        for launched in merges:
+            del until[launched]
+        beside = bucket == index and kind.lagged
+        yield Step(index, stage.sublayers, reads, bucket, beside, keeps_own, merges)

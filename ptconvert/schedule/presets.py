@@ -14,16 +14,9 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from ptconvert.errors import ScheduleError
-from ptconvert.schedule.stages import (
-    BLOCKING,
-    Ending,
-    Kind,
-    Merge,
-    Schedule,
-    Stage,
-    Sublayer,
-    parse_stages,
-)
+from ptconvert.schedule.endings import BLOCKING, Ending
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Kind, Stage, Sublayer, parse_stages
 
 Stages = tuple[Stage, ...]
 
@@ -112,7 +105,7 @@ def join(parts: Iterable[tuple[str | None, Sequence[Stage]]]) -> Schedule:
     stages: list[Stage] = []
     for preset, part in parts:
         if preset == ladder.__name__ and stages and stages[-1].ending == BLOCKING:
-            stages[-1] = replace(stages[-1], ending=Ending(Merge.HIDDEN, 1))
+            stages[-1] = replace(stages[-1], ending=Ending("~", 1))
         stages.extend(part)
     return Schedule(tuple(stages))
 
@@ -172,7 +165,7 @@ def _merged_within(stages: Stages) -> Stages:
         ending = stage.ending
         if index == last:
             ending = BLOCKING
-        elif ending.merge.overlapped:
+        elif ending.kind.lagged:
             ending = replace(ending, lag=min(ending.lag, last - index))
         merged.append(replace(stage, ending=ending))
     return tuple(merged)

@@ -46,8 +46,7 @@ def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[s
 
     from ptconvert.checkpoint.section import read_section
     from ptconvert.engines.vllm.verify import generate
-    from ptconvert.schedule.lower import lower
-    from ptconvert.schedule.stages import Schedule
+    from ptconvert.schedule.schedule import Schedule
 
     files: list[str] = []
     read = default_loader.safetensors_weights_iterator
@@ -92,7 +91,7 @@ def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[s
             found["drawn"] = {}
             tracks = read_section(vars(model.config)).tracks
             for rule, schedule in case["drawn"]:
-                model.model.program = lower(Schedule.parse(schedule))
+                model.model.program = Schedule.parse(schedule).program
                 model.model.waiting_weight = 1 / tracks if rule == "mean" else 1.0
                 llm.reset_prefix_cache()
                 found["drawn"][f"{rule} {schedule}"] = generate(llm, prompts[:4], 4)
@@ -114,23 +113,20 @@ def faults(model: Any) -> Iterator[tuple[str, Callable[[], None]]]:
     import torch
 
     from ptconvert.modeling.layers import Guess
-    from ptconvert.schedule.stages import Merge
 
     program = model.program
 
     def undo() -> None:
         model.program = program
 
-    at = next(i for i, step in enumerate(program) if step.counted)
-    ending = Merge.DEFERRED if program[at].ending is Merge.BLOCKING else program[at].ending
-    dropped = replace(program[at], ending=ending, merged=(), counted=())
-    model.program = (*program[:at], dropped, *program[at + 1 :])
+    at = next(i for i, step in enumerate(program) if step.merges)
+    model.program = (*program[:at], replace(program[at], merges=()), *program[at + 1 :])
     yield "a merge is dropped", undo
-    late = next((i for i, s in enumerate(program) if s.merged and s.index not in s.merged), None)
+    late = next((i for i, s in enumerate(program) if s.merges and s.index not in s.merges), None)
     if late is not None and late + 1 < len(program):
         here, after = program[late], program[late + 1]
-        here = replace(here, merged=(), counted=())
-        after = replace(after, merged=(*program[late].merged, *after.merged))
+        here = replace(here, merges=())
+        after = replace(after, merges=(*program[late].merges, *after.merges))
         model.program = (*program[:late], here, after, *program[late + 2 :])
         yield "a lag is changed", undo
     biases = [bias for layer in model.layers for bias in layer.common.values()]

@@ -19,7 +19,7 @@ import transformers
 from engines import MIXED, greedy, make_model
 from tokenizing import FAMILIES
 
-from ptconvert.engines.vllm.verify import TOLERANCE
+from ptconvert.engines.verify import TOLERANCE
 
 WORDS = [f"w{i}" for i in range(94)]
 LIMIT_SECONDS = 400

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.section import read_section
-from ptconvert.engines.vllm.verify import TOLERANCE, count_checks
+from ptconvert.engines.verify import TOLERANCE, count_checks
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 NEW_TOKENS = 8
 LIMIT_SECONDS = 1800.0  # where ranks share no memory, gloo takes several times as long

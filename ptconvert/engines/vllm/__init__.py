@@ -5,6 +5,11 @@ Everything but this module imports vLLM, which is an extra: `ptconvert[vllm]`.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from ptconvert.engines import ServingEngine
+
 _MODEL = "ptconvert.engines.vllm.model:PTConvertForCausalLM"
 
 
@@ -26,3 +31,12 @@ def register() -> None:
     for model in CAUSAL_LMS:
         ModelRegistry.register_model(model.__name__, _MODEL)
         MODELS_CONFIG_MAP[model.__name__] = ServingConfig
+
+
+def _verify(path: Path, settings: Any, eager: bool) -> Any:
+    from ptconvert.engines.vllm.verify import verify_in_vllm
+
+    return verify_in_vllm(path, settings, eager)
+
+
+ENGINE = ServingEngine("vllm", "pip install 'ptconvert[vllm]'", _verify)

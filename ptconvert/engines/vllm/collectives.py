@@ -111,13 +111,16 @@ def finished(x_TD: torch.Tensor) -> torch.Tensor:
     return out_TD
 
 
-def all_reduce_boundary(after_TD: torch.Tensor, launch: int, wait: list[int]) -> torch.Tensor:
+def all_reduce_boundary(
+    after_TD: torch.Tensor, launch: int | None, wait: list[int]
+) -> torch.Tensor:
     """Launches the all-reduce of a stage and returns what is merged after it, (tokens, width).
 
     `after_TD` is the stage's partial, reduced only where `launch` is the stage's index; `wait` are
-    the stages that are merged here. Collective: every rank of vLLM's tensor-parallel group calls
-    it with the same numbers, in the same order.
+    the stages whose asynchronous all-reduces are merged here. Collective: every rank of vLLM's
+    tensor-parallel group calls it with the same numbers, in the same order.
     """
     merged_TD = torch.empty_like(after_TD)
-    torch.ops.ptconvert.all_reduce_boundary(after_TD, merged_TD, launch, wait)
+    number = NO_LAUNCH if launch is None else launch
+    torch.ops.ptconvert.all_reduce_boundary(after_TD, merged_TD, number, wait)
     return finished(merged_TD)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,23 @@ from typing import Any
 import torch
 import vllm
 
+from ptconvert.engines.verify import (
+    Answers,
+    answer_checks,
+    count_checks,
+    other_collectives,
+    single_process,
+)
 from ptconvert.engines.vllm.counting import EXTENSION
 from ptconvert.errors import EngineError
 from ptconvert.models.shape import TORCH_NAMES, ModelShape
-from ptconvert.runtime.by_layer import opened_by_layer
-from ptconvert.runtime.counters import ALL_REDUCE
-from ptconvert.schedule.stages import Schedule
 from ptconvert.verify.ranks import (
-    Check,
     Report,
     Settings,
     as_converted,
     check_ranks,
     open_converted,
 )
-
-TOLERANCE = 1e-3  # of a log-probability, in float32
-Answers = list[tuple[list[int], list[float]]]  # of each prompt: tokens, log-probabilities
-Passes = list[dict[str, Any]]  # counting.Pass of each forward pass, in JSON types
 
 
 def verify_in_vllm(path: Path, settings: Settings, eager: bool = False) -> Report:
@@ -68,7 +66,7 @@ def verify_in_vllm(path: Path, settings: Settings, eager: bool = False) -> Repor
     checks = [
         *as_converted(path, section),
         *count_checks(passes, section.schedule, shape.width, settings.new_tokens),
-        *_answer_checks(answers, reference, dtype),
+        *answer_checks(answers, reference, dtype),
     ]
     figures = {
         "engine": f"vllm {vllm.__version__}",
@@ -79,7 +77,7 @@ def verify_in_vllm(path: Path, settings: Settings, eager: bool = False) -> Repor
         "batch": settings.batch,
         "prompt_tokens": settings.prompt_tokens,
         "new_tokens": settings.new_tokens,
-        "other_communication": _other(passes[0]),
+        "other_communication": other_collectives(passes[0]),
         "seen_by_rank": passes,
     }
     return Report(tuple(checks), figures)
@@ -145,82 +143,3 @@ def generate(llm: Any, prompts: list[list[int]], new_tokens: int) -> Answers:
         steps = zip(tokens, output.outputs[0].logprobs, strict=True)
         found.append((tokens, [step[token].logprob for token, step in steps]))
     return found
-
-
-def single_process(
-    path: Path, ids_BS: torch.Tensor, answers: Answers, dtype: torch.dtype
-) -> Answers:
-    """What the single-process model, a layer of it at a time, says after each prompt and the
-    answer that vLLM gave so far: its first choice, and the log-probability of vLLM's."""
-    answers_BN = torch.tensor([tokens for tokens, _ in answers])
-    whole = torch.cat([ids_BS, answers_BN[:, :-1]], dim=1)
-    with opened_by_layer(path, dtype, "cpu") as model, torch.inference_mode():
-        logits_BNV = model(whole).logits[:, ids_BS.shape[1] - 1 :]
-    log_BNV = logits_BNV.float().log_softmax(-1)
-    chosen_BN = log_BNV.gather(2, answers_BN[:, :, None])[:, :, 0]
-    return list(zip(log_BNV.argmax(-1).tolist(), chosen_BN.tolist(), strict=True))
-
-
-def count_checks(
-    by_rank: list[Passes], schedule: Schedule, width: int, new_tokens: int
-) -> list[Check]:
-    """Each pass's all-reduces on each rank, against the schedule: one prefill, then decoding."""
-    counts = schedule.counts
-    overlapped = sum(s.ending.merge.overlapped for s in schedule.stages)
-    promised = {True: overlapped, False: counts.all_reduces - overlapped}
-    checks = []
-    for name, part in (("prefill", slice(0, 1)), ("decode", slice(1, None))):
-        wrong = [
-            f"rank {rank}, pass {number}: {departure}"
-            for rank, passes in enumerate(by_rank)
-            for number, one in enumerate(passes[part], 1)
-            if (departure := _departure(one, promised, width, len(by_rank)))
-        ]
-        seen = {len(passes[part]) for passes in by_rank}
-        wanted = 1 if name == "prefill" else new_tokens - 1
-        if seen != {wanted}:
-            wrong.append(f"{sorted(seen)} passes, not {wanted}")
-        said = (
-            f"{promised[False]} blocking and {promised[True]} asynchronous per forward pass, in "
-            f"{wanted} passes, on {len(by_rank)} ranks"
-        )
-        checks.append(Check(f"all-reduces in {name}", not wrong, wrong[0] if wrong else said))
-    return checks
-
-
-def _departure(
-    one: dict[str, Any], promised: dict[bool, int], width: int, ranks: int
-) -> str | None:
-    """How a pass's all-reduces part from what is promised; one rank alone sends nothing."""
-    reduces = [c for c in one["collectives"] if c["op"] == ALL_REDUCE]
-    for asynchronous, kind in ((False, "blocking"), (True, "asynchronous")):
-        seen = sum(c["asynchronous"] is asynchronous for c in reduces)
-        wanted = promised[asynchronous] if ranks > 1 else 0
-        if seen != wanted:
-            return f"{seen} {kind} all-reduces, the schedule has {wanted}"
-    shapes = {tuple(c["shape"]) for c in reduces}
-    if shapes - {(one["tokens"], width)}:
-        return f"all-reduced {sorted(shapes)}, not {one['tokens']}x{width}"
-    return None
-
-
-def _answer_checks(answers: Answers, reference: Answers, dtype: str) -> list[Check]:
-    """Greedy tokens and their log-probabilities against the single-process model's."""
-    if dtype != "float32":
-        return []  # rounding parts the tokens of any two implementations after a few steps
-    pairs = list(zip(answers, reference, strict=True))
-    same = sum(ours == theirs for (ours, _), (theirs, _) in pairs)
-    # where tokens part, too: near 0 there, it was a tie that rounding decided
-    largest = max(abs(a - b) for (_, a_N), (_, b_N) in pairs for a, b in zip(a_N, b_N, strict=True))
-    seen = f"{same} of {len(reference)} prompts as the single-process model"
-    said = f"largest difference {largest:.2g}, allowed {TOLERANCE:g}"
-    return [
-        Check("greedy tokens", same == len(reference), seen),
-        Check("their log-probabilities", largest <= TOLERANCE, said),
-    ]
-
-
-def _other(passes: Passes) -> dict[str, int]:
-    """Collectives other than all-reduces, by name, on one rank: the gathering of logits."""
-    names = (c["op"] for one in passes for c in one["collectives"])
-    return dict(Counter(name for name in names if name != ALL_REDUCE))

@@ -1,0 +1,243 @@
+"""What a serving engine gives, and the decoder that walks a schedule over it.
+
+An engine brings its own layers, norms and all-reduces (`Serving`); tracks, guesses, output biases,
+the order of things and the names of tensors are the same for all and live here. Shape suffixes: T
+tokens of all requests in a batch, D the residual stream's width.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ptconvert.checkpoint.section import Section
+from ptconvert.errors import ConfigError
+from ptconvert.modeling.executor import PerTrack, Streams, Update, run_program
+from ptconvert.modeling.layers import OUTPUT_PROJECTIONS, guess_modules
+from ptconvert.modeling.model import layer_types
+from ptconvert.models.shape import EMBEDDING, HEAD, ModelShape
+from ptconvert.schedule.lower import Step
+from ptconvert.schedule.stages import Kind
+
+WHOLE = "whole"  # the only part of a layer held dense, where others have tracks
+_NORMS = {Kind.ATTENTION: "input_layernorm", Kind.MLP: "post_attention_layernorm"}
+_TRACK = re.compile(r"\.tracks\.(\d+)\.")
+# From a checkpoint's names of a layer's tensors to those of `ServedLayer`.
+RENAMED = {
+    re.compile(r"^(model\.layers\.\d+)\.self_attn\.o_proj\.bias$"): r"\1.common.o_proj_bias",
+    re.compile(r"^(model\.layers\.\d+)\.mlp\.down_proj\.bias$"): r"\1.common.down_proj_bias",
+    re.compile(r"^(model\.layers\.\d+)\.tracks\."): r"\1.parts.",
+    re.compile(
+        r"^(model\.layers\.\d+)\.(?=self_attn|mlp|input_layernorm|post_attention_layernorm)"
+    ): rf"\1.parts.{WHOLE}.",
+}
+
+
+class Serving(Protocol):
+    """What an engine gives on one rank. `part` is a decoder layer that it made."""
+
+    def decoder_layer(self, index: int, track: int | None, count: int) -> nn.Module:
+        """The family's decoder layer as the engine has it: the shard of rank 0 of `count` for a
+        track, this rank's shard for a layer held dense (`track` None). All-reduces and biases of
+        its output projections are taken out by whoever asks."""
+
+    def window(self, part: Any) -> int | None:
+        """How many tokens the layer attends to; None for all."""
+
+    def attention(self, part: Any, x_TD: torch.Tensor, context: Any) -> torch.Tensor:
+        """The part's attention without its all-reduce; `context` is what the engine's forward
+        passes on: positions, and whatever else it needs."""
+
+    def mlp(self, part: Any, x_TD: torch.Tensor, context: Any) -> torch.Tensor:
+        """The part's MLP without its all-reduce."""
+
+    def add_norm(
+        self, norm: Any, delta_TD: torch.Tensor, base_TD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of the sum, and the sum; it may overwrite both tensors."""
+
+    def norm_of_sum(self, norm: Any, own_TD: torch.Tensor, base_TD: torch.Tensor) -> torch.Tensor:
+        """The norm of the sum, which overwrites neither tensor."""
+
+    def all_reduce(self, local_TD: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, waited for; it may overwrite what it is given."""
+
+    def boundary(
+        self, local_TD: torch.Tensor, launch: int | None, waits: list[int]
+    ) -> torch.Tensor:
+        """Launches the sum over ranks of `local_TD`, which it must not overwrite, as stage
+        `launch`'s (unless that is None), then waits for those of the stages `waits` and returns
+        their sum, (T, D), zeros where there is none."""
+
+
+class ServedLayer(nn.Module):
+    """One layer as a rank holds it: its tracks, or its shard of a layer held dense.
+
+    `tracks` are the rank's own (global numbers), None for a layer held dense; `count` are all.
+    `guesses` are the ranks of the tracks' guesses, for the sublayers that have one. Raises
+    ConfigError where the engine's layer attends further, or less far, than transformers'.
+    """
+
+    def __init__(
+        self,
+        serving: Serving,
+        shape: ModelShape,
+        index: int,
+        tracks: range | None,
+        count: int,
+        guesses: Mapping[Kind, int],
+    ) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict()
+        if tracks is None:
+            self.parts[WHOLE] = serving.decoder_layer(index, None, count)
+        for track in tracks or ():
+            part: Any = serving.decoder_layer(index, track, count)
+            if guesses:
+                part.guess = guess_modules(shape.width, guesses)
+            self.parts[str(track)] = part
+        biased = {rule.name for rule in shape.rules}
+        self.common = nn.ParameterDict()  # output biases, which all ranks know
+        for block, projection in OUTPUT_PROJECTIONS.values():
+            for part in self.parts.values():
+                linear = getattr(getattr(part, block), projection)
+                linear.reduce_results = False
+                linear.register_parameter("bias", None)
+            if f"{block}.{projection}.bias" in biased:
+                bias = nn.Parameter(torch.zeros(shape.width), requires_grad=False)
+                self.common[f"{projection}_bias"] = bias
+
+    def norms(self, kind: Kind) -> list[Any]:
+        """The norm before the attention or the MLP, for each part."""
+        return [getattr(part, _NORMS[kind]) for part in self.parts.values()]
+
+    def run(
+        self,
+        serving: Serving,
+        kind: Kind,
+        normed: Sequence[torch.Tensor],
+        guess: bool,
+        context: Any,
+    ) -> Update:
+        """The attention or the MLP of each part, from its own normed input; with `guess` come the
+        tracks' guesses of all others' partials, where the layer has them."""
+        call = serving.mlp if kind is Kind.MLP else serving.attention
+        parts: list[Any] = list(self.parts.values())
+        partials = [call(part, x_TD, context) for part, x_TD in zip(parts, normed, strict=True)]
+        block, projection = OUTPUT_PROJECTIONS[kind]
+        guesses: PerTrack | None = None
+        if guess and block in getattr(parts[0], "guess", ()):
+            guesses = [
+                part.guess[block](x_TD, partial_TD)
+                for part, x_TD, partial_TD in zip(parts, normed, partials, strict=True)
+            ]
+        bias: torch.Tensor | None = self.common.get(f"{projection}_bias", None)
+        return Update(partials, bias, guesses)
+
+
+def served_layers(
+    serving: Serving, section: Section, shape: ModelShape, config: Any, local_tracks: range
+) -> nn.ModuleList:
+    """The layers that a rank holds. Raises ConfigError where the engine's layers attend further, or
+    less far, than transformers'."""
+    tracked, types = section.schedule.track_layers, layer_types(config)
+    layers = nn.ModuleList()
+    for index in range(shape.layers):
+        guesses = {s.kind: rank for s, rank in section.guesses.items() if s.layer == index}
+        tracks = local_tracks if index in tracked else None
+        layer = ServedLayer(serving, shape, index, tracks, section.tracks, guesses)
+        wanted = config.sliding_window if types[index] == "sliding_attention" else None
+        for part in layer.parts.values():
+            if serving.window(part) != wanted:
+                raise ConfigError(
+                    f"layer {index} attends to {wanted or 'all'} tokens, but the engine's "
+                    f"{type(part).__name__} would to {serving.window(part) or 'all'}"
+                )
+        layers.append(layer)
+    return layers
+
+
+class ServedPass:
+    """One forward pass of served layers, as the executor walks it."""
+
+    def __init__(self, serving: Serving, layers: nn.ModuleList, context: Any) -> None:
+        self.serving, self.layers, self.context = serving, layers, context
+
+    def decode(
+        self, program: Iterable[Step], base_TD: torch.Tensor, norm: Any, waiting_weight: float
+    ) -> torch.Tensor:
+        """The normed stream after the last step, (T, D), the same on every rank."""
+        streams = run_program(program, base_TD, self, waiting_weight)
+        return self._read([norm], streams, None)[0]
+
+    def run(self, step: Step, streams: Streams) -> Update:
+        own, updates = streams.own(step), list[Update]()
+        for sublayer in step.sublayers:
+            layer: Any = self.layers[sublayer.layer]
+            normed = self._read(layer.norms(sublayer.kind), streams, own)
+            updates.append(
+                layer.run(self.serving, sublayer.kind, normed, step.keeps_own, self.context)
+            )
+        return functools.reduce(operator.add, updates)
+
+    def boundary(
+        self,
+        step: Step,
+        streams: Streams,  # noqa: ARG002 - all-reduces in flight are the engine's here
+        local_BSD: torch.Tensor,
+    ) -> torch.Tensor | None:
+        waits = [bucket for bucket in step.merges if step.beside or bucket != step.index]
+        merged_TD: torch.Tensor | None = None
+        if step.beside or waits:
+            launch = step.index if step.beside else None
+            merged_TD = self.serving.boundary(local_BSD, launch, waits)
+        if step.launches and not step.beside:
+            reduced_TD = self.serving.all_reduce(local_BSD)
+            merged_TD = reduced_TD if merged_TD is None else merged_TD + reduced_TD
+        return merged_TD if step.merges else None
+
+    def _read(
+        self, norms: Sequence[Any], streams: Streams, own: PerTrack | None
+    ) -> list[torch.Tensor]:
+        """What each part's sublayer reads, normed; `own` is what each track adds to the stream for
+        itself only. What was merged is added to the stream on the way, inside the fused
+        add-and-norm where nothing else needs the stream as it was."""
+        if own is not None:
+            base_TD = streams.settled()
+            return [
+                self.serving.norm_of_sum(norm, own[t % len(own)], base_TD)
+                for t, norm in enumerate(norms)
+            ]
+        if streams.merged is None:
+            return [norm(streams.base) for norm in norms]
+        first_TD, streams.base = self.serving.add_norm(norms[0], streams.merged, streams.base)
+        streams.merged = None
+        return [first_TD, *(norm(streams.base) for norm in norms[1:])]
+
+
+def is_for_others(name: str, local_tracks: range) -> bool:
+    """Whether a checkpoint's tensor isn't for this rank: other ranks' tracks are not, nor is what
+    an assignment says about where units came from."""
+    track = _TRACK.search(name)
+    others = track is not None and int(track[1]) not in local_tracks
+    return others or ".assignment." in name
+
+
+def own_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], local_tracks: range, tied: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """This rank's tensors of a checkpoint. A tied lm_head is a shard of the embedding, which is
+    whole here, and so comes beside it; one that is stored is itself, whatever the config says."""
+    for name, tensor in weights:
+        if is_for_others(name, local_tracks):
+            continue
+        tied = tied and name != HEAD
+        yield name, tensor
+        if tied and name == EMBEDDING:
+            yield HEAD, tensor

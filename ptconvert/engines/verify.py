@@ -1,0 +1,97 @@
+"""What verify checks of any serving engine: counted passes and answers, against the schedule."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptconvert.runtime.by_layer import opened_by_layer
+from ptconvert.runtime.counters import ALL_REDUCE
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.verify.ranks import Check
+
+TOLERANCE = 1e-3  # of a log-probability, in float32
+Answers = list[tuple[list[int], list[float]]]  # of each prompt: tokens, log-probabilities
+# Of each forward pass on a rank, in JSON types: its tokens, and its collectives as counters'.
+Passes = list[dict[str, Any]]
+
+
+def single_process(
+    path: Path, ids_BS: torch.Tensor, answers: Answers, dtype: torch.dtype
+) -> Answers:
+    """What the single-process model, a layer of it at a time, says after each prompt and the answer
+    that the engine gave so far: its first choice, and the log-probability of the engine's."""
+    answers_BN = torch.tensor([tokens for tokens, _ in answers])
+    whole = torch.cat([ids_BS, answers_BN[:, :-1]], dim=1)
+    with opened_by_layer(path, dtype, "cpu") as model, torch.inference_mode():
+        logits_BNV = model(whole).logits[:, ids_BS.shape[1] - 1 :]
+    log_BNV = logits_BNV.float().log_softmax(-1)
+    chosen_BN = log_BNV.gather(2, answers_BN[:, :, None])[:, :, 0]
+    return list(zip(log_BNV.argmax(-1).tolist(), chosen_BN.tolist(), strict=True))
+
+
+def count_checks(
+    by_rank: list[Passes], schedule: Schedule, width: int, new_tokens: int
+) -> list[Check]:
+    """Each pass's all-reduces on each rank, against the schedule: one prefill, then decoding."""
+    overlapped = sum(step.beside for step in schedule.program)
+    promised = {True: overlapped, False: schedule.counts.all_reduces - overlapped}
+    checks = []
+    for name, part in (("prefill", slice(0, 1)), ("decode", slice(1, None))):
+        wrong = [
+            f"rank {rank}, pass {number}: {departure}"
+            for rank, passes in enumerate(by_rank)
+            for number, one in enumerate(passes[part], 1)
+            if (departure := _departure(one, promised, width, len(by_rank)))
+        ]
+        seen = {len(passes[part]) for passes in by_rank}
+        wanted = 1 if name == "prefill" else new_tokens - 1
+        if seen != {wanted}:
+            wrong.append(f"{sorted(seen)} passes, not {wanted}")
+        said = (
+            f"{promised[False]} blocking and {promised[True]} asynchronous per forward pass, in "
+            f"{wanted} passes, on {len(by_rank)} ranks"
+        )
+        checks.append(Check(f"all-reduces in {name}", not wrong, wrong[0] if wrong else said))
+    return checks
+
+
+def _departure(
+    one: dict[str, Any], promised: dict[bool, int], width: int, ranks: int
+) -> str | None:
+    """How a pass's all-reduces part from what is promised; one rank alone sends nothing."""
+    reduces = [c for c in one["collectives"] if c["op"] == ALL_REDUCE]
+    for asynchronous, kind in ((False, "blocking"), (True, "asynchronous")):
+        seen = sum(c["asynchronous"] is asynchronous for c in reduces)
+        wanted = promised[asynchronous] if ranks > 1 else 0
+        if seen != wanted:
+            return f"{seen} {kind} all-reduces, the schedule has {wanted}"
+    shapes = {tuple(c["shape"]) for c in reduces}
+    if shapes - {(one["tokens"], width)}:
+        return f"all-reduced {sorted(shapes)}, not {one['tokens']}x{width}"
+    return None
+
+
+def answer_checks(answers: Answers, reference: Answers, dtype: str) -> list[Check]:
+    """Greedy tokens and their log-probabilities against the single-process model's."""
+    if dtype != "float32":
+        return []  # rounding parts the tokens of any two implementations after a few steps
+    pairs = list(zip(answers, reference, strict=True))
+    same = sum(ours == theirs for (ours, _), (theirs, _) in pairs)
+    # where tokens part, too: near 0 there, it was a tie that rounding decided
+    largest = max(abs(a - b) for (_, a_N), (_, b_N) in pairs for a, b in zip(a_N, b_N, strict=True))
+    seen = f"{same} of {len(reference)} prompts as the single-process model"
+    said = f"largest difference {largest:.2g}, allowed {TOLERANCE:g}"
+    return [
+        Check("greedy tokens", same == len(reference), seen),
+        Check("their log-probabilities", largest <= TOLERANCE, said),
+    ]
+
+
+def other_collectives(passes: Passes) -> dict[str, int]:
+    """Collectives other than all-reduces, by name, on one rank: the gathering of logits."""
+    names = (c["op"] for one in passes for c in one["collectives"])
+    return dict(Counter(name for name in names if name != ALL_REDUCE))
