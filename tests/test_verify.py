@@ -27,11 +27,11 @@ from ptconvert.errors import CheckpointError
 from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement
 from ptconvert.runtime.counters import Profile
-from ptconvert.runtime.expected import Expected
 from ptconvert.runtime.launch import Rank, launch
 from ptconvert.runtime.load import load_rank, rank_bytes, shape_of
-from ptconvert.runtime.session import Job, run_rank
+from ptconvert.verify.expected import Expected
 from ptconvert.verify.ranks import Report, Settings, _checks, verify
+from ptconvert.verify.session import Job, run_rank
 
 PROMPT, NEW, BATCH = 5, 2, 2
 SETTINGS = Settings(

@@ -21,12 +21,12 @@ from ptconvert.modeling.layers import Placement
 from ptconvert.models.shape import TORCH_NAMES, ModelShape
 from ptconvert.runtime.by_layer import by_layer_bytes
 from ptconvert.runtime.counters import ALL_REDUCE
-from ptconvert.runtime.expected import Expected, with_departures
 from ptconvert.runtime.launch import RankFailure, RanksFailed, join, launch, under_torchrun
 from ptconvert.runtime.load import rank_bytes, shape_of
 from ptconvert.runtime.memory import PROCESS_BYTES, available_bytes
-from ptconvert.runtime.session import Job, run_rank
 from ptconvert.spec.document import read_spec
+from ptconvert.verify.expected import Expected, with_departures
+from ptconvert.verify.session import Job, run_rank
 
 FP32_TOLERANCE = 1e-4
 NOISE_FACTOR = 4.0  # of the largest difference that reordering sums makes

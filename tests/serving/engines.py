@@ -18,8 +18,8 @@ from ptconvert.checkpoint.calibration import Assignment, Calibration
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import Plan, execute, plan_conversion
 from ptconvert.models.guesses import guess_tensors
-from ptconvert.runtime.session import greedy_steps
 from ptconvert.spec.document import parse_spec
+from ptconvert.verify.session import greedy_steps
 
 CORES = sorted(os.sched_getaffinity(0))
 # vLLM gives its ranks cores and threads itself, and communicates in another way where this is set.
