@@ -36,6 +36,7 @@ from ptconvert.measure.opening import BatchSize
 from ptconvert.measure.windows import Windows
 from ptconvert.models.shape import ModelShape
 from ptconvert.plan import needs as planning
+from ptconvert.plan.case import Case
 from ptconvert.plan.needs import plan_needs
 from ptconvert.plan.planner import waited_for
 from ptconvert.spec.document import Spec, parse_spec
@@ -112,11 +113,9 @@ def data(windows: int, held_out: int) -> Data:
 
 def test_the_8b_model_is_planned_on_24_gb(dense: Checkpoint) -> None:
     ids = torch.zeros(1, 1025, dtype=torch.int64).expand(64, -1)
-    shape = ModelShape.from_config(dense.config)
-    found = plan_needs(
-        *(dense, shape, TRACKS, Windows(ids, 1024, 65536), waited_for(True), None, None),
-        *("bfloat16", "cuda", BatchSize(1, "cuda")),
-    )
+    windows, batch = Windows(ids, 1024, 65536), BatchSize(1, "cuda")
+    case = Case(dense, TRACKS, windows, "bfloat16", "cuda", batch)
+    shape, found = case.shape, plan_needs(case, waited_for(True), None, None)
     weighing = held(found, "weighing segments")
     norms = 2 * shape.layers * shape.width * (TRACKS - 1)  # which each track has for itself
     assert weighing["weights, as tracks"] == 2 * (NUMBERS + norms)

@@ -27,8 +27,9 @@ from ptconvert.cli import main
 from ptconvert.errors import PlanError
 from ptconvert.measure import divergence
 from ptconvert.measure.opening import BatchSize, content_digest, open_model
-from ptconvert.measure.windows import windows_for
+from ptconvert.measure.windows import Windows, windows_for
 from ptconvert.plan import sensitivity
+from ptconvert.plan.case import Case
 from ptconvert.plan.perturbation import Perturbations
 from ptconvert.plan.planner import choose, search, waited_for
 from ptconvert.plan.segments import HIDDEN, OWN_SEEN, OWN_SEEN_LATER, Segment, alone
@@ -72,8 +73,8 @@ def make_meter(
 ) -> Meter:
     checkpoint = open_checkpoint(source)
     windows = windows_for(checkpoint, texts, length, count)
-    store, batch = Store(file), BatchSize(2, "cpu")
-    return Meter(checkpoint, tracks, windows, store, "float32", "cpu", batch, quiet)
+    case = Case(checkpoint, tracks, windows, "float32", "cpu", BatchSize(2, "cpu"))
+    return Meter(case, Store(file), quiet)
 
 
 def test_what_runs_is_what_is_said(
@@ -329,8 +330,13 @@ def test_measurements_outlive_an_interruption(
 def test_the_cache_is_by_model_text_and_tracks(source: Path, meter: Meter, tmp_path: Path) -> None:
     digest = content_digest(meter.source, quiet)
     other_text = make_meter(source, 4, tmp_path / "x", (Path(__file__),), 24, 4).windows
+
+    def name(digest: str, windows: Windows, tracks: int, dtype: str, device: str) -> str:
+        case = Case(meter.source, tracks, windows, dtype, device, meter.batch)
+        return store_file(tmp_path, digest, case).name
+
     names = {
-        store_file(tmp_path, d, w, tracks, dtype, "cpu").name
+        name(d, w, tracks, dtype, "cpu")
         for d in (digest, "other")
         for w in (meter.windows, other_text)
         for tracks in (2, 4)
@@ -338,8 +344,7 @@ def test_the_cache_is_by_model_text_and_tracks(source: Path, meter: Meter, tmp_p
     }
     assert len(names) == 16
     again = make_meter(source, 4, tmp_path / "x", (TEXT,), 24, 4).windows
-    same = store_file(tmp_path, digest, again, 2, "float32", "cpu:0").name
-    assert same in names
+    assert name(digest, again, 2, "float32", "cpu:0") in names
 
 
 # The command

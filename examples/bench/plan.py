@@ -17,6 +17,7 @@ from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli.progress import step_progress
 from ptconvert.measure.opening import BatchSize, Progress, cache_directory, content_digest
 from ptconvert.measure.windows import windows_for
+from ptconvert.plan.case import Case
 from ptconvert.plan.planner import choose, search, waited_for
 from ptconvert.plan.sensitivity import Cost, Meter, Store, store_file
 from ptconvert.schedule import presets
@@ -56,10 +57,9 @@ def parser_of(doc: str, windows: int) -> argparse.ArgumentParser:
 def meter_of(given: argparse.Namespace, texts: list[Path], progress: Progress) -> Meter:
     checkpoint = open_checkpoint(given.model)
     windows = windows_for(checkpoint, texts, given.window, given.windows)
-    digest = content_digest(checkpoint, progress)
-    store = Store(store_file(given.cache, digest, windows, given.tracks, "float32", "cpu"))
-    batch = BatchSize(None, "cpu")
-    return Meter(checkpoint, given.tracks, windows, store, "float32", "cpu", batch, progress)
+    case = Case(checkpoint, given.tracks, windows, "float32", "cpu", BatchSize(None, "cpu"))
+    store = Store(store_file(given.cache, content_digest(checkpoint, progress), case))
+    return Meter(case, store, progress)
 
 
 def _rows(calibrate: Meter, report: Meter) -> Iterator[tuple[int, dict[str, str]]]:

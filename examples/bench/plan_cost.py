@@ -26,6 +26,7 @@ from ptconvert.cli.progress import step_progress
 from ptconvert.measure.opening import BatchSize, Progress
 from ptconvert.measure.windows import windows_for
 from ptconvert.plan import planner
+from ptconvert.plan.case import Case
 from ptconvert.plan.segments import Segment, alone
 from ptconvert.plan.sensitivity import Meter, Store
 from ptconvert.schedule.schedule import Schedule
@@ -88,8 +89,8 @@ def _meter(
 ) -> Meter:
     checkpoint = open_checkpoint(given.model)
     windows = windows_for(checkpoint, texts, given.window, given.windows)
-    batch, store = BatchSize(None, "cpu"), Store(cache / "costs.jsonl")
-    return kind(checkpoint, given.tracks, windows, store, "float32", "cpu", batch, progress)
+    case = Case(checkpoint, given.tracks, windows, "float32", "cpu", BatchSize(None, "cpu"))
+    return kind(case, Store(cache / "costs.jsonl"), progress)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +25,9 @@ from ptconvert.errors import PlanError
 from ptconvert.spec.terms import ASSIGNMENTS, MAX_GUESS_RANK
 
 if TYPE_CHECKING:  # they import torch
-    from ptconvert.checkpoint.reader import Checkpoint
-    from ptconvert.measure.needs import Needs
-    from ptconvert.measure.opening import BatchSize, Progress
-    from ptconvert.measure.windows import Windows
+    from ptconvert.measure.opening import Progress
     from ptconvert.models.shape import ModelShape
+    from ptconvert.plan.case import Case
     from ptconvert.plan.planner import Frontier, Objective
     from ptconvert.plan.report import Planned
     from ptconvert.schedule.schedule import Schedule
@@ -126,6 +123,9 @@ def plan(
     """
     need_packages("plan", "scipy")
     quiet_libraries()
+    from ptconvert.measure.opening import cache_directory
+    from ptconvert.plan.needs import plan_needs
+
     if (options["max_syncs"] is None) == (options["max_loss"] is None):
         raise click.UsageError("give a budget, one of --max-syncs K and --max-loss X")
     _settle_objective(options)
@@ -135,14 +135,15 @@ def plan(
     if frontier_file is not None and frontier_file.suffix not in (".csv", ".html"):
         raise click.UsageError(f"--frontier {frontier_file}: its name must end in .csv or .html")
     with step_progress() as progress:
-        case = _case(source, revision, options, progress)
+        case, objective = _case(source, revision, options, progress)
+        cache = options["cache"] or cache_directory()
         if not dry_run:
-            planned = _plan(case, source, options, progress)
+            planned = _plan(case, objective, cache, source, options, progress)
         else:
-            room = free_room(case.device, case.cache)
+            room = free_room(case.device, cache)
             progress("timing a layer's first steps", 0, None)
             with timing(case.device):
-                needs = _needs(case, options)
+                needs = plan_needs(case, objective, options["rounds"], options["time_limit"])
     if dry_run:
         print_needs(needs, room, as_json)
     else:
@@ -184,27 +185,15 @@ def _write(
                 click.echo(f"wrote {file}")
 
 
-@dataclass(frozen=True)
-class _Case:
-    """What is planned for, on what text, and how it is computed."""
-
-    checkpoint: Checkpoint
-    shape: ModelShape
-    tracks: int
-    windows: Windows
-    objective: Objective
-    dtype: str
-    device: str
-    batch: BatchSize
-    cache: Path
-
-
-def _case(source: str, revision: str | None, options: dict[str, Any], progress: Progress) -> _Case:
+def _case(
+    source: str, revision: str | None, options: dict[str, Any], progress: Progress
+) -> tuple[Case, Objective]:
     """The checkpoint opened, the text read and the options settled. Raises PTConvertError."""
     from ptconvert.checkpoint.reader import open_checkpoint
-    from ptconvert.measure.opening import BatchSize, cache_directory, fastest_dtype, is_dense
+    from ptconvert.measure.opening import BatchSize, fastest_dtype, is_dense
     from ptconvert.measure.windows import windows_for
     from ptconvert.models.shape import ModelShape
+    from ptconvert.plan.case import Case
 
     tracks, dtype, device = options["tracks"], options["dtype"], torch_device(options["device"])
     progress(f"finding {source}", 0, None)
@@ -219,39 +208,32 @@ def _case(source: str, revision: str | None, options: dict[str, Any], progress: 
         dtype = fastest_dtype(checkpoint, device, functools.partial(click.echo, err=True))
     progress("tokenizing the text", 0, None)
     windows = windows_for(checkpoint, options["texts"], options["window"], options["windows"])
-    batch, cache = BatchSize(options["batch_size"], device), options["cache"] or cache_directory()
-    return _Case(checkpoint, shape, tracks, windows, objective, dtype, device, batch, cache)
+    batch = BatchSize(options["batch_size"], device)
+    return Case(checkpoint, tracks, windows, dtype, device, batch), objective
 
 
-def _needs(case: _Case, options: dict[str, Any]) -> Needs:
-    from ptconvert.plan.needs import plan_needs
-
-    return plan_needs(
-        *(case.checkpoint, case.shape, case.tracks, case.windows, case.objective),
-        *(options["rounds"], options["time_limit"], case.dtype, case.device, case.batch),
-    )
-
-
-def _plan(case: _Case, source: str, options: dict[str, Any], progress: Progress) -> Planned:
+def _plan(
+    case: Case,
+    objective: Objective,
+    cache: Path,
+    source: str,
+    options: dict[str, Any],
+    progress: Progress,
+) -> Planned:
     from ptconvert.measure.opening import content_digest
     from ptconvert.plan.planner import ROUNDS, choose, search
     from ptconvert.plan.report import Planned
     from ptconvert.plan.sensitivity import Meter, Store, store_file
 
-    digest = content_digest(case.checkpoint, progress)
-    place = case.windows, case.tracks, case.dtype, case.device
-    store = Store(store_file(case.cache, digest, *place))
-    meter = Meter(
-        *(case.checkpoint, case.tracks, case.windows, store),
-        *(case.dtype, case.device, case.batch, progress),
-    )
+    store = Store(store_file(cache, content_digest(case.source, progress), case))
+    meter = Meter(case, store, progress)
     try:
         limit = options["time_limit"] and 60 * options["time_limit"]
         budget = options["max_syncs"], options["max_loss"]
-        found = search(meter, case.objective, options["rounds"] or ROUNDS, *budget, limit)
+        found = search(meter, objective, options["rounds"] or ROUNDS, *budget, limit)
     except KeyboardInterrupt:
         click.echo(
-            f"what was measured is kept in {case.cache}; the same command goes on from there",
+            f"what was measured is kept in {cache}; the same command goes on from there",
             err=True,
         )
         raise
@@ -266,7 +248,7 @@ def _plan(case: _Case, source: str, options: dict[str, Any], progress: Progress)
         length=case.windows.length,
         dtype=case.dtype,
         budget=_budget(options),
-        objective=case.objective,
+        objective=objective,
         frontier=found,
         chosen=chosen,
         assignment=options["assignment"] or ASSIGNMENTS[0],

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 
 from ptconvert.checkpoint.inventory import weights_dtype
-from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.measure.divergence import LOGITS_AT_ONCE
 from ptconvert.measure.needs import Held, Needs, Phase, Place
 from ptconvert.measure.one_layer import PROCESS, head_seconds, in_a_layer, one_layer, step_of
-from ptconvert.measure.opening import BatchSize
-from ptconvert.measure.windows import Windows
-from ptconvert.models.shape import DTYPE_BYTES, DTYPES, TORCH_NAMES, ModelShape
+from ptconvert.models.shape import DTYPE_BYTES, DTYPES, TORCH_NAMES
+from ptconvert.plan.case import Case
 from ptconvert.plan.planner import MIXTURES, POINTS, ROUNDS, Objective, is_basic, searched_each
 from ptconvert.plan.segments import Segment, menu
 from ptconvert.plan.sensitivity import all_as_tracks, gradient_spacing, kept_layers
@@ -20,23 +18,16 @@ _LOGITS = 5  # copies in fp32 of LOGITS_AT_ONCE numbers, while two predictions a
 
 
 def plan_needs(
-    source: Checkpoint,
-    shape: ModelShape,
-    tracks: int,
-    windows: Windows,
-    objective: Objective,
-    rounds: int | None,
-    minutes: float | None,
-    dtype: str,
-    device: str,
-    batch: BatchSize,
+    case: Case, objective: Objective, rounds: int | None, minutes: float | None
 ) -> Needs:
     """A plan's phases: the source's pass, the weighing of segments, and mixtures measured whole.
 
     Times are for all rounds and points, or for `minutes` where these are less; runs of more than
     two sublayers that a search weighs on its way are not in them.
     """
-    count, length = len(windows.ids), windows.length
+    source, shape, tracks = case.source, case.shape, case.tracks
+    dtype, device = case.dtype, case.device
+    count, length = len(case.windows.ids), case.windows.length
     stored = weights_dtype(source, shape)
     if dtype == "auto":
         dtype = TORCH_NAMES[stored]
@@ -49,7 +40,7 @@ def plan_needs(
     searched = len(range(0, count, every))
     search_stream = searched * length * shape.width * number
     spacing = gradient_spacing(shape.layers, search_stream)
-    at_once = min(batch.size, count)
+    at_once = min(case.batch.size, count)
     step = step_of(one_layer(source.config, tracks, device, dtype), dtype, length)
     seconds = count * (
         shape.layers * step.forward

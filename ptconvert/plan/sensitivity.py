@@ -25,8 +25,8 @@ from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.convert.transform import Plan, execute, plan_conversion
 from ptconvert.measure import divergence
 from ptconvert.measure.divergence import Reference
-from ptconvert.measure.opening import BatchSize, Progress, open_model
-from ptconvert.measure.windows import Windows
+from ptconvert.measure.opening import Progress, open_model
+from ptconvert.plan.case import Case
 from ptconvert.plan.perturbation import Perturbations
 from ptconvert.plan.segments import Segment, alone
 from ptconvert.schedule.presets import dense_schedule
@@ -102,14 +102,13 @@ class Store:
             file.write("\n" + json.dumps(entry))  # a line of its own, even after one cut short
 
 
-def store_file(
-    cache: Path, model_digest: str, windows: Windows, tracks: int, dtype: str, device: str
-) -> Path:
+def store_file(cache: Path, model_digest: str, case: Case) -> Path:
     """The file of a model's costs: by its content, the text's token ids, and what computes."""
-    text = hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest()
+    ids = case.windows.ids
+    text = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
     versions = [importlib.metadata.version(p) for p in ("torch", "transformers")]
-    kind = device.split(":")[0]
-    told = [model_digest, text, str(windows.ids.shape), str(tracks), dtype, kind, __version__]
+    kind = case.device.split(":")[0]
+    told = [model_digest, text, str(ids.shape), str(case.tracks), case.dtype, kind, __version__]
     name = hashlib.sha256("\0".join([*told, *versions]).encode()).hexdigest()[:32]
     return cache / "plan" / f"{name}.jsonl"
 
@@ -120,20 +119,11 @@ class Meter:
     No model is opened until a cost is asked for that isn't in the store.
     """
 
-    def __init__(
-        self,
-        source: Checkpoint,
-        tracks: int,
-        windows: Windows,
-        store: Store,
-        dtype: str,
-        device: str,
-        batch: BatchSize,
-        progress: Progress,
-    ) -> None:
-        self.source, self.tracks, self.windows, self.store = source, tracks, windows, store
-        self.dtype, self.device, self.batch, self.progress = dtype, device, batch, progress
-        self.layers = int(str(source.config["num_hidden_layers"]))
+    def __init__(self, case: Case, store: Store, progress: Progress) -> None:
+        self.source, self.tracks, self.windows = case.source, case.tracks, case.windows
+        self.dtype, self.device, self.batch = case.dtype, case.device, case.batch
+        self.store, self.progress = store, progress
+        self.layers = case.shape.layers
         self.dense = dense_schedule(self.layers)
         self._perturbed: dict[int, Perturbations] = {}
         self._layers_run = 0
