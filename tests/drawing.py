@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
+from ptconvert.schedule.endings import KINDS
 from ptconvert.schedule.schedule import Schedule
 
 
@@ -20,8 +21,10 @@ def drawn_schedule(random: Random, layers: int) -> Schedule:
             if ready:
                 chosen.append(random.choice(ready[:3]))
                 left.remove(chosen[-1])
-        ending = random.choice("!!!!..~^" if left else "!~^")
-        stages.append("|".join(chosen) + ending + (str(random.randint(1, 4)) * (ending in "~^")))
+        kinds = [kind for kind in KINDS.values() if left or kind.launches]
+        ending = random.choice([*kinds, *[KINDS["!"]] * len(kinds)])
+        lag = str(random.randint(1, 4)) if ending.lagged else ""
+        stages.append("|".join(chosen) + ending.symbol + lag)
     return Schedule.parse(" ".join(stages))
 
 
