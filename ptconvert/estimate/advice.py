@@ -130,8 +130,10 @@ def advise(rows: Sequence[Row], setting: Setting) -> Advice:
 
     ways = []
     for row, full in zip(rows, compare([r.candidate for r in rows[1:]], many), strict=True):
-        c, served = row.candidate, map(Served.of, (row.estimate, full.estimate))
-        ways.append(way(c.name, *served, about=None if row is rows[0] else c.about))
+        about = None if row is rows[0] else row.candidate.about
+        ways.append(
+            way(row.candidate.name, Served.of(row.estimate), Served.of(full.estimate), about)
+        )
     if setting.ranks > 1:
         ways += [way(name, serve(setting), serve(many)) for name, serve in ALTERNATIVES.items()]
     return Advice(tuple(ways), many.workload.batch)

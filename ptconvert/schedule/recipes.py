@@ -41,9 +41,9 @@ class Recipe:
         )
 
     def says(self, layers: int) -> str:
-        """What the changed layers of so many are, as a spec has it."""
-        given = [f"{name}: {value}" for name, value in self.arguments.items()]
-        return ", ".join((f"layers {self.dense(layers)}-{layers - 1} use: {self.preset}", *given))
+        """The item of a spec that changes layers; those before it stay `tensor_parallel`."""
+        item = {"layers": f"{self.dense(layers)}-{layers - 1}", "use": self.preset}
+        return ", ".join(f"{name}: {value}" for name, value in {**item, **self.arguments}.items())
 
 
 RECIPES = (
