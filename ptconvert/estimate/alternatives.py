@@ -66,7 +66,7 @@ def pipeline(setting: Setting) -> Served:
     ttft = first + (groups - 1) * first_slowest + s.engine.request_us * 1e-6
     tpot = max(token, groups * token_slowest)
     whole = ttft + (workload.new - 1) * tpot
-    # Of embeddings and lm_head a stage has one, or both in one where they are tied.
+    # Of embeddings and lm_head a stage holds one: what a model holds that ties them.
     largest = replace(s.shape, layers=math.ceil(s.shape.layers / s.ranks), tied=True)
     held = rank_bytes(largest, s.engine, 1, s.workload.decode)
     return Served(ttft, tpot, s.workload.batch * workload.new / whole, held)
