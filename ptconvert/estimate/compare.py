@@ -14,7 +14,8 @@ from ptconvert.estimate.hardware import Engine, Hardware, Link
 from ptconvert.estimate.model import Estimate, Workload, estimate
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.presets import dense_schedule, tensor_parallel
-from ptconvert.schedule.stages import Schedule, Sublayer
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Sublayer
 
 BASELINE = tensor_parallel.__name__
 UNCHECKED = "there are no published runs to check this hardware against"

@@ -24,7 +24,9 @@ from ptconvert.estimate.roofline import Pass, kernel_seconds, kernels_of, sublay
 from ptconvert.estimate.timeline import Timeline
 from ptconvert.models.shape import TORCH_NAMES
 from ptconvert.report import html
-from ptconvert.schedule.stages import DEFERRED, Kind, Schedule
+from ptconvert.schedule.endings import DEFERRED
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Kind
 
 _NAMES = {Kind.ATTENTION: "attention", Kind.MLP: "MLP"}
 HEADER = (

@@ -12,7 +12,7 @@ from fractions import Fraction
 from types import MappingProxyType
 
 from ptconvert.schedule.presets import PRESETS, join, ladder, parallel_track, tensor_parallel
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True)
