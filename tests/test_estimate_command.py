@@ -47,7 +47,9 @@ def test_the_table_and_the_figures() -> None:
     out, err = run_command(*GIVEN)
     title = "8x L40S over PCIe, vllm (0.23.0, 2026-06), 8 ranks, batch 1, 1024 + 512 tokens\n"
     assert out.startswith(title) and not err
-    assert all(word in out for word in ("TTFT", "TPOT", "tokens/s", "waited", "64", "22", "1.00"))
+    assert all(
+        word in out for word in ("TTFT", "TPOT", "tokens", "/s", "waited", "64", "22", "1.00")
+    )
     figures = json.loads(run_command(*GIVEN, "--json")[0])
     base, ours = figures["rows"]
     assert base["name"] == "tensor_parallel" and base["speed_up"]["tokens_per_second"] == 1
@@ -61,13 +63,20 @@ def test_the_table_and_the_figures() -> None:
     assert wide["rows"][0]["bytes_per_rank"] == pytest.approx(2 * base["bytes_per_rank"])
 
 
-def test_the_table_of_the_readme_is_what_is_printed() -> None:
-    specs = [ROOT / "specs" / f"llama-3.1-70b-{name}.yaml" for name in ("balanced", "aggressive")]
-    config = ROOT / "specs" / "configs" / "llama-3.1-70b.json"
-    out, _ = run_command(*specs, "--model", config, "--hardware", "h100-pcie", "--ranks", 8)
-    lines = "\n".join(line.rstrip() for line in out.splitlines())
-    for page in ("README.md", "docs/estimate.md"):
-        assert lines in (ROOT / page).read_text()
+def test_what_the_pages_show_is_what_is_printed() -> None:
+    """docs/estimate.md all of it; the README the table and the verdict, and that of another box."""
+
+    def printed(model: str, *more: object) -> list[str]:
+        out, _ = run_command("--model", model, "--hardware", *more)
+        return [line.rstrip() for line in out.splitlines()]
+
+    readme, page = ((ROOT / name).read_text() for name in ("README.md", "docs/estimate.md"))
+    lines = printed("llama-3.1-70b", "h100-pcie")
+    no = printed("llama-3.1-8b", "a100-sxm", "--ranks", 2)
+    end = lines.index(next(line for line in lines if line.startswith("estimated")))
+    yes, refused = (next(i for i, line in enumerate(x) if "onvert" in line) for x in (lines, no))
+    assert "\n".join(lines) in page and "\n".join(lines[:end]) in readme
+    assert "\n".join(lines[yes:]) in readme and "\n".join(no[refused:]) in readme
 
 
 def test_several_specs_and_what_does_not_fit() -> None:

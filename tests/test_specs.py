@@ -14,7 +14,9 @@ from click.testing import CliRunner
 from ptconvert.checkpoint.files import read_config
 from ptconvert.cli import main
 from ptconvert.models.shape import ModelShape
-from ptconvert.spec.document import read_spec
+from ptconvert.schedule.presets import dense_schedule
+from ptconvert.schedule.recipes import RECIPES
+from ptconvert.spec.document import parse_spec, read_spec
 
 SPECS = Path(__file__).parents[1] / "specs"
 MODELS = sorted(p.stem for p in (SPECS / "configs").glob("*.json"))
@@ -104,6 +106,27 @@ def test_spec_fits_and_says_its_counts(model: str, strength: str) -> None:
         counts.all_reduces,
         counts.waited_for,
     )
+
+
+@pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_ready_spec_is_its_recipe(path: Path) -> None:
+    """For the model's own number of layers, and for no other recipe."""
+    schedule = read_spec(path).schedule()
+    names = [r.name for r in RECIPES if r.schedule(schedule.layers) == schedule]
+    assert names == [name for name in (r.name for r in RECIPES) if f"-{name}" in path.stem]
+
+
+@pytest.mark.parametrize("layers", range(1, 12))
+def test_recipes_suit_any_depth(layers: int) -> None:
+    for recipe in RECIPES:
+        schedule = recipe.schedule(layers)
+        assert schedule.layers == layers and schedule != dense_schedule(layers)
+        first = recipe.dense(layers)
+        text = "format: 1\ntracks: 1\nschedule:\n"
+        if first:
+            text += f"  - {{layers: 0-{first - 1}, use: tensor_parallel}}\n"
+        text += f"  - {{{recipe.says(layers)}}}\n"
+        assert parse_spec(text, "spec").schedule() == schedule
 
 
 @pytest.mark.parametrize("model", MODELS)

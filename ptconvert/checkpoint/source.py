@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ptconvert.errors import CheckpointError
 
+_CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 _HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 
 
@@ -20,10 +21,16 @@ def display_name(source: str) -> str:
     return source if is_hub_id(source) else Path(source).resolve().name
 
 
+def config_names() -> list[str]:
+    """The public models whose config.json comes with the package."""
+    return sorted(path.stem for path in _CONFIGS.glob("*.json"))
+
+
 def locate(source: str, revision: str | None, config_only: bool = False) -> Path:
     """The directory of a checkpoint, downloaded if `source` is a hub id.
 
-    With `config_only`, only its config.json is needed, and `source` may be such a file.
+    With `config_only`, only its config.json is needed, and `source` may be such a file, or one of
+    `config_names`, where nothing here is called so.
     Raises CheckpointError.
     """
     if is_hub_id(source):
@@ -31,9 +38,12 @@ def locate(source: str, revision: str | None, config_only: bool = False) -> Path
 
         return hub.fetch_config(source, revision) if config_only else hub.fetch(source, revision)
     path = Path(source)
+    if config_only and not path.exists() and source in config_names():
+        path = _CONFIGS / f"{source}.json"
     if not path.is_dir() and not (config_only and path.is_file()):
+        named = f", nor one of {', '.join(config_names())}" if config_only else ""
         raise CheckpointError(
-            f"{source} is neither a directory nor a hub id such as meta-llama/Llama-3.1-8B"
+            f"{source} is neither a directory nor a hub id such as meta-llama/Llama-3.1-8B{named}"
         )
     if revision is not None:
         raise CheckpointError(f"--revision {revision}: {source} is not a hub id")

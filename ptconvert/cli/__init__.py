@@ -21,9 +21,9 @@ def main() -> None:
     """Convert dense transformer checkpoints into architectures that wait for far fewer all-reduces.
 
     \b
+    ptconvert estimate --model SRC --hardware NAME  what it would gain there, and whether to convert
     ptconvert plan SRC --tracks N --text FILE  find the schedule that costs it least
     ptconvert show SPEC --model SRC            look at a schedule and what it saves
-    ptconvert estimate SPEC --hardware NAME    what it would buy on other hardware
     ptconvert transform SRC DST --spec SPEC    write the converted checkpoint
     ptconvert heal DST OUT --teacher SRC --text FILE  train it towards its source
     ptconvert verify DST --ranks R             run it on R ranks and check what it promises

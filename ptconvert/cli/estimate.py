@@ -8,6 +8,9 @@ from typing import Any
 
 import click
 
+from ptconvert.checkpoint.files import read_config
+from ptconvert.checkpoint.section import SECTION
+from ptconvert.checkpoint.source import config_names
 from ptconvert.cli.common import model_shape, print_figures
 from ptconvert.cli.options import shared
 from ptconvert.cli.progress import waiting
@@ -18,12 +21,12 @@ from ptconvert.spec.document import read_spec
 
 
 @click.command()
-@click.argument("specs", metavar="SPEC...", nargs=-1, type=click.Path(path_type=Path, exists=True))
+@click.argument("specs", metavar="[SPEC]...", nargs=-1)
 @shared("--model")
 @shared("--revision")
 @shared("--hardware")
 @shared("--engine", says="the hardware's")
-@shared("--ranks")
+@shared("--ranks", says="all that the hardware joins")
 @shared("--batch")
 @shared("--prompt", 1024)
 @shared("--new", 512)
@@ -36,36 +39,53 @@ from ptconvert.spec.document import read_spec
     metavar="OUT.yaml",
     help="Measure the ranks at hand instead, and write a hardware file.",
 )
-@click.option("--list", "listing", is_flag=True, help="List the hardware and engines and stop.")
+@click.option("--list", "listing", is_flag=True, help="List hardware, engines and models and stop.")
 def estimate(
-    specs: tuple[Path, ...],
+    specs: tuple[str, ...],
     measure: Path | None,
     ranks: int | None,
     listing: bool,
     **options: Any,
 ) -> None:
-    """Estimate the latency and throughput of each SPEC on hardware that needn't be here.
+    """Estimate what a model gains on hardware that needn't be here, and say whether to convert it.
 
-    SPEC is a spec file (with --model) or a converted checkpoint. All are compared with tensor
-    parallelism. The model is a roofline for each stage and a cost for each all-reduce, calibrated
-    on published H100 runs. With --measure it times this machine's ranks, or torchrun's.
+    Takes only --model and --hardware: the gentle, balanced and aggressive schedules are tried, with
+    as many tracks as ranks, against tensor parallelism, pipeline stages and replicas. SPEC is a
+    spec file (with --model) or a converted checkpoint to try instead. The estimate is a roofline
+    for each stage and a cost for each all-reduce, calibrated on published H100 runs. With --measure
+    it times this machine's ranks, or torchrun's.
     """
     if listing:
         return _list()
     if measure is not None:
         return _measure(measure, ranks)
     hardware, model = options["hardware"], options["model"]
-    for name, given in (("SPEC", specs), ("--hardware NAME", hardware), ("--ranks R", ranks)):
+    if model is None and len(specs) == 1 and _is_model(specs[0]):
+        model, specs = specs[0], ()
+    for name, given in (("--model SRC", specs or model), ("--hardware NAME", hardware)):
         if not given:
             raise click.UsageError(
                 f"{name} is missing; or --measure OUT.yaml to time the ranks here"
             )
-    return _estimate(specs, hardware, model, ranks or 1, options)
+    return _estimate([Path(spec) for spec in specs], hardware, model, ranks, options)
+
+
+def _is_model(argument: str) -> bool:
+    """Whether the only argument is neither a spec file nor a converted checkpoint."""
+    path = Path(argument)
+    if path.is_dir():
+        return SECTION not in read_config(path)
+    return path.suffix not in (".yaml", ".yml")
 
 
 def _estimate(
-    specs: tuple[Path, ...], hardware: str, model: str | None, ranks: int, options: dict[str, Any]
+    specs: list[Path],
+    hardware: str,
+    model: str | None,
+    ranks: int | None,
+    options: dict[str, Any],
 ) -> None:
+    from ptconvert.estimate.advice import advise, recipes
     from ptconvert.estimate.compare import Candidate, Setting, accuracy, compare
     from ptconvert.estimate.hardware import read_engine, read_hardware
     from ptconvert.estimate.model import Workload
@@ -78,7 +98,7 @@ def _estimate(
     shape = model_shape(model, options["revision"]) if model else None
     candidates: list[Candidate] = []
     for spec in specs:
-        name = spec.stem if spec.is_file() else spec.resolve().name
+        name = spec.resolve().name if spec.is_dir() else spec.stem
         candidate, own = _candidate(spec, name, shape)
         candidates.append(candidate)
         shape = shape or own
@@ -86,8 +106,10 @@ def _estimate(
     if options["dtype"] != "auto":
         shape = replace(shape, dtype=DTYPES[options["dtype"]])
     workload = Workload(options["batch"], options["prompt"], options["new"])
+    ranks = ranks or row.whole()
     setting = Setting(shape, row, engine, engine_name, ranks, workload)
-    rows = compare(candidates, setting)
+    rows = compare(candidates or recipes(setting), setting)
+    advice = advise(rows, setting)
     if options["html_file"]:
         from ptconvert.estimate.report import to_html
 
@@ -104,8 +126,9 @@ def _estimate(
         "new_tokens": workload.new,
         "notes": notes(rows, setting),
         "rows": [one.to_json() for one in rows],
+        "verdict": advice.to_json(),
     }
-    print_figures(figures, options["as_json"], lambda c: print_estimates(c, rows, setting))
+    print_figures(figures, options["as_json"], lambda c: print_estimates(c, rows, advice, setting))
 
 
 def _candidate(spec: Path, name: str, shape: ModelShape | None) -> tuple[Any, ModelShape | None]:
@@ -148,3 +171,6 @@ def _list() -> None:
         for name in names:
             what = read_engine(name).edition if title == "engines" else read_hardware(name).name
             click.echo(f"  {name:26} {what}")
+    click.echo("models:")
+    for name in config_names():
+        click.echo(f"  {name}")

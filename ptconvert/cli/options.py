@@ -32,7 +32,10 @@ class BatchSize(click.ParamType):  # type: ignore[type-arg]
 
 
 _SHARED: dict[str, dict[str, Any]] = {
-    "--model": {"metavar": "SRC", "help": "The model: a directory, a config.json or a hub id."},
+    "--model": {
+        "metavar": "SRC",
+        "help": "The model: a directory, a config.json, a hub id or a name of `estimate --list`.",
+    },
     "--revision": {"help": "Branch, tag or commit of the source model, where it is a hub id."},
     "--text": {
         "name": "texts",

@@ -82,6 +82,19 @@ def all_gather(nbytes: float, ranks: int, links: Sequence[Link]) -> Transfer:
     return Transfer(whole.fixed / 2, whole.moving / 2)
 
 
+def point_to_point(nbytes: float, sender: int, receiver: int, links: Sequence[Link]) -> Transfer:
+    """`nbytes` from one rank to another: a fixed time, one step, and the bytes over the bandwidth.
+
+    Over the innermost link that joins the two, by its fastest protocol. Ranks are numbered group
+    by group, and some link must join these.
+    """
+    link = next(x for x in links if sender // x.ranks == receiver // x.ranks)
+    ways = [
+        Transfer((link.base_us + p.step_us) * 1e-6, nbytes / (p.gb_s * 1e9)) for p in link.protocols
+    ]
+    return min(ways, key=lambda way: way.seconds)
+
+
 def _joining(link: Link, group: int) -> Link:
     """The link as it looks to whole groups of ranks, which it joins as if each were one."""
     return replace(link, ranks=math.ceil(link.ranks / group))

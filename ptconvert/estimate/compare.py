@@ -34,6 +34,8 @@ LIMITS = (
     "The host's times of vllm are what one-GPU runs of others leave; those of tensorrt-llm and "
     "vllm-parallel-track-paper are of the versions that the paper ran. The smaller they are, the "
     "more a schedule gains.",
+    "Pipeline stages and replicas are the same roofline, and there are no published runs to check "
+    "them against. In a pipeline prompts go through whole; cut into chunks they would be faster.",
     "Every rank is equally fast, and nothing else uses the links. The numbers of hardware other "
     "than H100 SXM are from data sheets and others' measurements; --measure replaces them.",
 )
@@ -42,12 +44,13 @@ LIMITS = (
 @dataclass(frozen=True)
 class Candidate:
     """A schedule to estimate, and the checkpoint that it runs on: its tracks, and the ranks of
-    their guesses by sublayer."""
+    their guesses by sublayer. `about` says what it is, where its name doesn't."""
 
     name: str
     schedule: Schedule
     tracks: int
     guesses: Mapping[Sublayer, int] = field(default_factory=dict)
+    about: str = ""
 
 
 @dataclass(frozen=True)

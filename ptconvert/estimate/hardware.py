@@ -122,6 +122,14 @@ class Hardware:
         """The most ranks that the links join; 1 where there is no link."""
         return self.links[-1].ranks if self.links else 1
 
+    def whole(self) -> int:
+        """The ranks of the whole box. Raises HardwareError where no link joins any."""
+        if self.ranks == 1:
+            raise HardwareError(
+                [f"{self.name} has no link that joins ranks: add one to it, or say --ranks 1"]
+            )
+        return self.ranks
+
     def check_ranks(self, ranks: int) -> None:
         """Raises HardwareError where the links don't join so many ranks."""
         if ranks > self.ranks:

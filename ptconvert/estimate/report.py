@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from ptconvert.estimate.advice import Advice, Way, advise, verdict
 from ptconvert.estimate.compare import (
+    BASELINE,
     LIMITS,
     Candidate,
     Row,
@@ -76,9 +78,11 @@ def _result(rows: Sequence[Row], setting: Setting) -> html.Html:
         ("tokens per sequence", f"{workload.prompt:,} + {workload.new:,}"),
         ("dtype", dtype(setting)),
     ]
-    table = html.table(HEADER, [cells(row) for row in rows], highlight=[best] if best else [])
-    blocks = [html.facts(facts), table]
-    blocks += [html.note(text) for text in notes(rows, setting)]
+    advice = advise(rows, setting)
+    header, body = ways_table(rows, advice)
+    table = html.table(header, body, highlight=[best] if best else [])
+    blocks = [html.facts(facts), html.paragraph(verdict(advice)), table]
+    blocks += [html.note(text) for text in (*notes(rows, setting), *left_out(advice, setting))]
     return html.section("Result", *blocks)
 
 
@@ -105,6 +109,38 @@ def cells(row: Row) -> list[str]:
         f"{e.tokens_per_second:,.1f}",
         f"{row.speed_up:.2f}",
         f"{e.decode.communication:.0%}",
+    ]
+
+
+def ways_table(rows: Sequence[Row], advice: Advice) -> tuple[list[str], list[list[str]]]:
+    """Header and body of the table of all ways to serve a model: rows, then alternatives."""
+    schedules, others = advice.ways[: len(rows)], advice.ways[len(rows) :]
+    body = [
+        *(cells(row) for row in rows),
+        *(_alternative(way, rows[0]) for way in others if way.fits),
+    ]
+    shown = (*schedules, *(way for way in others if way.fits))
+    crowd = [f"{way.crowded_rate:,.1f}" if way.crowd_fits else "-" for way in shown]
+    header = [*HEADER, f"tokens/s, {advice.crowd} at once"]
+    return header, [[*line, many] for line, many in zip(body, crowd, strict=True)]
+
+
+def left_out(advice: Advice, setting: Setting) -> list[str]:
+    """The alternatives that the table leaves out, and why."""
+    held = setting.hardware.device.memory_gb
+    return [
+        f"{way.name} would need {way.asked.memory / 1e9:,.0f} GB for weights and cache on each "
+        f"rank, which has {held:g} GB."
+        for way in advice.ways
+        if not (way.fits or way.converts or way.name == BASELINE)
+    ]
+
+
+def _alternative(way: Way, baseline: Row) -> list[str]:
+    served = way.asked
+    return [
+        *(way.name, "0", "0", f"{served.ttft * 1e3:,.1f}", f"{served.tpot * 1e3:,.2f}"),
+        *(f"{way.rate:,.1f}", f"{way.rate / baseline.estimate.tokens_per_second:.2f}", "-"),
     ]
 
 

@@ -8,12 +8,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ptconvert.estimate.advice import Advice, verdict
 from ptconvert.estimate.compare import Row, Setting, accuracy
-from ptconvert.estimate.report import HEADER, cells, notes, served_by
+from ptconvert.estimate.report import left_out, notes, served_by, ways_table
+
+_LINES = {
+    "all-reduces": "all-\nre-\nduces",
+    "communication": "com-\nmuni-\ncation",
+    "speed-up": "speed-\nup",
+    "/s": "\n/s",
+    **{f" {word}": f"\n{word}" for word in ("for", "ms", "at once")},
+}
 
 
-def print_estimates(console: Console, rows: Sequence[Row], setting: Setting) -> None:
-    """Estimates of schedules against tensor parallelism's."""
+def print_estimates(
+    console: Console, rows: Sequence[Row], advice: Advice, setting: Setting
+) -> None:
+    """Estimates of schedules against tensor parallelism's and the alternatives', and a verdict."""
     workload = setting.workload
     title = (
         f"{setting.hardware.name}, {served_by(setting)}, {setting.ranks} ranks, batch "
@@ -25,14 +36,22 @@ def print_estimates(console: Console, rows: Sequence[Row], setting: Setting) -> 
         collapse_padding=True,
         header_style="bold",
     )
-    for name in HEADER:
-        left = name == HEADER[0]
-        heading = name.replace("-", "-\n").replace(" ", "\n").replace("muni", "muni-\n")
-        table.add_column(heading, justify="left" if left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*cells(row))
+    header, body = ways_table(rows, advice)
+    for name in header:
+        left = name == header[0]
+        table.add_column(_broken(name), justify="left" if left else "right", overflow="fold")
+    for line in body:
+        table.add_row(*line)
     console.print(Text(title, style="italic"), soft_wrap=True)
     console.print(table)
-    for note in notes(rows, setting):
+    for note in (*notes(rows, setting), *left_out(advice, setting)):
         console.print(Text(f"note: {note}", style="yellow"))
     console.print(Text(f"estimated; {accuracy(setting)}", style="dim"))
+    console.print(Text(verdict(advice), style="bold"))
+
+
+def _broken(heading: str) -> str:
+    """A column's heading on lines as short as its numbers."""
+    for word, lines in _LINES.items():
+        heading = heading.replace(word, lines)
+    return heading
