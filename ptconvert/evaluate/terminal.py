@@ -15,10 +15,9 @@ from ptconvert.report.numbers import (
     number,
     p_value,
     perplexity_of,
-    shortened,
     signed,
-    text_names,
 )
+from ptconvert.shorten import few, without_middle
 
 _STYLES = {"worse": "bold red", "better": "bold green", "no difference found": "dim"}
 
@@ -77,7 +76,7 @@ def _print_divergence(console: Console, found: Divergence) -> None:
     console.print()
     console.print(
         Text(
-            f"divergence on {text_names(found.texts)}: {found.windows} windows of {found.length} "
+            f"divergence on {few(found.texts)}: {found.windows} windows of {found.length} "
             f"tokens (of {found.tokens:,}); losses and KL in nats per token",
             style="bold",
         ),
@@ -100,7 +99,7 @@ def _print_divergence(console: Console, found: Divergence) -> None:
         by_block = _closeness_table("stages", "waited for")
         for block in found.by_block:
             waits = f"{block.waited_before} → {block.waited_after}"
-            stages = shortened(block.stages, 30)
+            stages = without_middle(block.stages, 30)
             by_block.add_row(stages, *_closeness_cells(block.closeness), waits)
         console.print(by_block)
 
