@@ -11,8 +11,8 @@ from markupsafe import Markup
 from ptconvert import __version__
 from ptconvert.evaluate.harness import Settings
 from ptconvert.evaluate.report import Report, Row
-from ptconvert.evaluate.terminal import metric_name
-from ptconvert.measure.divergence import Block, Bucket, Closeness, Divergence
+from ptconvert.evaluate.terminal import closeness_cells, metric_name
+from ptconvert.measure.divergence import Block, Bucket, Divergence
 from ptconvert.measure.statistics import Estimate
 from ptconvert.report.charts import Interval, Series, interval_plot, line_chart
 from ptconvert.report.html import render
@@ -120,7 +120,12 @@ def _divergence(found: Divergence) -> dict[str, Any]:
         },
         "charts": list(_position_charts(found.by_position)),
         "positions": [
-            [f"{b.first:,} to {b.last:,}", *_closeness(b.closeness)] for b in found.by_position
+            [
+                f"{b.first:,} to {b.last:,}",
+                *closeness_cells(b.closeness),
+                f"{b.closeness.agreement.value:.1%}",
+            ]
+            for b in found.by_position
         ],
         "block_chart": _block_chart(found.by_block),
         "blocks": [_block_cells(block) for block in found.by_block],
@@ -158,16 +163,6 @@ def _position_charts(buckets: Sequence[Bucket]) -> Iterator[Markup]:
         )
 
 
-def _closeness(found: Closeness) -> list[str]:
-    return [
-        signed(found.loss.value),
-        between(found.loss, signed),
-        number(found.kl.value),
-        between(found.kl, number),
-        f"{found.agreement.value:.1%}",
-    ]
-
-
 def _points(xs: Sequence[float], estimates: Sequence[Estimate]) -> list[tuple[float, float]]:
     return [(x, e.value) for x, e in zip(xs, estimates, strict=True)]
 
@@ -186,7 +181,7 @@ def _block_cells(block: Block) -> list[str]:
         _layers(block).split(" ", 1)[1],
         without_middle(block.stages, 24),
         f"{block.waited_before} → {block.waited_after}",
-        *_closeness(block.closeness)[:-1],
+        *closeness_cells(block.closeness),
     ]
 
 

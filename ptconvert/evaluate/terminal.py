@@ -88,7 +88,7 @@ def _print_divergence(console: Console, found: Divergence) -> None:
     for bucket in found.by_position:
         place = f"{bucket.first}-{bucket.last}" if bucket.last > bucket.first else f"{bucket.first}"
         agree = f"{bucket.closeness.agreement.value:.1%}"
-        by_position.add_row(place, *_closeness_cells(bucket.closeness), agree)
+        by_position.add_row(place, *closeness_cells(bucket.closeness), agree)
     console.print(by_position)
     if found.by_block:
         console.print()
@@ -100,7 +100,7 @@ def _print_divergence(console: Console, found: Divergence) -> None:
         for block in found.by_block:
             waits = f"{block.waited_before} → {block.waited_after}"
             stages = without_middle(block.stages, 30)
-            by_block.add_row(stages, *_closeness_cells(block.closeness), waits)
+            by_block.add_row(stages, *closeness_cells(block.closeness), waits)
         console.print(by_block)
 
 
@@ -134,7 +134,8 @@ def _closeness_table(first: str, last: str) -> Table:
     return table
 
 
-def _closeness_cells(found: Closeness) -> Iterator[str]:
+def closeness_cells(found: Closeness) -> Iterator[str]:
+    """Difference of the losses and KL, each with its interval."""
     yield signed(found.loss.value)
     yield between(found.loss, signed)
     yield number(found.kl.value)

@@ -138,7 +138,7 @@ class Distillation(Trainer):  # type: ignore[misc]
         head = self.teacher.get_output_embeddings()
         hidden_BTD = hidden_BTD.to(head.weight.dtype)
         loss_BT, kl_BT = by_token(
-            loss_and_kl, head, hidden_BTD, lambda logits: logits, logits_BTV, target_BT
+            loss_and_kl, head, hidden_BTD, nn.Identity(), logits_BTV, target_BT
         )
         return loss_BT, kl_BT
 

@@ -210,7 +210,7 @@ def figure(
     )
 
 
-def element(tag: str, content: str = "", **attributes: str | float) -> Markup:
+def element(tag: str, content: str = "", /, **attributes: str | float) -> Markup:
     """One SVG element. `class_` and `text_anchor` are the attributes class and text-anchor."""
     shown = {
         name.rstrip("_").replace("_", "-"): f"{v:.2f}" if isinstance(v, float) else v
