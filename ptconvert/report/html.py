@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @cache
 def environment() -> Environment:
     """The one environment in which all templates are rendered."""
-    # not above: of an estimate without a report it would be a third of the time
+    # not above: it takes 0.1 s, a fifth of what an estimate without a report takes
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     return Environment(
