@@ -17,6 +17,7 @@ from ptconvert.report.numbers import (
     perplexity_of,
     signed,
 )
+from ptconvert.report.terminal import figures_table
 from ptconvert.shorten import few, without_middle
 
 _STYLES = {"worse": "bold red", "better": "bold green", "no difference found": "dim"}
@@ -37,13 +38,9 @@ def print_evaluation(console: Console, report: Report) -> None:
 def tasks_table(rows: tuple[Row, ...]) -> Table:
     """One row per metric: both models, their difference, its interval and p-value."""
     paired = any(row.difference is not None for row in rows)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("task", no_wrap=True)
-    table.add_column("metric", no_wrap=True)
-    names = ["docs", *(["source"] if paired else []), "converted"]
+    names = ["task", "metric", "docs", *(["source"] if paired else []), "converted"]
     names += ["difference", "95% interval", "p"] if paired else ["95% interval"]
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = figures_table(*names, text=2, no_wrap=True)
     table.add_column("")
     shown = ""
     for row in rows:
@@ -105,10 +102,7 @@ def _print_divergence(console: Console, found: Divergence) -> None:
 
 
 def _whole_table(found: Closeness) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for name in ("value", "95% interval", "p"):
-        table.add_column(name, justify="right")
+    table = figures_table("", "value", "95% interval", "p")
     for label, one in (
         ("loss, source", found.source_loss),
         ("loss, converted", found.converted_loss),
@@ -127,11 +121,7 @@ def _whole_table(found: Closeness) -> Table:
 
 
 def _closeness_table(first: str, last: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(first, no_wrap=True)
-    for name in ("loss", "95% interval", "KL", "95% interval", last):
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+    return figures_table(first, "loss", "95% interval", "KL", "95% interval", last, no_wrap=True)
 
 
 def closeness_cells(found: Closeness) -> Iterator[str]:

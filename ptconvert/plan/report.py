@@ -9,7 +9,6 @@ from typing import Any
 
 from markupsafe import Markup
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from ptconvert import __version__
@@ -20,7 +19,7 @@ from ptconvert.report.charts import Series, line_chart
 from ptconvert.report.html import render
 from ptconvert.report.html_schedule import schedule_diagram
 from ptconvert.report.numbers import between, number, signed
-from ptconvert.report.terminal import diagram
+from ptconvert.report.terminal import diagram, figures_table
 from ptconvert.shorten import few
 from ptconvert.spec.terms import ASSIGNMENTS
 
@@ -178,9 +177,7 @@ def _header(planned: Planned) -> tuple[str, ...]:
 def print_plan(console: Console, planned: Planned) -> None:
     """The frontier as a table with the chosen point marked, and its schedule."""
     console.print(Text(_title(planned), style="bold"), soft_wrap=True)
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("", *_header(planned)):
-        shown.add_column(name, justify="right", no_wrap=True)
+    shown = figures_table("", *_header(planned), no_wrap=True)
     for point in planned.frontier.points:
         here = point is planned.chosen
         mark = "→" if here else ""
