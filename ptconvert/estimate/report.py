@@ -25,7 +25,9 @@ from ptconvert.estimate.timeline import Timeline
 from ptconvert.models.shape import TORCH_NAMES
 from ptconvert.report.charts import Bar, Lane, LaneGroup, Series, lanes, line_chart
 from ptconvert.report.html import render
-from ptconvert.schedule.stages import DEFERRED, Kind, Schedule
+from ptconvert.schedule.endings import DEFERRED
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Kind
 
 _NAMES = {Kind.ATTENTION: "attention", Kind.MLP: "MLP"}
 HEADER = (

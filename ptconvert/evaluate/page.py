@@ -24,7 +24,7 @@ from ptconvert.report.numbers import (
     perplexity_of,
     signed,
 )
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 from ptconvert.shorten import few, without_middle
 
 

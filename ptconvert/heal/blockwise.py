@@ -34,7 +34,7 @@ from ptconvert.modeling.layers import family_class
 from ptconvert.modeling.model import PTConvertModel
 from ptconvert.runtime.load import read_part
 from ptconvert.schedule.presets import dense_schedule, with_only
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 from ptconvert.shorten import without_middle
 
 Report = Callable[..., None]

@@ -25,7 +25,7 @@ from ptconvert.models.families import CARRIED_BUFFERS
 from ptconvert.models.shape import TORCH_NAMES, config_dtype
 from ptconvert.runtime.memory import PROCESS_BYTES, free_memory
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 from ptconvert.shorten import few
 
 T = TypeVar("T")

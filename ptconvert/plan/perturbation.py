@@ -23,7 +23,7 @@ from ptconvert.measure.opening import BatchSize, Progress
 from ptconvert.modeling.executor import run_schedule
 from ptconvert.plan.segments import Segment, alone
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 _SEED = 0
 

@@ -8,7 +8,8 @@ from markupsafe import Markup
 
 from ptconvert.report.charts import WIDTH, element, figure
 from ptconvert.report.terminal import MEANING, endings
-from ptconvert.schedule.stages import Kind, Schedule, Sublayer
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Kind, Sublayer
 
 _PER_ROW = 32
 _CELL, _LEFT, _ROW = 21, 84, 74
