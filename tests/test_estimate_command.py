@@ -202,6 +202,15 @@ def test_any_schedule_has_a_report(schedule: Schedule) -> None:
     Balanced().feed(to_html(compare([Candidate("drawn", schedule, 4)], setting), setting))
 
 
+def test_a_schedules_name_is_text_in_the_report() -> None:
+    setting = Setting(SHAPE, H100, GPT_FAST, "gpt-fast", 8, Workload(1, 8, 8))
+    named = Candidate("<script>alert(1)</script>", SCHEDULES["ladder"], 8)
+    text = to_html(compare([named], setting), setting)
+    Balanced().feed(text)
+    # in the table, both timelines, every chart's legend and the list of schedules
+    assert "<script" not in text and text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4
+
+
 class Balanced(HTMLParser):
     """Fails on tags that are not closed in order."""
 

@@ -29,10 +29,11 @@ from ptconvert.errors import HealError
 from ptconvert.heal import run as healing
 from ptconvert.heal.blockwise import Pieces, blocks_of
 from ptconvert.heal.data import Data, read_data
-from ptconvert.heal.distill import compare, distill
+from ptconvert.heal.distill import distill
 from ptconvert.heal.models import changed_layers, freeze_but, share, trainable
 from ptconvert.heal.settings import Settings
 from ptconvert.measure import divergence
+from ptconvert.measure.divergence import by_token, loss_and_kl
 from ptconvert.measure.opening import BatchSize, open_model, schedule_of
 from ptconvert.runtime.launch import PRELOADED
 from ptconvert.schedule.schedule import Schedule
@@ -324,12 +325,14 @@ def test_other_settings_dont_go_on_from_it(source: Path, convert: Convert, tmp_p
 # Training
 
 
-def test_the_loss_is_kl_and_its_gradient() -> None:
+@pytest.mark.parametrize("at_once", [50 * 6, 50 * 4, 1])  # all six tokens, four and two, each one
+def test_the_loss_is_kl_and_its_gradient(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ptconvert.measure.divergence.LOGITS_AT_ONCE", at_once)
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 50, bias=False)
     hidden, target = torch.randn(2, 3, 8), torch.randint(50, (2, 3))
     logits = torch.randn(2, 3, 50, requires_grad=True)
-    loss, kl = compare(logits, hidden, head, target)
+    loss, kl = by_token(loss_and_kl, head, hidden, torch.nn.Identity(), logits, target)
     p, q = head(hidden).softmax(-1), logits.softmax(-1)
     assert torch.allclose(kl, (p * (p / q).log()).sum(-1), atol=1e-5)
     assert not torch.allclose(kl, (q * (q / p).log()).sum(-1), atol=1e-2)

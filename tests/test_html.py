@@ -7,8 +7,9 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from jinja2 import UndefinedError
 
-from ptconvert.report import html
+from ptconvert.report import charts, html
 
 EVIL = "<script>alert('&')</script>"
 
@@ -20,10 +21,12 @@ class Strict(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.seen: set[str] = set()
+        self.attributes: set[tuple[str, str, str | None]] = set()
         self.text = ""
 
-    def handle_starttag(self, tag: str, _: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.add(tag)
+        self.attributes |= {(tag, *attribute) for attribute in attrs}
         if tag != "meta":
             self.open.append(tag)
 
@@ -37,34 +40,51 @@ class Strict(HTMLParser):
         self.text += data
 
 
+# all that parts.html has, and text where a report puts any
+ALL_PARTS = """{% extends "page.html" %}{% import "parts.html" as parts %}{% block content %}
+<h2>{{ evil }}</h2><p>{{ evil }}<code>{{ evil }}</code></p><pre>{{ evil }}</pre>
+{{ parts.notes([evil]) }}{{ parts.facts([(evil, evil)]) }}
+{{ parts.table([evil, "n"], [[evil, 1], [evil, 2]], code=[0], highlight=[1], caption=evil) }}
+{% for chart in charts %}{{ chart }}{% endfor %}{% endblock %}"""
+
+
 def test_all_text_is_escaped_everywhere() -> None:
-    series = [html.Series(EVIL, [(1, 1), (2, 2)]), html.Series("b", [(1, 2), (2, 3)])]
-    bars = [html.Bar(0, 9, EVIL, EVIL)]
-    blocks = [
-        html.paragraph(EVIL, html.code(EVIL)),
-        html.note(EVIL),
-        html.block(EVIL),
-        html.bullets([EVIL]),
-        html.facts([(EVIL, EVIL)]),
-        html.table([EVIL, "n"], [[EVIL, 1]], caption=EVIL),
-        html.line_chart(series, EVIL, EVIL, caption=EVIL),
-        html.interval_plot([html.Interval(EVIL, 0, 1, 2)], EVIL, caption=EVIL),
-        html.lanes([html.LaneGroup(EVIL, [html.Lane(EVIL, bars)])], EVIL, caption=EVIL),
+    series = [charts.Series(EVIL, [(1, 1), (2, 2)]), charts.Series("b", [(1, 2), (2, 3)])]
+    bars = [charts.Bar(0, 9, EVIL, EVIL)]
+    drawn = [
+        charts.line_chart(series, EVIL, EVIL, caption=EVIL),
+        charts.interval_plot([charts.Interval(EVIL, 0, 1, 2)], EVIL, caption=EVIL),
+        charts.lanes([charts.LaneGroup(EVIL, [charts.Lane(EVIL, bars)])], EVIL, caption=EVIL),
     ]
     parser = Strict()
-    parser.feed(html.page(EVIL, EVIL, [html.section(EVIL, *blocks)]))
+    template = html.environment().from_string(ALL_PARTS)
+    parser.feed(template.render(title=EVIL, subtitle=EVIL, evil=EVIL, charts=drawn))
     assert not parser.open and "script" not in parser.seen
     assert parser.text.count(EVIL) >= 20
 
 
+@pytest.mark.parametrize("name", ['" onload="alert(1)', "x' y", "<b>"])
+def test_no_name_leaves_its_attribute(name: str) -> None:
+    drawn = charts.line_chart([charts.Series("s", [(1, 1), (2, 2)])], "x", "y", caption=name)
+    parser = Strict()
+    parser.feed(drawn)
+    assert parser.attributes >= {("svg", "aria-label", name)}
+    assert not any(attribute == "onload" for _, attribute, _ in parser.attributes)
+
+
+def test_a_template_lacks_nothing() -> None:
+    with pytest.raises(UndefinedError, match="subtitle"):
+        html.render("page.html", title="a")
+
+
 def test_a_page_stands_alone() -> None:
-    text = html.page("a", "b", [])
+    text = html.render("page.html", title="a", subtitle="b")
     assert "http" not in text and "src=" not in text and "@media print" in text
 
 
 def test_lanes_are_to_scale() -> None:
-    bars = [html.Bar(0, 10, "x"), html.Bar(20, 50, "x"), html.Bar(50, 100, "y")]
-    drawn = html.lanes([html.LaneGroup("g", [html.Lane("l", bars)])], "us")
+    bars = [charts.Bar(0, 10, "x"), charts.Bar(20, 50, "x"), charts.Bar(50, 100, "y")]
+    drawn = charts.lanes([charts.LaneGroup("g", [charts.Lane("l", bars)])], "us")
     found = re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)" height="22"', drawn)
     (x0, w0), (x1, w1), (x2, w2) = [(float(x), float(w)) for x, w in found]
     assert w1 == pytest.approx(3 * w0, abs=0.05) and w2 == pytest.approx(5 * w0, abs=0.05)
@@ -73,8 +93,8 @@ def test_lanes_are_to_scale() -> None:
 
 @pytest.mark.parametrize("log_x", [False, True])
 def test_a_line_passes_through_its_points(log_x: bool) -> None:
-    drawn = html.line_chart(
-        [html.Series("s", [(1, 1), (10, 2), (100, 3)], [(0.5, 1.5), (1, 3), (2, 4)])],
+    drawn = charts.line_chart(
+        [charts.Series("s", [(1, 1), (10, 2), (100, 3)], [(0.5, 1.5), (1, 3), (2, 4)])],
         "x",
         "y",
         log_x=log_x,
@@ -94,16 +114,16 @@ def test_a_line_passes_through_its_points(log_x: bool) -> None:
 @pytest.mark.parametrize("log_y", [False, True])
 def test_a_logarithmic_y_spaces_decades_evenly_within_the_axes(log_y: bool) -> None:
     points = [(float(x), 0.001 * 10 ** (x / 6)) for x in range(1, 25)]
-    drawn = html.line_chart([html.Series("s", points)], "x", "y", log_y=log_y)
+    drawn = charts.line_chart([charts.Series("s", points)], "x", "y", log_y=log_y)
     line = re.search(r'<polyline points="([^"]*)"', drawn)
     assert line is not None
     ys = [float(p.split(",")[1]) for p in line[1].split()]
     assert (ys[0] - ys[6] == pytest.approx(ys[12] - ys[18], abs=0.3)) == log_y
     ticks = [float(x) for x in re.findall(r'<text x="([0-9.]+)"[^>]*middle" class="tick"', drawn)]
-    assert ticks and all(64 < x < html._WIDTH - 16 for x in ticks)  # none beside the chart
+    assert ticks and all(64 < x < charts.WIDTH - 16 for x in ticks)  # none beside the chart
 
 
 def test_ticks_are_round_and_enclose() -> None:
     for low, high in ((0, 1), (0.97, 1.31), (-7, 2), (3, 3), (0, 48211)):
-        ticks = html._ticks(low, high)
+        ticks = charts._ticks(low, high)
         assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 9

@@ -14,7 +14,7 @@ import ptconvert
 PACKAGE = Path(ptconvert.__file__).parent
 # From the bottom up; folders of one line don't know each other.
 LEVELS = [
-    {"errors"},
+    {"errors", "shorten"},
     {"schedule"},
     {"models"},
     {"spec"},

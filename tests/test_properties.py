@@ -6,6 +6,8 @@ import json
 import shutil
 import struct
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,13 @@ def sharded(make_dense: MakeDense) -> Path:
 
 def snapshot(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+@contextmanager
+def copy_of(checkpoint: Path) -> Iterator[Path]:
+    """A copy alone in a directory, to be spoiled."""
+    with tempfile.TemporaryDirectory() as directory:
+        yield shutil.copytree(checkpoint, Path(directory) / "source")
 
 
 def attempt(source: Path, spec: str, to_dense: bool = False) -> None:
@@ -100,9 +109,7 @@ def test_arbitrary_specs(content: bytes) -> None:
 @FEW
 @given(data=st.data())
 def test_mutated_configs(sharded: Path, data: st.DataObject) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        source = Path(directory) / "source"
-        shutil.copytree(sharded, source)
+    with copy_of(sharded) as source:
         config = json.loads((source / "config.json").read_text())
         for key in data.draw(st.lists(st.sampled_from(sorted(config)), min_size=1, max_size=3)):
             if data.draw(st.booleans()):
@@ -124,9 +131,7 @@ def converted(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @FEW
 @given(data=st.data())
 def test_mutated_converted_configs(converted: Path, data: st.DataObject) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        source = Path(directory) / "source"
-        shutil.copytree(converted, source)
+    with copy_of(converted) as source:
         config = json.loads((source / "config.json").read_text())
         section = config["ptconvert"]
         key = data.draw(st.sampled_from(sorted(section)))
@@ -138,9 +143,7 @@ def test_mutated_converted_configs(converted: Path, data: st.DataObject) -> None
 @FEW
 @given(data=st.data())
 def test_mutated_indexes(sharded: Path, data: st.DataObject) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        source = Path(directory) / "source"
-        shutil.copytree(sharded, source)
+    with copy_of(sharded) as source:
         path = source / "model.safetensors.index.json"
         index = json.loads(path.read_text())
         names = sorted(index["weight_map"])
@@ -190,9 +193,7 @@ def rewritten_header(content: bytes, draw: Any) -> bytes:
 @FEW
 @given(data=st.data())
 def test_damaged_safetensors(sharded: Path, data: st.DataObject) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        source = Path(directory) / "source"
-        shutil.copytree(sharded, source)
+    with copy_of(sharded) as source:
         path = data.draw(st.sampled_from(sorted(source.glob("*.safetensors"))))
         content = path.read_bytes()
         what = data.draw(st.sampled_from(["cut", "grow", "length", "byte", "header", "empty"]))

@@ -21,6 +21,8 @@ def test_wheel_installs_and_runs_elsewhere(make_dense: MakeDense, tmp_path: Path
     assert "ptconvert/py.typed" in names and not any(n.startswith("tests") for n in names)
     configs = (ROOT / "specs" / "configs").glob("*.json")
     assert {f"ptconvert/models/configs/{path.name}" for path in configs} < set(names)
+    templates = (ROOT / "ptconvert" / "report" / "templates").iterdir()
+    assert {f"ptconvert/report/templates/{file.name}" for file in templates} <= {*names}
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel]
     subprocess.run([*map(str, install)], check=True, capture_output=True)

@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ptconvert  # noqa: F401  # makes AutoModelForCausalLM open converted checkpoints
-from ptconvert.report.html import page, paragraph, section, table
+from ptconvert.report.html import environment
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -43,6 +43,19 @@ QUESTIONS = (
     "Complete the sentence: Once upon a time,",
     "What does a carpenter do?",
 )
+
+PAGE = """{% extends "page.html" %}
+{% import "parts.html" as parts %}
+{% block content %}
+<section>
+<h2>Answers</h2>
+{% for line in told %}
+<p>{{ line }}</p>
+{% endfor %}
+{{ parts.table([""] + names, rows, text=range(1 + names | length)) }}
+</section>
+{% endblock %}
+"""
 
 
 def main() -> None:
@@ -69,14 +82,18 @@ def main() -> None:
         console.print(line)
     if given.html is not None:
         rows = [[q, *(found[n] for found in texts)] for n, q in enumerate(QUESTIONS)]
-        answered = table(
-            ["", *(p.name for p in given.checkpoints)],
-            rows,
-            text_columns=range(1 + len(given.checkpoints)),
+        page = (
+            environment()
+            .from_string(PAGE)
+            .render(
+                title=f"Twenty questions to {given.checkpoints[0].name} and what was made of it",
+                subtitle=f"greedy, {given.tokens} tokens at most",
+                names=[path.name for path in given.checkpoints],
+                rows=rows,
+                told=told[1:],
+            )
         )
-        title = f"Twenty questions to {given.checkpoints[0].name} and what was made of it"
-        told_of = section("Answers", *map(paragraph, told[1:]), answered)
-        given.html.write_text(page(title, f"greedy, {given.tokens} tokens at most", [told_of]))
+        given.html.write_text(page)
 
 
 @torch.inference_mode()

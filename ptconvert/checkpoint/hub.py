@@ -22,6 +22,7 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 
 from ptconvert.checkpoint.files import ADAPTER, INDEX, code_files, goes_along
 from ptconvert.errors import CheckpointError
+from ptconvert.shorten import clipped
 
 # Weights under transformers' own names (not a vendor's second copy of them) and under ours.
 _WEIGHTS = (
@@ -163,5 +164,5 @@ def _one_line(repo: str, revision: str | None) -> Iterator[None]:
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         # An upload's RuntimeError names only the file; its cause says what the hub answered.
         cause = f" {error.__cause__}" if isinstance(error, RuntimeError) else ""
-        what = " ".join(f"{error}{cause}".split())[:300]
+        what = clipped(" ".join(f"{error}{cause}".split()), 300)
         raise CheckpointError(f"{repo}: the hub refused or failed: {what}") from None

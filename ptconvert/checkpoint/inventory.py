@@ -12,6 +12,7 @@ from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, same_bytes
 from ptconvert.errors import CheckpointError, ConfigError
 from ptconvert.models.families import CARRIED_BUFFERS
 from ptconvert.models.shape import DTYPE_BYTES, EMBEDDING, HEAD, TIED, ModelShape
+from ptconvert.shorten import few
 
 _BASE = "model."  # transformers' name of the model without lm_head in the one with it
 # What wrappers leave in tensors' names, and which do.
@@ -131,10 +132,9 @@ def check_tensors(
         )
     faults += [f"{name} is not a tensor of {shape.family.model_type}" for name in unknown]
     if faults:
-        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(
             f"{checkpoint.path}: the tensors are not those that config.json describes: "
-            f"{'; '.join(faults[:3])}{more}{advice}"
+            f"{few(faults, joint='; ')}{advice}"
         )
     return extras
 

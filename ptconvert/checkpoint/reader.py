@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,11 @@ from ptconvert.checkpoint.files import (
 )
 from ptconvert.errors import CheckpointError
 from ptconvert.models.shape import ELEMENT_BYTES
+from ptconvert.shorten import clipped
 
 _PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
 _MAX_INDEX_BYTES = 64 * 1024 * 1024
-_BLOCK_BYTES = 1024 * 1024
+BLOCK_BYTES = 1024 * 1024  # that are read or written at once
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ def _indexed_files(path: Path) -> list[str]:
         plain = isinstance(file, str) and file.endswith(".safetensors") and "\0" not in file
         if not plain or Path(file).name != file or "\\" in file:
             raise CheckpointError(
-                f"{path}: {name} is in {str(file)[:80]!r}; it must be the name of a .safetensors "
-                "file beside the index"
+                f"{path}: {name} is in {clipped(str(file), 80)!r}; it must be the name of a "
+                ".safetensors file beside the index"
             )
         files.add(file)
     return sorted(files)
@@ -188,28 +189,23 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def read_tensor(entry: TensorEntry) -> bytes:
-    """All bytes of a tensor."""
-    block = bytearray(entry.nbytes)
-    handle = os.open(entry.file, os.O_RDONLY)
-    try:
-        read_into(handle, memoryview(block), entry, 0)
-    finally:
-        os.close(handle)
-    return bytes(block)
+    """All bytes of a tensor. Raises CheckpointError."""
+    return b"".join(blocks(entry))
 
 
 def same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
-    """Whether two tensors hold the same bytes."""
-    with a.file.open("rb") as stream_a, b.file.open("rb") as stream_b:
-        stream_a.seek(a.offset)
-        stream_b.seek(b.offset)
-        left = a.nbytes
-        while left > 0:
-            size = min(_BLOCK_BYTES, left)
-            if stream_a.read(size) != stream_b.read(size):
-                return False
-            left -= size
-    return a.nbytes == b.nbytes
+    """Whether two tensors hold the same bytes. Raises CheckpointError."""
+    pairs = zip(blocks(a), blocks(b), strict=True)
+    return a.nbytes == b.nbytes and all(one == other for one, other in pairs)
+
+
+def blocks(entry: TensorEntry) -> Iterator[memoryview]:
+    """A tensor's bytes, a block at a time. Raises CheckpointError where the file ends."""
+    with entry.file.open("rb") as stream:
+        for start in range(0, entry.nbytes, BLOCK_BYTES):
+            block = memoryview(bytearray(min(BLOCK_BYTES, entry.nbytes - start)))
+            read_into(stream.fileno(), block, entry, start)
+            yield block
 
 
 def read_into(handle: int, block: memoryview, source: TensorEntry, start: int) -> None:

@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ptconvert.checkpoint.reader import TensorEntry, read_into
+from ptconvert.checkpoint.reader import BLOCK_BYTES, TensorEntry, blocks, read_into
 from ptconvert.models.shape import ELEMENT_BYTES
 
 # Places along an axis, in order: all that lie between two (step 1), or one by one.
 Indices = range | NDArray[np.int32]
-BLOCK_BYTES = 1024 * 1024
 THREADS = 2
 
 
@@ -90,10 +89,8 @@ class Digests:
         """The digest of a tensor."""
         if entry.name not in self._hashes:
             self._hashes[entry.name] = digest = hashlib.sha256()
-            with entry.file.open("rb") as stream:
-                stream.seek(entry.offset)
-                for start in range(0, entry.nbytes, BLOCK_BYTES):
-                    digest.update(stream.read(min(BLOCK_BYTES, entry.nbytes - start)))
+            for block in blocks(entry):
+                digest.update(block)
         found: bytes = self._hashes[entry.name].digest()
         return found
 
@@ -147,9 +144,10 @@ def copy_moves(
             handles[path] = os.open(path, flags)
             stack.callback(os.close, handles[path])
 
+        copier = _Copier(sources, targets, handles, digests)
+
         def carry_out(group: list[Move]) -> None:
-            copy = _copy_rows if group[0].axis == 0 else _copy_columns
-            for nbytes in copy(sources, targets, handles, group, digests):
+            for nbytes in copier.rows(*group) if group[0].axis == 0 else copier.columns(group):
                 progress(nbytes)
                 if stop.is_set():
                     return
@@ -185,62 +183,57 @@ def _groups(moves: Sequence[Move]) -> list[list[Move]]:
     return list(groups.values())
 
 
-def _copy_rows(
-    sources: Mapping[str, TensorEntry],
-    targets: Mapping[str, TensorEntry],
-    handles: Mapping[Path, int],
-    group: list[Move],
-    digests: Digests,
-) -> Iterator[int]:
-    """Copies the rows of one move; yields bytes as they are written."""
-    (move,) = group
-    source, target = sources[move.source], targets[move.target]
-    row = source.nbytes // source.shape[0]
-    buffer = memoryview(bytearray(min(BLOCK_BYTES, len(move.take) * row)))
-    for first, into, size in move.runs():
-        begin, end = first * row, (first + size) * row
-        shift = target.offset + into * row - begin
-        for start in range(begin, end, BLOCK_BYTES):
-            block = buffer[: min(BLOCK_BYTES, end - start)]
-            read_into(handles[source.file], block, source, start)
-            digests.update(source.name, target.name, block)
-            _write(handles[target.file], block, start + shift)
-            yield len(block)
+@dataclass(frozen=True)
+class _Copier:
+    """Carries out moves between open files; its methods yield bytes as they are written."""
 
+    sources: Mapping[str, TensorEntry]
+    targets: Mapping[str, TensorEntry]
+    handles: Mapping[Path, int]
+    digests: Digests
 
-def _copy_columns(
-    sources: Mapping[str, TensorEntry],
-    targets: Mapping[str, TensorEntry],
-    handles: Mapping[Path, int],
-    group: list[Move],
-    digests: Digests,
-) -> Iterator[int]:
-    """Copies columns between one wide tensor and its narrow parts, a block of rows at a time."""
-    read = {m.source: sources[m.source] for m in group}
-    write = {m.target: targets[m.target] for m in group}
-    rows, widest = max((e.shape for e in (*read.values(), *write.values())), key=lambda s: s[1])
-    itemsize = next(iter(read.values())).nbytes // math.prod(next(iter(read.values())).shape)
-    step = max(1, BLOCK_BYTES // (widest * itemsize))
-    buffers = {
-        e.name: np.empty((step, e.shape[1]), f"u{itemsize}")
-        for e in (*read.values(), *write.values())
-    }
-    for first in range(0, rows, step):
-        count = min(step, rows - first)
-        for name, source in read.items():
-            block = buffers[name][:count]
-            start = first * block.shape[1] * itemsize
-            read_into(handles[source.file], block.data.cast("B"), source, start)
-            digests.update(name, None, block.data.cast("B"))
-        for move in group:
-            part = buffers[move.source][:count, _selector(move.take)]
-            buffers[move.target][:count, _selector(move.put)] = part
-        for name, target in write.items():
-            block = buffers[name][:count]
-            offset = target.offset + first * block.shape[1] * itemsize
-            digests.update(None, name, block.data.cast("B"))
-            _write(handles[target.file], block.data.cast("B"), offset)
-            yield block.nbytes
+    def rows(self, move: Move) -> Iterator[int]:
+        """The rows of one move."""
+        source, target = self.sources[move.source], self.targets[move.target]
+        row = source.nbytes // source.shape[0]
+        buffer = memoryview(bytearray(min(BLOCK_BYTES, len(move.take) * row)))
+        for first, into, size in move.runs():
+            begin, end = first * row, (first + size) * row
+            shift = target.offset + into * row - begin
+            for start in range(begin, end, BLOCK_BYTES):
+                block = buffer[: min(BLOCK_BYTES, end - start)]
+                read_into(self.handles[source.file], block, source, start)
+                self.digests.update(source.name, target.name, block)
+                _write(self.handles[target.file], block, start + shift)
+                yield len(block)
+
+    def columns(self, group: list[Move]) -> Iterator[int]:
+        """Columns between one wide tensor and its narrow parts, a block of rows at a time."""
+        read = {m.source: self.sources[m.source] for m in group}
+        write = {m.target: self.targets[m.target] for m in group}
+        rows, widest = max((e.shape for e in (*read.values(), *write.values())), key=lambda s: s[1])
+        itemsize = next(iter(read.values())).nbytes // next(iter(read.values())).count
+        step = max(1, BLOCK_BYTES // (widest * itemsize))
+        buffers = {
+            e.name: np.empty((step, e.shape[1]), f"u{itemsize}")
+            for e in (*read.values(), *write.values())
+        }
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            for name, source in read.items():
+                block = buffers[name][:count]
+                start = first * block.shape[1] * itemsize
+                read_into(self.handles[source.file], block.data.cast("B"), source, start)
+                self.digests.update(name, None, block.data.cast("B"))
+            for move in group:
+                part = buffers[move.source][:count, _selector(move.take)]
+                buffers[move.target][:count, _selector(move.put)] = part
+            for name, target in write.items():
+                block = buffers[name][:count]
+                offset = target.offset + first * block.shape[1] * itemsize
+                self.digests.update(None, name, block.data.cast("B"))
+                _write(self.handles[target.file], block.data.cast("B"), offset)
+                yield block.nbytes
 
 
 def _selector(indices: Indices) -> slice | NDArray[np.int32]:
@@ -257,11 +250,8 @@ def write_arrays(
     for name, array in arrays.items():
         block = np.ascontiguousarray(array).data.cast("B")
         assert len(block) == targets[name].nbytes, f"{name} is not of its target's size"
-        handle = os.open(targets[name].file, os.O_RDWR)
-        try:
-            _write(handle, block, targets[name].offset)
-        finally:
-            os.close(handle)
+        with targets[name].file.open("r+b") as stream:
+            _write(stream.fileno(), block, targets[name].offset)
         progress(len(block))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from markupsafe import Markup
+
 from ptconvert.estimate.advice import Advice, Way, advise, verdict
 from ptconvert.estimate.compare import (
     BASELINE,
@@ -23,7 +25,8 @@ from ptconvert.estimate.model import Estimate, reduction, vocabulary_seconds
 from ptconvert.estimate.roofline import Pass, kernel_seconds, kernels_of, sublayer_parts
 from ptconvert.estimate.timeline import Timeline
 from ptconvert.models.shape import TORCH_NAMES
-from ptconvert.report import html
+from ptconvert.report.charts import Bar, Lane, LaneGroup, Series, lanes, line_chart
+from ptconvert.report.html import render
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind
 
@@ -42,48 +45,37 @@ HEADER = (
 
 def to_html(rows: Sequence[Row], setting: Setting) -> str:
     """The report as one self-contained document."""
-    candidates = [row.candidate for row in rows[1:]]
-    s = setting
+    s, workload = setting, setting.workload
     subtitle = f"{s.hardware.name}, {served_by(s)}; {accuracy(s)}."
-    return html.page(
-        "What a schedule buys",
-        subtitle[0].upper() + subtitle[1:],
-        [
-            _result(rows, setting),
-            _timelines(rows, "decode step", lambda e: e.decode),
-            _timelines(rows, "prefill", lambda e: e.prefill),
-            _by_hand(setting),
-            *_what_if(candidates, setting),
-            html.section("Where this is wrong", html.bullets(LIMITS)),
-            html.section(
-                "Schedules",
-                *(
-                    html.Html(
-                        html.paragraph(row.candidate.name) + html.block(str(row.candidate.schedule))
-                    )
-                    for row in rows[1:]
-                ),
-            ),
-        ],
-    )
-
-
-def _result(rows: Sequence[Row], setting: Setting) -> html.Html:
-    shape, workload = setting.shape, setting.workload
     best = max(range(len(rows)), key=lambda i: rows[i].speed_up)
-    facts = [
-        ("model", f"{shape.family.model_type}, {shape.layers} layers of width {shape.width:,}"),
-        ("ranks", str(setting.ranks)),
-        ("batch", str(workload.batch)),
-        ("tokens per sequence", f"{workload.prompt:,} + {workload.new:,}"),
-        ("dtype", dtype(setting)),
-    ]
-    advice = advise(rows, setting)
+    shape, advice = s.shape, advise(rows, s)
     header, body = ways_table(rows, advice)
-    table = html.table(header, body, highlight=[best] if best else [])
-    blocks = [html.facts(facts), html.paragraph(verdict(advice)), table]
-    blocks += [html.note(text) for text in (*notes(rows, setting), *left_out(advice, setting))]
-    return html.section("Result", *blocks)
+    return render(
+        "estimate.html",
+        title="What a schedule buys",
+        subtitle=subtitle[0].upper() + subtitle[1:],
+        facts={
+            "model": f"{shape.family.model_type}, {shape.layers} layers of width {shape.width:,}",
+            "ranks": s.ranks,
+            "batch": workload.batch,
+            "tokens per sequence": f"{workload.prompt:,} + {workload.new:,}",
+            "dtype": dtype(s),
+        },
+        verdict=verdict(advice),
+        header=header,
+        rows=body,
+        best=[best] if best else [],
+        notes=[*notes(rows, s), *left_out(advice, s)],
+        timelines={
+            "decode step": _timelines(rows, "decode step", lambda e: e.decode),
+            "prefill": _timelines(rows, "prefill", lambda e: e.prefill),
+        },
+        by_hand=_by_hand(s),
+        reached=_reached(s),
+        what_if=_what_if([row.candidate for row in rows[1:]], s),
+        limits=LIMITS,
+        schedules=[(row.candidate.name, row.candidate.schedule) for row in rows[1:]],
+    )
 
 
 def served_by(setting: Setting) -> str:
@@ -183,16 +175,14 @@ def _slower(several: Sequence[Row], setting: Setting) -> str:
     )
 
 
-def _timelines(rows: Sequence[Row], what: str, of: Callable[[Estimate], Timeline]) -> html.Html:
+def _timelines(rows: Sequence[Row], what: str, of: Callable[[Estimate], Timeline]) -> Markup:
     window = layer_group(rows[-1].candidate.schedule)
     groups = [lane_group(row.candidate, of(row.estimate), window) for row in rows]
     caption = (
         f"Layers {window[0]} to {window[-1]} of one {what}, to scale. An all-reduce that nothing "
         "hides keeps the next stage waiting."
     )
-    return html.section(
-        f"A layer group in a {what}", html.lanes(groups, "microseconds", caption=caption)
-    )
+    return lanes(groups, "microseconds", caption=caption)
 
 
 def layer_group(schedule: Schedule) -> range:
@@ -208,7 +198,7 @@ def layer_group(schedule: Schedule) -> range:
     return range(first, last)
 
 
-def lane_group(candidate: Candidate, timeline: Timeline, layers: range) -> html.LaneGroup:
+def lane_group(candidate: Candidate, timeline: Timeline, layers: range) -> LaneGroup:
     """What computes and what transfers while the stages of some layers run, in microseconds."""
     stages = candidate.schedule.stages
     inside = [
@@ -219,13 +209,13 @@ def lane_group(candidate: Candidate, timeline: Timeline, layers: range) -> html.
     begin, end = inside[0].compute[0], inside[-1].compute[1] + inside[-1].waited
     waits = [(s.compute[1], s.compute[1] + s.waited) for s in timeline.spans if s.waited > 0]
 
-    def bar(start: float, stop: float, kind: str, label: str = "") -> list[html.Bar]:
+    def bar(start: float, stop: float, kind: str, label: str = "") -> list[Bar]:
         start, stop = max(start, begin), min(stop, end)
-        bars = [html.Bar((start - begin) * 1e6, (stop - begin) * 1e6, kind, label)]
+        bars = [Bar((start - begin) * 1e6, (stop - begin) * 1e6, kind, label)]
         return bars if stop > start else []
 
-    compute: list[html.Bar] = []
-    transfers: list[html.Bar] = []
+    compute: list[Bar] = []
+    transfers: list[Bar] = []
     for stage, span in zip(stages, timeline.spans, strict=True):
         label = "|".join(map(str, stage.sublayers))
         kinds = dict.fromkeys(_NAMES[s.kind] for s in stage.sublayers)
@@ -237,42 +227,39 @@ def lane_group(candidate: Candidate, timeline: Timeline, layers: range) -> html.
             transfers += bar(start, exposed, "all-reduce, hidden", label)
             transfers += bar(exposed, stop, "all-reduce, waited for", label)
     title = f"{candidate.name}: {(end - begin) * 1e6:,.0f} us"
-    lanes = (html.Lane("compute", compute), html.Lane("all-reduce", transfers))
-    return html.LaneGroup(title, lanes)
+    return LaneGroup(title, (Lane("compute", compute), Lane("all-reduce", transfers)))
 
 
-def _by_hand(setting: Setting) -> html.Html:
+def _passes(setting: Setting) -> dict[str, Pass]:
+    return {"prefill": setting.workload.prefill, "decode step": setting.workload.decode}
+
+
+def _by_hand(setting: Setting) -> list[list[str]]:
+    return [
+        _stage_by_hand(what, name, kind, one, setting)
+        for what, one in _passes(setting).items()
+        for kind, name in _NAMES.items()
+    ]
+
+
+def _reached(setting: Setting) -> str:
+    """What the rooflines are of, and what no row of them has."""
     s, device = setting, setting.hardware.device
-    rows = []
-    passes = (("prefill", s.workload.prefill), ("decode step", s.workload.decode))
-    for what, one in passes:
-        for kind, name in _NAMES.items():
-            rows.append(_stage_by_hand(what, name, kind, one, setting))
     reached = (
         f"Reached are {device.matmul_tflops * s.engine.matmul_reach:,.0f} of "
         f"{device.matmul_tflops:,.0f} TFLOP/s and "
         f"{device.memory_gb_s * device.memory_reach:,.0f} of {device.memory_gb_s:,.0f} GB/s."
     )
     cut = [
-        vocabulary_seconds(s.shape, s.hardware, s.engine, s.ranks, one) * 1e6 for _, one in passes
+        vocabulary_seconds(s.shape, s.hardware, s.engine, s.ranks, one) * 1e6
+        for one in _passes(s).values()
     ]
     if any(cut):
         reached += (
             " The vocabulary is cut by rank: to all-reduce the embeddings and gather the logits "
             f"takes {cut[0]:,.1f} us of a prefill and {cut[1]:,.1f} us of a decode step."
         )
-    header = (
-        *("pass", "sublayer", "GFLOP", "MB", "roofline, us", "kernels, us"),
-        *("blocking all-reduce, us", "overlapped all-reduce, us"),
-    )
-    return html.section(
-        "By hand",
-        html.paragraph(
-            "One rank's work in a layer, uncut by tracks. The roofline is the larger of FLOPs over "
-            f"the rate reached and bytes over the bandwidth reached, part by part. {reached}"
-        ),
-        html.table(header, rows, text_columns=(0, 1)),
-    )
+    return reached
 
 
 def _stage_by_hand(what: str, name: str, kind: Kind, one: Pass, setting: Setting) -> list[str]:
@@ -293,40 +280,40 @@ def _stage_by_hand(what: str, name: str, kind: Kind, one: Pass, setting: Setting
     ]
 
 
-def _what_if(candidates: Sequence[Candidate], setting: Setting) -> list[html.Html]:
+def _what_if(candidates: Sequence[Candidate], setting: Setting) -> dict[str, Markup]:
     charts: list[tuple[str, str, str, Mapping[float, list[Row]]]] = [
         (
-            "Link speed",
+            "link speed",
             "link speed, times this hardware's",
             "Bandwidths multiplied and latencies divided alike.",
             over_link_speed(candidates, setting),
         ),
         (
-            "Batch",
+            "batch",
             "sequences in a batch",
             "As far as weights and cache fit the device.",
             {float(n): r for n, r in over_batches(candidates, setting).items()},
         ),
         (
-            "Ranks",
+            "ranks",
             "ranks",
             "Numbers that divide the model and all tracks.",
             {float(n): r for n, r in over_ranks(candidates, setting).items()},
         ),
     ]
-    return [
-        html.section(f"Speed-up against: {title.lower()}", _chart(label, caption, points))
-        for title, label, caption, points in charts
+    return {
+        what: _chart(label, caption, points)
+        for what, label, caption, points in charts
         if len(points) > 1 and candidates
-    ]
+    }
 
 
-def _chart(label: str, caption: str, points: Mapping[float, list[Row]]) -> html.Html:
+def _chart(label: str, caption: str, points: Mapping[float, list[Row]]) -> Markup:
     names = [row.candidate.name for row in next(iter(points.values()))]
     series = [
-        html.Series(name, [(x, rows[index].speed_up) for x, rows in points.items()])
+        Series(name, [(x, rows[index].speed_up) for x, rows in points.items()])
         for index, name in enumerate(names)
         if index
     ]
     what = "speed-up in tokens/s over tensor parallel"
-    return html.line_chart(series, label, what, log_x=True, reference=1.0, caption=caption)
+    return line_chart(series, label, what, log_x=True, reference=1.0, caption=caption)

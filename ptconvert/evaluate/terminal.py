@@ -15,10 +15,10 @@ from ptconvert.report.numbers import (
     number,
     p_value,
     perplexity_of,
-    shortened,
     signed,
-    text_names,
 )
+from ptconvert.report.terminal import figures_table
+from ptconvert.shorten import few, without_middle
 
 _STYLES = {"worse": "bold red", "better": "bold green", "no difference found": "dim"}
 
@@ -38,13 +38,9 @@ def print_evaluation(console: Console, report: Report) -> None:
 def tasks_table(rows: tuple[Row, ...]) -> Table:
     """One row per metric: both models, their difference, its interval and p-value."""
     paired = any(row.difference is not None for row in rows)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("task", no_wrap=True)
-    table.add_column("metric", no_wrap=True)
-    names = ["docs", *(["source"] if paired else []), "converted"]
+    names = ["task", "metric", "docs", *(["source"] if paired else []), "converted"]
     names += ["difference", "95% interval", "p"] if paired else ["95% interval"]
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = figures_table(*names, text=2, no_wrap=True)
     table.add_column("")
     shown = ""
     for row in rows:
@@ -77,7 +73,7 @@ def _print_divergence(console: Console, found: Divergence) -> None:
     console.print()
     console.print(
         Text(
-            f"divergence on {text_names(found.texts)}: {found.windows} windows of {found.length} "
+            f"divergence on {few(found.texts)}: {found.windows} windows of {found.length} "
             f"tokens (of {found.tokens:,}); losses and KL in nats per token",
             style="bold",
         ),
@@ -89,7 +85,7 @@ def _print_divergence(console: Console, found: Divergence) -> None:
     for bucket in found.by_position:
         place = f"{bucket.first}-{bucket.last}" if bucket.last > bucket.first else f"{bucket.first}"
         agree = f"{bucket.closeness.agreement.value:.1%}"
-        by_position.add_row(place, *_closeness_cells(bucket.closeness), agree)
+        by_position.add_row(place, *closeness_cells(bucket.closeness), agree)
     console.print(by_position)
     if found.by_block:
         console.print()
@@ -100,16 +96,13 @@ def _print_divergence(console: Console, found: Divergence) -> None:
         by_block = _closeness_table("stages", "waited for")
         for block in found.by_block:
             waits = f"{block.waited_before} → {block.waited_after}"
-            stages = shortened(block.stages, 30)
-            by_block.add_row(stages, *_closeness_cells(block.closeness), waits)
+            stages = without_middle(block.stages, 30)
+            by_block.add_row(stages, *closeness_cells(block.closeness), waits)
         console.print(by_block)
 
 
 def _whole_table(found: Closeness) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for name in ("value", "95% interval", "p"):
-        table.add_column(name, justify="right")
+    table = figures_table("", "value", "95% interval", "p")
     for label, one in (
         ("loss, source", found.source_loss),
         ("loss, converted", found.converted_loss),
@@ -128,14 +121,11 @@ def _whole_table(found: Closeness) -> Table:
 
 
 def _closeness_table(first: str, last: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(first, no_wrap=True)
-    for name in ("loss", "95% interval", "KL", "95% interval", last):
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+    return figures_table(first, "loss", "95% interval", "KL", "95% interval", last, no_wrap=True)
 
 
-def _closeness_cells(found: Closeness) -> Iterator[str]:
+def closeness_cells(found: Closeness) -> Iterator[str]:
+    """Difference of the losses and KL, each with its interval."""
     yield signed(found.loss.value)
     yield between(found.loss, signed)
     yield number(found.kl.value)

@@ -35,6 +35,7 @@ from ptconvert.modeling.model import PTConvertModel
 from ptconvert.runtime.load import read_part
 from ptconvert.schedule.presets import dense_schedule, with_only
 from ptconvert.schedule.schedule import Schedule
+from ptconvert.shorten import without_middle
 
 Report = Callable[..., None]
 STREAM_BYTES = 2**32  # of streams kept in memory; beyond it they lie in the work folder
@@ -82,11 +83,12 @@ class Pieces:
     def load(self, layers: range, stages: range) -> Any:
         """The decoder with these layers in memory, and no others, that runs these stages."""
         for index, layer in enumerate(self.model.layers):
-            for name, parameter in list(layer.named_parameters()):
-                if index not in layers and not parameter.is_meta:
-                    _set(layer, name, torch.empty_like(parameter, device="meta"))
-                elif index in layers and parameter.is_meta:
-                    _set(layer, name, self.read(f"model.layers.{index}.{name}"))
+            if index not in layers:
+                layer.to("meta")
+                continue
+            absent = [name for name, parameter in layer.named_parameters() if parameter.is_meta]
+            read = {name: self.read(f"model.layers.{index}.{name}") for name in absent}
+            layer.load_state_dict(read, strict=False, assign=True)
         self.model.first_stage, self.model.stop_stage = stages.start, stages.stop
         return self.model
 
@@ -95,11 +97,6 @@ class Pieces:
         entry = self.checkpoint.tensors[name]
         tensor = read_part(entry, 0, 0, entry.shape[0])
         return tensor.to(device=self.device, dtype=self.dtype)
-
-
-def _set(owner: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(owner.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def heal_blocks(
@@ -116,7 +113,7 @@ def heal_blocks(
     Finished blocks are kept in `work` and not trained again. A block whose error on the held-out
     windows didn't fall keeps its own weights. Raises HealError.
     """
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+    dtype: torch.dtype = getattr(torch, settings.dtype)
     pieces = Pieces(student, dtype, settings.device)
     dense = Pieces(teacher, dtype, settings.device)
     order = data.order(settings.tokens, settings.seed)
@@ -227,9 +224,10 @@ def _heal(
     warm = math.ceil(settings.warmup * len(rows))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, warm, len(rows)))
     progress(step, 0, len(rows))
+    stages = without_middle(block.text, 31)
     before = _held_out(model, target, held_NTD, settings.batch_size)
     if not math.isfinite(before):
-        raise HealError(f"{_shortened(block.text)}: its stream isn't finite; try --dtype float32")
+        raise HealError(f"{stages}: its stream isn't finite; try --dtype float32")
     for number, chosen in enumerate(rows):
         for part in torch.split(chosen, settings.batch_size):
             stream_BTD = train_NTD[part].to(settings.device)
@@ -246,7 +244,7 @@ def _heal(
     for parameter in own.values():
         parameter.requires_grad = False
     after = _held_out(model, target, held_NTD, settings.batch_size)
-    say(f"{step} ({_shortened(block.text)}): held-out error {before:.4f} → {after:.4f}")
+    say(f"{step} ({stages}): held-out error {before:.4f} → {after:.4f}")
     if not after < before:
         return {}
     return {f"model.{n}": p.detach().cpu() for n, p in moved.items()}
@@ -268,7 +266,3 @@ def _held_out(model: Any, target: Any, stream_NTD: torch.Tensor, batch: int) -> 
         error = relative_error(out_BTD, target_BTD, piece_BTD.to(out_BTD.device))
         total += float(error) * len(piece_BTD)
     return total / len(stream_NTD)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 30 else f"{text[:14]} … {text[-14:]}"

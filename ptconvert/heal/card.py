@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ptconvert.heal.report import Healed
+from ptconvert.shorten import few
 
 
 def healing_section(report: Healed, command: str) -> str:
@@ -16,8 +17,7 @@ def healing_section(report: Healed, command: str) -> str:
         weights = "all weights" if settings.train == "all" else changed
         how = f"a LoRA of rank {settings.lora} on {weights}, merged" if settings.lora else weights
         stages.append(f"end to end by KL(source || healed) ({how}; {rate} {settings.rate:g})")
-    names = ", ".join(report.data[:3])
-    names += f" and {len(report.data) - 3} more" if len(report.data) > 3 else ""
+    texts = few(report.data)
     rows = "\n".join(f"| {row.name} | {row.loss:.4f} | {row.kl:.4f} |" for row in report.rows)
     kept = "training did not help, and the weights are as before"
     if report.kept != "before":
@@ -26,7 +26,7 @@ def healing_section(report: Healed, command: str) -> str:
 
 Distilled from `{report.teacher}`: {" and then ".join(stages)}.
 
-- at most {report.tokens} tokens of {names}; sha256 of the windows: `{report.data_digest}`
+- at most {report.tokens} tokens of {texts}; sha256 of the windows: `{report.data_digest}`
 - seed {settings.seed}
 - `{command}`
 

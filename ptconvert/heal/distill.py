@@ -20,7 +20,6 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import (
     EarlyStoppingCallback,
@@ -37,7 +36,7 @@ from ptconvert.heal.data import Data
 from ptconvert.heal.models import freeze_but, share
 from ptconvert.heal.settings import LORA_ALPHA, Settings
 from ptconvert.heal.work import Tensors
-from ptconvert.measure.divergence import LOGITS_AT_ONCE
+from ptconvert.measure.divergence import by_token, loss_and_kl
 
 Report = Callable[..., None]  # the step, how much is done, of how much, and a note
 _STATE = "trainer_state.json"
@@ -136,42 +135,12 @@ class Distillation(Trainer):  # type: ignore[misc]
         with torch.no_grad(), self.accelerator.autocast():
             decoder = self.teacher.get_decoder()
             hidden_BTD = decoder(input_ids=ids_BS[:, :-1], use_cache=False).last_hidden_state
-        return compare(logits_BTV, hidden_BTD, self.teacher.get_output_embeddings(), target_BT)
-
-
-def compare(
-    logits_BTV: torch.Tensor,
-    hidden_BTD: torch.Tensor,
-    head: nn.Module,
-    target_BT: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of a model's logits, and KL(teacher || model), at each token in fp32.
-
-    The teacher comes as its final hidden states and output head. Piece by piece, and computed
-    again in the backward pass, so that no second set of logits is ever in memory.
-    """
-    at_once = max(1, LOGITS_AT_ONCE // logits_BTV.shape[-1])
-    pieces = zip(
-        torch.split(logits_BTV.flatten(0, 1), at_once),
-        torch.split(hidden_BTD.flatten(0, 1), at_once),
-        torch.split(target_BT.flatten(), at_once),
-        strict=True,
-    )
-    losses = [checkpoint(_piece, head, *piece, use_reentrant=False) for piece in pieces]
-    loss_P, kl_P = (torch.cat(values) for values in zip(*losses, strict=True))
-    return loss_P.view(target_BT.shape), kl_P.view(target_BT.shape)
-
-
-def _piece(
-    head: Any, logits_PV: torch.Tensor, hidden_PD: torch.Tensor, target_P: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.no_grad():
-        weight_VD = head.weight
-        logp_PV = functional.linear(hidden_PD.to(weight_VD.dtype), weight_VD).float()
-        logp_PV = logp_PV.log_softmax(-1)
-    logq_PV = logits_PV.float().log_softmax(-1)
-    kl_P = functional.kl_div(logq_PV, logp_PV, reduction="none", log_target=True).sum(-1)
-    return functional.nll_loss(logq_PV, target_P, reduction="none"), kl_P
+        head = self.teacher.get_output_embeddings()
+        hidden_BTD = hidden_BTD.to(head.weight.dtype)
+        loss_BT, kl_BT = by_token(
+            loss_and_kl, head, hidden_BTD, nn.Identity(), logits_BTV, target_BT
+        )
+        return loss_BT, kl_BT
 
 
 def held_out_means(prediction: Any) -> dict[str, float]:

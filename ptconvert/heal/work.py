@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ptconvert.errors import HealError
+from ptconvert.shorten import clipped, few
 
 Tensors = dict[str, torch.Tensor]
 _START = "start-"  # what the KL stage begins with, written when it does
@@ -71,13 +72,10 @@ def _check_key(path: Path, key: dict[str, object]) -> None:
     differing = [name for name in key | found if key.get(name) != found.get(name)]
     differing.sort(key=lambda name: name not in found)
     if differing and _trained(path):
-        what = "; ".join(
-            f"{name} was {_short(found.get(name))}, is {_short(key.get(name))}"
-            for name in differing[:3]
-        )
+        what = [f"{n} was {_short(found.get(n))}, is {_short(key.get(n))}" for n in differing]
         raise HealError(
-            f"{path} holds the state of another healing ({what}): remove it, or name another with "
-            "--work"
+            f"{path} holds the state of another healing ({few(what, joint='; ')}): remove it, or "
+            "name another with --work"
         )
     if differing:
         for stale in path.glob(f"{_START}*"):
@@ -92,8 +90,7 @@ def _trained(path: Path) -> bool:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:12]}…"
+    return clipped(json.dumps(value), 40)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,20 +12,20 @@ import torch
 from ptconvert.checkpoint.atomic import new_directory
 from ptconvert.checkpoint.config import as_json
 from ptconvert.checkpoint.files import INDEX, small_files
-from ptconvert.checkpoint.reader import Checkpoint, TensorEntry
+from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.checkpoint.section import MODELING_FILE, SPEC_FILE, trained_config
+from ptconvert.checkpoint.writer import write_arrays
 from ptconvert.errors import CheckpointError
 from ptconvert.heal.work import Tensors
 from ptconvert.models.shape import EMBEDDING, HEAD, TIED
-
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+from ptconvert.runtime.load import TORCH_DTYPES
 
 
 def rounded(checkpoint: Checkpoint, healed: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors in the dtype in which the checkpoint holds them, one at a time: what was healed lies
     in mapped files, and all of it needn't fit in memory."""
     for name, tensor in healed.items():
-        yield name, tensor.to(DTYPES[checkpoint.tensors[name].dtype])
+        yield name, tensor.to(TORCH_DTYPES[checkpoint.tensors[name].dtype])
 
 
 def write(
@@ -51,23 +51,14 @@ def write(
                 # a copy that some tied checkpoints carry
                 healed = healed | {HEAD: healed[EMBEDDING]} if EMBEDDING in healed else healed
             for name, tensor in rounded(checkpoint, healed):
-                _replace(directory, checkpoint.tensors[name], tensor)
+                entry = checkpoint.tensors[name]
+                assert tuple(tensor.shape) == entry.shape, name
+                copied = replace(entry, file=directory / entry.file.name)
+                data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+                write_arrays({name: copied}, {name: data}, lambda _: None)
             if healed:
                 config = as_json(trained_config(checkpoint.config))
                 (directory / "config.json").write_text(config, encoding="utf-8")
             (directory / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{error.filename or destination}: {error.strerror}") from None
-
-
-def _replace(directory: Path, entry: TensorEntry, tensor: torch.Tensor) -> None:
-    """Writes a tensor's bytes over those in the copy of its file."""
-    assert tuple(tensor.shape) == entry.shape, entry.name
-    data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
-    handle = os.open(directory / entry.file.name, os.O_WRONLY)
-    try:
-        done = 0
-        while done < len(data):
-            done += os.pwrite(handle, data[done:], entry.offset + done)
-    finally:
-        os.close(handle)

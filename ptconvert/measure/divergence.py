@@ -1,7 +1,7 @@
 """How far a converted model's predictions are from its source's, on the user's own text.
 
 The most sensitive measure of a conversion, and it needs no task data. Shapes: N windows, T tokens
-in each, V vocabulary, D residual stream width.
+in each, B of them at once, P tokens in a piece, V vocabulary, D residual stream width.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from ptconvert.measure.opening import BatchSize, Progress
 from ptconvert.measure.statistics import (
@@ -35,6 +36,10 @@ from ptconvert.schedule.schedule import Schedule
 BLOCK_WINDOWS = 8
 _FIRST_BUCKET = 8  # tokens; each further one is as long as all before it
 LOGITS_AT_ONCE = 1 << 24  # 64 MiB of fp32 for each of the few copies that KL needs
+
+# Of each token of a piece, each (P): from the source's log-probabilities (P, V), a model's, and the
+# tokens that come (P).
+Values = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,8 @@ def measure(
     decoder, device = model.get_decoder(), model.device
     for rows, outputs in _outputs(decoder, device, ids, batch, progress, step, stream):
         hidden_BTD, target_BT = outputs.last_hidden_state, ids[rows, 1:].to(model.device)
-        results.append(_compared(source.head, kept[rows], head, hidden_BTD, target_BT))
+        found = by_token(_compared, source.head, kept[rows], head, hidden_BTD, target_BT)
+        results.append(torch.stack(found).cpu().double().numpy())
     return Tokens(*np.concatenate(results, axis=1))
 
 
@@ -198,38 +204,58 @@ def _outputs(
     progress(label, done, len(ids))
 
 
-def _compared(
+def by_token(
+    values: Values,
     source_head: Any,
     source_BTD: torch.Tensor,
-    head: Any,
-    hidden_BTD: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    own_BTX: torch.Tensor,
     target_BT: torch.Tensor,
-) -> Floats:
-    """Source's loss, this model's loss, KL and agreement of each token: (4, B, T)."""
-    at_once = max(1, LOGITS_AT_ONCE // source_head.weight.shape[0])
-    flat = torch.empty(4, target_BT.numel(), dtype=torch.float32)
-    pieces = zip(
-        torch.split(source_BTD.flatten(0, 1), at_once),
-        torch.split(hidden_BTD.flatten(0, 1), at_once),
-        torch.split(target_BT.flatten(), at_once),
-        strict=True,
-    )
-    done = 0
-    for source_PD, hidden_PD, target_P in pieces:
-        logp_PV = source_head(source_PD.to(hidden_PD.device)).float().log_softmax(-1)
-        logq_PV = head(hidden_PD).float().log_softmax(-1)
-        kl_P = functional.kl_div(logq_PV, logp_PV, reduction="none", log_target=True).sum(-1)
-        rows = torch.stack(
-            [
-                functional.nll_loss(logp_PV, target_P, reduction="none"),
-                functional.nll_loss(logq_PV, target_P, reduction="none"),
-                kl_P,
-                (logp_PV.argmax(-1) == logq_PV.argmax(-1)).float(),
-            ]
-        )
-        flat[:, done : done + len(target_P)] = rows.cpu()
-        done += len(target_P)
-    return flat.view(4, *target_BT.shape).double().numpy()
+) -> list[torch.Tensor]:
+    """`values` of each token, each (B, T), from the source's final hidden states and its output
+    head, a model's own (or its logits, for a head that leaves them), and the tokens that come.
+
+    Piece by piece, and computed again in the backward pass where there is one, so that no set of
+    logits is in memory that didn't come in. Nothing is differentiated by the source.
+    """
+
+    def piece(
+        source_PD: torch.Tensor, own_PX: torch.Tensor, target_P: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            logp_PV = source_head(source_PD.to(own_PX.device)).float().log_softmax(-1)
+        return values(logp_PV, head(own_PX).float().log_softmax(-1), target_P)
+
+    flat = source_BTD.flatten(0, 1), own_BTX.flatten(0, 1), target_BT.flatten()
+    at_once = tokens_at_once(source_head.weight.shape[0])
+    pieces = zip(*(torch.split(tensor, at_once) for tensor in flat), strict=True)
+    found = [
+        checkpoint(piece, *each, use_reentrant=False) if torch.is_grad_enabled() else piece(*each)
+        for each in pieces
+    ]
+    return [torch.cat(each).view(target_BT.shape) for each in zip(*found, strict=True)]
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """The tokens of a piece."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
+
+
+def loss_and_kl(
+    logp_PV: torch.Tensor, logq_PV: torch.Tensor, target_P: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of a model that predicts q, and KL(p || q), each (P) and in nats."""
+    kl_PV = functional.kl_div(logq_PV, logp_PV, reduction="none", log_target=True)
+    return functional.nll_loss(logq_PV, target_P, reduction="none"), kl_PV.sum(-1)
+
+
+def _compared(
+    logp_PV: torch.Tensor, logq_PV: torch.Tensor, target_P: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The fields of Tokens, each (P)."""
+    source_P = functional.nll_loss(logp_PV, target_P, reduction="none")
+    same_P = (logp_PV.argmax(-1) == logq_PV.argmax(-1)).float()
+    return source_P, *loss_and_kl(logp_PV, logq_PV, target_P), same_P
 
 
 def by_position(tokens: Tokens, seed: int) -> Iterator[Bucket]:

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 import ptconvert
 from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.config import converted_config
+from ptconvert.measure.divergence import loss_and_kl
 from ptconvert.measure.needs import Held, Place
 from ptconvert.modeling.layers import family_class
 from ptconvert.modeling.model import PTConvertModel
@@ -133,13 +134,14 @@ def head_seconds(vocabulary: int, width: int, dtype: str, device: str, tokens: i
     kind: dict[str, Any] = {"device": device, "dtype": getattr(torch, dtype)}
     weight_VD = torch.randn(vocabulary, width, **kind)
     hidden_PD = torch.randn(min(tokens, 256), width, **kind)
+    target_P = torch.zeros(len(hidden_PD), dtype=torch.long, device=device)
 
     @torch.inference_mode()
     def compared() -> None:
         ours, theirs = (
             functional.linear(hidden_PD, weight_VD).float().log_softmax(-1) for _ in range(2)
         )
-        functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+        loss_and_kl(theirs, ours, target_P)
 
     return _fastest(compared, weight_VD.device) * tokens / len(hidden_PD)
 

@@ -26,6 +26,7 @@ from ptconvert.models.shape import TORCH_NAMES, config_dtype
 from ptconvert.runtime.memory import PROCESS_BYTES, free_memory
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
+from ptconvert.shorten import few
 
 T = TypeVar("T")
 # Told how far a long step has come: the step, how much is done, and of how much (None: unknown).
@@ -88,8 +89,7 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
             if not str(name).endswith(CARRIED_BUFFERS)
         )
         if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"{checkpoint.path}: {what} tensor {names[0]}{more}")
+            raise CheckpointError(f"{checkpoint.path}: {what} tensor {few(names, 1)}")
     return model
 
 

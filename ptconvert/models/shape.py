@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ptconvert.errors import ConfigError
 from ptconvert.models.families import FAMILIES, UNSUPPORTED, Cut, Family, TensorRule
 from ptconvert.schedule.stages import MAX_LAYERS
+from ptconvert.shorten import clipped
 
 # safetensors' names of the dtypes that are converted, by torch's names and with their bytes.
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -169,8 +170,7 @@ def _flag(config: Mapping[str, object], key: str, where: str) -> bool:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return clipped(repr(value), 60)
 
 
 def _family(config: Mapping[str, object], where: str) -> Family:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ptconvert.measure.divergence import LOGITS_AT_ONCE
+from ptconvert.measure.divergence import tokens_at_once
 from ptconvert.measure.opening import BatchSize, Progress
 from ptconvert.modeling.executor import TorchEngine, run_program
 from ptconvert.plan.segments import Segment, alone
@@ -122,7 +122,7 @@ class Perturbations:
         take each token by itself, so that few logits are held."""
         stream_BTD = self._streams[self.layers][rows]
         found_PD = torch.empty_like(stream_BTD).flatten(0, 1).to(self._decoder.device)
-        at_once = max(1, LOGITS_AT_ONCE // self._head.weight.shape[0])
+        at_once = tokens_at_once(self._head.weight.shape[0])
         window = stream_BTD.shape[1]
         for number, stream_TD in enumerate(stream_BTD, rows.start):
             generator = torch.Generator(found_PD.device).manual_seed(_SEED + number)

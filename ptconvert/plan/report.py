@@ -4,34 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from ptconvert import __version__
 from ptconvert.measure.statistics import RESAMPLES, Estimate, estimate, mean_over
 from ptconvert.plan.planner import Frontier, Objective, Point
 from ptconvert.plan.spec_text import spec_text
-from ptconvert.report.html import (
-    Html,
-    Series,
-    block,
-    code,
-    facts,
-    line_chart,
-    note,
-    page,
-    paragraph,
-    section,
-    table,
-)
+from ptconvert.report.charts import Series, line_chart
+from ptconvert.report.html import render
 from ptconvert.report.html_schedule import schedule_diagram
-from ptconvert.report.numbers import between, number, signed, text_names
-from ptconvert.report.terminal import diagram
+from ptconvert.report.numbers import between, number, signed
+from ptconvert.report.terminal import diagram, figures_table
+from ptconvert.shorten import few
 from ptconvert.spec.terms import ASSIGNMENTS
 
 
@@ -73,7 +62,7 @@ def to_spec(planned: Planned) -> str:
         "",
         f"All-reduces per forward pass: {before} before, {counts.all_reduces} after;",
         f"waited for: {before} before, {counts.waited_for} after.",
-        f"Measured on {text_names(planned.texts)} ({planned.windows} windows of {planned.length} "
+        f"Measured on {few(planned.texts)} ({planned.windows} windows of {planned.length} "
         "tokens), before any",
         f"training: KL {number(p.cost.kl)}, loss {signed(p.cost.loss)} nats per token.",
         "The figure at each range is the sum of what its parts cost by themselves, to second order",
@@ -188,9 +177,7 @@ def _header(planned: Planned) -> tuple[str, ...]:
 def print_plan(console: Console, planned: Planned) -> None:
     """The frontier as a table with the chosen point marked, and its schedule."""
     console.print(Text(_title(planned), style="bold"), soft_wrap=True)
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("", *_header(planned)):
-        shown.add_column(name, justify="right", no_wrap=True)
+    shown = figures_table("", *_header(planned), no_wrap=True)
     for point in planned.frontier.points:
         here = point is planned.chosen
         mark = "→" if here else ""
@@ -204,7 +191,7 @@ def print_plan(console: Console, planned: Planned) -> None:
 def _title(planned: Planned) -> str:
     return (
         f"{planned.model} over {planned.tracks} tracks, {planned.budget}: {planned.windows} "
-        f"windows of {planned.length} tokens of {text_names(planned.texts)} in {planned.dtype}; "
+        f"windows of {planned.length} tokens of {few(planned.texts)} in {planned.dtype}; "
         "nats per token"
     )
 
@@ -221,67 +208,50 @@ def _explained(planned: Planned) -> str:
 
 def plan_page(planned: Planned) -> str:
     """The frontier as one self-contained page."""
-    subtitle = f"ptconvert plan {__version__}: all-reduces waited for against KL"
-    title = f"{planned.model} over {planned.tracks} tracks"
-    return page(title, subtitle, _sections(planned))
-
-
-def _sections(planned: Planned) -> Iterator[Html]:
-    chosen = planned.chosen
-    counts = chosen.schedule.counts
-    yield section(
-        "Chosen",
-        facts(
-            [
-                ("budget", planned.budget),
-                ("waited for", f"{2 * chosen.schedule.layers} → {counts.waited_for}"),
-                ("all-reduces", f"{2 * chosen.schedule.layers} → {counts.all_reduces}"),
-                ("KL", f"{number(chosen.cost.kl)}  ({between(interval(chosen), number)})"),
-                ("loss", signed(chosen.cost.loss)),
-                ("same first choice", f"{chosen.cost.agreement:.1%}"),
-            ]
-        ),
-        schedule_diagram(chosen.schedule, planned.tracks),
-        block(to_spec(planned)),
+    chosen, points = planned.chosen, planned.frontier.points
+    counts, before = chosen.schedule.counts, 2 * chosen.schedule.layers
+    return render(
+        "plan.html",
+        title=f"{planned.model} over {planned.tracks} tracks",
+        subtitle=f"ptconvert plan {__version__}: all-reduces waited for against KL",
+        facts={
+            "budget": planned.budget,
+            "waited for": f"{before} → {counts.waited_for}",
+            "all-reduces": f"{before} → {counts.all_reduces}",
+            "KL": f"{number(chosen.cost.kl)}  ({between(interval(chosen), number)})",
+            "loss": signed(chosen.cost.loss),
+            "same first choice": f"{chosen.cost.agreement:.1%}",
+        },
+        diagram=schedule_diagram(chosen.schedule, planned.tracks),
+        spec=to_spec(planned),
+        chart=_chart(planned),
+        header=[name.replace("-\n", "-") for name in _header(planned)],
+        rows=[_cells(planned, point) for point in points],
+        chosen=[i for i, point in enumerate(points) if point is chosen],
+        sensitivities=_sensitivities(planned),
+        measured=f"{_title(planned)}. {_explained(planned)}",
+        schedules=[(point.schedule.counts.waited_for, point.schedule) for point in points],
     )
-    points = planned.frontier.points
-    yield section(
-        "Frontier",
-        *_chart(planned),
-        table(
-            [name.replace("-\n", "-") for name in _header(planned)],
-            [_cells(planned, p) for p in points],
-            text_columns=(),
-            highlight=[i for i, p in enumerate(points) if p is chosen],
-        ),
-        note(
-            "Before any training. The schedules were chosen on this text, so another text of the "
-            "same kind will show a little more: ptconvert eval measures it."
-        ),
-    )
-    yield section("Sensitivity of each sublayer", *_sensitivities(planned))
-    yield section("How this was measured", paragraph(f"{_title(planned)}. {_explained(planned)}"))
-    schedules = [[f"{p.schedule.counts.waited_for}", code(str(p.schedule))] for p in points]
-    yield section("Schedules", table(["waited for", "schedule"], schedules, text_columns=(1,)))
 
 
-def _chart(planned: Planned) -> Iterator[Html]:
+def _chart(planned: Planned) -> Markup | None:
     """KL against weight, on a logarithmic scale, which has no place for the dense model's 0."""
     by_latency = planned.objective.name == "latency"
     ranges = {p: interval(p).interval or (p.cost.kl, p.cost.kl) for p in planned.frontier.points}
     drawn = [p for p in ranges if min(p.predicted, *ranges[p]) > 0]
-    if drawn:
-        measured = [(p.weight, p.cost.kl) for p in drawn]
-        yield line_chart(
-            [
-                Series("measured whole", measured, [ranges[p] for p in drawn]),
-                Series("predicted", [(p.weight, p.predicted) for p in drawn]),
-            ],
-            "milliseconds, estimated" if by_latency else "all-reduces waited for",
-            "KL, nats per token",
-            log_y=True,
-            caption="With 95% intervals over windows. Predicted is the sum over the parts.",
-        )
+    if not drawn:
+        return None
+    measured = [(p.weight, p.cost.kl) for p in drawn]
+    return line_chart(
+        [
+            Series("measured whole", measured, [ranges[p] for p in drawn]),
+            Series("predicted", [(p.weight, p.predicted) for p in drawn]),
+        ],
+        "milliseconds, estimated" if by_latency else "all-reduces waited for",
+        "KL, nats per token",
+        log_y=True,
+        caption="With 95% intervals over windows. Predicted is the sum over the parts.",
+    )
 
 
 _ENDINGS = (
@@ -291,33 +261,27 @@ _ENDINGS = (
 )
 
 
-def _sensitivities(planned: Planned) -> Iterator[Html]:
+def _sensitivities(planned: Planned) -> dict[str, Any]:
+    """The chart of each sublayer's endings, and the table."""
     found = planned.frontier.sensitivities
     names = [(key, label) for key, label in _ENDINGS if any(getattr(s, key) for s in found)]
-    yield paragraph(
-        "KL, to second order, when one sublayer alone ends so and all others are all-reduced at "
-        "once. Where a line peaks, keeping the sublayer dense buys the most."
-    )
-    yield line_chart(
-        [
-            Series(
-                label,
-                [
-                    (s.sublayer.position / 2, kl)
-                    for s in found
-                    if (kl := getattr(s, key) or 0.0) > 0
-                ],
-            )
-            for key, label in names
-        ],
-        "layer (attention at the whole number, MLP half a step on)",
-        "KL, nats per token",
-        log_y=True,
-    )
-    yield table(
-        ["sublayer", *(label for _, label in names)],
-        [[str(s.sublayer), *(_or_dash(getattr(s, key)) for key, _ in names)] for s in found],
-    )
+    series = [
+        Series(
+            label,
+            [(s.sublayer.position / 2, kl) for s in found if (kl := getattr(s, key) or 0.0) > 0],
+        )
+        for key, label in names
+    ]
+    return {
+        "chart": line_chart(
+            series,
+            "layer (attention at the whole number, MLP half a step on)",
+            "KL, nats per token",
+            log_y=True,
+        ),
+        "header": ["sublayer", *(label for _, label in names)],
+        "rows": [[s.sublayer, *(_or_dash(getattr(s, key)) for key, _ in names)] for s in found],
+    }
 
 
 def _or_dash(value: float | None) -> str:

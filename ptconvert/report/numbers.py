@@ -1,15 +1,10 @@
-"""Numbers and names as reports write them."""
+"""Numbers as reports write them."""
 
 from __future__ import annotations
 
 import math
 
 from ptconvert.measure.statistics import SIGNIFICANT, Estimate
-
-
-def text_names(texts: tuple[str, ...]) -> str:
-    """The names of a few texts, or how many there are."""
-    return ", ".join(texts) if len(texts) <= 3 else f"{len(texts)} files"
 
 
 def number(value: float) -> str:
@@ -48,11 +43,3 @@ def p_value(value: float | None) -> str:
         return "-"
     text = "<0.001" if value < 0.001 else f"{value:.3f}"
     return f"{text} *" if value < SIGNIFICANT else f"{text}  "
-
-
-def shortened(text: str, width: int) -> str:
-    """A text of at most `width` characters, its middle left out."""
-    if len(text) <= width:
-        return text
-    half = (width - 3) // 2
-    return f"{text[:half]} … {text[-half:]}"

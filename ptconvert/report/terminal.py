@@ -21,6 +21,17 @@ from ptconvert.spec.terms import ASSIGNMENTS
 _ONE, _DIFFER = "─", "≡"
 
 
+def figures_table(*names: str, text: int = 1, no_wrap: bool = False, **options: Any) -> Table:
+    """A table without lines: the first `text` columns are set left, as text is, the others right.
+
+    `options` are rich's, of a table.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold", **options)
+    for index, name in enumerate(names):
+        table.add_column(name, justify="left" if index < text else "right", no_wrap=no_wrap)
+    return table
+
+
 def diagram(schedule: Schedule, tracks: int, width: int) -> RenderableType:
     """The schedule with layers as columns, and under each sublayer what follows it.
 
@@ -83,10 +94,7 @@ def counts_table(schedule: Schedule, bytes_per_token: int | None) -> RenderableT
         rows.append(
             (total, before.all_reduces * bytes_per_token, after.all_reduces * bytes_per_token)
         )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for name in ("tensor parallel", "this schedule", "times fewer"):
-        table.add_column(name, justify="right")
+    table = figures_table("", "tensor parallel", "this schedule", "times fewer")
     for label, old, new in rows:
         table.add_row(label, f"{old:,}", f"{new:,}", "" if old == new else f"{old / new:.1f}")
     return table
@@ -126,9 +134,7 @@ def needs_table(console: Console, needs: Needs, free: Mapping[str, int]) -> None
     """What a command holds in each of its phases and about how long these take, and whether there
     is room."""
     peaks = needs.peaks()
-    table = Table(box=None, pad_edge=False)
-    for name in ("phase", "holds", *peaks, "takes about"):
-        table.add_column(name, justify="left" if name in ("phase", "holds") else "right")
+    table = figures_table("phase", "holds", *peaks, "takes about", text=2)
     for phase in needs.phases:
         for held in phase.held:
             first = held is phase.held[0]
@@ -173,9 +179,7 @@ def print_calibration(
             f"{shares['after']:.1%} as assigned"
         )
     if computed["guesses"]:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("guessed after", "rank", "error left"):
-            table.add_column(name, justify="right")
+        table = figures_table("guessed after", "rank", "error left", text=0)
         for row in computed["guesses"]:
             kept = row["rank"] > 0
             table.add_row(

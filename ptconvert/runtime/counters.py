@@ -23,7 +23,6 @@ BOUNDARY = "ptconvert::all_reduce_boundary"  # ours, in vLLM
 # c10d's own names of collectives in the form that gathers into, or scatters from, one tensor: vLLM
 # takes these on CPU where its ranks can't share memory.
 _ONE_TENSOR_FORMS = {"_allgather_base": "all_gather", "_reduce_scatter_base": "reduce_scatter"}
-_BYTES = {"float": 4, "half": 2, "bfloat16": 2, "double": 8}
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ class Collective:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _BYTES.get(self.dtype, 0) if self.shape else 0
+        size: int = getattr(getattr(torch, self.dtype, None), "itemsize", 0)
+        return math.prod(self.shape) * size if self.shape else 0
 
 
 class FlightRecorder:

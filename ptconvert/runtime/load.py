@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig
 
 import ptconvert
@@ -19,9 +17,10 @@ from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement, family_class
 from ptconvert.modeling.model import CAUSAL_LMS
 from ptconvert.models.families import TensorRule
-from ptconvert.models.shape import ModelShape
+from ptconvert.models.shape import TORCH_NAMES, ModelShape
 
-_TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# Of safetensors' names of what is converted.
+TORCH_DTYPES: dict[str, torch.dtype] = {s: getattr(torch, t) for s, t in TORCH_NAMES.items()}
 
 
 def shape_of(checkpoint: Checkpoint) -> ModelShape:
@@ -63,13 +62,14 @@ def load_rank(
     ptconvert.register()
     checkpoint = open_checkpoint(path)
     shape = shape_of(checkpoint)
-    dtype = dtype or _TORCH[weights_dtype(checkpoint, shape)]
+    dtype = dtype or TORCH_DTYPES[weights_dtype(checkpoint, shape)]
     rules = _dense_rules(shape)
     config = AutoConfig.from_pretrained(path)
     model_class = next(m for m in CAUSAL_LMS if isinstance(config, m.config_class))
     with torch.device("meta"):
         model = model_class(config, placement, communicator)
     model.to_empty(device="cpu")
+    tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         entry = checkpoint.tensors.get(name)
         if entry is None and name == "lm_head.weight" and config.tie_word_embeddings:
@@ -82,7 +82,8 @@ def load_rank(
         tensor = read_part(entry, *part)
         if tensor.shape != parameter.shape:
             raise CheckpointError(f"{path}: {name} has shape {list(entry.shape)}")
-        _set(model, name, nn.Parameter(tensor.to(dtype)))
+        tensors[name] = tensor.to(dtype)
+    model.load_state_dict(tensors, strict=False, assign=True)
     # The rotary tables are computed, not stored, so they were left behind on the meta device.
     model.model.rotary_emb = family_class(config, "RotaryEmbedding")(config=config)
     if config.tie_word_embeddings and not overruled(checkpoint):
@@ -97,11 +98,6 @@ def _dense_rules(shape: ModelShape) -> dict[str, TensorRule]:
     }
 
 
-def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, parameter)
-
-
 def read_part(entry: TensorEntry, axis: int, start: int, stop: int) -> torch.Tensor:
     """[start, stop) of one axis of a stored tensor, reading no byte outside of it."""
     rows, row = entry.shape[0], entry.nbytes // entry.shape[0]
@@ -112,12 +108,9 @@ def read_part(entry: TensorEntry, axis: int, start: int, stop: int) -> torch.Ten
         first, pieces, size = start * item, rows, (stop - start) * item
     buffer = bytearray(pieces * size)
     view = memoryview(buffer)
-    handle = os.open(entry.file, os.O_RDONLY)
-    try:
+    with entry.file.open("rb") as stream:
         for piece in range(pieces):
             block = view[piece * size : (piece + 1) * size]
-            read_into(handle, block, entry, first + piece * row)
-    finally:
-        os.close(handle)
+            read_into(stream.fileno(), block, entry, first + piece * row)
     shape = [stop - start if a == axis else s for a, s in enumerate(entry.shape)]
-    return torch.frombuffer(buffer, dtype=_TORCH[entry.dtype]).view(shape)
+    return torch.frombuffer(buffer, dtype=TORCH_DTYPES[entry.dtype]).view(shape)

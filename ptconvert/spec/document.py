@@ -26,6 +26,7 @@ from ptconvert.models.shape import ModelShape
 from ptconvert.schedule import presets
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import MAX_LAYERS, Stage, parse_stages
+from ptconvert.shorten import few
 from ptconvert.spec.strict_yaml import Value, YAMLError, load
 from ptconvert.spec.terms import ASSIGNMENTS, DEFERRED_RULES, MAX_GUESS_RANK, MAX_TRACKS
 
@@ -308,7 +309,9 @@ class _Reader:
             return ()
         ran = {s.layer for stage in stages for s in stage.sublayers}
         if layers is not None and ran != set(layers):
-            self.fault(line, f"stages runs layers {_list(ran)}; its item has {_print(layers)}")
+            self.fault(
+                line, f"stages runs layers {few(sorted(ran), 8)}; its item has {_print(layers)}"
+            )
         return stages
 
     def check_coverage(self, items: list[Item]) -> None:
@@ -330,8 +333,3 @@ class _Reader:
 
 def _print(layers: range) -> str:
     return f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
-
-
-def _list(numbers: set[int]) -> str:
-    ordered = sorted(numbers)
-    return ", ".join(map(str, ordered[:8])) + (", ..." if len(ordered) > 8 else "")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import yaml
 
+from ptconvert.shorten import clipped
+
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 16
 _NUMBER = re.compile(r"-?[0-9]{1,30}(\.[0-9]{1,30})?(e[+-]?[0-9]{1,3})?", re.ASCII)
@@ -50,7 +52,7 @@ class Value:
 
     def __str__(self) -> str:
         if isinstance(self.data, str):
-            return self.data if len(self.data) <= 60 else self.data[:57] + "..."
+            return clipped(self.data, 60)
         return "a mapping" if isinstance(self.data, dict) else "a list"
 
 

@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ptconvert.report.terminal import figures_table
 from ptconvert.verify.ranks import Report
 
 
@@ -54,10 +55,11 @@ def _comparison_table(figures: Mapping[str, Any]) -> RenderableType:
         f"{figures['ranks']} ranks, {figures['backend']}, {figures['dtype']}, batch "
         f"{figures['batch']}, {figures['prompt_tokens']} + {figures['new_tokens']} tokens"
     )
-    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
-    table.add_column("")
-    for name in ("tensor parallel", "this schedule", "times fewer / faster"):
-        table.add_column(name, justify="right")
+    table = figures_table(
+        *("", "tensor parallel", "this schedule", "times fewer / faster"),
+        title=title,
+        title_justify="left",
+    )
     for label, key in (
         ("all-reduces per forward pass", "all_reduces"),
         ("bytes all-reduced per token", "bytes_per_token"),

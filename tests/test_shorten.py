@@ -1,0 +1,24 @@
+"""Texts and lists that are cut: never longer than asked, and whole where they fit."""
+
+from __future__ import annotations
+
+import pytest
+
+from ptconvert.shorten import clipped, few, without_middle
+
+
+@pytest.mark.parametrize("length", [0, 5, 29, 30, 31, 32, 200])
+def test_cut_texts_fit_and_others_are_whole(length: int) -> None:
+    text = ("0123456789" * 20)[:length]
+    for cut, ends in ((clipped, ("01234", "…")), (without_middle, ("01234", text[-5:]))):
+        found = cut(text, 30)
+        assert len(found) <= 30 and (found == text) == (length <= 30)
+        if length > 30:
+            assert found.startswith(ends[0]) and found.endswith(ends[1]) and "…" in found
+
+
+def test_a_list_says_how_many_it_leaves_out() -> None:
+    assert few(["a", "b", "c"]) == "a, b, c" and few([]) == ""
+    assert few(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
+    assert few(range(9), 1) == "0 and 8 more"
+    assert few(["x is y", "z is w"], joint="; ") == "x is y; z is w"
