@@ -50,7 +50,8 @@ class Value:
 
     def __str__(self) -> str:
         if isinstance(self.data, str):
-            return self.data if len(self.data) <= 60 else self.data[:57] + "..."
+            shown = self.data if len(self.data) <= 60 else self.data[:57] + "..."
+            return shown or "empty"
         return "a mapping" if isinstance(self.data, dict) else "a list"
 
 
