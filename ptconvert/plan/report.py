@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -32,7 +32,7 @@ from ptconvert.report.html import (
 from ptconvert.report.html_schedule import schedule_diagram
 from ptconvert.report.numbers import between, number, signed, text_names
 from ptconvert.report.terminal import diagram
-from ptconvert.spec.terms import ASSIGNMENTS
+from ptconvert.spec.document import written
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class Planned:
     objective: Objective
     frontier: Frontier
     chosen: Point
-    assignment: str = ASSIGNMENTS[0]  # this and the guesses' rank are for the spec
-    guess: int | None = None
+    wanted: Mapping[str, Any] = field(default_factory=dict)  # to be computed, for the spec
 
     @property
     def tokens(self) -> int:
@@ -90,11 +89,7 @@ def to_spec(planned: Planned) -> str:
 
 def _computed(planned: Planned) -> list[str]:
     """The lines of the spec about what transform computes from a text, where that has any use."""
-    lines = []
-    if planned.assignment != ASSIGNMENTS[0]:
-        lines.append(f"assignment: {planned.assignment}")
-    if planned.guess is not None:
-        lines.append(f"guess: {{rank: {planned.guess}}}")
+    lines = written(planned.wanted)
     if not lines or not planned.chosen.schedule.own_kept(planned.tracks):
         return []
     return ["# Computed from a text, not counted above: transform needs --text FILE.", *lines]
