@@ -6,12 +6,17 @@ import ast
 from pathlib import Path
 
 import pytest
+from calibrating import TOP, random_calibration
+from conftest import MakeDense, spec_text
 
 import ptconvert
 from ptconvert.calibrate.conversion import FITS
 from ptconvert.calibrate.needs import PHASES
 from ptconvert.checkpoint import section
+from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.compensations import COMPENSATIONS
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import plan_conversion
 from ptconvert.spec.document import COMPUTED, parse_spec, written
 
 PACKAGE = Path(ptconvert.__file__).parent
@@ -55,3 +60,13 @@ def test_what_is_wanted_reads_back(lines: list[str]) -> None:
     spec = parse_spec(text + top, "s")
     assert written(spec.wanted) == lines and spec.needs_text == bool(lines)
     assert spec.only([]).wanted == {} and spec.only(KEYS) == spec
+
+
+def test_a_plan_is_complete_with_all_that_is_added(make_dense: MakeDense) -> None:
+    source = make_dense("llama")
+    spec = parse_spec(spec_text(4, "use: parallel_track, depth: 2", TOP), "s")
+    whole = random_calibration(source, spec.schedule(), 4)
+    less = Calibration(whole.assignments, whole.values, dict([*whole.tensors.items()][1:]))
+    for known, complete in ((whole, True), (less, False), (None, False)):
+        plan = plan_conversion(open_checkpoint(source), spec, source_name="x", calibration=known)
+        assert plan.complete == complete

@@ -179,6 +179,7 @@ def plan_conversion(
         stem = SHARED if one.track is None else track_stem(one.track, spec.tracks)
         targets.append(Target(one.name, stem, one.dtype or dtype, one.shape))
     arrays: dict[str, NDArray[Any]] = order_values(shape, schedule, known) | dict(known.tensors)
+    missing = [one.name for one in added if one.name not in arrays]
     placed = place(targets, shard_bytes)
     config = converted_config(checkpoint.config, spec, schedule, source_name, known, replaced)
     if ladder_layers_config:
@@ -204,7 +205,7 @@ def plan_conversion(
         converted=tuple(part.name for t in tensors for part in t.parts),
         computed={one.name: arrays[one.name] for one in added if one.name in arrays},
         compensations=known.values,
-        complete=calibration is not None or not spec.needs_text,
+        complete=not spec.needs_text or (calibration is not None and not missing),
     )
 
 
