@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from ptconvert.schedule.schedule import Schedule
 from reference import Guesses
 
 from ptconvert.checkpoint.calibration import Assignment, Calibration
 from ptconvert.models.guesses import guess_tensors
 from ptconvert.models.shape import ModelShape
-from ptconvert.schedule.stages import Schedule, Sublayer
+from ptconvert.schedule.stages import Sublayer
 
 TOP = "assignment: affinity\nguess: {rank: 5}\n"
 

@@ -21,6 +21,8 @@ from click.testing import CliRunner
 from conftest import Convert, MakeDense, byte_level, load, random_model, spec_text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ptconvert.schedule.endings import DEFERRED
+from ptconvert.schedule.schedule import Schedule
 from test_modeling import SCHEDULES
 from test_transform import back, same, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,7 +42,7 @@ from ptconvert.measure.windows import Windows
 from ptconvert.modeling.executor import OneProcess, Streams, add_per_track, run_stage
 from ptconvert.models.guesses import guess_cost
 from ptconvert.models.shape import ModelShape
-from ptconvert.schedule.stages import DEFERRED, Kind, Schedule, Sublayer
+from ptconvert.schedule.stages import Kind, Sublayer
 from ptconvert.spec.document import parse_spec
 
 AFFINITY = "assignment: affinity\n"

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from estimating import GPT_FAST, H100, LAYERS, ROOT, SCHEDULES, SHAPE, VLLM
 from hypothesis import example, given, settings
+from ptconvert.schedule.schedule import Schedule
 from test_schedule import schedules
 
 from ptconvert.checkpoint.calibration import Calibration
@@ -28,7 +29,6 @@ from ptconvert.estimate.roofline import Pass
 from ptconvert.models.guesses import most_guesses
 from ptconvert.models.shape import DTYPES, ModelShape
 from ptconvert.schedule.presets import PRESETS
-from ptconvert.schedule.stages import Schedule
 from ptconvert.spec.document import read_spec
 
 

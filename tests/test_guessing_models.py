@@ -9,6 +9,7 @@ import pytest
 import torch
 from calibrating import TOP, for_reference, permuted, random_calibration
 from conftest import Convert, MakeDense, load, spec_text
+from ptconvert.schedule.schedule import Schedule
 from reference import reference_logits
 from test_modeling import SCHEDULES, TOLERANCE, difference, left_padded, step_logits
 from test_verify import expected_of, job, run_many
@@ -21,7 +22,6 @@ from ptconvert.modeling.layers import Placement
 from ptconvert.runtime.launch import launch
 from ptconvert.runtime.load import load_rank
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import Schedule
 from ptconvert.spec.document import parse_spec
 from ptconvert.verify.ranks import _checks
 

@@ -13,7 +13,7 @@ from ptconvert.checkpoint.reader import Checkpoint, read_tensor
 from ptconvert.checkpoint.section import Section
 from ptconvert.errors import CheckpointError
 from ptconvert.models.shape import ORDER_DTYPE, ModelShape
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True)

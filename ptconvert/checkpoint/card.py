@@ -10,7 +10,7 @@ import yaml
 from ptconvert.checkpoint.compensations import COMPENSATIONS
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import Spec
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")

@@ -21,7 +21,7 @@ from rich.filesize import decimal
 from ptconvert.checkpoint.calibration import order_tensors
 from ptconvert.models.guesses import guess_cost, guess_tensors, most_guesses
 from ptconvert.models.shape import ORDER_DTYPE, ModelShape
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import Spec
 from ptconvert.spec.terms import ASSIGNMENTS
 

@@ -21,7 +21,7 @@ from ptconvert.checkpoint.writer import Target
 from ptconvert.errors import SpecError
 from ptconvert.models.families import FAMILIES
 from ptconvert.schedule.presets import to_ladder_layers
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import Spec
 
 

@@ -25,7 +25,8 @@ from typing import Any
 
 from ptconvert.errors import ConfigError
 from ptconvert.schedule.presets import from_ladder_layers
-from ptconvert.schedule.stages import Schedule, Sublayer
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Sublayer
 from ptconvert.spec.terms import ASSIGNMENTS, DEFERRED_RULES, MAX_GUESS_RANK, MAX_TRACKS
 
 SECTION = "ptconvert"

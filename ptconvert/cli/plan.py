@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # they import torch
     from ptconvert.models.shape import ModelShape
     from ptconvert.plan.planner import Frontier, Objective
     from ptconvert.plan.report import Planned
-    from ptconvert.schedule.stages import Schedule
+    from ptconvert.schedule.schedule import Schedule
 
 
 def _for_the_spec(command: F) -> F:

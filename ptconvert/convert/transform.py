@@ -52,7 +52,7 @@ from ptconvert.errors import CheckpointError, ConfigError, SpecError
 from ptconvert.modeling.export import modeling_source
 from ptconvert.models.shape import TIED, ModelShape
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import Counts, Schedule
+from ptconvert.schedule.schedule import Counts, Schedule
 from ptconvert.spec.document import Spec, parse_spec
 
 DEFAULT_SHARD_BYTES = 5 * 10**9

@@ -14,7 +14,8 @@ from rich.text import Text
 from ptconvert.checkpoint.compensations import COMPENSATIONS
 from ptconvert.measure.needs import Needs
 from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.stages import Kind, Schedule, Sublayer
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Kind, Sublayer
 
 _STYLES = {"!": "bold red", "~": "yellow", "^": "cyan", ".": "green", "|": "magenta"}
 MEANING = {

@@ -24,7 +24,8 @@ from typing import Any, ClassVar
 from ptconvert.errors import ScheduleError, SpecError
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule import presets
-from ptconvert.schedule.stages import MAX_LAYERS, Schedule, Stage, parse_stages
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import MAX_LAYERS, Stage, parse_stages
 from ptconvert.spec.reader import Found, choice, number, parsed, read
 from ptconvert.spec.strict_yaml import Value
 from ptconvert.spec.terms import ASSIGNMENTS, DEFERRED_RULES, MAX_GUESS_RANK, MAX_TRACKS
