@@ -40,7 +40,7 @@ def random_calibration(source: Path, schedule: Schedule, tracks: int) -> Calibra
         name: (0.3 * torch.randn(size)).view(torch.uint8).numpy()
         for _, name, size in guess_tensors(shape, ranks, tracks)
     }
-    return Calibration(random_assignments(shape, schedule), ranks, tensors)
+    return Calibration(random_assignments(shape, schedule), {"guess": ranks}, tensors)
 
 
 def for_reference(calibration: Calibration, tracks: int) -> Guesses:
@@ -50,7 +50,7 @@ def for_reference(calibration: Calibration, tracks: int) -> Guesses:
         block = {"a": "self_attn", "m": "mlp"}[str(sublayer)[0]]
         owner = f"model.layers.{sublayer.layer}.tracks.{track}.guess.{block}"
         flat = torch.from_numpy(calibration.tensors[f"{owner}.{name}"].copy()).view(torch.float32)
-        rank = calibration.guesses[sublayer]
+        rank = calibration.values["guess"][sublayer]
         if name.endswith("bias"):
             return flat.view(-1)
         return flat.view(-1, rank) if name.startswith("to_") else flat.view(rank, -1)
@@ -62,7 +62,7 @@ def for_reference(calibration: Calibration, tracks: int) -> Guesses:
              tensor(s, t, names[3]))
             for t in range(tracks)
         ]
-        for s in calibration.guesses
+        for s in calibration.values["guess"]
     }  # fmt: skip
 
 

@@ -118,7 +118,7 @@ def test_costs_are_those_of_the_models_parameters(make_dense: MakeDense, convert
     calibration = random_calibration(source, spec.schedule(), 4)
     path = convert(source, 4, SCHEDULES["mixed"], TOP, calibration=calibration)
     counted = {n: p for n, p in load(path).named_parameters() if ".guess." in n}
-    cost = guess_cost(shape_at(source), calibration.guesses, 4)
+    cost = guess_cost(shape_at(source), calibration.values["guess"], 4)
     assert cost is not None
     assert cost["parameters"] == sum(p.numel() for p in counted.values())
     assert cost["flops_per_token"] == 2 * sum(p.numel() for p in counted.values() if p.ndim == 2)
@@ -293,8 +293,7 @@ def test_the_model_errs_as_the_fit_says(
     spec = parse_spec(spec_text(4, SCHEDULES[name], f"guess: {{rank: {rank}}}\n"), "s")
     ids = torch.randint(3, 96, (40, 25), generator=torch.Generator().manual_seed(0))
     checkpoint, windows = open_checkpoint(source), Windows(ids, 25, ids.numel())
-    found = calibrate(checkpoint, spec, windows, "cpu", "auto", tmp_path, quiet)
-    calibration = found.calibration
+    calibration, figures = calibrate(checkpoint, spec, windows, "cpu", "auto", tmp_path, quiet)
     execute(
         plan_conversion(checkpoint, spec, source_name="s", calibration=calibration),
         tmp_path / "out",
@@ -320,7 +319,7 @@ def test_the_model_errs_as_the_fit_says(
                 errors[str(step.sublayers[-1])] = missed / without
             streams.end(step, own, engine)
     assert errors and errors == pytest.approx(
-        {str(f.sublayer): f.error for f in found.fitted if f.rank}, rel=1e-3
+        {f["sublayer"]: f["error"] for f in figures["guesses"] if f["rank"]}, rel=1e-3
     )
     assert len(errors) > 2 or rank == 1
 
@@ -523,7 +522,7 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ("top", "message"),
     [
         ("assignment: random\n", "s:3: assignment is random; it must be contiguous or affinity"),
-        ("assignment: {}\n", "s:3: assignment has no method; it must be contiguous or affinity"),
+        ("assignment: {}\n", "s:3: method is missing; it must be contiguous or affinity"),
         ("assignment: {method: x}\n", "s:3: method is x; it must be contiguous or affinity"),
         ("assignment: {method: affinity, y: 1}\n", "s:3: unknown key 'y'; assignment takes method"),
         ("guess: 3\n", "s:3: guess is 3; it must be a mapping of rank"),

@@ -151,7 +151,7 @@ def test_guesses_of_a_spec_and_of_a_checkpoint_are_counted(tmp_path: Path) -> No
     all_of_them = most_guesses(read.schedule(), 8, 64, shape)
     for name, guesses in (("all", all_of_them), ("one", dict([*all_of_them.items()][:1]))):
         (tmp_path / name).mkdir()
-        known = Calibration(guesses=guesses)
+        known = Calibration(values={"guess": guesses})
         section = converted_config(config, read, read.schedule(), "source", known, {})
         (tmp_path / name / "config.json").write_text(json.dumps(section))
     out, _ = run_command(SPEC, spec, tmp_path / "all", tmp_path / "one", *GIVEN[1:], "--json")

@@ -151,7 +151,7 @@ def test_assignment_and_guesses_bring_eight_all_reduces_near_the_source(
         parse_spec(f"format: 1\ntracks: 4\n{top}{schedule}", "planned")
         for top in ("", affinity, affinity + guess)
     ]
-    whole = calibrate(checkpoint, specs[-1], text, "cpu", "auto", tmp_path, quiet).calibration
+    whole, _ = calibrate(checkpoint, specs[-1], text, "cpu", "auto", tmp_path, quiet)
     for spec, known in zip(specs, (None, Calibration(whole.assignments), whole), strict=True):
         path = tmp_path / f"converted-{len(losses)}"
         execute(plan_conversion(checkpoint, spec, source_name="x", calibration=known), path)

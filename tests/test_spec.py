@@ -77,7 +77,11 @@ ITEM = "format: 1\ntracks: 4\nschedule:\n"
         (GOOD.replace("contiguous", "[random]"), 4, "must be contiguous"),
         (GOOD.replace("use: tensor_parallel", "use: tp"), 7, "unknown preset tp"),
         (GOOD.replace("    use: tensor_parallel\n", ""), 6, "use is missing"),
-        (GOOD.replace("    depth: 2\n", ""), 8, "parallel_track needs depth"),
+        (
+            GOOD.replace("    depth: 2\n", ""),
+            8,
+            "depth is missing; it must be a whole number, 1 to 4096",
+        ),
         (GOOD.replace("depth: 2", "depth: -2"), 10, "depth is -2"),
         (GOOD.replace("depth: 2", "deep: 2"), 10, "unknown key 'deep'"),
         (GOOD.replace("overlap: 1", "overlap: 1\n    overlap: 2"), 12, "overlap stands twice"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from ptconvert.calibrate.affinity import assignments
-from ptconvert.calibrate.guess import HELD_OUT, Fitted, fit_guesses, guess_tensors
-from ptconvert.checkpoint.calibration import Assignment, Calibration
+from ptconvert.calibrate.guess import HELD_OUT, fit_guesses, guess_tensors
+from ptconvert.checkpoint.calibration import Calibration
+from ptconvert.checkpoint.compensations import COMPENSATIONS
 from ptconvert.checkpoint.inventory import weights_dtype
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
@@ -23,34 +24,78 @@ from ptconvert.measure.opening import Progress, open_model
 from ptconvert.measure.windows import DEFAULT_LENGTH, Windows, positions, windows_for
 from ptconvert.models.shape import DTYPE_BYTES, TORCH_NAMES, ModelShape
 from ptconvert.spec.document import Spec
-from ptconvert.spec.terms import ASSIGNMENTS
 
 DEFAULT_TOKENS = 65536
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """What was computed, and what there is to say about it.
+class Case:
+    """What a compensation is fitted for, and on; `dtype` is torch's name of one."""
 
-    `lost` are the shares of affinity between units of different tracks, assigned contiguously and
-    as they are now.
-    """
+    source: Checkpoint
+    spec: Spec
+    shape: ModelShape
+    ids: torch.Tensor  # windows of tokens
+    dtype: str
+    device: str
+    scratch: Path
+    progress: Progress
 
-    calibration: Calibration
-    tokens: int
-    lost: tuple[float, float] | None
-    fitted: tuple[Fitted, ...]
+    def dense(self) -> Any:
+        """The source, opened."""
+        self.progress("opening the source", 0, None)
+        return open_model(self.source, self.dtype, self.device)
 
-    def figures(self) -> dict[str, Any]:
-        """Plain data, for `--json`."""
-        return {
-            "tokens": self.tokens,
-            "affinity_between_tracks": self.lost
-            and {"before": self.lost[0], "after": self.lost[1]},
-            "guesses": [
-                {"sublayer": str(f.sublayer), "rank": f.rank, "error": f.error} for f in self.fitted
-            ],
-        }
+    def converted(self, known: Calibration) -> Any:
+        """The conversion by what is known so far, opened; it lies in `scratch` for a moment."""
+        self.progress("converting by what is known", 0, None)
+        spec, name = self.spec.only(known.values), self.source.path.name
+        plan = plan_conversion(self.source, spec, source_name=name, calibration=known)
+        with tempfile.TemporaryDirectory(prefix=".ptconvert-guess-", dir=self.scratch) as directory:
+            execute(plan, Path(directory) / "model")
+            return open_model(open_checkpoint(Path(directory) / "model"), self.dtype, self.device)
+
+
+Found = tuple[Calibration, dict[str, Any]]  # what is known with it, and its figures, for `--json`
+
+
+def _assign(case: Case, wanted: str, known: Calibration) -> Found:
+    """The assignment, by the dense model's activity."""
+    schedule, tracks = case.spec.schedule(), case.spec.tracks
+    found, (before, after) = assignments(
+        *(case.dense(), case.shape, schedule, tracks, case.ids, case.progress, case.scratch)
+    )
+    known = replace(known, assignments=found, values={**known.values, "assignment": wanted})
+    return known, {"affinity_between_tracks": {"before": before, "after": after}}
+
+
+def _guess(case: Case, rank: int, known: Calibration) -> Found:
+    """The guesses of at most that rank."""
+    model = case.converted(known)
+    fitted = fit_guesses(model.model, case.ids, rank, case.progress, case.scratch)
+    stored = weights_dtype(case.source, case.shape)
+    tensors = {name: _stored(t, stored) for name, t in guess_tensors(fitted, case.shape.width)}
+    ranks = {f.sublayer: f.rank for f in fitted if f.rank}
+    rows = [{"sublayer": str(f.sublayer), "rank": f.rank, "error": f.error} for f in fitted]
+    values = {**known.values, "guess": ranks}
+    return replace(known, values=values, tensors={**known.tensors, **tensors}), {"guesses": rows}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a compensation is computed for what a spec wants, with those before it known; of how
+    many windows at least, and its figures where a spec doesn't want it."""
+
+    run: Callable[[Case, Any, Calibration], Found]
+    none: Mapping[str, Any]
+    least: int = 1
+
+
+# By the spec's key.
+FITS = {
+    "assignment": Fit(_assign, {"affinity_between_tracks": None}),
+    "guess": Fit(_guess, {"guesses": []}, HELD_OUT),
+}
 
 
 def calibration_windows(
@@ -90,12 +135,13 @@ def calibration_size(
 
 
 def _check_windows(spec: Spec, count: int, length: int) -> None:
-    """Raises EvaluationError where there are too few to fit guesses on and to judge them by."""
-    if spec.guess is not None and count < HELD_OUT:
-        raise EvaluationError(
-            f"the text gives {count} windows of {length} tokens; guesses need at least {HELD_OUT}: "
-            "a longer text, more --windows or a smaller --window"
-        )
+    """Raises EvaluationError where there are too few to fit something on and to judge it by."""
+    for row in COMPENSATIONS:
+        if row.key in spec.wanted and count < FITS[row.key].least:
+            raise EvaluationError(
+                f"the text gives {count} windows of {length} tokens; {row.label} need at least "
+                f"{FITS[row.key].least}: a longer text, more --windows or a smaller --window"
+            )
 
 
 def calibration_dtype(source: Checkpoint, shape: ModelShape, dtype: str, device: str) -> str:
@@ -115,43 +161,25 @@ def calibrate(
     dtype: str,
     scratch: Path,
     progress: Progress,
-) -> Calibrated:
-    """Computes a spec's assignment and guesses on windows of a text.
+) -> Found:
+    """Computes what a spec wants on windows of a text.
 
-    Opens the dense model for the one, and for the other a conversion that lies in the directory
-    `scratch` meanwhile, as do streams that are too many for memory. `dtype` is torch's name of one,
-    or `auto` (see `calibration_dtype`). Raises PTConvertError.
+    Opens the dense model for that, or a conversion that lies in the directory `scratch` meanwhile,
+    as do streams that are too many for memory. `dtype` is torch's name of one, or `auto` (see
+    `calibration_dtype`). Raises PTConvertError.
     """
     _check_windows(spec, len(windows.ids), windows.length)
     shape = ModelShape.from_config(source.config, str(source.path / "config.json"))
     ids_NT = windows.ids[:, :-1]
     dtype = calibration_dtype(source, shape, dtype, device)
-    found: Mapping[int, Assignment] = {}
-    lost, fitted = None, []
-    if spec.assignment != ASSIGNMENTS[0]:
-        progress("opening the source", 0, None)
-        model = open_model(source, dtype, device)
-        schedule = spec.schedule()
-        found, lost = assignments(model, shape, schedule, spec.tracks, ids_NT, progress, scratch)
-        del model
-    if spec.guess is not None:
-        progress("converting without guesses", 0, None)
-        plan = plan_conversion(
-            source,
-            replace(spec, guess=None),
-            source_name=source.path.name,
-            calibration=Calibration(found),
-        )
-        with tempfile.TemporaryDirectory(prefix=".ptconvert-guess-", dir=scratch) as directory:
-            execute(plan, Path(directory) / "model")
-            model = open_model(open_checkpoint(Path(directory) / "model"), dtype, device)
-        fitted = fit_guesses(model.model, ids_NT, spec.guess, progress, scratch)
-    tensors = {
-        name: _stored(tensor, weights_dtype(source, shape))
-        for name, tensor in guess_tensors(fitted, shape.width)
-    }
-    ranks = {f.sublayer: f.rank for f in fitted if f.rank}
-    return Calibrated(Calibration(found, ranks, tensors), ids_NT.numel(), lost, tuple(fitted))
+    case = Case(source, spec, shape, ids_NT, dtype, device, scratch, progress)
+    known, figures = Calibration(), dict[str, Any](tokens=ids_NT.numel())
+    for fit in FITS.values():
+        figures |= fit.none
+    for key, wanted in spec.wanted.items():
+        known, found = FITS[key].run(case, wanted, known)
+        figures |= found
+    return known, figures
 
 
 def _stored(tensor: torch.Tensor, dtype: str) -> NDArray[np.uint8]:

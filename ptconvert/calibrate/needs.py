@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -19,7 +21,6 @@ from ptconvert.measure.one_layer import PROCESS, forward_seconds, in_a_layer, on
 from ptconvert.models.guesses import most_guesses
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES
 from ptconvert.spec.document import Spec
-from ptconvert.spec.terms import ASSIGNMENTS
 
 _TIMED_FEATURES = 512  # of the regression that is timed; its time goes with the cube
 _PASSES = 3  # of a layer while guesses are fitted: as it came, with guesses, and the dense model's
@@ -31,15 +32,14 @@ def calibration_needs(
 ) -> Needs:
     """The phases of what a plan's spec wants from so many windows of a text. `dtype` is torch's
     name of one."""
-    phases = []
-    if spec.assignment != ASSIGNMENTS[0]:
-        phases.append(_affinity(plan, windows, length, dtype, device))
-    if spec.guess is not None:
-        phases.append(_guesses(plan, spec.guess, windows, length, dtype, device))
+    given = (windows, length, dtype, device)
+    phases = (PHASES[key](plan, wanted, *given) for key, wanted in spec.wanted.items())
     return Needs(device, tuple(phases))
 
 
-def _affinity(plan: Plan, windows: int, length: int, dtype: str, device: str) -> Phase:
+def _affinity(
+    plan: Plan, _wanted: str, windows: int, length: int, dtype: str, device: str
+) -> Phase:
     shape, config = plan.shape, plan.source.config
     groups = list(components(plan.schedule))
     largest = max((group_bytes(shape, group, plan.tracks) for group in groups), default=0)
@@ -87,6 +87,13 @@ def _guesses(plan: Plan, rank: int, windows: int, length: int, dtype: str, devic
         _PASSES * windows * shape.layers * seconds
         + fitted * _fit_seconds(shape.width, windows * length, device),
     )
+
+
+# By the spec's key, what computing it takes.
+PHASES: Mapping[str, Callable[[Plan, Any, int, int, str, str], Phase]] = {
+    "assignment": _affinity,
+    "guess": _guesses,
+}
 
 
 def _scaled(plan: Plan, nbytes: int, dtype: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,6 @@ from ptconvert.checkpoint.section import Section
 from ptconvert.errors import CheckpointError
 from ptconvert.models.shape import ORDER_DTYPE, ModelShape
 from ptconvert.schedule.schedule import Schedule
-from ptconvert.schedule.stages import Sublayer
-from ptconvert.spec.document import Spec
-from ptconvert.spec.terms import ASSIGNMENTS
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,13 @@ def contiguous(shape: ModelShape) -> Assignment:
 class Calibration:
     """What was computed from a text for a conversion.
 
-    The assignments by layer, the ranks of the guesses by sublayer, and the guesses' tensors: the
-    bytes of each, in the model's dtype.
+    The assignments by layer, by which the source's tensors are cut; what a text decided of each
+    compensation's value, by key; and the tensors that are added for them: the bytes of each, in the
+    model's dtype.
     """
 
     assignments: Mapping[int, Assignment] = field(default_factory=dict)
-    guesses: Mapping[Sublayer, int] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
 
 
@@ -60,11 +59,9 @@ def order_tensors(
 
 
 def order_values(
-    shape: ModelShape, schedule: Schedule, spec: Spec, known: Calibration
+    shape: ModelShape, schedule: Schedule, known: Calibration
 ) -> dict[str, NDArray[np.int32]]:
-    """The tensors that hold the assignments; none where all are contiguous."""
-    if spec.assignment == ASSIGNMENTS[0]:
-        return {}
+    """The tensors that hold the assignments."""
     return {
         name: getattr(known.assignments.get(layer, contiguous(shape)), of)
         for layer, of, name, _ in order_tensors(shape, schedule)
@@ -73,14 +70,13 @@ def order_values(
 
 def read_orders(
     checkpoint: Checkpoint, shape: ModelShape, section: Section
-) -> tuple[dict[str, tuple[int, ...]], dict[int, Assignment]]:
-    """The shapes of the tensors that hold assignments, and the assignments, by layer.
+) -> dict[int, Assignment]:
+    """The assignments that a checkpoint holds, by layer.
 
     Raises CheckpointError where one is missing or is no order.
     """
     if not section.assigned:
-        return {}, {}
-    shapes: dict[str, tuple[int, ...]] = {}
+        return {}
     found: dict[int, dict[str, NDArray[np.int32]]] = {}
     for layer, of, name, size in order_tensors(shape, section.schedule):
         entry = checkpoint.tensors.get(name)
@@ -91,6 +87,5 @@ def read_orders(
             raise CheckpointError(
                 f"{checkpoint.path}: {name} must hold each number from 0 to {size[0] - 1} once"
             )
-        shapes[name] = size
         found.setdefault(layer, {})[of] = order
-    return shapes, {layer: Assignment(**orders) for layer, orders in found.items()}
+    return {layer: Assignment(**orders) for layer, orders in found.items()}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
+from ptconvert.checkpoint.compensations import COMPENSATIONS
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
@@ -27,11 +29,11 @@ def model_card(
     spec: Spec,
     schedule: Schedule,
     shape: ModelShape,
-    guessing: int = 0,
+    values: Mapping[str, object],
 ) -> str:
     """The text of README.md: source, schedule, all-reduces before and after, and the spec.
 
-    `guessing` counts the sublayers after which tracks guess each other's partials.
+    `values` are those of the compensations.
 
     The licence is the source card's; `source_name` and `name`, of the result, are hub ids or
     directories' names.
@@ -46,10 +48,7 @@ def model_card(
         metadata["base_model"] = source_name
     before, after = dense_schedule(shape.layers).counts, schedule.counts
     carries = shape.bytes_per_token
-    guesses = (
-        f" After {guessing} sublayers each guesses the others' partials until they are merged, by "
-        "low-rank maps\nfitted on a text."
-    )
+    added = "".join(c.card(values[c.key]) for c in COMPENSATIONS if values.get(c.key))
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).rstrip()}
 ---
@@ -64,7 +63,7 @@ Made from `{source_name}` {_WITHOUT_TRAINING}
 | of them waited for | {before.waited_for} | {after.waited_for} |
 | bytes per token per all-reduce | {carries} | {carries} |
 
-{spec.tracks} tracks.{guesses if guessing else ""}
+{spec.tracks} tracks.{added}
 Open it with transformers, with ptconvert installed and imported or with `trust_remote_code=True`:
 
 ```python

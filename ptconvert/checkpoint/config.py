@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ptconvert.checkpoint.calibration import Calibration
+from ptconvert.checkpoint.compensations import entries
 from ptconvert.checkpoint.files import INDEX, refuse_pointer, small_files
 from ptconvert.checkpoint.section import (
     MODEL_TYPE_PREFIX,
@@ -55,8 +56,7 @@ def converted_config(
             "tracks": spec.tracks,
             "schedule": str(schedule),
             "deferred": spec.deferred,
-            "assignment": spec.assignment,
-            **({"guess": {str(s): r for s, r in known.guesses.items()}} if known.guesses else {}),
+            **entries(known.values),
             "spec_digest": spec.digest,
             "source_name": source_name,
             "source": {k: source[k] for k in (*REPLACED_KEYS, *replaced) if k in source},

@@ -18,7 +18,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -49,15 +49,20 @@ class Section:
     deferred: str
     source: Mapping[str, object]
     spec_digest: object = None
-    assignment: str = ASSIGNMENTS[0]
-    guesses: Mapping[Sublayer, int] = field(default_factory=dict)  # ranks
+    compensations: Mapping[str, Any] = field(default_factory=dict)  # those that there are, by key
     trained: bool = False
     tensors_digest: object = None
 
     @property
     def assigned(self) -> bool:
         """Whether units went to tracks in an order of their own, which the checkpoint holds."""
-        return self.assignment != ASSIGNMENTS[0]
+        return "assignment" in self.compensations
+
+    @property
+    def guesses(self) -> Mapping[Sublayer, int]:
+        """The ranks of the tracks' guesses, by sublayer."""
+        ranks: Mapping[Sublayer, int] = self.compensations.get("guess", {})
+        return ranks
 
     @property
     def waiting_weight(self) -> float:
@@ -98,18 +103,18 @@ def read_section(config: Mapping[str, Any], where: str = "config.json") -> Secti
         raise ConfigError(
             f"{where}: the schedule runs {schedule.layers} layers, the model has {layers}"
         )
-    assignment = section.get("assignment", ASSIGNMENTS[0])
-    if assignment not in ASSIGNMENTS:
-        raise ConfigError(f"{where}: {SECTION}.assignment must be {' or '.join(ASSIGNMENTS)}")
-    guesses = _guesses(section.get("guess", {}), schedule, tracks, where)
+    found = {
+        key: read(section[key], schedule, tracks, where)
+        for key, read in COMPENSATIONS.items()
+        if key in section
+    }
     return Section(
         schedule,
         tracks,
         deferred,
         source,
         section.get("spec_digest"),
-        assignment,
-        guesses,
+        {key: value for key, value in found.items() if value},
         section.get("trained") is True,
         section.get("tensors_digest"),
     )
@@ -125,6 +130,13 @@ def with_digest(config: Mapping[str, Any], digest: str) -> dict[str, Any]:
     return {**config, SECTION: {**config[SECTION], "tensors_digest": digest}}
 
 
+def _assignment(given: object, _schedule: Schedule, _tracks: int, where: str) -> str | None:
+    """How units were assigned; None where contiguously."""
+    if given not in ASSIGNMENTS:
+        raise ConfigError(f"{where}: {SECTION}.assignment must be {' or '.join(ASSIGNMENTS)}")
+    return None if given == ASSIGNMENTS[0] else str(given)
+
+
 def _guesses(given: object, schedule: Schedule, tracks: int, where: str) -> Mapping[Sublayer, int]:
     """The ranks of the guesses, by sublayer, in the schedule's order."""
     ranks = given if isinstance(given, Mapping) else {"": 0}
@@ -136,6 +148,13 @@ def _guesses(given: object, schedule: Schedule, tracks: int, where: str) -> Mapp
                 "after which tracks go on without each other's partials"
             )
     return {s: ranks[name] for name, s in own_kept.items() if name in ranks}
+
+
+# What each compensation's value in the section is read as; nothing of it where there is none.
+COMPENSATIONS: Mapping[str, Callable[[object, Schedule, int, str], Any]] = {
+    "assignment": _assignment,
+    "guess": _guesses,
+}
 
 
 def source_config(config: Mapping[str, Any], section: Section) -> dict[str, Any]:

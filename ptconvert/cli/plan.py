@@ -19,10 +19,10 @@ from ptconvert.cli.common import (
     timing,
     torch_device,
 )
-from ptconvert.cli.options import shared
+from ptconvert.cli.options import F, shared
 from ptconvert.cli.progress import step_progress
 from ptconvert.errors import PlanError
-from ptconvert.spec.terms import ASSIGNMENTS, MAX_GUESS_RANK
+from ptconvert.spec.document import COMPUTED
 
 if TYPE_CHECKING:  # they import torch
     from ptconvert.measure.opening import Progress
@@ -31,6 +31,21 @@ if TYPE_CHECKING:  # they import torch
     from ptconvert.plan.planner import Frontier, Objective
     from ptconvert.plan.report import Planned
     from ptconvert.schedule.schedule import Schedule
+
+
+def _for_the_spec(command: F) -> F:
+    """An option for each thing that a spec may want to be computed from a text."""
+    for f in reversed(COMPUTED):
+        about, allowed = f.metadata, f.metadata.get("allowed")
+        command = click.option(
+            f"--{f.name}",
+            type=click.Choice(allowed)
+            if allowed
+            else click.IntRange(about["least"], about["most"]),
+            metavar=None if allowed else about["inside"].upper(),
+            help=f"For the spec: {about['says']}",
+        )(command)
+    return command
 
 
 @click.command()
@@ -75,17 +90,7 @@ if TYPE_CHECKING:  # they import torch
     type=click.Path(path_type=Path, dir_okay=False),
     help="Also write the frontier, as a table or as a page.",
 )
-@click.option(
-    "--assignment",
-    type=click.Choice(ASSIGNMENTS),
-    help="For the spec: which heads and neurons share a track. [contiguous]",
-)
-@click.option(
-    "--guess",
-    type=click.IntRange(1, MAX_GUESS_RANK),
-    metavar="RANK",
-    help="For the spec: tracks guess each other's partials. [they don't]",
-)
+@_for_the_spec
 @shared("--window", says="1024")
 @shared("--windows", says="all, at most 64")
 @click.option("--rounds", type=click.IntRange(1), help="Rounds of the search, at most. [3]")
@@ -251,8 +256,9 @@ def _plan(
         objective=objective,
         frontier=found,
         chosen=chosen,
-        assignment=options["assignment"] or ASSIGNMENTS[0],
-        guess=options["guess"],
+        wanted={
+            f.name: options[f.name] for f in COMPUTED if options[f.name] not in (None, f.default)
+        },
     )
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import click
 from rich.console import Console
 
+from ptconvert.checkpoint import compensations
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.section import Section, read_section, source_config
 from ptconvert.cli.common import model_shape, print_figures
 from ptconvert.cli.options import shared
-from ptconvert.models.guesses import guess_cost, most_guesses
 from ptconvert.models.shape import ModelShape
 from ptconvert.spec.document import read_spec
 
@@ -30,7 +30,7 @@ def show(
 
     A spec is checked against --model, or against a number of --layers.
     """
-    from ptconvert.report.terminal import fewer_ranks, print_guess_cost, print_schedule
+    from ptconvert.report.terminal import fewer_ranks, print_compensations, print_schedule
 
     if sum(given is not None for given in (model, layers)) != (0 if spec.is_dir() else 1):
         raise click.UsageError(
@@ -39,7 +39,7 @@ def show(
     shape = model_shape(model, revision) if model else None
     if spec.is_dir():
         section, shape = converted(spec)
-        schedule, tracks, guesses = section.schedule, section.tracks, section.guesses
+        schedule, tracks, values = section.schedule, section.tracks, section.compensations
     else:
         read = read_spec(spec)
         if shape is not None:
@@ -47,7 +47,7 @@ def show(
         elif layers is not None:
             read.check_layers(layers)
         schedule, tracks = read.schedule(), read.tracks
-        guesses = most_guesses(schedule, tracks, read.guess, shape) if shape is not None else {}
+        values = compensations.most(shape, schedule, read) if shape is not None else {}
     carries = shape.bytes_per_token if shape else None
     counts = schedule.counts
     figures: dict[str, Any] = {
@@ -58,14 +58,13 @@ def show(
         "all_reduces": {"before": 2 * schedule.layers, "after": counts.all_reduces},
         "waited_for": {"before": 2 * schedule.layers, "after": counts.waited_for},
         "bytes_per_token_per_all_reduce": carries,
-        "guess": guess_cost(shape, guesses, tracks) if shape is not None else None,
+        **compensations.figures(shape, tracks, values),
         "note": fewer_ranks(tracks, schedule.track_layers),
     }
 
     def show(console: Console) -> None:
         print_schedule(console, schedule, tracks, carries)
-        if figures["guess"]:
-            print_guess_cost(console, figures["guess"], at_most=not spec.is_dir())
+        print_compensations(console, figures, decided=spec.is_dir())
         if figures["note"]:
             console.print(figures["note"], style="dim")
 

@@ -26,7 +26,7 @@ from ptconvert.errors import SpecError
 from ptconvert.spec.document import Spec, read_spec
 
 if TYPE_CHECKING:  # they import torch
-    from ptconvert.calibrate.conversion import Calibrated
+    from ptconvert.checkpoint.calibration import Calibration
     from ptconvert.checkpoint.reader import Checkpoint
     from ptconvert.convert.transform import Plan
     from ptconvert.measure.needs import Needs
@@ -124,9 +124,8 @@ def transform(
         plan = plan_conversion(checkpoint, read, **options)  # finds faults before any work
         if read is not None and not plan.complete and not dry_run:
             asked = (texts, window, windows, tokens)
-            calibrated = _calibrate(checkpoint, read, asked, device, dtype, destination)
-            plan = plan_conversion(checkpoint, read, calibration=calibrated.calibration, **options)
-            computed = calibrated.figures()
+            known, computed = _calibrate(checkpoint, read, asked, device, dtype, destination)
+            plan = plan_conversion(checkpoint, read, calibration=known, **options)
     free = free_bytes(destination)
     figures = {**plan.summary(), "bytes_free": free, "calibration": computed, "note": None}
     if not to_dense:
@@ -160,7 +159,7 @@ def _check_text(spec: Spec | None, texts: tuple[Path, ...], dry_run: bool) -> No
     if texts and not needed:
         click.echo("--text isn't read: nothing in the spec needs a text", err=True)
     if spec is not None and needed and not texts and not dry_run:
-        wants = "guess" if spec.guess is not None else f"assignment: {spec.assignment}"
+        *_, wants = spec.wanted
         raise SpecError([f"{spec.name}: {wants} is computed from a text: --text FILE"])
 
 
@@ -171,7 +170,7 @@ def _calibrate(
     device: str | None,
     dtype: str,
     destination: Path,
-) -> Calibrated:
+) -> tuple[Calibration, dict[str, Any]]:
     need_packages("plan", "scipy")
     quiet_libraries()
     from ptconvert.calibrate.conversion import calibrate, calibration_windows
@@ -209,14 +208,16 @@ def _needs(
 def _print_dry_run(
     figures: dict[str, Any], needs: Needs | None, room: Mapping[str, int], as_json: bool
 ) -> None:
+    from ptconvert.checkpoint.compensations import COMPENSATIONS
     from ptconvert.report.terminal import needs_table, plan_table
 
     def show(console: Console) -> None:
         console.print(plan_table(figures, figures["bytes_free"]))
         if figures["note"]:
             console.print(figures["note"], style="dim")
-        if figures["guess"]:
-            console.print("Guesses are counted at their full rank: the text decides.", style="dim")
+        for row in COMPENSATIONS:
+            if row.undecided and row.told(figures[row.key]):
+                console.print(row.undecided, style="dim")
         if needs is not None:
             console.print()
             needs_table(console, needs, room)
@@ -230,7 +231,7 @@ def _print_done(console: Console, figures: dict[str, Any]) -> None:
     if figures["calibration"] is not None:
         from ptconvert.report.terminal import print_calibration
 
-        print_calibration(console, figures["calibration"], figures["guess"])
+        print_calibration(console, figures["calibration"], figures)
     seconds = max(figures["seconds"], 1e-3)
     all_reduces, waited = figures["all_reduces"], figures["waited_for"]
     console.print(

@@ -11,7 +11,7 @@ import errno
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ptconvert.checkpoint.atomic import check_apart, check_destination, new_directory
 from ptconvert.checkpoint.calibration import Calibration, order_values, read_orders
 from ptconvert.checkpoint.card import model_card
+from ptconvert.checkpoint.compensations import added_tensors, figures, most
 from ptconvert.checkpoint.config import (
     as_json,
     carried_files,
@@ -49,13 +50,10 @@ from ptconvert.checkpoint.section import (
 from ptconvert.checkpoint.writer import Digests, Move, Target, copy_moves, lay_out, write_arrays
 from ptconvert.errors import CheckpointError, ConfigError, SpecError
 from ptconvert.modeling.export import modeling_source
-from ptconvert.models.guesses import guess_cost, guess_tensors, most_guesses
-from ptconvert.models.shape import ORDER_DTYPE, TIED, ModelShape
+from ptconvert.models.shape import TIED, ModelShape
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Counts, Schedule
-from ptconvert.schedule.stages import Sublayer
 from ptconvert.spec.document import Spec, parse_spec
-from ptconvert.spec.terms import ASSIGNMENTS
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -68,7 +66,8 @@ class Plan:
     are the tensors of the converted checkpoint that hold the source's, in order, and `digest` what
     they must have (going to dense). `replicas` are pairs of source tensors that must hold the same
     bytes (likewise).
-    `computed` are tensors of the result that come from no source tensor; `guesses` are their ranks.
+    `computed` are tensors of the result that come from no source tensor, for the compensations of
+    these values.
     A plan is `complete` unless it lacks what its spec wants to be computed from a text.
     """
 
@@ -86,8 +85,7 @@ class Plan:
     digest: object = None
     replicas: tuple[tuple[str, str], ...] = ()
     computed: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    assignment: str = ASSIGNMENTS[0]
-    guesses: Mapping[Sublayer, int] = field(default_factory=dict)
+    compensations: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = True
 
     @property
@@ -127,8 +125,7 @@ class Plan:
             "waited_for": _counts(before, after, "waited_for"),
             "bytes_per_token_per_all_reduce": self.shape.bytes_per_token,
             "bytes_needed": self.needed_bytes,
-            "assignment": self.assignment,
-            "guess": guess_cost(self.shape, self.guesses, self.tracks),
+            **figures(self.shape, self.tracks, self.compensations),
         }
 
 
@@ -151,8 +148,8 @@ def plan_conversion(
     Without a spec the checkpoint must be of the Ladder authors' format, whose config.json says
     its schedule. `name` is what the model card calls the result: its directory or repository.
     `ladder_layers_config` writes their key beside ours. `calibration` is what the spec wants to be
-    computed from a text; without it the plan has the right sizes, all guesses at their full rank,
-    and can't be executed.
+    computed from a text; without it the plan has the largest sizes that it can come to, and can't
+    be executed.
     Raises PTConvertError, one line or one per fault of the spec, before anything is written.
     """
     where = str(checkpoint.path / "config.json")
@@ -162,8 +159,8 @@ def plan_conversion(
     spec = _spec_for(checkpoint, shape, spec)
     spec.check(shape)
     schedule = spec.schedule()
-    guesses = most_guesses(schedule, spec.tracks, spec.guess, shape)
-    known = calibration or Calibration(guesses=guesses)
+    known = calibration or Calibration()
+    known = replace(known, values={**most(shape, schedule, spec), **known.values})
     tensors = list(dense_tensors(shape, schedule, spec.tracks, known.assignments))
     extras = check_tensors(checkpoint, {t.name: t.shape for t in tensors}, shape)
     targets, moves = list[Target](), list[Move]()
@@ -176,11 +173,13 @@ def plan_conversion(
             moves.append(Move(tensor.name, part.name, part.axis, part.indices, put))
     # After the weights: where a config names no dtype, the first tensor of all says it.
     _copy(extras, SHARED, targets, moves)
-    orders = order_values(shape, schedule, spec, known)
-    targets += [Target(n, SHARED, ORDER_DTYPE, order.shape) for n, order in orders.items()]
     dtype = weights_dtype(checkpoint, shape)
-    for track, guess, size in guess_tensors(shape, known.guesses, spec.tracks):
-        targets.append(Target(guess, track_stem(track, spec.tracks), dtype, size))
+    added = added_tensors(shape, schedule, spec.tracks, known.values)
+    for one in added:
+        stem = SHARED if one.track is None else track_stem(one.track, spec.tracks)
+        targets.append(Target(one.name, stem, one.dtype or dtype, one.shape))
+    arrays: dict[str, NDArray[Any]] = order_values(shape, schedule, known) | dict(known.tensors)
+    missing = [one.name for one in added if one.name not in arrays]
     placed = place(targets, shard_bytes)
     config = converted_config(checkpoint.config, spec, schedule, source_name, known, replaced)
     if ladder_layers_config:
@@ -190,7 +189,7 @@ def plan_conversion(
         SPEC_FILE: spec.text,
         MODELING_FILE: modeling_source(),
         "README.md": model_card(
-            checkpoint.path, source_name, name, spec, schedule, shape, len(known.guesses)
+            checkpoint.path, source_name, name, spec, schedule, shape, known.values
         ),
     }
     return Plan(
@@ -204,10 +203,9 @@ def plan_conversion(
         texts=texts,
         carried=carried_files(checkpoint.path, texts),
         converted=tuple(part.name for t in tensors for part in t.parts),
-        computed={**orders, **known.tensors},
-        assignment=spec.assignment,
-        guesses=known.guesses,
-        complete=calibration is not None or not spec.needs_text,
+        computed={one.name: arrays[one.name] for one in added if one.name in arrays},
+        compensations=known.values,
+        complete=not spec.needs_text or (calibration is not None and not missing),
     )
 
 
@@ -226,12 +224,13 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
     shape = ModelShape.from_config({**config, TIED: tied}, where)
     if reason := shape.indivisible(section.tracks):
         raise ConfigError(f"{where}: {reason}")
-    orders, assignments = read_orders(checkpoint, shape, section)
+    assignments = read_orders(checkpoint, shape, section)
     tensors = list(dense_tensors(shape, section.schedule, section.tracks, assignments))
     converted = {part.name: t.part_shape(part) for t in tensors for part in t.parts}
-    for _, guess, size in guess_tensors(shape, section.guesses, section.tracks):
-        converted[guess] = size  # they are not the source's, and stay behind
-    extras = check_tensors(checkpoint, converted, shape, orders)
+    added = added_tensors(shape, section.schedule, section.tracks, section.compensations)
+    converted |= {a.name: a.shape for a in added if a.dtype is None}  # and stay behind
+    checked = {a.name: a.shape for a in added if a.dtype is not None}
+    extras = check_tensors(checkpoint, converted, shape, checked)
     targets, moves, replicas = list[Target](), list[Move](), list[tuple[str, str]]()
     for tensor in tensors:
         targets.append(Target(tensor.name, "model", part_dtype(checkpoint, tensor), tensor.shape))

@@ -23,29 +23,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from ptconvert.errors import HardwareError
-from ptconvert.spec.strict_yaml import Value, YAMLError, load
+from ptconvert.spec.reader import FORMAT, Found, choice, number, read
 
-FORMAT = 1
-_WHOLE = ("ranks", "reduces_at_once")
 _ENDINGS = ("none", "blocking", "overlapped", "all")
 
 
-def _number(least: float = 0.0, most: float = 1e9, default: Any = MISSING) -> Any:
-    """A number field that a file may set, between `least` and `most`."""
-    return field(default=default, metadata={"least": least, "most": most})
-
-
-def _choice(*allowed: str, default: Any = MISSING) -> Any:
-    """A text field that takes one of a few words."""
-    return field(default=default, metadata={"allowed": allowed})
+def _sources() -> Any:
+    return field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,24 +55,24 @@ class Device:
     NCCL's stream, 2 on gloo's two threads.
     """
 
-    matmul_tflops: float = _number(1e-6)
-    memory_gb_s: float = _number(1e-6)
-    memory_reach: float = _number(1e-3, 1.0)
-    memory_gb: float = _number(1e-3)
-    kernel_us: float = _number()
-    overlap_share: float = _number(0.0, 0.99)
-    bulk_overlap_share: float = _number(0.0, 0.99)
-    batched_reach: float = _number(1e-3, 1.0, 1.0)
-    reduces_at_once: int = _number(1, 64, 1)
-    matmul_dtype: str = _choice("bfloat16", "float32", default="bfloat16")
+    matmul_tflops: float = number(1e-6)
+    memory_gb_s: float = number(1e-6)
+    memory_reach: float = number(1e-3, 1.0)
+    memory_gb: float = number(1e-3)
+    kernel_us: float = number()
+    overlap_share: float = number(0.0, 0.99)
+    bulk_overlap_share: float = number(0.0, 0.99)
+    batched_reach: float = number(1e-3, 1.0, 1.0)
+    reduces_at_once: int = number(1, 64, 1)
+    matmul_dtype: str = choice("bfloat16", "float32", default="bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     """One way of moving a message over a link: `step_us` per hop, `gb_s` (1e9 B/s) per rank."""
 
-    step_us: float = _number()
-    gb_s: float = _number(1e-6)
+    step_us: float = number()
+    gb_s: float = number(1e-6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +87,12 @@ class Link:
     """
 
     name: str
-    ranks: int = _number(1, 2**20)
-    base_us: float = _number()
-    algorithm: str = _choice("ring", "tree", "ring or tree")
-    one_shot_us: float = _number(default=0.0)
-    switch_us: float = _number(default=0.0)
-    switch_gb_s: float = _number(default=0.0)
+    ranks: int = number(1, 2**20)
+    base_us: float = number()
+    algorithm: str = choice("ring", "tree", "ring or tree")
+    one_shot_us: float = number(default=0.0)
+    switch_us: float = number(default=0.0)
+    switch_gb_s: float = number(default=0.0)
     protocols: tuple[Protocol, ...]
 
 
@@ -114,8 +107,20 @@ class Hardware:
     engine: str
     accuracy: str = ""
     device: Device
-    links: tuple[Link, ...]
-    sources: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    links: tuple[Link, ...] = ()
+    sources: Mapping[str, str] = _sources()
+
+    @staticmethod
+    def faults(found: Found) -> Iterator[tuple[int, str]]:
+        """Where links aren't given from the innermost outwards, or there is no such engine."""
+        links = [link for link in found.values.get("links", ()) if link and "ranks" in link.values]
+        for lower, upper in pairwise(links):
+            if lower.values["ranks"] >= upper.values["ranks"]:
+                yield upper.lines["ranks"], "a link must join more ranks than the one before it"
+        engine = found.values.get("engine", "")
+        if engine and engine not in engine_names():
+            what = f"engine is {engine}; it must be one of {', '.join(engine_names())}"
+            yield found.lines["engine"], what
 
     @property
     def ranks(self) -> int:
@@ -166,23 +171,24 @@ class Engine:
     version: str = ""
     date: str = ""
     accuracy: str = ""
-    attention_kernels: float = _number(1)
-    mlp_kernels: float = _number(1)
-    head_kernels: float = _number(1)
-    guess_kernels: float = _number(1, default=4.0)
-    step_us: float = _number()
-    request_us: float = _number()
-    prefill_launch_us: float = _number()
-    matmul_reach: float = _number(1e-3, 1.0)
-    kv_reach: float = _number(1e-3, 1.0)
-    kv_reads: str = _choice("per KV head", "per query head")
-    batched_reach: float = _number(1e-3, 1.0)
-    score_passes: float = _number()
-    cache: str = _choice("so far", "allocated")
-    logits: str = _choice("last", "all")
-    vocabulary: str = _choice("sharded", "replicated")
-    one_shot: str = _choice(*_ENDINGS)
-    in_switch: str = _choice(*_ENDINGS)
+    attention_kernels: float = number(1)
+    mlp_kernels: float = number(1)
+    head_kernels: float = number(1)
+    guess_kernels: float = number(1, default=4.0)
+    step_us: float = number()
+    request_us: float = number()
+    prefill_launch_us: float = number()
+    matmul_reach: float = number(1e-3, 1.0)
+    kv_reach: float = number(1e-3, 1.0)
+    kv_reads: str = choice("per KV head", "per query head")
+    batched_reach: float = number(1e-3, 1.0)
+    score_passes: float = number()
+    cache: str = choice("so far", "allocated")
+    logits: str = choice("last", "all")
+    vocabulary: str = choice("sharded", "replicated")
+    one_shot: str = choice(*_ENDINGS)
+    in_switch: str = choice(*_ENDINGS)
+    sources: Mapping[str, str] = _sources()
 
     @property
     def edition(self) -> str:
@@ -209,22 +215,13 @@ def engine_names() -> list[str]:
 def read_hardware(name: str) -> Hardware:
     """A row by its name in the package, or a file. Raises HardwareError with all faults."""
     text, where = _find(name, "hardware")
-    fields = _Reader(where).document(text, _HARDWARE, "a hardware file")
-    row = Hardware(**fields)
-    if row.engine not in engine_names():
-        raise HardwareError([f"{where}: engine is {row.engine}; it must be one of {_engines()}"])
-    return row
+    return read(Hardware, text, where, "a hardware file", HardwareError)
 
 
 def read_engine(name: str) -> Engine:
     """An engine by its name in the package, or a file. Raises HardwareError with all faults."""
     text, where = _find(name, "engines")
-    fields = _Reader(where).document(text, {**_fields(Engine), **_COMMON}, "an engine file")
-    return Engine(**{k: v for k, v in fields.items() if k != "sources"})
-
-
-def _engines() -> str:
-    return ", ".join(engine_names())
+    return read(Engine, text, where, "an engine file", HardwareError)
 
 
 def _find(name: str, directory: str) -> tuple[str, str]:
@@ -240,119 +237,6 @@ def _find(name: str, directory: str) -> tuple[str, str]:
         return path.read_bytes()[: 2**20].decode("utf-8"), name
     except (OSError, UnicodeDecodeError) as error:
         raise HardwareError([f"{name}: can't be read as UTF-8 text: {error}"]) from None
-
-
-_Schema = Mapping[str, Any]
-
-
-def _fields(cls: type) -> dict[str, Any]:
-    return {f.name: f for f in dataclasses.fields(cls)}
-
-
-_COMMON: _Schema = {"sources": dict}
-_HARDWARE: _Schema = {
-    "name": str,
-    "engine": str,
-    "accuracy": _fields(Hardware)["accuracy"],
-    "device": Device,
-    "links": [Link],
-    **_COMMON,
-}
-
-
-class _Reader:
-    """Collects the faults of one file while it is read into dataclasses."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
-        self._faults: list[tuple[int, str]] = []
-
-    def document(self, text: str, schema: _Schema, what: str) -> dict[str, Any]:
-        """A whole file's fields. Raises HardwareError with all faults."""
-        try:
-            root, duplicates = load(text)
-        except YAMLError as error:
-            raise HardwareError([f"{self._where}:{error.line}: {error}"]) from None
-        self._faults += [(fault.line, str(fault)) for fault in duplicates]
-        fields = self._mapping(root, {"format": int, **schema}, what)
-        if "format" in fields and fields.pop("format") != FORMAT:
-            self._faults.append((root.line, f"format must be {FORMAT}, which this version reads"))
-        if self._faults:
-            lines = [f"{self._where}:{line}: {what}" for line, what in sorted(self._faults)]
-            raise HardwareError(lines)
-        return fields
-
-    def _mapping(self, value: Value, schema: _Schema, what: str) -> dict[str, Any]:
-        if not isinstance(value.data, dict):
-            self._fault(value.line, f"{what} is {value}; it must be a mapping")
-            return {}
-        for key, (line, _) in value.data.items():
-            if key not in schema:
-                self._fault(line, f"unknown key {key!r}; {what} takes {', '.join(schema)}")
-        found = {}
-        for key, kind in schema.items():
-            if key in value.data:
-                found[key] = self._field(value.data[key][1], kind, key)
-            elif kind is not dict and getattr(kind, "default", MISSING) is MISSING:
-                self._fault(value.line, f"{key} is missing in {what}")
-        return found
-
-    def _field(self, value: Value, kind: Any, key: str) -> Any:
-        """A value of the kind that a schema names: a type, a dataclass or one of its fields."""
-        if isinstance(kind, dataclasses.Field):
-            if "least" in kind.metadata:
-                return self._limited(value, key, kind.metadata["least"], kind.metadata["most"])
-            if "allowed" in kind.metadata:
-                return self._word(value, key, kind.metadata["allowed"])
-            kind = [Protocol] if key == "protocols" else str
-        if kind is int:
-            return value.whole_number()
-        if kind is str:
-            return self._text(value, key)
-        if kind is dict:
-            return self._texts(value, key)
-        if isinstance(kind, list):
-            return self._list(value, kind[0], key)
-        fields = self._mapping(value, _fields(kind), key)
-        required = {f.name for f in dataclasses.fields(kind) if f.default is MISSING}
-        return kind(**fields) if required <= fields.keys() else None
-
-    def _list(self, value: Value, kind: type, key: str) -> tuple[Any, ...]:
-        if not isinstance(value.data, list) or (not value.data and key != "links"):
-            self._fault(value.line, f"{key} is {value}; it must be a list of mappings")
-            return ()
-        items = tuple(self._field(item, kind, f"an item of {key}") for item in value.data)
-        for lower, upper, item in zip(items, items[1:], value.data[1:], strict=False):
-            if kind is Link and lower and upper and (lower.ranks or 0) >= (upper.ranks or 0):
-                self._fault(item.line, "a link must join more ranks than the one before it")
-        return items
-
-    def _limited(self, value: Value, key: str, least: float, most: float) -> float | int:
-        number = value.number()
-        if number is None or not least <= number <= most or (key in _WHOLE and number % 1):
-            kind = "a whole number" if key in _WHOLE else "a number"
-            self._fault(value.line, f"{key} is {value}; it must be {kind}, {least:g} to {most:g}")
-            return least
-        return int(number) if key in _WHOLE else number
-
-    def _word(self, value: Value, key: str, allowed: tuple[str, ...]) -> str:
-        if value.data not in allowed:
-            self._fault(value.line, f"{key} is {value}; it must be {' or '.join(allowed)}")
-        return str(value.data)
-
-    def _text(self, value: Value, key: str) -> str:
-        if not isinstance(value.data, str) or not value.data.strip():
-            self._fault(value.line, f"{key} is {value}; it must be text")
-        return value.data if isinstance(value.data, str) else ""
-
-    def _texts(self, value: Value, key: str) -> Mapping[str, str]:
-        if not isinstance(value.data, dict):
-            self._fault(value.line, f"{key} is {value}; it must be a mapping of texts")
-            return {}
-        return {k: self._text(v, k) for k, (_, v) in value.data.items()}
-
-    def _fault(self, line: int, what: str) -> None:
-        self._faults.append((line, what))
 
 
 def numbers(row: object, path: str = "") -> Iterator[tuple[str, float]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup
@@ -21,7 +22,7 @@ from ptconvert.report.html_schedule import schedule_diagram
 from ptconvert.report.numbers import between, number, signed
 from ptconvert.report.terminal import diagram, figures_table
 from ptconvert.shorten import few
-from ptconvert.spec.terms import ASSIGNMENTS
+from ptconvert.spec.document import written
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,7 @@ class Planned:
     objective: Objective
     frontier: Frontier
     chosen: Point
-    assignment: str = ASSIGNMENTS[0]  # this and the guesses' rank are for the spec
-    guess: int | None = None
+    wanted: Mapping[str, Any] = field(default_factory=dict)  # to be computed, for the spec
 
     @property
     def tokens(self) -> int:
@@ -79,11 +79,7 @@ def to_spec(planned: Planned) -> str:
 
 def _computed(planned: Planned) -> list[str]:
     """The lines of the spec about what transform computes from a text, where that has any use."""
-    lines = []
-    if planned.assignment != ASSIGNMENTS[0]:
-        lines.append(f"assignment: {planned.assignment}")
-    if planned.guess is not None:
-        lines.append(f"guess: {{rank: {planned.guess}}}")
+    lines = written(planned.wanted)
     if not lines or not planned.chosen.schedule.own_kept(planned.tracks):
         return []
     return ["# Computed from a text, not counted above: transform needs --text FILE.", *lines]

@@ -11,12 +11,12 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from ptconvert.checkpoint.compensations import COMPENSATIONS
 from ptconvert.measure.needs import Needs
 from ptconvert.schedule.endings import BESIDE, MARKS
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
-from ptconvert.spec.terms import ASSIGNMENTS
 
 _ONE, _DIFFER = "─", "≡"
 
@@ -120,10 +120,9 @@ def plan_table(summary: Mapping[str, Any], free: int) -> RenderableType:
         table.add_row(way, f"{tensors} tensors, {size}")
     for file, size in summary["files"].items():
         table.add_row("", f"{file}  {decimal(size)}")
-    if summary["assignment"] != ASSIGNMENTS[0]:
-        table.add_row("assignment", summary["assignment"])
-    if summary["guess"]:
-        table.add_row("guesses", _guess_cost(summary["guess"]))
+    for row in COMPENSATIONS:
+        if told := row.told(summary[row.key]):
+            table.add_row(row.label, told)
     fits = "enough" if free >= summary["bytes_needed"] else "NOT ENOUGH"
     needed = decimal(summary["bytes_needed"])
     table.add_row("disk space", f"{needed} needed, {decimal(free)} free: {fits}")
@@ -156,22 +155,10 @@ def _duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def _guess_cost(cost: Mapping[str, Any]) -> str:
-    """What guesses add over all tracks, against the dense model."""
-    ranks = cost["ranks"].values()
-    largest = max(ranks)
-    return (
-        f"{len(ranks)} sublayers, rank {largest if min(ranks) == largest else f'up to {largest}'}: "
-        f"{cost['parameters']:,} parameters (+{cost['parameters_share']:.1%}), "
-        f"{decimal(cost['bytes'])}, {cost['flops_per_token']:,} FLOPs per token "
-        f"(+{cost['flops_share']:.1%})"
-    )
-
-
 def print_calibration(
-    console: Console, computed: Mapping[str, Any], cost: Mapping[str, Any] | None
+    console: Console, computed: Mapping[str, Any], figures: Mapping[str, Any]
 ) -> None:
-    """What was computed from the text, and what the guesses gain and cost."""
+    """What was computed from the text, what it gains, and what it costs."""
     shares = computed["affinity_between_tracks"]
     if shares is not None:
         console.print(
@@ -188,13 +175,15 @@ def print_calibration(
                 f"{row['error']:.0%}" if kept else "gains nothing",
             )
         console.print(table)
-    if cost is not None:
-        print_guess_cost(console, cost)
+    print_compensations(console, figures)
 
 
-def print_guess_cost(console: Console, cost: Mapping[str, Any], at_most: bool = False) -> None:
-    """What guesses add to a model; `at_most` before a text has decided."""
-    console.print(f"guesses{', at most' if at_most else ''}: {_guess_cost(cost)}", soft_wrap=True)
+def print_compensations(console: Console, figures: Mapping[str, Any], decided: bool = True) -> None:
+    """What a model's compensations are and add to it; `decided` once a text has."""
+    for row in COMPENSATIONS:
+        if told := row.told(figures[row.key]):
+            at_most = ", at most" if row.undecided and not decided else ""
+            console.print(f"{row.label}{at_most}: {told}", soft_wrap=True)
 
 
 def ranges(numbers: Sequence[int]) -> str:

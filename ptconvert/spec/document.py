@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any, ClassVar
 
 from ptconvert.errors import ScheduleError, SpecError
 from ptconvert.models.shape import ModelShape
@@ -27,47 +27,157 @@ from ptconvert.schedule import presets
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import MAX_LAYERS, Stage, parse_stages
 from ptconvert.shorten import few
-from ptconvert.spec.strict_yaml import Value, YAMLError, load
+from ptconvert.spec.reader import Found, choice, number, parsed, read
+from ptconvert.spec.strict_yaml import Value
 from ptconvert.spec.terms import ASSIGNMENTS, DEFERRED_RULES, MAX_GUESS_RANK, MAX_TRACKS
 
-FORMAT = 1
 _RANGE = re.compile(r"([0-9]{1,5})(?:\s*-\s*([0-9]{1,5}))?")
+_ONE_OF = f"one of {', '.join(presets.PRESETS)}"
 
 
-@dataclass(frozen=True)
+def _layers(value: Value) -> range | None:
+    match = _RANGE.fullmatch(value.data) if isinstance(value.data, str) else None
+    if match is None:
+        return None
+    first, last = int(match[1]), int(match[2] or match[1])
+    if last < first or last >= MAX_LAYERS:
+        raise SpecError([f"layers {value} is not a range; it must run upwards, such as 2-29"])
+    return range(first, last + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Item:
     """One range of layers and how it runs: a preset with its parameters, or stages as text."""
 
-    layers: range
-    line: int
+    layers: range = parsed(_layers, "a layer or a range such as 2-29")
     use: str | None = None
-    parameters: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    stages: tuple[Stage, ...] = ()
+    lines: Mapping[str, int]
+
+    @property
+    def line(self) -> int:
+        """Where its layers stand."""
+        return self.lines["layers"]
 
     def resolve(self) -> tuple[Stage, ...]:
         """The stages of this range."""
-        if self.use is None:
-            return self.stages
-        return presets.PRESETS[self.use](self.layers, **self.parameters)
+        parameters = {name: getattr(self, name) for name in presets.parameters(str(self.use))}
+        return presets.PRESETS[str(self.use)](self.layers, **parameters)
+
+    @staticmethod
+    def variant(value: Value, what: str) -> tuple[type[Item], str]:
+        """The kind of item that a value is."""
+        data = value.data if isinstance(value.data, dict) else {}
+        use = data["use"][1].data if "use" in data else None
+        if isinstance(use, str) and use in _PRESETS:
+            return _PRESETS[use], use
+        return (_Stages if use is None and "stages" in data else _Unknown), what
 
 
-@dataclass(frozen=True)
+def _preset(name: str) -> type[Item]:
+    """An item's class with a preset's parameters."""
+    parameters = [
+        (key, int, number(default or 1, MAX_LAYERS, MISSING if default is None else default))
+        for key, default in presets.parameters(name).items()
+    ]
+    return make_dataclass(name, parameters, bases=(Item,), frozen=True, kw_only=True)
+
+
+_PRESETS = {name: _preset(name) for name in presets.PRESETS}
+
+
+def _read_stages(value: Value) -> tuple[Stage, ...] | None:
+    is_text = isinstance(value.data, str) and value.data.strip()
+    return parse_stages(str(value.data)) if is_text else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stages(Item):
+    stages: tuple[Stage, ...] = parsed(_read_stages, 'text such as "a0! m0!"')
+
+    def resolve(self) -> tuple[Stage, ...]:
+        return self.stages
+
+    @staticmethod
+    def faults(found: Found) -> Iterator[tuple[int, str]]:
+        """Where the stages aren't those of the item's layers."""
+        layers, stages = found.values.get("layers"), found.values.get("stages", ())
+        ran = {s.layer for stage in stages for s in stage.sublayers}
+        if layers is not None and stages and ran != set(layers):
+            what = f"stages runs layers {few(sorted(ran), 8)}; its item has {_print(layers)}"
+            yield found.lines["stages"], what
+
+
+def _unknown(value: Value) -> None:
+    raise SpecError([f"unknown preset {value}; it must be {_ONE_OF}"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unknown(Item):
+    use: str = parsed(_unknown, _ONE_OF)
+    stages: str = ""
+    loose: ClassVar[bool] = True  # which keys it takes depends on the preset
+
+
+@dataclass(frozen=True, kw_only=True)
 class Spec:
     """A spec as read; `digest` is the SHA-256 of its text, `name` its file as given."""
 
     name: str
-    tracks: int
-    items: tuple[Item, ...]
-    deferred: str
-    assignment: str
     text: str
-    tracks_line: int = 1
-    guess: int | None = None  # the largest rank that a guess may have
+    lines: Mapping[str, int]
+    tracks: int = number(1, MAX_TRACKS)
+    items: tuple[Item, ...] = field(
+        metadata={"key": "schedule", "expected": "a list of `- layers: 0-3` items"}
+    )
+    deferred: str = choice(*DEFERRED_RULES, default=DEFERRED_RULES[0])
+    assignment: str = choice(
+        *ASSIGNMENTS,
+        default=ASSIGNMENTS[0],
+        inside="method",
+        bare=True,
+        idle=" is {value}, but the tracks' streams never differ, so it can change nothing",
+        says="which heads and neurons share a track. [contiguous]",
+    )
+    guess: int | None = number(  # the largest rank that a guess may have
+        1,
+        MAX_GUESS_RANK,
+        default=None,
+        inside="rank",
+        idle=": no track goes on without the others' partials, so there is nothing to guess",
+        says="tracks guess each other's partials. [they don't]",
+    )
+
+    @staticmethod
+    def faults(found: Found) -> Iterator[tuple[int, str]]:
+        """Where ranges overlap, leave gaps or are out of order, once all of them can be read."""
+        items = [item or Found(Item) for item in found.values.get("items", ())]
+        expected = 0
+        for item in items if all("layers" in i.values for i in items) else ():
+            layers, line = item.values["layers"], item.lines["layers"]
+            if layers.start < expected:
+                what = f"layers {_print(layers)} come again or out of order"
+                yield line, f"{what}; this range must begin at layer {expected}"
+            elif layers.start > expected:
+                gap = _print(range(expected, layers.start))
+                what = f"layers {gap} are left out before {_print(layers)}"
+                yield line, f"{what}; every layer must be in one range"
+            expected = max(expected, layers.stop)
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """What is to be computed from a text, by its key in the spec."""
+        values = [(f, getattr(self, f.name)) for f in COMPUTED]
+        return {f.name: value for f, value in values if value != f.default}
+
+    def only(self, keys: Collection[str]) -> Spec:
+        """The same, wanting no more than what stands at these keys to be computed."""
+        left_out: dict[str, Any] = {f.name: f.default for f in COMPUTED if f.name not in keys}
+        return replace(self, **left_out)
 
     @property
     def needs_text(self) -> bool:
         """Whether a conversion by it has something to compute from a text."""
-        return self.assignment != ASSIGNMENTS[0] or self.guess is not None
+        return bool(self.wanted)
 
     @property
     def digest(self) -> str:
@@ -89,7 +199,7 @@ class Spec:
     def check(self, shape: ModelShape) -> None:
         """Raises SpecError, all faults at once, where the spec doesn't fit a model."""
         reason = shape.indivisible(self.tracks)
-        faults = [f"{self.name}:{self.tracks_line}: {reason}"] if reason else []
+        faults = [f"{self.name}:{self.lines['tracks']}: {reason}"] if reason else []
         faults += self._layer_faults(shape.layers)
         if faults:
             raise SpecError(faults)
@@ -114,6 +224,19 @@ class Spec:
         return faults
 
 
+# The fields of what is computed from a text, in the order in which it is.
+COMPUTED = tuple(f for f in fields(Spec) if "idle" in f.metadata)
+
+
+def written(wanted: Mapping[str, Any]) -> list[str]:
+    """The lines of a spec that want so much to be computed."""
+    inside = {f.name: None if "bare" in f.metadata else f.metadata["inside"] for f in COMPUTED}
+    return [
+        f"{key}: {{{inside[key]}: {value}}}" if inside[key] else f"{key}: {value}"
+        for key, value in wanted.items()
+    ]
+
+
 def read_spec(path: Path) -> Spec:
     """Reads and checks a spec file. Raises SpecError with all faults."""
     try:
@@ -127,208 +250,16 @@ def read_spec(path: Path) -> Spec:
 
 def parse_spec(text: str, name: str) -> Spec:
     """Reads and checks a spec's text; `name` stands in its errors. Raises SpecError."""
-    try:
-        root, duplicates = load(text)
-    except YAMLError as error:
-        raise SpecError([f"{name}:{error.line}: {error}"]) from None
-    reader = _Reader(name)
-    for fault in duplicates:
-        reader.fault(fault.line, str(fault))
-    top = reader.mapping(root, "the spec", _TOP_KEYS)
-    reader.constant(top.pop("format", None), root.line, FORMAT)
-    tracks_line, tracks_value = top.get("tracks", (root.line, None))
-    tracks = reader.number(tracks_value, tracks_line, "tracks", 1, MAX_TRACKS)
-    deferred = reader.choice(top.get("deferred"), "deferred", DEFERRED_RULES)
-    assignment, guess = reader.assignment(top.get("assignment")), reader.guess(top.get("guess"))
-    items = reader.items(top.get("schedule"), root.line)
-    reader.check_coverage(items)
-    reader.raise_faults()
-    spec = Spec(name, tracks, tuple(items), deferred, assignment, text, tracks_line, guess)
+    spec = read(Spec, text, name, "the spec", SpecError, name=name, text=text)
     schedule = spec.schedule()
-    if assignment != ASSIGNMENTS[0] and not schedule.own_kept(tracks):
-        reader.fault(top["assignment"][0], f"assignment is {assignment}, {_NO_TRACKS}")
-    if guess is not None and not schedule.own_kept(tracks):
-        reader.fault(top["guess"][0], f"guess: {_NO_GUESSES}")
-    reader.raise_faults()
+    if spec.wanted and not schedule.own_kept(spec.tracks):
+        faults = [
+            (spec.lines[f.name], f"{f.name}{f.metadata['idle'].format(value=value)}; leave it out")
+            for f in COMPUTED
+            if (value := spec.wanted.get(f.name)) is not None
+        ]
+        raise SpecError([f"{name}:{line}: {what}" for line, what in sorted(faults)])
     return spec
-
-
-_TOP_KEYS = ("format", "tracks", "schedule", "deferred", "assignment", "guess")
-_NO_TRACKS = "but the tracks' streams never differ, so it can change nothing; leave it out"
-_NO_GUESSES = (
-    "no track goes on without the others' partials, so there is nothing to guess; leave it out"
-)
-_Entry = tuple[int, Value]
-
-
-class _Reader:
-    """Collects faults while a spec is read, so that all can be reported at once."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.faults: list[tuple[int, str]] = []
-        self.gaps_known = True  # until a range can't be read
-
-    def fault(self, line: int, what: str) -> None:
-        self.faults.append((line, what))
-
-    def raise_faults(self) -> None:
-        if self.faults:
-            raise SpecError([f"{self.name}:{line}: {what}" for line, what in sorted(self.faults)])
-
-    def mapping(self, value: Value, what: str, keys: tuple[str, ...]) -> dict[str, _Entry]:
-        """A mapping's entries, of which only `keys` are allowed."""
-        if not isinstance(value.data, dict):
-            self.fault(value.line, f"{what} is {value}; it must be a mapping of {', '.join(keys)}")
-            return {}
-        for key, (line, _) in value.data.items():
-            if key not in keys:
-                self.fault(line, f"unknown key {key!r}; {what} takes {', '.join(keys)}")
-        return {k: v for k, v in value.data.items() if k in keys}
-
-    def constant(self, entry: _Entry | None, line: int, expected: int) -> None:
-        if entry is None:
-            self.fault(line, f"format is missing; it must be {expected}")
-        elif entry[1].whole_number() != expected:
-            self.fault(entry[0], f"format is {entry[1]}; this version reads format {expected}")
-
-    def number(self, value: Value | None, line: int, key: str, least: int, most: int) -> int:
-        if value is None:
-            self.fault(line, f"{key} is missing; it must be a whole number, {least} to {most}")
-            return least
-        number = value.whole_number()
-        if number is None or not least <= number <= most:
-            self.fault(line, f"{key} is {value}; it must be a whole number, {least} to {most}")
-            return least
-        return number
-
-    def choice(self, entry: _Entry | None, key: str, allowed: tuple[str, ...]) -> str:
-        if entry is None or entry[1].data in allowed:
-            return allowed[0] if entry is None else str(entry[1].data)
-        self.fault(entry[0], f"{key} is {entry[1]}; it must be {' or '.join(allowed)}")
-        return allowed[0]
-
-    def assignment(self, entry: _Entry | None) -> str:
-        """`assignment: METHOD`, or a mapping with the method."""
-        if entry is not None and isinstance(entry[1].data, dict):
-            found = self.mapping(entry[1], "assignment", ("method",))
-            if "method" not in found:
-                allowed = " or ".join(ASSIGNMENTS)
-                self.fault(entry[0], f"assignment has no method; it must be {allowed}")
-            return self.choice(found.get("method"), "method", ASSIGNMENTS)
-        return self.choice(entry, "assignment", ASSIGNMENTS)
-
-    def guess(self, entry: _Entry | None) -> int | None:
-        """`guess: {rank: r}`."""
-        if entry is None:
-            return None
-        found = self.mapping(entry[1], "guess", ("rank",))
-        if not isinstance(entry[1].data, dict):
-            return None
-        line, rank = found.get("rank", (entry[0], None))
-        return self.number(rank, line, "rank", 1, MAX_GUESS_RANK)
-
-    def items(self, entry: _Entry | None, line: int) -> list[Item]:
-        if entry is None or not isinstance(entry[1].data, list) or not entry[1].data:
-            was = "missing" if entry is None else str(entry[1]) or "empty"
-            where = line if entry is None else entry[0]
-            self.fault(where, f"schedule is {was}; it must be a list of `- layers: 0-3` items")
-            return []
-        items = [self._item(value) for value in entry[1].data]
-        return [item for item in items if item is not None]
-
-    def _item(self, value: Value) -> Item | None:
-        if not isinstance(value.data, dict):
-            self.fault(value.line, f"this item is {value}; it must have layers and use (or stages)")
-            self.gaps_known = False
-            return None
-        use_line, use = value.data.get("use", (value.line, None))
-        preset = use.data if use is not None else None
-        known = isinstance(preset, str) and preset in presets.PRESETS
-        takes = presets.parameters(str(preset)) if known else {}
-        keys = ("layers", "use", *takes) if known else ("layers", "use", "stages")
-        if known or use is None:
-            self.mapping(value, f"{preset}" if known else "an item", keys)
-        if not known and (use is not None or "stages" not in value.data):
-            was = "use is missing" if use is None else f"unknown preset {use}"
-            self.fault(use_line, f"{was}; it must be one of {', '.join(presets.PRESETS)}")
-        layers = self._layers(value)
-        numbers = self._parameters(value, str(preset), takes)
-        stages = self._stages(value, layers) if use is None else ()
-        if layers is None:
-            self.gaps_known = False
-            return None
-        name = str(preset) if known else None
-        return Item(layers, value.line, name, MappingProxyType(numbers), stages)
-
-    def _layers(self, item: Value) -> range | None:
-        assert isinstance(item.data, dict)
-        line, value = item.data.get("layers", (item.line, None))
-        match = (
-            _RANGE.fullmatch(value.data)
-            if value is not None and isinstance(value.data, str)
-            else None
-        )
-        if match is None:
-            was = "missing" if value is None else str(value) or "empty"
-            self.fault(line, f"layers is {was}; it must be a layer or a range such as 2-29")
-            return None
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first or last >= MAX_LAYERS:
-            self.fault(line, f"layers {value} is not a range; it must run upwards, such as 2-29")
-            return None
-        return range(first, last + 1)
-
-    def _parameters(
-        self, item: Value, preset: str, takes: Mapping[str, int | None]
-    ) -> dict[str, int]:
-        assert isinstance(item.data, dict)
-        numbers = {}
-        for key, default in takes.items():
-            entry = item.data.get(key)
-            if entry is None and default is None:
-                what = f"{preset} needs {key}; it must be a whole number, 1 to {MAX_LAYERS}"
-                self.fault(item.line, what)
-            elif entry is not None:
-                least = 1 if default is None else default
-                numbers[key] = self.number(entry[1], entry[0], key, least, MAX_LAYERS)
-        return numbers
-
-    def _stages(self, item: Value, layers: range | None) -> tuple[Stage, ...]:
-        assert isinstance(item.data, dict)
-        line, value = item.data.get("stages", (item.line, None))
-        if value is None:
-            return ()
-        if not isinstance(value.data, str) or not value.data.strip():
-            self.fault(line, f'stages is {value}; it must be text such as "a0! m0!"')
-            return ()
-        try:
-            stages = parse_stages(value.data)
-        except ScheduleError as error:
-            self.fault(line, str(error))
-            return ()
-        ran = {s.layer for stage in stages for s in stage.sublayers}
-        if layers is not None and ran != set(layers):
-            self.fault(
-                line, f"stages runs layers {few(sorted(ran), 8)}; its item has {_print(layers)}"
-            )
-        return stages
-
-    def check_coverage(self, items: list[Item]) -> None:
-        """Faults for ranges that overlap, leave gaps or are out of order."""
-        expected = 0
-        for item in items if self.gaps_known else []:
-            if item.layers.start < expected:
-                what = (
-                    f"layers {_print(item.layers)} come again or out of order; "
-                    f"this range must begin at layer {expected}"
-                )
-                self.fault(item.line, what)
-            elif item.layers.start > expected:
-                gap = _print(range(expected, item.layers.start))
-                what = f"layers {gap} are left out before {_print(item.layers)}"
-                self.fault(item.line, f"{what}; every layer must be in one range")
-            expected = max(expected, item.layers.stop)
 
 
 def _print(layers: range) -> str:

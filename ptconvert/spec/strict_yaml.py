@@ -52,7 +52,7 @@ class Value:
 
     def __str__(self) -> str:
         if isinstance(self.data, str):
-            return clipped(self.data, 60)
+            return clipped(self.data, 60) or "empty"
         return "a mapping" if isinstance(self.data, dict) else "a list"
 
 

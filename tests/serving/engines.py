@@ -95,6 +95,6 @@ def random_calibration(plan: Plan) -> Calibration:
     }
     tensors = {
         name: random.normal(scale=0.1, size=size).astype(np.float32).view(np.uint8)
-        for _, name, size in guess_tensors(shape, plan.guesses, plan.tracks)
+        for _, name, size in guess_tensors(shape, plan.compensations.get("guess", {}), plan.tracks)
     }
-    return Calibration(orders, plan.guesses, tensors)
+    return Calibration(orders, tensors=tensors)
