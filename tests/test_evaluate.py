@@ -36,8 +36,9 @@ from ptconvert.evaluate import lm, report, tasks
 from ptconvert.evaluate.harness import Metric, Scores, Settings, Task
 from ptconvert.evaluate.report import Text, evaluate
 from ptconvert.measure import divergence
-from ptconvert.measure import opening as models
-from ptconvert.measure.opening import BatchSize, open_model, open_tokenizer
+from ptconvert.measure import dtype as dtypes
+from ptconvert.measure.batch import BatchSize
+from ptconvert.measure.opening import open_model, open_tokenizer
 from ptconvert.measure.windows import DEFAULT_WINDOWS, cut_windows, windows_for
 from ptconvert.modeling import model
 
@@ -662,15 +663,15 @@ def test_auto_is_float32_where_the_stored_dtype_is_slow(
     source: Path, make_dense: MakeDense, run: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored, said = open_checkpoint(make_dense("llama", torch.bfloat16)), list[str]()
-    assert models.fastest_dtype(stored, "cpu", quiet) in ("bfloat16", "float32")  # as it is here
+    assert dtypes.fastest_dtype(stored, "cpu", quiet) in ("bfloat16", "float32")  # as it is here
     for seconds, expected in ((7.0, "float32"), (1.2, "bfloat16"), (0.5, "bfloat16")):
         times = {"float32": 1.0, "bfloat16": seconds}
-        monkeypatch.setattr(models, "_product_seconds", lambda _, __, dtype, t=times: t[dtype])
-        assert models.fastest_dtype(stored, "cpu", said.append) == expected
+        monkeypatch.setattr(dtypes, "_product_seconds", lambda _, __, dtype, t=times: t[dtype])
+        assert dtypes.fastest_dtype(stored, "cpu", said.append) == expected
     assert said == ["computing in float32: bfloat16, which is stored, is 7.0 times slower on cpu"]
-    monkeypatch.setattr(models, "_product_seconds", None)  # never slower than itself
-    assert models.fastest_dtype(open_checkpoint(source), "cpu", said.append) == "float32"
-    monkeypatch.setattr(models, "fastest_dtype", lambda *_: "bfloat16")
+    monkeypatch.setattr(dtypes, "_product_seconds", None)  # never slower than itself
+    assert dtypes.fastest_dtype(open_checkpoint(source), "cpu", said.append) == "float32"
+    monkeypatch.setattr(dtypes, "fastest_dtype", lambda *_: "bfloat16")
     text = ("--text", TEXTS[0], "--window", 32, "--windows", 4)
     done = run(source, "--baseline", source, *text, "--json")
     assert json.loads(done.stdout)["settings"]["dtype"] == "bfloat16"

@@ -17,8 +17,9 @@ from ptconvert.convert.transform import execute, plan_conversion, plan_to_dense
 from ptconvert.evaluate.harness import Settings
 from ptconvert.evaluate.report import evaluate
 from ptconvert.evaluate.tasks import CLOZE_TASK, make_tasks
+from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.divergence import Reference, measure, reference
-from ptconvert.measure.opening import BatchSize, open_model
+from ptconvert.measure.opening import open_model
 from ptconvert.measure.windows import Windows, windows_for
 from ptconvert.spec.document import parse_spec
 

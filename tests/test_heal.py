@@ -33,8 +33,9 @@ from ptconvert.heal.distill import distill
 from ptconvert.heal.models import changed_layers, freeze_but, share, trainable
 from ptconvert.heal.settings import Settings
 from ptconvert.measure import divergence
+from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.divergence import by_token, loss_and_kl
-from ptconvert.measure.opening import BatchSize, open_model, schedule_of
+from ptconvert.measure.opening import open_model, schedule_of
 from ptconvert.runtime.launch import PRELOADED
 from ptconvert.schedule.schedule import Schedule
 

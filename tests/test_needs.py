@@ -29,10 +29,10 @@ from ptconvert.heal import needs as healing
 from ptconvert.heal.data import Data
 from ptconvert.heal.needs import heal_needs
 from ptconvert.heal.settings import Settings
-from ptconvert.measure import opening as models
+from ptconvert.measure import dtype as dtypes
+from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.needs import Held, Needs, Phase, Place
 from ptconvert.measure.one_layer import Step, one_layer, step_of
-from ptconvert.measure.opening import BatchSize
 from ptconvert.measure.windows import Windows
 from ptconvert.models.shape import ModelShape
 from ptconvert.plan import needs as planning
@@ -296,10 +296,10 @@ def test_float32_is_not_taken_where_it_does_not_fit(
 ) -> None:
     stored, said = open_checkpoint(make_dense("llama", torch.bfloat16)), list[str]()
     monkeypatch.setattr(
-        models, "_product_seconds", lambda _, __, dtype: {"float32": 1.0, "bfloat16": 7.0}[dtype]
+        dtypes, "_product_seconds", lambda _, __, dtype: {"float32": 1.0, "bfloat16": 7.0}[dtype]
     )
-    monkeypatch.setattr(models, "free_memory", lambda _: 5 * 10**8)
-    assert models.fastest_dtype(stored, "cpu", said.append) == "bfloat16"
+    monkeypatch.setattr(dtypes, "free_memory", lambda _: 5 * 10**8)
+    assert dtypes.fastest_dtype(stored, "cpu", said.append) == "bfloat16"
     assert said == [
         "computing in bfloat16, which is stored and is 7.0 times slower on cpu than float32: in "
         "that the weights would take 0.5 GB of 0.5"

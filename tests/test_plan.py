@@ -26,7 +26,9 @@ from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
 from ptconvert.errors import PlanError
 from ptconvert.measure import divergence
-from ptconvert.measure.opening import BatchSize, content_digest, open_model
+from ptconvert.measure.batch import BatchSize
+from ptconvert.measure.cache import content_digest
+from ptconvert.measure.opening import open_model
 from ptconvert.measure.windows import Windows, windows_for
 from ptconvert.plan import sensitivity
 from ptconvert.plan.case import Case
@@ -390,7 +392,7 @@ def test_the_spec_goes_through_transform_and_show(source: Path, tmp_path: Path) 
 def test_it_computes_in_what_is_fast(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ptconvert.measure.opening.fastest_dtype", lambda *_: "bfloat16")
+    monkeypatch.setattr("ptconvert.measure.dtype.fastest_dtype", lambda *_: "bfloat16")
     size = ("--window", 24, "--windows", 2, "--rounds", 1, "--cache", tmp_path / "cache")
     asked = ("--tracks", 4, "--max-syncs", 6, "--json", "--time-limit", 0.01)
     figures = json.loads(run("plan", source, "--text", TEXT, *size, *asked)[0])

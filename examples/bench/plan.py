@@ -15,7 +15,9 @@ from pathlib import Path
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli.progress import step_progress
-from ptconvert.measure.opening import BatchSize, Progress, cache_directory, content_digest
+from ptconvert.measure.batch import BatchSize
+from ptconvert.measure.cache import cache_directory, content_digest
+from ptconvert.measure.progress import Progress
 from ptconvert.measure.windows import windows_for
 from ptconvert.plan.case import Case
 from ptconvert.plan.planner import choose, search, waited_for

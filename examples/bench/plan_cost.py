@@ -23,7 +23,8 @@ from plan import parser_of
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli.progress import step_progress
-from ptconvert.measure.opening import BatchSize, Progress
+from ptconvert.measure.batch import BatchSize
+from ptconvert.measure.progress import Progress
 from ptconvert.measure.windows import windows_for
 from ptconvert.plan import planner
 from ptconvert.plan.case import Case

@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 
 from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
 from ptconvert.checkpoint.calibration import Assignment
-from ptconvert.measure.opening import Progress
+from ptconvert.measure.progress import Progress
 from ptconvert.modeling.layers import OUTPUT_PROJECTIONS
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.schedule import Schedule

@@ -20,7 +20,8 @@ from ptconvert.checkpoint.inventory import weights_dtype
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.errors import EvaluationError
-from ptconvert.measure.opening import Progress, open_model
+from ptconvert.measure.opening import open_model
+from ptconvert.measure.progress import Progress
 from ptconvert.measure.windows import DEFAULT_LENGTH, Windows, positions, windows_for
 from ptconvert.models.shape import DTYPE_BYTES, TORCH_NAMES, ModelShape
 from ptconvert.spec.document import Spec

@@ -27,7 +27,7 @@ import torch
 
 from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
 from ptconvert.calibrate.regression import Affine, Fit, Moments, best, fits
-from ptconvert.measure.opening import Progress
+from ptconvert.measure.progress import Progress
 from ptconvert.modeling.executor import (
     OneProcess,
     PerTrack,

@@ -7,7 +7,7 @@ what it is as data; beside it are
 - the spec's key: a field of `spec.document.Spec`
 - how its value is read: `checkpoint.section.COMPENSATIONS`
 - how it is computed, and what that takes: `calibrate.conversion.FITS`, `calibrate.needs.PHASES`
-- its modules: `modeling.layers`, `engines.vllm.layers`; its time: `estimate.roofline`
+- its modules: `modeling.layers`, `engines.base`; its time: `estimate.roofline`
 """
 
 from __future__ import annotations

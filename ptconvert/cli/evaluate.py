@@ -152,7 +152,8 @@ def _run(
     from ptconvert.checkpoint.reader import open_checkpoint
     from ptconvert.evaluate.harness import Settings
     from ptconvert.evaluate.report import evaluate
-    from ptconvert.measure.opening import cache_directory, fastest_dtype
+    from ptconvert.measure.cache import cache_directory
+    from ptconvert.measure.dtype import fastest_dtype
 
     cache = cache or cache_directory()
     with step_progress() as progress:

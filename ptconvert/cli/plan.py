@@ -25,7 +25,7 @@ from ptconvert.errors import PlanError
 from ptconvert.spec.document import COMPUTED
 
 if TYPE_CHECKING:  # they import torch
-    from ptconvert.measure.opening import Progress
+    from ptconvert.measure.progress import Progress
     from ptconvert.models.shape import ModelShape
     from ptconvert.plan.case import Case
     from ptconvert.plan.planner import Frontier, Objective
@@ -128,7 +128,7 @@ def plan(
     """
     need_packages("plan", "scipy")
     quiet_libraries()
-    from ptconvert.measure.opening import cache_directory
+    from ptconvert.measure.cache import cache_directory
     from ptconvert.plan.needs import plan_needs
 
     if (options["max_syncs"] is None) == (options["max_loss"] is None):
@@ -195,7 +195,9 @@ def _case(
 ) -> tuple[Case, Objective]:
     """The checkpoint opened, the text read and the options settled. Raises PTConvertError."""
     from ptconvert.checkpoint.reader import open_checkpoint
-    from ptconvert.measure.opening import BatchSize, fastest_dtype, is_dense
+    from ptconvert.measure.batch import BatchSize
+    from ptconvert.measure.dtype import fastest_dtype
+    from ptconvert.measure.opening import is_dense
     from ptconvert.measure.windows import windows_for
     from ptconvert.models.shape import ModelShape
     from ptconvert.plan.case import Case
@@ -225,7 +227,7 @@ def _plan(
     options: dict[str, Any],
     progress: Progress,
 ) -> Planned:
-    from ptconvert.measure.opening import content_digest
+    from ptconvert.measure.cache import content_digest
     from ptconvert.plan.planner import ROUNDS, choose, search
     from ptconvert.plan.report import Planned
     from ptconvert.plan.sensitivity import Meter, Store, store_file

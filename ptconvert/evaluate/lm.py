@@ -10,7 +10,9 @@ from accelerate.utils.memory import clear_device_cache
 from lm_eval.api.model import LM, CacheHook
 from lm_eval.models.huggingface import HFLM
 
-from ptconvert.measure.opening import BatchSize, Progress, check_ids
+from ptconvert.measure.batch import BatchSize
+from ptconvert.measure.opening import check_ids
+from ptconvert.measure.progress import Progress
 
 
 class FittingHFLM(HFLM):  # type: ignore[misc]

@@ -17,16 +17,11 @@ from ptconvert.errors import EvaluationError
 from ptconvert.evaluate import harness, metrics, tasks
 from ptconvert.evaluate.harness import GroupOfTasks, Metric, Scores, Settings, Task
 from ptconvert.measure import divergence, statistics
+from ptconvert.measure.batch import BatchSize
+from ptconvert.measure.cache import content_digest
 from ptconvert.measure.divergence import Divergence
-from ptconvert.measure.opening import (
-    BatchSize,
-    Progress,
-    content_digest,
-    is_dense,
-    open_model,
-    open_tokenizer,
-    schedule_of,
-)
+from ptconvert.measure.opening import is_dense, open_model, open_tokenizer, schedule_of
+from ptconvert.measure.progress import Progress
 from ptconvert.measure.statistics import Difference, Estimate, Seed
 from ptconvert.measure.windows import Windows, windows_for
 from ptconvert.schedule.schedule import Schedule

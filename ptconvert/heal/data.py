@@ -15,7 +15,8 @@ import torch
 
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.errors import HealError, first_line
-from ptconvert.measure.opening import Progress, open_tokenizer, vocabulary
+from ptconvert.measure.opening import open_tokenizer, vocabulary
+from ptconvert.measure.progress import Progress
 from ptconvert.measure.windows import DEFAULT_LENGTH, Windows, positions, read_text, token_ids
 
 HELD_OUT_TOKENS = 1 << 14  # to judge by, where no text is given for it; and at most a tenth of all

@@ -17,7 +17,8 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ptconvert.measure.opening import BatchSize, Progress
+from ptconvert.measure.batch import BatchSize
+from ptconvert.measure.progress import Progress
 from ptconvert.measure.statistics import (
     RESAMPLES,
     Difference,

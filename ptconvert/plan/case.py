@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ptconvert.checkpoint.reader import Checkpoint
-from ptconvert.measure.opening import BatchSize
+from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.windows import Windows
 from ptconvert.models.shape import ModelShape
 

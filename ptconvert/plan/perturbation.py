@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.divergence import tokens_at_once
-from ptconvert.measure.opening import BatchSize, Progress
+from ptconvert.measure.progress import Progress
 from ptconvert.modeling.executor import TorchEngine, run_program
 from ptconvert.plan.segments import Segment, alone
 from ptconvert.schedule.presets import dense_schedule

@@ -25,7 +25,8 @@ from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.convert.transform import Plan, execute, plan_conversion
 from ptconvert.measure import divergence
 from ptconvert.measure.divergence import Reference
-from ptconvert.measure.opening import Progress, open_model
+from ptconvert.measure.opening import open_model
+from ptconvert.measure.progress import Progress
 from ptconvert.plan.case import Case
 from ptconvert.plan.perturbation import Perturbations
 from ptconvert.plan.segments import Segment, alone
