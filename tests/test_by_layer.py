@@ -19,7 +19,7 @@ from ptconvert.errors import CheckpointError
 from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.by_layer import by_layer_bytes, opened_by_layer, reorderings
 from ptconvert.spec.document import read_spec
-from ptconvert.verify.ranks import Settings, check_ranks, needed_bytes
+from ptconvert.verify.run import Settings, check_ranks, needed_bytes
 
 SPECS = Path(__file__).parents[1] / "specs"
 GB = 10**9
@@ -47,11 +47,11 @@ def test_70b_on_eight_gpus_of_80_gb(llama_70b: Checkpoint, monkeypatch: pytest.M
     needed = needed_bytes(llama_70b, 8, 8, torch.bfloat16)
     assert all(17.5 * GB < one < 24 * GB for one in needed)
     settings = Settings(ranks=8, device="cuda")
-    monkeypatch.setattr("ptconvert.verify.ranks.available_bytes", lambda _: [79 * GB] * 8)
+    monkeypatch.setattr("ptconvert.verify.run.available_bytes", lambda _: [79 * GB] * 8)
     check_ranks(llama_70b, settings, torch.bfloat16)
     # plenty in all, too little on one
     monkeypatch.setattr(
-        "ptconvert.verify.ranks.available_bytes", lambda _: [79 * GB] * 5 + [9 * GB] * 3
+        "ptconvert.verify.run.available_bytes", lambda _: [79 * GB] * 5 + [9 * GB] * 3
     )
     with pytest.raises(CheckpointError, match=r"memory on GPU 5, 9\.0 GB are available"):
         check_ranks(llama_70b, settings, torch.bfloat16)

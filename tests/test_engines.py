@@ -16,7 +16,7 @@ from ptconvert.cli import main
 from ptconvert.engines import ServingEngine
 from ptconvert.engines.base import is_for_others, own_weights
 from ptconvert.models.shape import EMBEDDING, HEAD
-from ptconvert.verify.ranks import Check, Report
+from ptconvert.verify.run import Check, Report
 
 
 def verified(path: Path, settings: Any, eager: bool) -> Report:

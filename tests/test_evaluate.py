@@ -34,7 +34,7 @@ from ptconvert.cli import main
 from ptconvert.errors import EvaluationError
 from ptconvert.evaluate import lm, report, tasks
 from ptconvert.evaluate.harness import Metric, Scores, Settings, Task
-from ptconvert.evaluate.report import Text, evaluate
+from ptconvert.evaluate.run import Text, evaluate
 from ptconvert.measure import divergence
 from ptconvert.measure import dtype as dtypes
 from ptconvert.measure.batch import BatchSize

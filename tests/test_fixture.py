@@ -15,7 +15,7 @@ from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.reader import open_checkpoint, same_bytes
 from ptconvert.convert.transform import execute, plan_conversion, plan_to_dense
 from ptconvert.evaluate.harness import Settings
-from ptconvert.evaluate.report import evaluate
+from ptconvert.evaluate.run import evaluate
 from ptconvert.evaluate.tasks import CLOZE_TASK, make_tasks
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.divergence import Reference, measure, reference

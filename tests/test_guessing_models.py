@@ -23,7 +23,7 @@ from ptconvert.runtime.load import load_rank
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import parse_spec
-from ptconvert.verify.ranks import _checks
+from ptconvert.verify.run import _checks
 
 GUESSING = ("track-4", "sync_point_drop", "delayed-1", "delayed-3", "track-2-overlap-1", "mixed")
 

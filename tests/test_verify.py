@@ -30,7 +30,7 @@ from ptconvert.runtime.counters import Profile
 from ptconvert.runtime.launch import Rank, launch
 from ptconvert.runtime.load import load_rank, rank_bytes, shape_of
 from ptconvert.verify.expected import Expected
-from ptconvert.verify.ranks import Report, Settings, _checks, verify
+from ptconvert.verify.run import Report, Settings, _checks, verify
 from ptconvert.verify.session import Job, run_rank
 
 PROMPT, NEW, BATCH = 5, 2, 2
@@ -342,7 +342,7 @@ def test_wrong_input(make_dense: MakeDense, convert: Convert) -> None:
     with pytest.raises(CheckpointError, match="is not converted"):
         verify(make_dense("llama"), SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ptconvert.verify.ranks.available_bytes", lambda _: [10**9])
+        patch.setattr("ptconvert.verify.run.available_bytes", lambda _: [10**9])
         with pytest.raises(
             CheckpointError, match=r"needs about 2\.0 GB of memory on this machine, 1\.0 GB"
         ):

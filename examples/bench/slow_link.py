@@ -57,7 +57,7 @@ from ptconvert.modeling.executor import OneProcess
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.schedule import Counts
 from ptconvert.spec.document import parse_spec
-from ptconvert.verify.ranks import Settings, verify
+from ptconvert.verify.run import Settings, verify
 
 RANKS = 2
 PRESETS = {

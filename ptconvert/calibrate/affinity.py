@@ -23,7 +23,7 @@ from scipy.optimize import linear_sum_assignment
 from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
 from ptconvert.checkpoint.calibration import Assignment
 from ptconvert.measure.progress import Progress
-from ptconvert.modeling.layers import OUTPUT_PROJECTIONS
+from ptconvert.modeling.layers import NORMS, OUTPUT_PROJECTIONS
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
@@ -31,7 +31,6 @@ from ptconvert.schedule.stages import Kind, Sublayer
 PASSES = 10
 CHUNK = 256  # units that are assigned together: the time goes with the cube
 _INPUTS = {Kind.ATTENTION: ("q_proj", "k_proj", "v_proj"), Kind.MLP: ("gate_proj", "up_proj")}
-_NORMS = {Kind.ATTENTION: "input_layernorm", Kind.MLP: "post_attention_layernorm"}
 
 
 @dataclass
@@ -100,7 +99,7 @@ def _hooked(model: Any, sublayer: Sublayer, units: int) -> tuple[Activity, list[
 
     hooks = [
         getattr(block, output).register_forward_pre_hook(wrote),
-        getattr(layer, _NORMS[sublayer.kind]).register_forward_pre_hook(normed),
+        getattr(layer, NORMS[sublayer.kind]).register_forward_pre_hook(normed),
     ]
     for name in _INPUTS[sublayer.kind]:
         hooks.append(getattr(block, name).register_forward_hook(reader(name)))
@@ -132,7 +131,7 @@ def affinity(
     columns_DK = _columns(layers[writer[0].layer], *writer)
     sublayer, activity = reader
     layer, block_name = layers[sublayer.layer], OUTPUT_PROJECTIONS[sublayer.kind][0]
-    gain_D = getattr(layer, _NORMS[sublayer.kind]).weight.float()
+    gain_D = getattr(layer, NORMS[sublayer.kind]).weight.float()
     units, writers = len(activity.written), len(writer[1].written)
     importance_U = _columns(layer, *reader).pow(2).sum(0).view(units, -1).sum(1)
     scale = activity.inverse / activity.tokens

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ptconvert.calibrate.affinity import assignments
-from ptconvert.calibrate.guess import HELD_OUT, fit_guesses, guess_tensors
+from ptconvert.calibrate.guess import HELD_OUT, fit_guesses, fitted_tensors
 from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.compensations import COMPENSATIONS
 from ptconvert.checkpoint.inventory import weights_dtype
@@ -75,7 +75,7 @@ def _guess(case: Case, rank: int, known: Calibration) -> Found:
     model = case.converted(known)
     fitted = fit_guesses(model.model, case.ids, rank, case.progress, case.scratch)
     stored = weights_dtype(case.source, case.shape)
-    tensors = {name: _stored(t, stored) for name, t in guess_tensors(fitted, case.shape.width)}
+    tensors = {name: _stored(t, stored) for name, t in fitted_tensors(fitted, case.shape.width)}
     ranks = {f.sublayer: f.rank for f in fitted if f.rank}
     rows = [{"sublayer": str(f.sublayer), "rank": f.rank, "error": f.error} for f in fitted]
     values = {**known.values, "guess": ranks}

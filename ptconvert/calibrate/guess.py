@@ -330,7 +330,7 @@ def _pick_rank(errors: Sequence[float], rank: int) -> int:
     return min(r for r in smaller if 1 - errors[r] >= NEARLY_ALL * gain)
 
 
-def guess_tensors(fitted: Sequence[Fitted], width: int) -> Iterator[tuple[str, torch.Tensor]]:
+def fitted_tensors(fitted: Sequence[Fitted], width: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and values of the tensors of all guesses, as the model's parameters."""
     for f in fitted:
         for t, guess in enumerate(f.guesses):

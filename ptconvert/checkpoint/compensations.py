@@ -5,7 +5,7 @@ value in the section, under the same key, and tensors that hold nothing of the s
 what it is as data; beside it are
 
 - the spec's key: a field of `spec.document.Spec`
-- how its value is read: `checkpoint.section.COMPENSATIONS`
+- how its value is read: `checkpoint.section.READERS`
 - how it is computed, and what that takes: `calibrate.conversion.FITS`, `calibrate.needs.PHASES`
 - its modules: `modeling.layers`, `engines.base`; its time: `estimate.roofline`
 """

@@ -105,7 +105,7 @@ def read_section(config: Mapping[str, Any], where: str = "config.json") -> Secti
         )
     found = {
         key: read(section[key], schedule, tracks, where)
-        for key, read in COMPENSATIONS.items()
+        for key, read in READERS.items()
         if key in section
     }
     return Section(
@@ -151,7 +151,7 @@ def _guesses(given: object, schedule: Schedule, tracks: int, where: str) -> Mapp
 
 
 # What each compensation's value in the section is read as; nothing of it where there is none.
-COMPENSATIONS: Mapping[str, Callable[[object, Schedule, int, str], Any]] = {
+READERS: Mapping[str, Callable[[object, Schedule, int, str], Any]] = {
     "assignment": _assignment,
     "guess": _guesses,
 }

@@ -118,7 +118,7 @@ def verify(
     """
     quiet_libraries()
     from ptconvert.runtime.launch import under_torchrun
-    from ptconvert.verify.ranks import Report, Settings, default_device, verify
+    from ptconvert.verify.run import Report, Settings, default_device, verify
     from ptconvert.verify.terminal import print_report
 
     for file in (options["trace"], report_file):

@@ -19,14 +19,13 @@ from torch import nn
 from ptconvert.checkpoint.section import Section
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.executor import PerTrack, Streams, Update, run_program
-from ptconvert.modeling.layers import OUTPUT_PROJECTIONS, guess_modules
+from ptconvert.modeling.layers import NORMS, OUTPUT_PROJECTIONS, guess_modules
 from ptconvert.modeling.model import layer_types
 from ptconvert.models.shape import EMBEDDING, HEAD, ModelShape
 from ptconvert.schedule.lower import Step
 from ptconvert.schedule.stages import Kind
 
 WHOLE = "whole"  # the only part of a layer held dense, where others have tracks
-_NORMS = {Kind.ATTENTION: "input_layernorm", Kind.MLP: "post_attention_layernorm"}
 _TRACK = re.compile(r"\.tracks\.(\d+)\.")
 # From a checkpoint's names of a layer's tensors to those of `ServedLayer`.
 RENAMED = {
@@ -115,7 +114,7 @@ class ServedLayer(nn.Module):
 
     def norms(self, kind: Kind) -> list[Any]:
         """The norm before the attention or the MLP, for each part."""
-        return [getattr(part, _NORMS[kind]) for part in self.parts.values()]
+        return [getattr(part, NORMS[kind]) for part in self.parts.values()]
 
     def run(
         self,
@@ -192,6 +191,8 @@ class ServedPass:
         streams: Streams,  # noqa: ARG002 - all-reduces in flight are the engine's here
         local_BSD: torch.Tensor,
     ) -> torch.Tensor | None:
+        # Earlier ones first: they are ready soonest, and a blocking one beside them would only
+        # share the link. (A stage that blocks launches nothing beside itself.)
         waits = [bucket for bucket in step.merges if step.beside or bucket != step.index]
         merged_TD: torch.Tensor | None = None
         if step.beside or waits:

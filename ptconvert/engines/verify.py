@@ -11,7 +11,7 @@ import torch
 from ptconvert.runtime.by_layer import opened_by_layer
 from ptconvert.runtime.counters import ALL_REDUCE
 from ptconvert.schedule.schedule import Schedule
-from ptconvert.verify.ranks import Check
+from ptconvert.verify.run import Check
 
 TOLERANCE = 1e-3  # of a log-probability, in float32
 Answers = list[tuple[list[int], list[float]]]  # of each prompt: tokens, log-probabilities

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from ptconvert import __version__
 from ptconvert.evaluate.harness import Settings
-from ptconvert.evaluate.report import Report, Row
+from ptconvert.evaluate.run import Report, Row
 from ptconvert.evaluate.terminal import closeness_cells, metric_name
 from ptconvert.measure.divergence import Block, Bucket, Divergence
 from ptconvert.measure.statistics import Estimate

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ptconvert.evaluate.report import Report, Row
+from ptconvert.evaluate.run import Report, Row
 from ptconvert.measure.divergence import Closeness, Divergence
 from ptconvert.report.numbers import (
     between,

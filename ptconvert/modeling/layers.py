@@ -28,6 +28,8 @@ def output_projection(kind: Kind) -> tuple[str, str]:
 
 
 OUTPUT_PROJECTIONS = {kind: output_projection(kind) for kind in Kind}
+# What a sublayer's input goes through first.
+NORMS = {Kind.ATTENTION: "input_layernorm", Kind.MLP: "post_attention_layernorm"}
 
 
 def family_class(config: Any, suffix: str) -> Any:

@@ -13,7 +13,8 @@ from types import MappingProxyType
 
 
 class Cut(enum.Enum):
-    """How a layer's tensor is divided among tracks."""
+    """How a layer's tensor is divided among tracks. Which of its indices a track owns says
+    `ModelShape.span`, and in an assignment's order `checkpoint.layout`."""
 
     HEADS = "query heads"
     KV_HEADS = "KV heads"

@@ -73,7 +73,7 @@ _KINDS = (
         launches=False,
         lagged=False,
         own_seen=True,
-        words="no all-reduce: the track keeps its partial",
+        words="deferred: no all-reduce, the track keeps its partial",
         style="green",
         fill="#dcefe3",
     ),

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ptconvert.report.terminal import figures_table
-from ptconvert.verify.ranks import Report
+from ptconvert.verify.run import Report
 
 
 def print_report(console: Console, report: Report) -> None:

@@ -8,6 +8,8 @@ its wait; functional collectives gave wrong tokens under torch.compile on CPU.) 
 tensor made before it, as vLLM's attention does: where pieces of CUDA graphs run around it, the
 piece after it reads the memory that it read when it was captured.
 
+Which all-reduces come here and which block says `engines.base.ServedPass.boundary`.
+
 The all-reduces are torch.distributed's, on the process group that vLLM made for the tensor-parallel
 ranks: gloo's own threads on CPU; on CUDA a NCCL communicator and stream other than those of vLLM's
 blocking all-reduces, which the current stream waits for by an event.

@@ -22,7 +22,7 @@ from vllm.model_executor.models import ModelRegistry
 from ptconvert.engines.vllm.collectives import all_reduce_boundary, finished
 
 
-class Serving:
+class VLLMServing:
     """vLLM on one rank, for a family by the name of its causal language model in transformers."""
 
     def __init__(self, vllm_config: Any, causal_lm: str) -> None:

@@ -24,7 +24,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 
 from ptconvert.checkpoint.section import read_section, source_config
 from ptconvert.engines.base import RENAMED, ServedPass, is_for_others, own_weights, served_layers
-from ptconvert.engines.vllm.layers import Serving
+from ptconvert.engines.vllm.layers import VLLMServing
 from ptconvert.modeling.layers import Placement
 from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.counters import BOUNDARY
@@ -52,7 +52,7 @@ class PTConvertModel(nn.Module):
             prefix=maybe_prefix(prefix, "embed_tokens"),
             disable_tp=True,
         )
-        self.serving = Serving(vllm_config, shape.family.causal_lm)
+        self.serving = VLLMServing(vllm_config, shape.family.causal_lm)
         self.layers = served_layers(self.serving, section, shape, config, self.local_tracks)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         _split_graphs_at_boundaries(self.program, vllm_config.compilation_config)

@@ -26,7 +26,7 @@ from ptconvert.engines.verify import (
 from ptconvert.engines.vllm.counting import EXTENSION
 from ptconvert.errors import EngineError
 from ptconvert.models.shape import TORCH_NAMES, ModelShape
-from ptconvert.verify.ranks import (
+from ptconvert.verify.run import (
     Report,
     Settings,
     as_converted,
