@@ -32,7 +32,8 @@ import ptconvert
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
 from ptconvert.errors import EvaluationError
-from ptconvert.evaluate import lm, report, tasks
+from ptconvert.evaluate import lm, tasks
+from ptconvert.evaluate import run as running
 from ptconvert.evaluate.harness import Metric, Scores, Settings, Task
 from ptconvert.evaluate.run import Text, evaluate
 from ptconvert.measure import divergence
@@ -95,7 +96,7 @@ def settings(own_tasks: Path) -> Settings:
     return Settings(names, (own_tasks,), limit=6, dtype="float32", batch_size=4)
 
 
-def by_name(found: report.Report) -> dict[tuple[str, str], report.Row]:
+def by_name(found: running.Report) -> dict[tuple[str, str], running.Row]:
     return {(row.task, row.metric): row for row in found.rows}
 
 
@@ -108,7 +109,7 @@ def test_tensor_parallel_answers_just_as_its_source(
     same = convert(source, 4, "use: tensor_parallel")
     other = convert(source, 4, "use: parallel_track, depth: 2")
     scores = {
-        path: report._scored("", open_checkpoint(path), str(path), settings, tmp_path, quiet)
+        path: running._scored("", open_checkpoint(path), str(path), settings, tmp_path, quiet)
         for path in (source, same, other)
     }
     values = {
@@ -330,12 +331,12 @@ def test_metrics_are_paired_by_name_and_document() -> None:
     one, two = ("0:a", "1:b"), ("0:a", "1:c")
     source = Task("t", "1", "generate_until", 0, (metric("b", one, 5, 5), metric("c", one, 1, 2)))
     ours = Task("t", "1", "generate_until", 0, (metric("a", one, 1, 1), metric("c", two, 1, 2)))
-    rows = list(report._rows(Scores((source,), ()), Scores((ours,), ()), 0))
+    rows = list(running._rows(Scores((source,), ()), Scores((ours,), ()), 0))
     assert [(row.metric, row.source, row.unpaired) for row in rows] == [
         ("a", None, True),
         ("c", None, True),
     ]
-    (same,) = report._rows(
+    (same,) = running._rows(
         Scores((source,), ()),
         Scores((dataclasses.replace(source, metrics=source.metrics[1:]),), ()),
         0,
