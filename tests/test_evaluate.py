@@ -199,7 +199,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(checkpoint.path.name)
         return real(checkpoint, dtype, device)
 
-    monkeypatch.setattr(report, "open_model", counting)
+    monkeypatch.setattr(running, "open_model", counting)
     return names
 
 
@@ -316,7 +316,7 @@ def test_one_model_at_a_time_is_in_memory(
         alive.add(model)
         return model
 
-    monkeypatch.setattr(report, "open_model", watching)
+    monkeypatch.setattr(running, "open_model", watching)
     asked = Settings((tasks.CLOZE_TASK,), settings.include_path, limit=2, dtype="float32")
     other = shutil.copytree(source, tmp_path / "other")
     (other / "generation_config.json").write_text("{}")  # another model, to be answered anew
