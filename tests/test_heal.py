@@ -29,7 +29,8 @@ from ptconvert.errors import HealError
 from ptconvert.heal import run as healing
 from ptconvert.heal.blockwise import Pieces, blocks_of
 from ptconvert.heal.data import Data, read_data
-from ptconvert.heal.distill import compare, distill
+from ptconvert.heal.distill import distill
+from ptconvert.heal.loss import compare
 from ptconvert.heal.models import changed_layers, freeze_but, share, trainable
 from ptconvert.heal.settings import Settings
 from ptconvert.measure import divergence
@@ -429,11 +430,14 @@ def test_the_yardstick_trains_the_source_on_the_text_itself(source: Path, tmp_pa
     assert moved.keys() == set(names) and losses[-1] < losses[0] - 0.1
 
 
-def test_two_processes(source: Path, convert: Convert, tmp_path: Path) -> None:
-    """Under torchrun, on gloo; blocks by the first process."""
-    converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
+@pytest.mark.parametrize("top_k", [None, 16])
+def test_two_processes(source: Path, convert: Convert, tmp_path: Path, top_k: int | None) -> None:
+    """Under torchrun, on gloo; blocks by the first process, the teacher's answers by both."""
+    converted, out, cache = convert(source, 4, MIDDLE), tmp_path / "out", tmp_path / "cache"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = (converted, out, "--teacher", source, "--text", TEXT, *QUICK, "--blockwise")
+    if top_k is not None:
+        arguments = (*arguments, "--top-k", top_k, "--cache", cache)
     done = subprocess.run(
         [sys.executable, *launch, "-m", "ptconvert", "heal", *map(str, arguments), "--json"],
         capture_output=True,

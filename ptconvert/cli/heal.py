@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,14 @@ if TYPE_CHECKING:  # they import torch
 @click.option(
     "--kl/--no-kl", default=True, show_default=True, help="Train end to end by KL(teacher || it)."
 )
+@click.option(
+    "--top-k",
+    type=click.IntRange(1),
+    metavar="K",
+    help="Keep the teacher's K likeliest tokens at each position, and train on these: it runs once "
+    "for a text. [all tokens, and it runs at every step]",
+)
+@shared("--cache", says="~/.cache/ptconvert")
 @click.option("--lora", type=click.IntRange(1), metavar="R", help="Train a LoRA of rank R; merged.")
 @click.option(
     "--train",
@@ -173,7 +182,9 @@ def heal(
         raise click.UsageError("give what to train on, one of --text FILE and --dataset ID")
     if not options["dataset"] and (unused := given("dataset_config", "split", "column")):
         raise click.UsageError(f"{unused}: for --dataset only")
-    end_to_end = ("lora", "train", "gradient_checkpointing", "fsdp", "options")
+    if not options["top_k"] and (unused := given("cache")):
+        raise click.UsageError(f"{unused}: for --top-k only")
+    end_to_end = ("top_k", "lora", "train", "gradient_checkpointing", "fsdp", "options")
     if not options["kl"] and (unused := given(*end_to_end)):
         raise click.UsageError(f"{unused}: for the end-to-end stage, which --no-kl leaves out")
     if options["dataset"] and importlib.util.find_spec("datasets") is None:
@@ -211,11 +222,12 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
     """The checkpoints opened, the text read and the settings made of the options."""
     from ptconvert.checkpoint.inventory import weights_dtype
     from ptconvert.checkpoint.reader import open_checkpoint
+    from ptconvert.heal.arguments import read_options
     from ptconvert.heal.data import DatasetSource, read_data
-    from ptconvert.heal.distill import read_options
     from ptconvert.heal.models import check_pair
     from ptconvert.heal.run import Case
     from ptconvert.heal.settings import Settings
+    from ptconvert.measure.opening import cache_directory
     from ptconvert.runtime.load import shape_of
 
     device = torch_device(chosen["device"])
@@ -240,16 +252,19 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
         student, chosen["texts"], dataset, chosen["held_out"], chosen["window"], chosen["tokens"],
         progress,
     )  # fmt: skip
-    names = ("tokens", "train", "blockwise", "kl", "lora", "learning_rate", "block_learning_rate")
-    more = ("batch_size", "accumulation", "warmup", "evaluations", "patience", "seed")
-    settings = Settings(
-        **{name: chosen[name] for name in (*names, *more, "gradient_checkpointing", "fsdp")},
-        dtype=dtype,
-        device=device,
-        options=read_options(chosen["options"]),
-    )
+    own = {"dtype": dtype, "device": device, "options": read_options(chosen["options"])}
+    asked = {f.name: chosen[f.name] for f in fields(Settings) if f.name in chosen}
+    settings = Settings(**{**asked, **own})
     return Case(
-        student, teacher, display_name(chosen["teacher"]), data, settings, folder, progress, _say
+        student,
+        teacher,
+        display_name(chosen["teacher"]),
+        data,
+        settings,
+        folder,
+        progress,
+        _say,
+        chosen["cache"] or cache_directory(),
     )
 
 

@@ -15,7 +15,8 @@ def healing_section(report: Healed, command: str) -> str:
     if settings.kl:
         weights = "all weights" if settings.train == "all" else changed
         how = f"a LoRA of rank {settings.lora} on {weights}, merged" if settings.lora else weights
-        stages.append(f"end to end by KL(source || healed) ({how}; {rate} {settings.rate:g})")
+        over = f" over the source's {settings.top_k} likeliest tokens" if settings.top_k else ""
+        stages.append(f"end to end by KL(source || healed){over} ({how}; {rate} {settings.rate:g})")
     names = ", ".join(report.data[:3])
     names += f" and {len(report.data) - 3} more" if len(report.data) > 3 else ""
     rows = "\n".join(f"| {row.name} | {row.loss:.4f} | {row.kl:.4f} |" for row in report.rows)

@@ -16,7 +16,8 @@ class Settings:
     embeddings and lm_head too. `batch_size` counts windows per process and backward pass,
     `accumulation` backward passes per step. `patience` counts evaluations on the held-out windows
     without gain before training stops. `objective` is `kl`, KL(teacher || student), or
-    `cross_entropy` on the text itself, the yardstick. `options` go to transformers'
+    `cross_entropy` on the text itself, the yardstick. `top_k` has the teacher's answers kept, of so
+    many tokens at each position, and None has it run at every step. `options` go to transformers'
     TrainingArguments as they are.
     """
 
@@ -34,6 +35,7 @@ class Settings:
     patience: int = 10
     seed: int = 0
     objective: str = "kl"
+    top_k: int | None = None
     dtype: str = "float32"
     device: str = "cpu"
     gradient_checkpointing: bool = False

@@ -135,10 +135,11 @@ def reference(
     hidden: list[torch.Tensor] = []
     streams: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     run = functools.partial(model.get_decoder(), output_hidden_states=bool(layers))
-    for _, outputs in _outputs(run, model.device, windows.ids, batch, progress, "source"):
-        hidden.append(outputs.last_hidden_state.cpu())
+    step = "divergence: source"
+    for _, given in outputs(run, model.device, windows.ids, batch, progress, step):
+        hidden.append(given.last_hidden_state.cpu())
         for layer in layers:
-            streams[layer].append(outputs.hidden_states[layer].cpu())
+            streams[layer].append(given.hidden_states[layer].cpu())
     # each list is let go when it is joined, so that one stream at a time is there twice
     joined = {layer: torch.cat(streams.pop(layer)) for layer in layers}
     return Reference(torch.cat(hidden), model.get_output_embeddings(), joined)
@@ -165,13 +166,14 @@ def measure(
     results: list[Floats] = []
     stream = None if stream is None else stream[::every]
     decoder, device = model.get_decoder(), model.device
-    for rows, outputs in _outputs(decoder, device, ids, batch, progress, step, stream):
-        hidden_BTD, target_BT = outputs.last_hidden_state, ids[rows, 1:].to(model.device)
+    step = f"divergence: {step}"
+    for rows, given in outputs(decoder, device, ids, batch, progress, step, stream):
+        hidden_BTD, target_BT = given.last_hidden_state, ids[rows, 1:].to(model.device)
         results.append(_compared(source.head, kept[rows], head, hidden_BTD, target_BT))
     return Tokens(*np.concatenate(results, axis=1))
 
 
-def _outputs(
+def outputs(
     decoder: Callable[..., Any],
     device: torch.device,
     ids: torch.Tensor,
@@ -180,10 +182,13 @@ def _outputs(
     step: str,
     stream: torch.Tensor | None = None,
 ) -> Iterator[tuple[slice, Any]]:
-    """Windows that fit in memory at once, and what a model's decoder gives for them."""
-    label, done = f"divergence: {step}", 0
+    """Windows (N, T + 1) that fit in memory at once, and what a model's decoder gives for them.
+
+    `stream` (N, T, D) takes the place of the embedded tokens.
+    """
+    done = 0
     while done < len(ids):
-        progress(label, done, len(ids))
+        progress(step, done, len(ids))
 
         def run(size: int, first: int = done) -> tuple[slice, Any]:
             rows = slice(first, first + size)
@@ -192,10 +197,10 @@ def _outputs(
                 inputs = {"inputs_embeds": stream[rows].to(device)}
             return rows, decoder(**inputs, use_cache=False, return_dict=True)
 
-        rows, outputs = batch.fitting(run)
-        yield rows, outputs
-        done += len(outputs.last_hidden_state)
-    progress(label, done, len(ids))
+        rows, given = batch.fitting(run)
+        yield rows, given
+        done += len(given.last_hidden_state)
+    progress(step, done, len(ids))
 
 
 def _compared(
