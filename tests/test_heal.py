@@ -436,10 +436,17 @@ def test_two_processes(source: Path, convert: Convert, tmp_path: Path, top_k: in
     converted, out, cache = convert(source, 4, MIDDLE), tmp_path / "out", tmp_path / "cache"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = (converted, out, "--teacher", source, "--text", TEXT, *QUICK, "--blockwise")
-    if top_k is not None:
-        arguments = (*arguments, "--top-k", top_k, "--cache", cache)
+    kept = () if top_k is None else ("--top-k", top_k, "--cache", cache)
     done = subprocess.run(
-        [sys.executable, *launch, "-m", "ptconvert", "heal", *map(str, arguments), "--json"],
+        [
+            sys.executable,
+            *launch,
+            "-m",
+            "ptconvert",
+            "heal",
+            *map(str, (*arguments, *kept)),
+            "--json",
+        ],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

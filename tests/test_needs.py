@@ -219,7 +219,11 @@ def test_adapters_alone_are_timed_where_they_alone_are_trained(
     settings = Settings(batch_size=1, dtype="bfloat16", device="cuda", lora=64)
     heal_needs(converted, dense, data(256, 16), settings)
     assert set(timed) == {(1, "bfloat16"), (TRACKS, "bfloat16")}
-    heal_needs(converted, dense, data(256, 16), replace(settings, blockwise=True))
+    judged = replace(settings, blockwise=True, stop_on="gsm8k")
+    assert heal_needs(converted, dense, data(256, 16), judged).notes == (
+        "scoring gsm8k is not counted",
+    )
+    assert not heal_needs(converted, dense, data(256, 16), settings).notes
     assert (TRACKS, "float32") in timed
 
 

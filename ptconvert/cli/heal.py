@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -31,7 +32,10 @@ from ptconvert.cli.progress import first_process, step_progress
 from ptconvert.errors import HealError
 
 if TYPE_CHECKING:  # they import torch
+    from ptconvert.checkpoint.reader import Checkpoint
+    from ptconvert.heal.distill import Judge
     from ptconvert.heal.run import Case
+    from ptconvert.heal.settings import Settings
 
 
 @click.command()
@@ -120,6 +124,15 @@ if TYPE_CHECKING:  # they import torch
     help="How often to judge and to save, over the run.",
 )
 @click.option(
+    "--stop-on",
+    default="kl",
+    show_default=True,
+    metavar="kl|TASK",
+    help="What says which state is best and when to stop: KL on held-out text, or the first metric "
+    "of an lm-eval task (its name or YAML file), scored as often.",
+)
+@shared("--limit")
+@click.option(
     "--patience",
     type=click.IntRange(1),
     default=10,
@@ -177,6 +190,8 @@ def heal(
     """
     lora = ("peft",) if options["lora"] else ()
     need_packages("heal", "scipy", *lora)
+    if options["stop_on"] != "kl":
+        need_packages("eval", "lm_eval")
     quiet_libraries()
     if bool(options["texts"]) == bool(options["dataset"]):
         raise click.UsageError("give what to train on, one of --text FILE and --dataset ID")
@@ -184,6 +199,8 @@ def heal(
         raise click.UsageError(f"{unused}: for --dataset only")
     if not options["top_k"] and (unused := given("cache")):
         raise click.UsageError(f"{unused}: for --top-k only")
+    if options["stop_on"] == "kl" and (unused := given("limit")):
+        raise click.UsageError(f"{unused}: for --stop-on TASK only")
     end_to_end = ("top_k", "lora", "train", "gradient_checkpointing", "fsdp", "options")
     if not options["kl"] and (unused := given(*end_to_end)):
         raise click.UsageError(f"{unused}: for the end-to-end stage, which --no-kl leaves out")
@@ -265,7 +282,31 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
         progress,
         _say,
         chosen["cache"] or cache_directory(),
+        None if settings.stop_on == "kl" else _judge(student, settings, progress),
     )
+
+
+def _judge(student: Checkpoint, settings: Settings, progress: Any) -> Judge:
+    """Scores a model, whose tokenizer is the checkpoint's, on the task that the settings name, by
+    the first metric that `ptconvert eval` has of it. Raises EvaluationError."""
+    from ptconvert.evaluate.harness import Settings as Scoring
+    from ptconvert.evaluate.harness import one_task, score
+    from ptconvert.heal.report import Score
+    from ptconvert.measure.opening import open_tokenizer
+
+    scoring = Scoring((settings.stop_on,), limit=settings.limit, device=settings.device)
+    one_task(scoring)
+    tokenizer, label = open_tokenizer(student), f"scoring {Path(settings.stop_on).stem}"
+
+    def judge(model: Any) -> Score:
+        with tempfile.TemporaryDirectory() as folder:  # the model's next state has other answers
+            answers = Path(folder) / "answers"
+            (task,) = score(lambda: model, tokenizer, scoring, answers, label, progress).tasks
+        metric = task.metrics[0]
+        value = float(metric.aggregate(metric.values))
+        return Score(f"{task.name} {metric.name}", value, metric.higher_is_better is not False)
+
+    return judge
 
 
 def _say(text: str) -> None:
@@ -284,13 +325,17 @@ def command_line(arguments: Sequence[str]) -> str:
 def _print_healed(console: Console, figures: dict[str, Any]) -> None:
     """The held-out figures of every stage, and what was written."""
     table = Table(box=None, pad_edge=False, title=None)
-    for name in ("held out", "loss", "over source", "KL"):
+    judged = next((row["score"]["metric"] for row in figures["rows"] if row["score"]), None)
+    for name in ("held out", "loss", "over source", "KL", *([judged] if judged else [])):
         table.add_column(name, justify="left" if name == "held out" else "right")
     source = figures["rows"][0]["loss"]
     for row in figures["rows"]:
         kept = "→ " if row["name"] == figures["kept"] else "  "
         over = f"{row['loss'] - source:+.4f}"
-        table.add_row(kept + row["name"], f"{row['loss']:.4f}", over, f"{row['kl']:.4f}")
+        cells = [kept + row["name"], f"{row['loss']:.4f}", over, f"{row['kl']:.4f}"]
+        if judged:
+            cells.append("" if row["score"] is None else f"{row['score']['value']:.4f}")
+        table.add_row(*cells)
     console.print(table)
     if figures["kept"] == "before":
         console.print("training did not help; the weights are those of the checkpoint as it came")

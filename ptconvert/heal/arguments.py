@@ -42,13 +42,14 @@ _FIXED: dict[str, object] = {
     "train_sampling_strategy": "sequential",  # the order is made already
     "remove_unused_columns": False,
     "label_names": [],
-    "greater_is_better": False,
+    "metric_for_best_model": "gain",
+    "greater_is_better": True,
     "load_best_model_at_end": True,
     "restore_callback_states_from_checkpoint": True,
     "eval_strategy": "steps",
     "save_strategy": "steps",
 }
-_BY_STAGE = ("metric_for_best_model", "eval_on_start")  # fixed too, by the objective and the state
+_BY_STATE = "eval_on_start"  # fixed too
 
 
 class _Parser(HfArgumentParser):  # type: ignore[misc]
@@ -70,7 +71,7 @@ def read_options(pairs: Sequence[str]) -> dict[str, object]:
             raise HealError(f"--set {key}: transformers' TrainingArguments has no such field")
         if key in _BY_OPTION:
             raise HealError(f"--set {key}: use {_BY_OPTION[key]}")
-        if key in _FIXED or key in _BY_STAGE:
+        if key in _FIXED or key == _BY_STATE:
             raise HealError(f"--set {key}: keeping the best state depends on it; leave it out")
         keys.append(key)
     parsed = _Parser(TrainingArguments).parse_args([f"--{pair}" for pair in pairs])
@@ -99,7 +100,6 @@ def training_arguments(
     settings: Settings,
     windows: int,
     work: Path,
-    metric: str,
     resumed: bool,
     layers: Iterable[nn.Module] = (),
 ) -> Any:
@@ -111,8 +111,7 @@ def training_arguments(
         **(_sharding(layers) if settings.fsdp else {}),
         checkpointing: settings.gradient_checkpointing,
         "output_dir": str(work),
-        "metric_for_best_model": metric,
-        "eval_on_start": not resumed,
+        _BY_STATE: not resumed,
         **settings.options,
     }
     try:

@@ -7,6 +7,7 @@ each, V vocabulary, D residual stream width, P tokens in a piece.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,9 +34,11 @@ from ptconvert.heal.arguments import sharded, training_arguments
 from ptconvert.heal.data import Data
 from ptconvert.heal.loss import Losses, compare, compare_likeliest
 from ptconvert.heal.models import freeze_but, share
+from ptconvert.heal.report import Score
 from ptconvert.heal.settings import LORA_ALPHA, Settings
 from ptconvert.heal.work import Tensors
 
+Judge = Callable[[Any], Score]  # what a model scores on a task
 Report = Callable[..., None]  # the step, how much is done, of how much, and a note
 _STATE = "trainer_state.json"
 
@@ -66,10 +69,19 @@ class Distillation(Trainer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, *arguments: Any, teacher: Any, head: nn.Module, objective: str, **options: Any
+        self,
+        *arguments: Any,
+        teacher: Any,
+        head: nn.Module,
+        loss: str,
+        judge: Callable[[], Score] | None,
+        **options: Any,
     ) -> None:
+        """`loss` is `kl`, or `nll` of the text. Which state is best `judge` says, or else the
+        loss."""
         super().__init__(*arguments, **options)
-        self.teacher, self.head, self.objective = teacher, head, objective
+        self.teacher, self.head, self.loss, self.judge = teacher, head, loss, judge
+        self.compute_metrics = self._held_out
         self.model_accepts_loss_kwargs = False  # the loss is a mean over one batch
 
     def compute_loss(
@@ -81,13 +93,13 @@ class Distillation(Trainer):  # type: ignore[misc]
     ) -> Any:
         """The mean over a batch's tokens, in nats."""
         assert not return_outputs, num_items_in_batch
-        loss_BT, kl_BT = self._compare(model, inputs, self.objective == "kl")
-        return (kl_BT if self.objective == "kl" else loss_BT).mean()
+        loss_BT, kl_BT = self._compare(model, inputs, self.loss == "kl")
+        return (kl_BT if self.loss == "kl" else loss_BT).mean()
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss and KL of each window (B, 2), which `held_out_means` averages."""
+        """Loss and KL of each window (B, 2), which `_held_out` averages."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             pair = self._compare(model, inputs, True)
@@ -107,7 +119,7 @@ class Distillation(Trainer):  # type: ignore[misc]
             )
             return loss_P.view(target_BT.shape), torch.zeros_like(loss_P).view(target_BT.shape)
         if "others" in inputs:
-            kept = (inputs[name] for name in ("ids", "logp", "others"))
+            kept = inputs["ids"], inputs["logp"], inputs["others"]
             return compare_likeliest(logits_BTV, *kept, target_BT)
         if (hidden_BTD := inputs.get("hidden")) is None:
             with torch.no_grad(), self.accelerator.autocast():
@@ -115,25 +127,30 @@ class Distillation(Trainer):  # type: ignore[misc]
                 hidden_BTD = decoder(input_ids=ids_BS[:, :-1], use_cache=False).last_hidden_state
         return compare(logits_BTV, hidden_BTD, self.head, target_BT)
 
-
-def held_out_means(prediction: Any) -> dict[str, float]:
-    """Loss and KL over the held-out windows, from what prediction_step gives."""
-    loss, kl = prediction.predictions.astype("float64").mean(axis=0)
-    return {"nll": float(loss), "kl": float(kl)}
+    def _held_out(self, prediction: Any) -> dict[str, float]:
+        """Loss and KL over the held-out windows, from what prediction_step gives, the score where
+        there is one, and the gain, which is higher the better."""
+        nll, kl = map(float, prediction.predictions.astype("float64").mean(axis=0))
+        means = {"nll": nll, "kl": kl}
+        if self.judge is None:
+            return {**means, "gain": -means[self.loss]}
+        with self.compute_loss_context_manager():
+            score = self.judge()
+        return {**means, "score": score.value, "gain": score.gain}
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
     """Shows how far it is; and makes the model as it came the first candidate to be kept."""
 
-    def __init__(self, metric: str, progress: Report, say: Callable[[str], None]) -> None:
-        self.metric, self.progress, self.say = metric, progress, say
+    def __init__(self, judged_by: str, progress: Report, say: Callable[[str], None]) -> None:
+        self.judged_by, self.progress, self.say = judged_by, progress, say
         self.loss, self.held_out = math.nan, math.nan
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         self.progress("training", state.global_step, state.max_steps)
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        note = f"held-out {self.metric} {self.held_out:.4f}"
+        note = f"held-out {self.judged_by} {self.held_out:.4f}"
         if not math.isnan(self.loss):
             note = f"loss {self.loss:.4f}, {note}"
         self.progress("training", state.global_step, state.max_steps, note)
@@ -142,14 +159,15 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self.loss = logs.get("loss", self.loss)
 
     def on_evaluate(self, _args: Any, state: Any, _control: Any, metrics: Any, **_: Any) -> None:
-        self.held_out = metrics[f"eval_{self.metric}"]
+        self.held_out = metrics[f"eval_{self.judged_by}"]
         if state.global_step == 0:
-            state.best_metric, state.best_global_step = self.held_out, 0
+            state.best_metric, state.best_global_step = metrics["eval_gain"], 0
         if state.is_world_process_zero:
             loss = "" if math.isnan(self.loss) else f"loss {self.loss:.4f}, "
+            score = f", score {self.held_out:.4f}" if self.judged_by == "score" else ""
             self.say(
                 f"step {state.global_step} of {state.max_steps}: {loss}held out: "
-                f"loss {metrics['eval_nll']:.4f}, KL {metrics['eval_kl']:.4f}"
+                f"loss {metrics['eval_nll']:.4f}, KL {metrics['eval_kl']:.4f}{score}"
             )
 
 
@@ -162,47 +180,50 @@ def distill(
     work: Path,
     progress: Report,
     say: Callable[[str], None],
+    judge: Judge | None = None,
 ) -> Tensors:
     """Trains the parameters `names` of the student towards the teacher, a model or its kept
-    answers; returns those of the best state by the held-out windows, none where the student as it
-    came was best.
+    answers; returns those of the best state, none where the student as it came was best. Which that
+    is, `judge` says, or else the objective on the held-out windows.
 
     Frozen ones share the teacher's storage where they are the same. Goes on from the last state
     that it finds in `work`. Raises HealError.
     """
     order = data.order(settings.tokens, settings.seed)
-    metric = "kl" if settings.objective == "kl" else "nll"
     found = last_state(work)
     layers = student.get_decoder().layers
-    arguments = training_arguments(settings, len(order), work, metric, found is not None, layers)
+    arguments = training_arguments(settings, len(order), work, found is not None, layers)
     if settings.fsdp and arguments.device.type == "cpu":
         # else accelerate quietly gives each process the whole model there
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    answers = teacher if isinstance(teacher, Answers) else None
     freeze_but(student, names if settings.lora is None else ())
-    if answers is None:
-        teacher = _placed(teacher, student, settings, arguments, say)
-    elif not sharded(arguments):
-        student.to(arguments.device)
+    of = of_held_out = None
+    if isinstance(teacher, Answers):
+        of, of_held_out, head = teacher.of, teacher.of_held_out, teacher.held_out.head
+        taught_by = None
+        if not sharded(arguments):
+            student.to(arguments.device)
+    else:
+        taught_by = _placed(teacher, student, settings, arguments, say)
+        head = taught_by.get_output_embeddings()
     set_seed(settings.seed)
     model = student if settings.lora is None else _with_adapters(student, names, settings.lora)
     held_out = data.held_out.ids
+    loss = "kl" if settings.objective == "kl" else "nll"
     try:
         trainer = Distillation(
             model,
             arguments,
-            train_dataset=_Rows(data.train, order, answers and answers.of),
-            eval_dataset=_Rows(
-                held_out, torch.arange(len(held_out)), answers and answers.of_held_out
-            ),
-            compute_metrics=held_out_means,
+            train_dataset=_Rows(data.train, order, of),
+            eval_dataset=_Rows(held_out, torch.arange(len(held_out)), of_held_out),
             callbacks=[
                 EarlyStoppingCallback(early_stopping_patience=settings.patience),
-                _Watch(metric, progress, say),
+                _Watch(loss if judge is None else "score", progress, say),
             ],
-            teacher=None if answers else teacher,
-            head=answers.held_out.head if answers else teacher.get_output_embeddings(),
-            objective=settings.objective,
+            teacher=taught_by,
+            head=head,
+            loss=loss,
+            judge=None if judge is None else functools.partial(judge, student),
         )
     except (TypeError, ValueError, ImportError) as error:
         if not settings.options:

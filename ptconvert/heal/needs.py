@@ -54,7 +54,8 @@ def heal_needs(student: Checkpoint, teacher: Checkpoint, data: Data, settings: S
         phases.append(_answering(pair))
     if settings.kl:
         phases.append(_end_to_end(pair))
-    return Needs(settings.device, tuple(phases))
+    judged = () if settings.stop_on == "kl" else (f"scoring {settings.stop_on} is not counted",)
+    return Needs(settings.device, tuple(phases), judged)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ptconvert.heal.arguments import check
 from ptconvert.heal.blockwise import heal_blocks
 from ptconvert.heal.card import healing_section
 from ptconvert.heal.data import Data
-from ptconvert.heal.distill import distill
+from ptconvert.heal.distill import Judge, distill
 from ptconvert.heal.models import changed_layers, check_pair, freeze_but, put, trainable
 from ptconvert.heal.report import Healed, Measured
 from ptconvert.heal.settings import Settings
@@ -54,7 +54,7 @@ _KL = "kl.safetensors"  # and the KL stage
 class Case:
     """What is healed by what, on what, and how; `folder` keeps the state, `cache` the teacher's
     answers, and `progress` (step, done, of how many, a note) and `say` tell the user how far it
-    is."""
+    is. `judge` scores a model where a task decides which is best."""
 
     student: Checkpoint
     teacher: Checkpoint
@@ -65,6 +65,7 @@ class Case:
     progress: Callable[..., None]
     say: Callable[[str], None]
     cache: Path = field(default_factory=cache_directory)
+    judge: Judge | None = None
 
     @property
     def tokens(self) -> int:
@@ -92,6 +93,11 @@ def check_case(case: Case, destination: Path, overwrite: bool) -> None:
         raise HealError("the schedule changes no layer, so there is nothing to heal")
     if (case.settings.top_k or 0) > (size := vocabulary(case.teacher)):
         raise HealError(f"--top-k {case.settings.top_k}: the vocabulary has {size} tokens")
+    if case.judge is not None and "WORLD_SIZE" in os.environ:
+        raise HealError(
+            f"--stop-on {case.settings.stop_on}: a task is scored in one process only; kl works in "
+            "several"
+        )
     check(case.settings, len(case.data.order(case.settings.tokens, case.settings.seed)))
 
 
@@ -100,10 +106,10 @@ def heal(
 ) -> Healed | None:
     """Heals a converted checkpoint into `destination`, and returns the report.
 
-    Of the checkpoint as it came and of what each stage made of it, the one with the smallest KL on
-    the held-out windows is written. `command` goes to its model card. Under a launcher (`accelerate
-    launch`, torchrun) every process calls this; the first one measures and writes, the others
-    return None. Raises PTConvertError.
+    Of the checkpoint as it came and of what each stage made of it, the best is written: that with
+    the smallest KL on the held-out windows, or the best score. `command` goes to its model card.
+    Under a launcher (`accelerate launch`, torchrun) every process calls this; the first one
+    measures and writes, the others return None. Raises PTConvertError.
     """
     check_case(case, destination, overwrite)
     key = _key(case)
@@ -128,16 +134,17 @@ def _stages(case: Case, key: Mapping[str, object], start: Path) -> tuple[Healed,
     reference = _reference(case, key)
     source, before = _measured(case, reference, "before", {})
     rows, best, healed = [before], before, Tensors()
-    case.say(f"held out, before: loss {before.loss:.4f}, KL {before.kl:.4f}")
+    score = "" if before.score is None else f", {before.score.metric} {before.score.value:.4f}"
+    case.say(f"held out, before: loss {before.loss:.4f}, KL {before.kl:.4f}{score}")
     if case.settings.blockwise:
         blocks = _blocks(case)
         rows.append(_measured(case, reference, "blockwise", blocks)[1])
-        if rows[-1].kl < best.kl:
+        if rows[-1].gain > best.gain:
             best, healed = rows[-1], blocks
     save_tensors(start, healed)
     if case.settings.kl and (moved := _distilled(case, key, healed)):
         rows.append(_measured(case, reference, "KL", healed | moved)[1])
-        if rows[-1].kl < best.kl:
+        if rows[-1].gain > best.gain:
             best, healed = rows[-1], healed | moved
     return (
         Healed(
@@ -182,7 +189,8 @@ def _measured(
         name,
     )
     source = Measured("source", float(tokens.source_loss.mean()), 0.0)
-    return source, Measured(name, float(tokens.converted_loss.mean()), float(tokens.kl.mean()))
+    loss, kl = float(tokens.converted_loss.mean()), float(tokens.kl.mean())
+    return source, Measured(name, loss, kl, None if case.judge is None else case.judge(model))
 
 
 def _blocks(case: Case) -> Tensors:
@@ -233,6 +241,7 @@ def _distilled(case: Case, key: Mapping[str, object], start: Tensors) -> Tensors
         case.folder / "kl",
         case.progress,
         case.say,
+        case.judge,
     )
     if _is_first():
         save_tensors(case.folder / _KL, moved)
