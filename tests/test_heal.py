@@ -469,11 +469,15 @@ from ptconvert.cli import main
 train = Trainer.train
 def watched(trainer, *arguments, **options):
     done = train(trainer, *arguments, **options)
-    for model in (trainer.model_wrapped, trainer.teacher.get_decoder().layers):
+    models = [trainer.model_wrapped]
+    if trainer.teacher is not None:
+        models.append(trainer.teacher.get_decoder().layers)
+    assert (len(models) == 1) == ("--top-k" in sys.argv)
+    for model in models:
         for parameter in model.parameters():
             assert isinstance(parameter, DTensor)
             assert parameter.to_local().numel() * 2 == parameter.numel()
-    for model in (trainer.model_wrapped, trainer.teacher):
+    for model in filter(None, (trainer.model_wrapped, trainer.teacher)):
         assert all(isinstance(layer, FSDPModule) for layer in model.get_decoder().layers)
     moments = [s["exp_avg"] for s in trainer.optimizer.state.values()]
     assert moments and all(isinstance(moment, DTensor) for moment in moments)
@@ -484,13 +488,16 @@ main()
 """
 
 
-@pytest.mark.parametrize("schedule", [MIDDLE, SCHEDULE])
-def test_fsdp(source: Path, convert: Convert, tmp_path: Path, schedule: str) -> None:
+@pytest.mark.parametrize(("schedule", "top_k"), [(MIDDLE, None), (SCHEDULE, None), (MIDDLE, 16)])
+def test_fsdp(
+    source: Path, convert: Convert, tmp_path: Path, schedule: str, top_k: int | None
+) -> None:
     """Each of two processes holds a half of student, teacher and optimizer; the result is that of
-    one process. In the second schedule no layer is dense."""
+    one process. In the second schedule no layer is dense; at last there is no teacher."""
     converted, out = convert(source, 4, schedule), tmp_path / "out"
     few = ("--text", TEXT, "--window", 32, "--tokens", 1280, "--evaluations", 2)
-    options = (*few, "--learning-rate", 1e-3)
+    kept = () if top_k is None else ("--top-k", top_k, "--cache", tmp_path / "cache")
+    options = (*few, "--learning-rate", 1e-3, *kept)
     one = heal(converted, tmp_path / "one", source, *options, "--batch-size", 4)
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)

@@ -216,7 +216,7 @@ class Bench:
         """What is healed end to end with k of the teacher's tokens kept, or by the teacher itself;
         and the seconds of that, and of the same again."""
         before = [step for step in steps if step not in ("uniform", "KL")]
-        name = f"n{self.given.tracks}-w{waits}-{'+'.join(before)}-top-{k}"
+        name = f"n{self.given.tracks}-w{waits}-{'+'.join(before)}-top-{k or 'all'}"
 
         def make() -> dict[str, Any]:
             start, seconds = self._made(waits, before), list[float]()
