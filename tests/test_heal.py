@@ -19,6 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import Convert, MakeDense, byte_level, load, spec_text
+from ptconvert.schedule.schedule import Schedule
 from test_cli import run
 
 import ptconvert
@@ -36,7 +37,6 @@ from ptconvert.heal.settings import Settings
 from ptconvert.measure import divergence
 from ptconvert.measure.opening import BatchSize, open_model, schedule_of
 from ptconvert.runtime.launch import PRELOADED
-from ptconvert.schedule.stages import Schedule
 
 pytest.importorskip("peft", reason="peft is not installed")
 TEXT = Path(ptconvert.__file__).parent / "spec" / "document.py"

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from plan import meter_of
+from ptconvert.schedule.schedule import Schedule
 from transformers.utils.logging import disable_progress_bar
 
 from ptconvert.checkpoint.reader import open_checkpoint
@@ -51,7 +52,6 @@ from ptconvert.measure.windows import Windows, windows_for
 from ptconvert.plan.planner import choose, search, waited_for
 from ptconvert.plan.sensitivity import Meter
 from ptconvert.schedule import presets
-from ptconvert.schedule.stages import Schedule
 
 WAITS = (24, 12, 8, 6, 4, 3, 2)
 STEPS = ("uniform", "planned", "affinity", "guess", "blockwise", "KL")

@@ -28,7 +28,7 @@ from ptconvert.measure.statistics import (
 )
 from ptconvert.measure.windows import Windows
 from ptconvert.schedule.presets import dense_schedule, with_only
-from ptconvert.schedule.stages import Schedule
+from ptconvert.schedule.schedule import Schedule
 
 # Windows of the measurement by block: it runs the model once per block, and between blocks the
 # differences are large.
