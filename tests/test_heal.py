@@ -19,6 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import Convert, MakeDense, byte_level, load, spec_text
+from ptconvert.measure.batch import BatchSize
 from ptconvert.schedule.schedule import Schedule
 from test_cli import run
 
@@ -35,7 +36,7 @@ from ptconvert.heal.loss import compare
 from ptconvert.heal.models import changed_layers, freeze_but, share, trainable
 from ptconvert.heal.settings import Settings
 from ptconvert.measure import divergence
-from ptconvert.measure.opening import BatchSize, open_model, schedule_of
+from ptconvert.measure.opening import open_model, schedule_of
 from ptconvert.runtime.launch import PRELOADED
 
 pytest.importorskip("peft", reason="peft is not installed")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Convert, MakeDense, byte_level, load, spec_text
+from ptconvert.measure.batch import BatchSize
 from test_cli import run
 from torch import nn
 
@@ -32,7 +33,6 @@ from ptconvert.heal.settings import Settings
 from ptconvert.measure import opening as models
 from ptconvert.measure.needs import Held, Needs, Phase, Place
 from ptconvert.measure.one_layer import Step, one_layer, step_of
-from ptconvert.measure.opening import BatchSize
 from ptconvert.measure.windows import Windows
 from ptconvert.models.shape import ModelShape
 from ptconvert.plan import needs as planning

@@ -36,6 +36,9 @@ from pathlib import Path
 from typing import Any
 
 from plan import meter_of
+from ptconvert.measure.batch import BatchSize
+from ptconvert.measure.cache import cache_directory
+from ptconvert.measure.progress import Progress
 from ptconvert.schedule.schedule import Schedule
 from transformers.utils.logging import disable_progress_bar
 
@@ -47,7 +50,7 @@ from ptconvert.heal.models import put
 from ptconvert.heal.settings import Settings
 from ptconvert.measure import divergence
 from ptconvert.measure.divergence import Reference, Tokens
-from ptconvert.measure.opening import BatchSize, Progress, cache_directory, open_model
+from ptconvert.measure.opening import open_model
 from ptconvert.measure.windows import Windows, windows_for
 from ptconvert.plan.planner import choose, search, waited_for
 from ptconvert.plan.sensitivity import Meter

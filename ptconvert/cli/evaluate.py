@@ -18,7 +18,7 @@ from ptconvert.cli.options import shared
 from ptconvert.cli.progress import step_progress
 
 if TYPE_CHECKING:  # they import torch
-    from ptconvert.evaluate.report import Report, Text
+    from ptconvert.evaluate.run import Report, Text
 
 
 @click.command("eval")
@@ -87,7 +87,7 @@ def evaluate(
     """
     need_packages("eval", "lm_eval", "scipy")
     quiet_libraries()
-    from ptconvert.evaluate.report import Text
+    from ptconvert.evaluate.run import Text
     from ptconvert.evaluate.tasks import DEFAULT_TASKS
     from ptconvert.evaluate.tasks import make_tasks as write_tasks
 
@@ -147,8 +147,9 @@ def _run(
 ) -> Report:
     from ptconvert.checkpoint.reader import open_checkpoint
     from ptconvert.evaluate.harness import Settings
-    from ptconvert.evaluate.report import evaluate
-    from ptconvert.measure.opening import cache_directory, fastest_dtype
+    from ptconvert.evaluate.run import evaluate
+    from ptconvert.measure.cache import cache_directory
+    from ptconvert.measure.dtype import fastest_dtype
 
     cache = cache or cache_directory()
     with step_progress() as progress:

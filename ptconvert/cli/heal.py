@@ -244,7 +244,7 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
     from ptconvert.heal.models import check_pair
     from ptconvert.heal.run import Case
     from ptconvert.heal.settings import Settings
-    from ptconvert.measure.opening import cache_directory
+    from ptconvert.measure.cache import cache_directory
     from ptconvert.runtime.load import shape_of
 
     device = torch_device(chosen["device"])

@@ -27,7 +27,8 @@ from lm_eval.tasks import TaskManager
 from ptconvert import __version__
 from ptconvert.errors import EvaluationError, PTConvertError, first_line
 from ptconvert.evaluate.lm import FittingHFLM, UnopenedLM
-from ptconvert.measure.opening import BatchSize, Progress
+from ptconvert.measure.batch import BatchSize
+from ptconvert.measure.progress import Progress
 
 # For lm-eval's own standard errors of metrics other than means, which are only shown.
 _LM_EVAL_RESAMPLES = 1_000

@@ -31,8 +31,10 @@ from ptconvert.errors import HealError, first_line
 from ptconvert.heal.loss import likeliest
 from ptconvert.heal.settings import Settings
 from ptconvert.heal.work import Tensors, load_tensors, save_tensors, wait_for
+from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.divergence import LOGITS_AT_ONCE, Reference, outputs, reference
-from ptconvert.measure.opening import BatchSize, Progress, open_model
+from ptconvert.measure.opening import open_model
+from ptconvert.measure.progress import Progress
 from ptconvert.measure.windows import Windows
 from ptconvert.models.shape import EMBEDDING, HEAD, ModelShape
 from ptconvert.runtime.load import read_part

@@ -19,6 +19,7 @@ from ptconvert.heal.data import Data
 from ptconvert.heal.distill import lora_config
 from ptconvert.heal.models import changed_layers, in_layers
 from ptconvert.heal.settings import Settings
+from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.divergence import LOGITS_AT_ONCE
 from ptconvert.measure.needs import Held, Needs, Phase, Place, shares_memory, spilling
 from ptconvert.measure.one_layer import (
@@ -30,7 +31,6 @@ from ptconvert.measure.one_layer import (
     one_layer,
     step_of,
 )
-from ptconvert.measure.opening import BatchSize
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ModelShape
 from ptconvert.runtime.load import shape_of
 

@@ -36,15 +36,10 @@ from ptconvert.heal.work import (
 )
 from ptconvert.heal.write import rounded, write
 from ptconvert.measure import divergence
+from ptconvert.measure.batch import BatchSize
+from ptconvert.measure.cache import cache_directory, content_digest
 from ptconvert.measure.divergence import Reference
-from ptconvert.measure.opening import (
-    BatchSize,
-    cache_directory,
-    content_digest,
-    open_model,
-    schedule_of,
-    vocabulary,
-)
+from ptconvert.measure.opening import open_model, schedule_of, vocabulary
 
 _BLOCKS = "blocks.safetensors"  # what the blockwise stage made
 _KL = "kl.safetensors"  # and the KL stage

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ptconvert.measure.opening import BatchSize, Progress
+from ptconvert.measure.batch import BatchSize
+from ptconvert.measure.progress import Progress
 from ptconvert.measure.statistics import (
     RESAMPLES,
     Difference,
