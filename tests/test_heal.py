@@ -30,11 +30,11 @@ from ptconvert.heal import run as healing
 from ptconvert.heal.blockwise import Pieces, blocks_of
 from ptconvert.heal.data import Data, read_data
 from ptconvert.heal.distill import distill
+from ptconvert.heal.loss import compare
 from ptconvert.heal.models import changed_layers, freeze_but, share, trainable
 from ptconvert.heal.settings import Settings
 from ptconvert.measure import divergence
 from ptconvert.measure.batch import BatchSize
-from ptconvert.measure.divergence import by_token, loss_and_kl
 from ptconvert.measure.opening import open_model, schedule_of
 from ptconvert.runtime.launch import PRELOADED
 from ptconvert.schedule.schedule import Schedule
@@ -333,7 +333,7 @@ def test_the_loss_is_kl_and_its_gradient(at_once: int, monkeypatch: pytest.Monke
     head = torch.nn.Linear(8, 50, bias=False)
     hidden, target = torch.randn(2, 3, 8), torch.randint(50, (2, 3))
     logits = torch.randn(2, 3, 50, requires_grad=True)
-    loss, kl = by_token(loss_and_kl, head, hidden, torch.nn.Identity(), logits, target)
+    loss, kl = compare(logits, hidden, head, target)
     p, q = head(hidden).softmax(-1), logits.softmax(-1)
     assert torch.allclose(kl, (p * (p / q).log()).sum(-1), atol=1e-5)
     assert not torch.allclose(kl, (q * (q / p).log()).sum(-1), atol=1e-2)
@@ -433,13 +433,23 @@ def test_the_yardstick_trains_the_source_on_the_text_itself(source: Path, tmp_pa
     assert moved.keys() == set(names) and losses[-1] < losses[0] - 0.1
 
 
-def test_two_processes(source: Path, convert: Convert, tmp_path: Path) -> None:
-    """Under torchrun, on gloo; blocks by the first process."""
-    converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
+@pytest.mark.parametrize("top_k", [None, 16])
+def test_two_processes(source: Path, convert: Convert, tmp_path: Path, top_k: int | None) -> None:
+    """Under torchrun, on gloo; blocks by the first process, the teacher's answers by both."""
+    converted, out, cache = convert(source, 4, MIDDLE), tmp_path / "out", tmp_path / "cache"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = (converted, out, "--teacher", source, "--text", TEXT, *QUICK, "--blockwise")
+    kept = () if top_k is None else ("--top-k", top_k, "--cache", cache)
     done = subprocess.run(
-        [sys.executable, *launch, "-m", "ptconvert", "heal", *map(str, arguments), "--json"],
+        [
+            sys.executable,
+            *launch,
+            "-m",
+            "ptconvert",
+            "heal",
+            *map(str, (*arguments, *kept)),
+            "--json",
+        ],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -462,11 +472,15 @@ from ptconvert.cli import main
 train = Trainer.train
 def watched(trainer, *arguments, **options):
     done = train(trainer, *arguments, **options)
-    for model in (trainer.model_wrapped, trainer.teacher.get_decoder().layers):
+    models = [trainer.model_wrapped]
+    if trainer.teacher is not None:
+        models.append(trainer.teacher.get_decoder().layers)
+    assert (len(models) == 1) == ("--top-k" in sys.argv)
+    for model in models:
         for parameter in model.parameters():
             assert isinstance(parameter, DTensor)
             assert parameter.to_local().numel() * 2 == parameter.numel()
-    for model in (trainer.model_wrapped, trainer.teacher):
+    for model in filter(None, (trainer.model_wrapped, trainer.teacher)):
         assert all(isinstance(layer, FSDPModule) for layer in model.get_decoder().layers)
     moments = [s["exp_avg"] for s in trainer.optimizer.state.values()]
     assert moments and all(isinstance(moment, DTensor) for moment in moments)
@@ -477,13 +491,16 @@ main()
 """
 
 
-@pytest.mark.parametrize("schedule", [MIDDLE, SCHEDULE])
-def test_fsdp(source: Path, convert: Convert, tmp_path: Path, schedule: str) -> None:
+@pytest.mark.parametrize(("schedule", "top_k"), [(MIDDLE, None), (SCHEDULE, None), (MIDDLE, 16)])
+def test_fsdp(
+    source: Path, convert: Convert, tmp_path: Path, schedule: str, top_k: int | None
+) -> None:
     """Each of two processes holds a half of student, teacher and optimizer; the result is that of
-    one process. In the second schedule no layer is dense."""
+    one process. In the second schedule no layer is dense; at last there is no teacher."""
     converted, out = convert(source, 4, schedule), tmp_path / "out"
     few = ("--text", TEXT, "--window", 32, "--tokens", 1280, "--evaluations", 2)
-    options = (*few, "--learning-rate", 1e-3)
+    kept = () if top_k is None else ("--top-k", top_k, "--cache", tmp_path / "cache")
+    options = (*few, "--learning-rate", 1e-3, *kept)
     one = heal(converted, tmp_path / "one", source, *options, "--batch-size", 4)
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)

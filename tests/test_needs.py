@@ -186,6 +186,15 @@ def test_end_to_end_it_is_not(
     # but what was trained block by block before is not
     _, both = end_to_end(lora=64, blockwise=True)
     assert both["the student's frozen ones"] == 2 * tracks
+    # the teacher's answers are made before, and then it isn't there: the student's own weights are
+    needs, answers = end_to_end(lora=64, top_k=64)
+    assert answers["the teacher's weights"] == 0
+    assert answers["the student's frozen ones"] == 2 * sum(
+        e.count for e in converted.tensors.values()
+    )
+    made = held(needs, "the teacher's answers")
+    assert made["the teacher's weights"] == 2 * NUMBERS
+    assert made["answers, 256 windows"] == 256 * 1024 * (64 * (4 + 2) + 4)
     monkeypatch.setenv("WORLD_SIZE", "8")
     _, cut = end_to_end(fsdp=True)
     assert next(nbytes for what, nbytes in cut.items() if "trained" in what) == moved // 8
@@ -193,6 +202,28 @@ def test_end_to_end_it_is_not(
     assert cut["the teacher's weights"] == 2 * (NUMBERS - layers + layers // 8 + 2 * layers // 32)
     _, each = end_to_end()
     assert next(nbytes for what, nbytes in each.items() if "trained" in what) == 20 * tracks
+
+
+def test_adapters_alone_are_timed_where_they_alone_are_trained(
+    dense: Checkpoint, converted: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer's whole weights, their gradients and activations in fp32 may not fit."""
+    timed = list[tuple[int, str]]()
+
+    def layer(_: object, tracks: int, __: str, dtype: str) -> nn.Module:
+        timed.append((tracks, dtype))
+        return nn.ModuleDict({"layers": nn.Module()})
+
+    monkeypatch.setattr(healing, "one_layer", layer)
+    settings = Settings(batch_size=1, dtype="bfloat16", device="cuda", lora=64)
+    heal_needs(converted, dense, data(256, 16), settings)
+    assert set(timed) == {(1, "bfloat16"), (TRACKS, "bfloat16")}
+    judged = replace(settings, blockwise=True, stop_on="gsm8k")
+    assert heal_needs(converted, dense, data(256, 16), judged).notes == (
+        "scoring gsm8k is not counted",
+    )
+    assert not heal_needs(converted, dense, data(256, 16), settings).notes
+    assert (TRACKS, "float32") in timed
 
 
 def test_peaks_are_of_what_is_held_at_once() -> None:

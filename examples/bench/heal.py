@@ -13,6 +13,10 @@ Prints tables in Markdown: rise of the loss over the source's with half its 95% 
 brackets KL(source || model), both in nats per token, and the share of tokens whose first choice is
 the source's. Finished cells and checkpoints are kept in --work; the same command goes on from
 there.
+
+--top-k also heals what the last step but KL has made with so many of the teacher's likeliest tokens
+kept in place of the teacher, twice: a second table has that, and the seconds of both as shares of
+those that `heal` takes with the teacher.
 """
 
 from __future__ import annotations
@@ -24,10 +28,12 @@ import math
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple, dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from plan import meter_of
 from transformers.utils.logging import disable_progress_bar
@@ -102,6 +108,9 @@ def main() -> None:
     )
     parser.add_argument("--no-overlap", action="store_true", help="plan without overlap")
     parser.add_argument("--without", default="", help="steps to leave out: affinity,guess,...")
+    parser.add_argument(
+        "--top-k", type=int, nargs="+", default=[], help="of the teacher, for the second table"
+    )
     parser.add_argument("--cache", type=Path, default=cache_directory())
     parser.add_argument("--csv", type=Path)
     given = parser.parse_args()
@@ -118,6 +127,10 @@ def main() -> None:
             for waits in given.waits
         ]
         yardstick = None if YARDSTICK in left_out else bench.yardstick()
+        taught = {
+            waits: {k: bench.taught(waits, k, steps) for k in (None, *given.top_k)}
+            for waits in (given.waits if given.top_k else ())
+        }
     names = [f"+ {s}" if s in STEPS[2:] else s for s in steps]
     for number, files in enumerate(given.report):
         measured = [*(c for _, _, cells in rows for c in cells.values()), yardstick or []]
@@ -131,8 +144,25 @@ def main() -> None:
         if yardstick is not None:
             told = "the source, trained on the same tokens"
             print(f"| {told} | |{' |' * (len(names) - 1)} {yardstick[number]} |")
+    if taught:
+        _print_taught(given, taught)
     if given.csv is not None:
         _write(given, rows, yardstick)
+
+
+def _print_taught(
+    given: argparse.Namespace, taught: dict[int, dict[int | None, tuple[Cells, list[float]]]]
+) -> None:
+    for number, files in enumerate(given.report):
+        print(f"\n{' '.join(map(str, files))}: healed end to end, by tokens of the teacher kept\n")
+        print("| waited for, at most | tokens kept | healed | seconds | again |")
+        print("| --- | --- | --- | --- | --- |")
+        for waits, found in taught.items():
+            whole = found[None][1][0]
+            for k, (cells, seconds) in found.items():
+                shares = [f"{s / whole:.2f}" for s in seconds]
+                row = [str(waits), "none: the teacher runs" if k is None else str(k)]
+                print(f"| {' | '.join([*row, str(cells[number]), *shares])} |")
 
 
 Rows = list[tuple[int, str, dict[str, Cells]]]
@@ -185,18 +215,43 @@ class Bench:
         """The source, trained on the text by cross-entropy."""
         return self._kept(YARDSTICK, self._trained)
 
+    def taught(self, waits: int, k: int | None, steps: list[str]) -> tuple[Cells, list[float]]:
+        """What is healed end to end with k of the teacher's tokens kept, or by the teacher itself;
+        and the seconds of that, and of the same again."""
+        before = [step for step in steps if step not in ("uniform", "KL")]
+        name = f"n{self.given.tracks}-w{waits}-{'+'.join(before)}-top-{k or 'all'}"
+
+        def make() -> dict[str, Any]:
+            start, seconds = self._made(waits, before), list[float]()
+            healed = self.given.work / f"{name}-healed"
+            kept = [] if k is None else ["--top-k", str(k), "--cache", str(self.given.work / name)]
+            for _ in range(2):
+                started = time.perf_counter()
+                self._heal(start, healed, [*kept, "--overwrite"])
+                seconds.append(time.perf_counter() - started)
+            cells = self._measured(healed)
+            return {"cells": [asdict(cell) for cell in cells], "seconds": seconds}
+
+        found = self._stored(name, make)
+        return [Cell(**cell) for cell in found["cells"]], found["seconds"]
+
     def _kept(self, name: str, make: Callable[[], Cells]) -> Cells:
+        found = self._stored(name, lambda: {"cells": [asdict(cell) for cell in make()]})
+        return [Cell(**cell) for cell in found["cells"]]
+
+    def _stored(self, name: str, make: Callable[[], dict[str, Any]]) -> Mapping[str, Any]:
+        """What an earlier run with the same options made of that name, or this one makes."""
         told = {key: self._told[key] for key in DECISIVE}
         file = self.given.work / f"{name}.json"
         if file.is_file():
-            found = json.loads(file.read_text())
+            found: dict[str, Any] = json.loads(file.read_text())
             other = [key for key in DECISIVE if found["of"].get(key) != told[key]]
             if other:
                 sys.exit(f"{file} was made with another {', '.join(other)}; name another --work")
-            return [Cell(**cell) for cell in found["cells"]]
-        cells = make()
-        file.write_text(json.dumps({"of": told, "cells": [asdict(cell) for cell in cells]}))
-        return cells
+            return found
+        made = make()
+        file.write_text(json.dumps({"of": told, **made}))
+        return made
 
     def _made(self, waits: int, steps: list[str]) -> Path:
         """The checkpoint after these steps, the last of which makes it."""
@@ -211,13 +266,16 @@ class Bench:
         destination: Path = given.work / name
         if not destination.exists():
             stage = ["--blockwise", "--no-kl"] if step == "blockwise" else []
-            tokens = given.tokens // (1 if given.without_stage else 2)
-            sizes = ["--tokens", str(tokens), "--window", str(given.window)]
-            teacher = ["--teacher", str(given.model)]
-            source = str(self._made(waits, before))
-            options = [*teacher, *self.texts, *sizes, *stage, *shlex.split(given.heal)]
-            self._run(name, ["heal", source, str(destination), *options])
+            self._heal(self._made(waits, before), destination, stage)
         return destination
+
+    def _heal(self, start: Path, destination: Path, more: list[str]) -> None:
+        given = self.given
+        tokens = given.tokens // (1 if given.without_stage else 2)
+        sizes = ["--tokens", str(tokens), "--window", str(given.window)]
+        options = ["--teacher", str(given.model), *self.texts, *sizes, *more]
+        command = ["heal", str(start), str(destination), *options, *shlex.split(given.heal)]
+        self._run(destination.name, command)
 
     def _converted(self, schedule: Schedule, name: str, top: str = "") -> Path:
         destination: Path = self.given.work / name
@@ -245,12 +303,17 @@ class Bench:
 
     def _planned(self, waits: int) -> Schedule:
         if waits not in self._plans:
-            objective = waited_for(not self.given.no_overlap)
-            point = choose(search(self._meter, objective, target=waits), waits, None)
-            if point is None:
-                sys.exit(f"no schedule waits for {waits} all-reduces")
-            self._plans[waits] = point.schedule
+            found = self._stored(f"n{self.given.tracks}-w{waits}-plan", lambda: self._found(waits))
+            self._plans[waits] = Schedule.parse(found["stages"])
         return self._plans[waits]
+
+    def _found(self, waits: int) -> dict[str, str]:
+        """The plan, as its stages."""
+        objective = waited_for(not self.given.no_overlap)
+        point = choose(search(self._meter, objective, target=waits), waits, None)
+        if point is None:
+            sys.exit(f"no schedule waits for {waits} all-reduces")
+        return {"stages": str(point.schedule)}
 
     @cached_property
     def _meter(self) -> Meter:

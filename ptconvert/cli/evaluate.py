@@ -44,11 +44,7 @@ if TYPE_CHECKING:  # they import torch
     type=click.Path(path_type=Path, file_okay=False),
     help="Write two lm-eval tasks made from --text: perplexity, and cloze questions.",
 )
-@click.option(
-    "--limit",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Documents per task; below 1, the share of them.",
-)
+@shared("--limit")
 @click.option("--num-fewshot", type=click.IntRange(0), help="Examples in each prompt.")
 @shared("--batch-size", "auto")
 @click.option("--apply-chat-template", is_flag=True, help="Prompt as a chat.")

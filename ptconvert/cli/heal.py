@@ -6,7 +6,9 @@ import importlib.util
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,10 @@ from ptconvert.cli.progress import first_process, step_progress
 from ptconvert.errors import HealError
 
 if TYPE_CHECKING:  # they import torch
+    from ptconvert.checkpoint.reader import Checkpoint
+    from ptconvert.heal.distill import Judge
     from ptconvert.heal.run import Case
+    from ptconvert.heal.settings import Settings
 
 
 @click.command()
@@ -69,6 +74,14 @@ if TYPE_CHECKING:  # they import torch
 @click.option(
     "--kl/--no-kl", default=True, show_default=True, help="Train end to end by KL(teacher || it)."
 )
+@click.option(
+    "--top-k",
+    type=click.IntRange(1),
+    metavar="K",
+    help="Keep the teacher's K likeliest tokens at each position, and train on these: it runs once "
+    "for a text. [all tokens, and it runs at every step]",
+)
+@shared("--cache", says="~/.cache/ptconvert")
 @click.option("--lora", type=click.IntRange(1), metavar="R", help="Train a LoRA of rank R; merged.")
 @click.option(
     "--train",
@@ -110,6 +123,15 @@ if TYPE_CHECKING:  # they import torch
     show_default=True,
     help="How often to judge and to save, over the run.",
 )
+@click.option(
+    "--stop-on",
+    default="kl",
+    show_default=True,
+    metavar="kl|TASK",
+    help="What says which state is best and when to stop: KL on held-out text, or the first metric "
+    "of an lm-eval task (its name or YAML file), scored as often.",
+)
+@shared("--limit")
 @click.option(
     "--patience",
     type=click.IntRange(1),
@@ -168,12 +190,18 @@ def heal(
     """
     lora = ("peft",) if options["lora"] else ()
     need_packages("heal", "scipy", *lora)
+    if options["stop_on"] != "kl":
+        need_packages("eval", "lm_eval")
     quiet_libraries()
     if bool(options["texts"]) == bool(options["dataset"]):
         raise click.UsageError("give what to train on, one of --text FILE and --dataset ID")
     if not options["dataset"] and (unused := given("dataset_config", "split", "column")):
         raise click.UsageError(f"{unused}: for --dataset only")
-    end_to_end = ("lora", "train", "gradient_checkpointing", "fsdp", "options")
+    if not options["top_k"] and (unused := given("cache")):
+        raise click.UsageError(f"{unused}: for --top-k only")
+    if options["stop_on"] == "kl" and (unused := given("limit")):
+        raise click.UsageError(f"{unused}: for --stop-on TASK only")
+    end_to_end = ("top_k", "lora", "train", "gradient_checkpointing", "fsdp", "options")
     if not options["kl"] and (unused := given(*end_to_end)):
         raise click.UsageError(f"{unused}: for the end-to-end stage, which --no-kl leaves out")
     if options["dataset"] and importlib.util.find_spec("datasets") is None:
@@ -211,11 +239,12 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
     """The checkpoints opened, the text read and the settings made of the options."""
     from ptconvert.checkpoint.inventory import weights_dtype
     from ptconvert.checkpoint.reader import open_checkpoint
+    from ptconvert.heal.arguments import read_options
     from ptconvert.heal.data import DatasetSource, read_data
-    from ptconvert.heal.distill import read_options
     from ptconvert.heal.models import check_pair
     from ptconvert.heal.run import Case
     from ptconvert.heal.settings import Settings
+    from ptconvert.measure.cache import cache_directory
     from ptconvert.runtime.load import shape_of
 
     device = torch_device(chosen["device"])
@@ -240,17 +269,44 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
         student, chosen["texts"], dataset, chosen["held_out"], chosen["window"], chosen["tokens"],
         progress,
     )  # fmt: skip
-    names = ("tokens", "train", "blockwise", "kl", "lora", "learning_rate", "block_learning_rate")
-    more = ("batch_size", "accumulation", "warmup", "evaluations", "patience", "seed")
-    settings = Settings(
-        **{name: chosen[name] for name in (*names, *more, "gradient_checkpointing", "fsdp")},
-        dtype=dtype,
-        device=device,
-        options=read_options(chosen["options"]),
-    )
+    own = {"dtype": dtype, "device": device, "options": read_options(chosen["options"])}
+    asked = {f.name: chosen[f.name] for f in fields(Settings) if f.name in chosen}
+    settings = Settings(**{**asked, **own})
     return Case(
-        student, teacher, display_name(chosen["teacher"]), data, settings, folder, progress, _say
+        student,
+        teacher,
+        display_name(chosen["teacher"]),
+        data,
+        settings,
+        folder,
+        progress,
+        _say,
+        chosen["cache"] or cache_directory(),
+        None if settings.stop_on == "kl" else _judge(student, settings, progress),
     )
+
+
+def _judge(student: Checkpoint, settings: Settings, progress: Any) -> Judge:
+    """Scores a model, whose tokenizer is the checkpoint's, on the task that the settings name, by
+    the first metric that `ptconvert eval` has of it. Raises EvaluationError."""
+    from ptconvert.evaluate.harness import Settings as Scoring
+    from ptconvert.evaluate.harness import one_task, score
+    from ptconvert.heal.report import Score
+    from ptconvert.measure.opening import open_tokenizer
+
+    scoring = Scoring((settings.stop_on,), limit=settings.limit, device=settings.device)
+    one_task(scoring)
+    tokenizer, label = open_tokenizer(student), f"scoring {Path(settings.stop_on).stem}"
+
+    def judge(model: Any) -> Score:
+        with tempfile.TemporaryDirectory() as folder:  # the model's next state has other answers
+            answers = Path(folder) / "answers"
+            (task,) = score(lambda: model, tokenizer, scoring, answers, label, progress).tasks
+        metric = task.metrics[0]
+        value = float(metric.aggregate(metric.values))
+        return Score(f"{task.name} {metric.name}", value, metric.higher_is_better is not False)
+
+    return judge
 
 
 def _say(text: str) -> None:
@@ -269,13 +325,17 @@ def command_line(arguments: Sequence[str]) -> str:
 def _print_healed(console: Console, figures: dict[str, Any]) -> None:
     """The held-out figures of every stage, and what was written."""
     table = Table(box=None, pad_edge=False, title=None)
-    for name in ("held out", "loss", "over source", "KL"):
+    judged = next((row["score"]["metric"] for row in figures["rows"] if row["score"]), None)
+    for name in ("held out", "loss", "over source", "KL", *([judged] if judged else [])):
         table.add_column(name, justify="left" if name == "held out" else "right")
     source = figures["rows"][0]["loss"]
     for row in figures["rows"]:
         kept = "→ " if row["name"] == figures["kept"] else "  "
         over = f"{row['loss'] - source:+.4f}"
-        table.add_row(kept + row["name"], f"{row['loss']:.4f}", over, f"{row['kl']:.4f}")
+        cells = [kept + row["name"], f"{row['loss']:.4f}", over, f"{row['kl']:.4f}"]
+        if judged:
+            cells.append("" if row["score"] is None else f"{row['score']['value']:.4f}")
+        table.add_row(*cells)
     console.print(table)
     if figures["kept"] == "before":
         console.print("training did not help; the weights are those of the checkpoint as it came")

@@ -46,6 +46,10 @@ _SHARED: dict[str, dict[str, Any]] = {
     },
     "--window": {"type": click.IntRange(2), "help": "Tokens in a window of the text."},
     "--windows": {"type": click.IntRange(1), "help": "Windows, evenly over the text."},
+    "--limit": {
+        "type": click.FloatRange(min=0, min_open=True),
+        "help": "Documents per task; below 1, the share of them.",
+    },
     "--batch-size": {"type": BatchSize(), "help": "Windows or documents at once."},
     "--device": {"metavar": "NAME", "help": "Where it runs, as torch names it."},
     "--dtype": {

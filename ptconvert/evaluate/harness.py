@@ -124,6 +124,16 @@ def cache_file(cache: Path, model_digest: str, settings: Settings) -> Path:
     return cache / "answers" / name
 
 
+def one_task(settings: Settings) -> None:
+    """Raises EvaluationError unless the settings name one task that is there."""
+    with _quiet():
+        manager = _manager(settings)
+    found = _named(settings.tasks, manager)
+    groups = [name for name in found if name in manager.all_groups]
+    if len(found) != 1 or groups:
+        raise EvaluationError(f"{', '.join(settings.tasks)}: names several tasks; name one")
+
+
 def score(
     build: Callable[[], Any],
     tokenizer: Any,
@@ -182,8 +192,8 @@ def _manager(settings: Settings) -> _Tasks:
         if not _matching(name, manager):
             raise EvaluationError(
                 f"there is no task {name!r} in lm-eval {importlib.metadata.version('lm_eval')}"
-                f"{' or in --include-path' if paths else '; --include-path DIR adds your own'}; "
-                "`lm-eval ls tasks` lists its tasks"
+                f"{' or in --include-path' if paths else ''}; `lm-eval ls tasks` lists its tasks, "
+                "and one of your own is named by its YAML file"
             )
     return manager
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ptconvert.heal.report import Healed
+from ptconvert.heal.report import Healed, Measured
 from ptconvert.shorten import few
 
 
@@ -16,9 +16,13 @@ def healing_section(report: Healed, command: str) -> str:
     if settings.kl:
         weights = "all weights" if settings.train == "all" else changed
         how = f"a LoRA of rank {settings.lora} on {weights}, merged" if settings.lora else weights
-        stages.append(f"end to end by KL(source || healed) ({how}; {rate} {settings.rate:g})")
+        over = f" over the source's {settings.top_k} likeliest tokens" if settings.top_k else ""
+        stages.append(f"end to end by KL(source || healed){over} ({how}; {rate} {settings.rate:g})")
     texts = few(report.data)
-    rows = "\n".join(f"| {row.name} | {row.loss:.4f} | {row.kl:.4f} |" for row in report.rows)
+    judged = next((row.score.metric for row in report.rows if row.score is not None), None)
+    head = ["", "loss", f"KL from `{report.teacher}`", *([judged] if judged else [])]
+    lines = [head, ["---"] * len(head), *(_cells(row)[: len(head)] for row in report.rows)]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     kept = "training did not help, and the weights are as before"
     if report.kept != "before":
         kept = f"this checkpoint is the one after `{report.kept}`"
@@ -32,7 +36,10 @@ Distilled from `{report.teacher}`: {" and then ".join(stages)}.
 
 On {report.held_out_tokens} tokens held out, in nats per token; {kept}:
 
-| | loss | KL from `{report.teacher}` |
-| --- | --- | --- |
 {rows}
 """
+
+
+def _cells(row: Measured) -> list[str]:
+    score = "" if row.score is None else f"{row.score.value:.4f}"
+    return [row.name, f"{row.loss:.4f}", f"{row.kl:.4f}", score]

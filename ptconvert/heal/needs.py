@@ -7,12 +7,13 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.checkpoint.section import Section, read_section
+from ptconvert.heal.answers import answer_bytes
 from ptconvert.heal.blockwise import STREAM_BYTES, blocks_of
 from ptconvert.heal.data import Data
 from ptconvert.heal.distill import lora_config
@@ -21,10 +22,19 @@ from ptconvert.heal.settings import Settings
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.divergence import LOGITS_AT_ONCE
 from ptconvert.measure.needs import Held, Needs, Phase, Place, shares_memory, spilling
-from ptconvert.measure.one_layer import PROCESS, Step, head_seconds, in_a_layer, one_layer, step_of
+from ptconvert.measure.one_layer import (
+    PROCESS,
+    Step,
+    forward_seconds,
+    head_seconds,
+    in_a_layer,
+    one_layer,
+    step_of,
+)
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ModelShape
 from ptconvert.runtime.load import shape_of
 
+T = TypeVar("T")
 _TRAINED = 4 + 4 + 8  # bytes of a trained number: it and its gradient in fp32, AdamW's two moments
 _STATES = 3  # of the Trainer's: the newest, the best, and one that is being written
 _LOGITS = 4  # copies in fp32 of LOGITS_AT_ONCE numbers, while a piece is compared
@@ -40,9 +50,12 @@ def heal_needs(student: Checkpoint, teacher: Checkpoint, data: Data, settings: S
     phases = [_measuring(pair)]
     if settings.blockwise and pair.blocks:
         phases.append(_blockwise(pair))
+    if settings.kl and settings.top_k is not None:
+        phases.append(_answering(pair))
     if settings.kl:
         phases.append(_end_to_end(pair))
-    return Needs(settings.device, tuple(phases))
+    judged = () if settings.stop_on == "kl" else (f"scoring {settings.stop_on} is not counted",)
+    return Needs(settings.device, tuple(phases), judged)
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,11 @@ class _Pair:
         """The layers of each block that the blockwise stage trains."""
         return [block.layers for block in blocks_of(self.section.schedule) if block.changed]
 
+    @property
+    def used(self) -> int:
+        """How many different windows a stage trains on."""
+        return min(self.windows, len(self.data.train))
+
     def steps(self, lora: int | None) -> Mapping[int, Step]:
         """What one window takes in a layer whose weights are trained, or adapters of this rank, by
         the number of tracks it is held as; 1 is dense."""
@@ -123,18 +141,31 @@ class _Pair:
             Held("the teacher's last streams", windows * self.stream, Place.MEMORY),
         )
 
-    def of(self, layers: Iterable[int], steps: Mapping[int, Step]) -> Iterator[Step]:
+    def of(self, layers: Iterable[int], steps: Mapping[int, T]) -> Iterator[T]:
         """The student's layers, one after the other."""
         tracked = self.section.schedule.track_layers
         return (steps[self.section.tracks if i in tracked else 1] for i in layers)
 
+    @cached_property
+    def once(self) -> Mapping[int, float]:
+        """Seconds of one window forward in a layer, by the number of tracks it is held as."""
+        config, settings = self.teacher.config, self.settings
+        return {
+            tracks: forward_seconds(
+                one_layer(config, tracks, settings.device, settings.dtype),
+                settings.dtype,
+                self.data.length,
+            )
+            for tracks in {1, self.section.tracks}
+        }
+
     def forward(self, layers: Iterable[int]) -> float:
         """Seconds of one window through these layers of the student."""
-        return sum(step.forward for step in self.of(layers, self.trained))
+        return sum(self.of(layers, self.once))
 
     def teaches(self, layers: Collection[int]) -> float:
         """Seconds of one window through these layers of the teacher."""
-        return len(layers) * self.trained[1].forward
+        return len(layers) * self.once[1]
 
     @cached_property
     def head(self) -> float:
@@ -178,7 +209,7 @@ def _blockwise(pair: _Pair) -> Phase:
     largest = max(pair.blocks, key=lambda block: each * pair.in_layers(block) + kept(block))
     trained = sum(map(pair.in_layers, pair.blocks))
     held_out = len(pair.data.held_out.ids)
-    used = min(pair.windows, len(pair.data.train))
+    used = pair.used
     layer = sum(math.prod(shape.size(rule)) for rule in shape.rules)
     streams = [
         spilling(f"streams, {windows} windows", windows * pair.stream, STREAM_BYTES)
@@ -203,6 +234,26 @@ def _blockwise(pair: _Pair) -> Phase:
     )
 
 
+def _answering(pair: _Pair) -> Phase:
+    """The teacher's one run, where nothing of it is kept yet."""
+    shape, settings, windows = pair.shape, pair.settings, pair.used
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = min(windows, BatchSize(None, settings.device).size)
+    layer = in_a_layer(shape, 1, pair.data.length, pair.size)
+    answers = answer_bytes(settings.top_k or 0, shape.vocabulary) * pair.data.length
+    return Phase(
+        "the teacher's answers",
+        (
+            Held("the teacher's weights", pair.taught * pair.size, Place.DEVICE),
+            Held(f"a layer's streams, {batch} windows", batch * layer, Place.DEVICE),
+            _logits(),
+            PROCESS,
+            Held(f"answers, {windows} windows", windows * answers, Place.DISK),
+        ),
+        windows / ranks * (pair.teaches(range(shape.layers)) + pair.head),
+    )
+
+
 def _end_to_end(pair: _Pair) -> Phase:
     shape, settings, layers = pair.shape, pair.settings, range(pair.shape.layers)
     batch, ranks = settings.batch_size, int(os.environ.get("WORLD_SIZE", "1"))
@@ -210,8 +261,9 @@ def _end_to_end(pair: _Pair) -> Phase:
     changed = changed_layers(pair.section.schedule)
     moves = [n for n in pair.numbers if settings.train == "all" or in_layers(n, changed)]
     trained, still = sum(pair.numbers[name] for name in moves), sum(pair.numbers.values())
-    steps, apart = pair.trained, 0  # of what stays, as the teacher hasn't it (see models.share)
+    apart = 0  # of what stays, as the teacher hasn't it (see models.share)
     if settings.lora is None:
+        steps = pair.trained
         still -= trained
     else:
         steps = pair.steps(settings.lora)
@@ -219,7 +271,8 @@ def _end_to_end(pair: _Pair) -> Phase:
             apart = trained
         sizes = [pair.student.tensors[name].shape for name in moves]
         trained = sum(settings.lora * sum(size) for size in sizes if len(size) == 2)
-    frozen = still if settings.fsdp else apart
+    kept_answers = settings.top_k is not None
+    frozen = still if settings.fsdp or kept_answers else apart
     both = sum(step.both for step in pair.of(layers, steps))
     kept = sum(batch * step.kept + step.fixed for step in pair.of(layers, steps))
     if settings.gradient_checkpointing:  # what each sublayer reads, and one layer's activations
@@ -232,9 +285,12 @@ def _end_to_end(pair: _Pair) -> Phase:
     taught = pair.taught - inside + inside // cut
     if settings.fsdp:  # a layer of both models is gathered at a time
         taught += 2 * inside // shape.layers
+    if kept_answers:
+        taught = settings.fsdp * inside // shape.layers
     each = _TRAINED + 4 * (ranks > 1 and not settings.fsdp)  # the buckets that gradients go in
     steps_taken = pair.windows // (batch * settings.accumulation * ranks)
     judged = min(settings.evaluations, steps_taken) * len(pair.data.held_out.ids) / ranks
+    teaches = 0.0 if kept_answers else pair.teaches(layers)
     logits = batch * pair.data.length * shape.vocabulary * (8 if pair.size == 4 else 12)
     state = still * pair.size + (4 + 8) * trained
     held = [
@@ -256,8 +312,8 @@ def _end_to_end(pair: _Pair) -> Phase:
     return Phase(
         "end to end",
         tuple(held),
-        pair.windows / ranks * (both + pair.teaches(layers) + 3 * pair.head)
-        + judged * (pair.forward(layers) + pair.teaches(layers) + pair.head),
+        pair.windows / ranks * (both + teaches + 3 * pair.head)
+        + judged * (pair.forward(layers) + teaches + pair.head),
     )
 
 

@@ -9,12 +9,33 @@ from ptconvert.heal.settings import Settings
 
 
 @dataclass(frozen=True)
+class Score:
+    """What a model scored on a task, by one of its metrics."""
+
+    metric: str
+    value: float
+    higher_is_better: bool
+
+    @property
+    def gain(self) -> float:
+        """A number that is higher where the model is better."""
+        return self.value if self.higher_is_better else -self.value
+
+
+@dataclass(frozen=True)
 class Measured:
-    """A model on the held-out windows: its loss, and its KL from the teacher, in nats per token."""
+    """A model on the held-out windows: its loss, and its KL from the teacher, in nats per token;
+    and its score on the task that judges it, if one does."""
 
     name: str
     loss: float
     kl: float
+    score: Score | None = None
+
+    @property
+    def gain(self) -> float:
+        """A number that is higher where the model is better: by its score, or else by its KL."""
+        return -self.kl if self.score is None else self.score.gain
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,24 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ptconvert import __version__
 from ptconvert.checkpoint.atomic import check_apart, check_destination, nested
 from ptconvert.checkpoint.card import healed_card
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.errors import HealError
+from ptconvert.heal.answers import Answers, AnswerStore
+from ptconvert.heal.arguments import check
 from ptconvert.heal.blockwise import heal_blocks
 from ptconvert.heal.card import healing_section
 from ptconvert.heal.data import Data
-from ptconvert.heal.distill import check, distill
+from ptconvert.heal.distill import Judge, distill
 from ptconvert.heal.models import changed_layers, check_pair, freeze_but, put, trainable
 from ptconvert.heal.report import Healed, Measured
 from ptconvert.heal.settings import Settings
@@ -32,9 +37,9 @@ from ptconvert.heal.work import (
 from ptconvert.heal.write import rounded, write
 from ptconvert.measure import divergence
 from ptconvert.measure.batch import BatchSize
-from ptconvert.measure.cache import content_digest
+from ptconvert.measure.cache import cache_directory, content_digest
 from ptconvert.measure.divergence import Reference
-from ptconvert.measure.opening import open_model, schedule_of
+from ptconvert.measure.opening import open_model, schedule_of, vocabulary
 
 _BLOCKS = "blocks.safetensors"  # what the blockwise stage made
 _KL = "kl.safetensors"  # and the KL stage
@@ -42,8 +47,9 @@ _KL = "kl.safetensors"  # and the KL stage
 
 @dataclass(frozen=True)
 class Case:
-    """What is healed by what, on what, and how; `folder` keeps the state, and `progress` (step,
-    done, of how many, a note) and `say` tell the user how far it is."""
+    """What is healed by what, on what, and how; `folder` keeps the state, `cache` the teacher's
+    answers, and `progress` (step, done, of how many, a note) and `say` tell the user how far it
+    is. `judge` scores a model where a task decides which is best."""
 
     student: Checkpoint
     teacher: Checkpoint
@@ -53,6 +59,8 @@ class Case:
     folder: Path
     progress: Callable[..., None]
     say: Callable[[str], None]
+    cache: Path = field(default_factory=cache_directory)
+    judge: Judge | None = None
 
     @property
     def tokens(self) -> int:
@@ -78,6 +86,13 @@ def check_case(case: Case, destination: Path, overwrite: bool) -> None:
         raise HealError("nothing to do: neither block by block nor end to end")
     if case.settings.train == "changed" and not changed_layers(schedule_of(case.student)):
         raise HealError("the schedule changes no layer, so there is nothing to heal")
+    if (case.settings.top_k or 0) > (size := vocabulary(case.teacher)):
+        raise HealError(f"--top-k {case.settings.top_k}: the vocabulary has {size} tokens")
+    if case.judge is not None and "WORLD_SIZE" in os.environ:
+        raise HealError(
+            f"--stop-on {case.settings.stop_on}: a task is scored in one process only; kl works in "
+            "several"
+        )
     check(case.settings, len(case.data.order(case.settings.tokens, case.settings.seed)))
 
 
@@ -86,10 +101,10 @@ def heal(
 ) -> Healed | None:
     """Heals a converted checkpoint into `destination`, and returns the report.
 
-    Of the checkpoint as it came and of what each stage made of it, the one with the smallest KL on
-    the held-out windows is written. `command` goes to its model card. Under a launcher (`accelerate
-    launch`, torchrun) every process calls this; the first one measures and writes, the others
-    return None. Raises PTConvertError.
+    Of the checkpoint as it came and of what each stage made of it, the best is written: that with
+    the smallest KL on the held-out windows, or the best score. `command` goes to its model card.
+    Under a launcher (`accelerate launch`, torchrun) every process calls this; the first one
+    measures and writes, the others return None. Raises PTConvertError.
     """
     check_case(case, destination, overwrite)
     key = _key(case)
@@ -97,10 +112,10 @@ def heal(
     if not _is_first():
         wait_for(start)
         if case.settings.kl:
-            _distilled(case, load_tensors(start))
+            _distilled(case, key, load_tensors(start))
         return None
     with work_folder(case.folder, key):
-        report, healed = _stages(case, start)
+        report, healed = _stages(case, key, start)
         card = healed_card(case.student.path, destination.name, healing_section(report, command))
         case.progress(f"writing {destination.name}", 0, None)
         write(case.student, healed, card, destination, overwrite)
@@ -108,22 +123,23 @@ def heal(
     return report
 
 
-def _stages(case: Case, start: Path) -> tuple[Healed, Tensors]:
+def _stages(case: Case, key: Mapping[str, object], start: Path) -> tuple[Healed, Tensors]:
     """Trains, measuring before and after each stage; the report, and the best tensors. What the KL
     stage begins with goes to the file `start`."""
-    reference = _reference(case)
+    reference = _reference(case, key)
     source, before = _measured(case, reference, "before", {})
     rows, best, healed = [before], before, Tensors()
-    case.say(f"held out, before: loss {before.loss:.4f}, KL {before.kl:.4f}")
+    score = "" if before.score is None else f", {before.score.metric} {before.score.value:.4f}"
+    case.say(f"held out, before: loss {before.loss:.4f}, KL {before.kl:.4f}{score}")
     if case.settings.blockwise:
         blocks = _blocks(case)
         rows.append(_measured(case, reference, "blockwise", blocks)[1])
-        if rows[-1].kl < best.kl:
+        if rows[-1].gain > best.gain:
             best, healed = rows[-1], blocks
     save_tensors(start, healed)
-    if case.settings.kl and (moved := _distilled(case, healed)):
+    if case.settings.kl and (moved := _distilled(case, key, healed)):
         rows.append(_measured(case, reference, "KL", healed | moved)[1])
-        if rows[-1].kl < best.kl:
+        if rows[-1].gain > best.gain:
             best, healed = rows[-1], healed | moved
     return (
         Healed(
@@ -140,9 +156,11 @@ def _stages(case: Case, start: Path) -> tuple[Healed, Tensors]:
     )
 
 
-def _reference(case: Case) -> Reference:
+def _reference(case: Case, key: Mapping[str, object]) -> Reference:
     """The teacher's predictions on the held-out windows."""
     settings = case.settings
+    if settings.top_k is not None:
+        return _store(case, key).held_out(case.data.held_out)
     case.progress("opening the teacher", 0, None)
     model = open_model(case.teacher, settings.dtype, settings.device)
     batch = BatchSize(None, settings.device)
@@ -166,7 +184,8 @@ def _measured(
         name,
     )
     source = Measured("source", float(tokens.source_loss.mean()), 0.0)
-    return source, Measured(name, float(tokens.converted_loss.mean()), float(tokens.kl.mean()))
+    loss, kl = float(tokens.converted_loss.mean()), float(tokens.kl.mean())
+    return source, Measured(name, loss, kl, None if case.judge is None else case.judge(model))
 
 
 def _blocks(case: Case) -> Tensors:
@@ -186,13 +205,25 @@ def _blocks(case: Case) -> Tensors:
     return load_tensors(file)
 
 
-def _distilled(case: Case, start: Tensors) -> Tensors:
+def _store(case: Case, key: Mapping[str, object]) -> AnswerStore:
+    """Where the teacher's answers are kept, by the digest that a healing's key has of it."""
+    return AnswerStore(case.teacher, str(key["teacher"]), case.settings, case.cache, case.progress)
+
+
+def _distilled(case: Case, key: Mapping[str, object], start: Tensors) -> Tensors:
     """The tensors of the KL stage, which begins with `start`, made now or by an earlier run."""
     if (case.folder / _KL).is_file():
         return load_tensors(case.folder / _KL)
-    case.progress("opening both models to train", 0, None)
-    dtype = case.settings.dtype
-    student, teacher = (open_model(c, dtype, "cpu") for c in (case.student, case.teacher))
+    dtype, data = case.settings.dtype, case.data
+    teacher: Any | Answers
+    if case.settings.top_k is None:
+        case.progress("opening the teacher to train", 0, None)
+        teacher = open_model(case.teacher, dtype, "cpu")
+    else:
+        used = torch.unique(data.order(case.settings.tokens, case.settings.seed))
+        teacher = _store(case, key).answers(data.train, used, data.held_out)
+    case.progress("opening the model to train", 0, None)
+    student = open_model(case.student, dtype, "cpu")
     names = trainable(student, case.settings.train, schedule_of(case.student))
     freeze_but(student, names if case.settings.lora is None else ())
     put(student, start.items())
@@ -200,11 +231,12 @@ def _distilled(case: Case, start: Tensors) -> Tensors:
         student,
         teacher,
         names,
-        case.data,
+        data,
         case.settings,
         case.folder / "kl",
         case.progress,
         case.say,
+        case.judge,
     )
     if _is_first():
         save_tensors(case.folder / _KL, moved)

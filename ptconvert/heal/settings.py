@@ -14,10 +14,12 @@ class Settings:
 
     `train` says which weights move: `changed`, the layers that the schedule changes, or `all`,
     embeddings and lm_head too. `batch_size` counts windows per process and backward pass,
-    `accumulation` backward passes per step. `patience` counts evaluations on the held-out windows
-    without gain before training stops. `objective` is `kl`, KL(teacher || student), or
-    `cross_entropy` on the text itself, the yardstick. `options` go to transformers'
-    TrainingArguments as they are.
+    `accumulation` backward passes per step. `patience` counts evaluations without gain before
+    training stops; gain is what `stop_on` says, `kl` on the held-out windows or an lm-eval task, of
+    which `limit` documents (below 1, that share; None, all) are scored. `objective` is `kl`,
+    KL(teacher || student), or `cross_entropy` on the text itself, the yardstick. `top_k` has the
+    teacher's answers kept, of so many tokens at each position; None has it run at every step.
+    `options` go to transformers' TrainingArguments as they are.
     """
 
     tokens: int | None = None
@@ -32,8 +34,11 @@ class Settings:
     warmup: float = 0.05
     evaluations: int = 20
     patience: int = 10
+    stop_on: str = "kl"
+    limit: float | None = None
     seed: int = 0
     objective: str = "kl"
+    top_k: int | None = None
     dtype: str = "float32"
     device: str = "cpu"
     gradient_checkpointing: bool = False

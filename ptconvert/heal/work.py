@@ -101,8 +101,8 @@ def write_text(file: Path, text: str) -> None:
 
 
 def save_tensors(file: Path, tensors: Tensors) -> None:
-    """Writes tensors to a file that is there whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
+    """Writes tensors to a file that is there whole or not at all, whoever else writes the same."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
     partial.replace(file)
 

@@ -141,10 +141,11 @@ def reference(
     hidden: list[torch.Tensor] = []
     streams: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
     run = functools.partial(model.get_decoder(), output_hidden_states=bool(layers))
-    for _, outputs in _outputs(run, model.device, windows.ids, batch, progress, "source"):
-        hidden.append(outputs.last_hidden_state.cpu())
+    step = "divergence: source"
+    for _, given in outputs(run, model.device, windows.ids, batch, progress, step):
+        hidden.append(given.last_hidden_state.cpu())
         for layer in layers:
-            streams[layer].append(outputs.hidden_states[layer].cpu())
+            streams[layer].append(given.hidden_states[layer].cpu())
     # each list is let go when it is joined, so that one stream at a time is there twice
     joined = {layer: torch.cat(streams.pop(layer)) for layer in layers}
     return Reference(torch.cat(hidden), model.get_output_embeddings(), joined)
@@ -171,14 +172,15 @@ def measure(
     results: list[Floats] = []
     stream = None if stream is None else stream[::every]
     decoder, device = model.get_decoder(), model.device
-    for rows, outputs in _outputs(decoder, device, ids, batch, progress, step, stream):
-        hidden_BTD, target_BT = outputs.last_hidden_state, ids[rows, 1:].to(model.device)
+    step = f"divergence: {step}"
+    for rows, given in outputs(decoder, device, ids, batch, progress, step, stream):
+        hidden_BTD, target_BT = given.last_hidden_state, ids[rows, 1:].to(model.device)
         found = by_token(_compared, source.head, kept[rows], head, hidden_BTD, target_BT)
         results.append(torch.stack(found).cpu().double().numpy())
     return Tokens(*np.concatenate(results, axis=1))
 
 
-def _outputs(
+def outputs(
     decoder: Callable[..., Any],
     device: torch.device,
     ids: torch.Tensor,
@@ -187,10 +189,13 @@ def _outputs(
     step: str,
     stream: torch.Tensor | None = None,
 ) -> Iterator[tuple[slice, Any]]:
-    """Windows that fit in memory at once, and what a model's decoder gives for them."""
-    label, done = f"divergence: {step}", 0
+    """Windows (N, T + 1) that fit in memory at once, and what a model's decoder gives for them.
+
+    `stream` (N, T, D) takes the place of the embedded tokens.
+    """
+    done = 0
     while done < len(ids):
-        progress(label, done, len(ids))
+        progress(step, done, len(ids))
 
         def run(size: int, first: int = done) -> tuple[slice, Any]:
             rows = slice(first, first + size)
@@ -199,10 +204,10 @@ def _outputs(
                 inputs = {"inputs_embeds": stream[rows].to(device)}
             return rows, decoder(**inputs, use_cache=False, return_dict=True)
 
-        rows, outputs = batch.fitting(run)
-        yield rows, outputs
-        done += len(outputs.last_hidden_state)
-    progress(label, done, len(ids))
+        rows, given = batch.fitting(run)
+        yield rows, given
+        done += len(given.last_hidden_state)
+    progress(step, done, len(ids))
 
 
 def by_token(
@@ -227,14 +232,21 @@ def by_token(
             logp_PV = source_head(source_PD.to(own_PX.device)).float().log_softmax(-1)
         return values(logp_PV, head(own_PX).float().log_softmax(-1), target_P)
 
-    flat = source_BTD.flatten(0, 1), own_BTX.flatten(0, 1), target_BT.flatten()
-    at_once = tokens_at_once(source_head.weight.shape[0])
-    pieces = zip(*(torch.split(tensor, at_once) for tensor in flat), strict=True)
+    return in_pieces(piece, source_head.weight.shape[0], source_BTD, own_BTX, target_BT)
+
+
+def in_pieces(
+    piece: Callable[..., tuple[torch.Tensor, ...]], vocabulary: int, *given: torch.Tensor
+) -> list[torch.Tensor]:
+    """What `piece` gives for each token, (B, T) each, from tensors (B, T, ...) that it gets a piece
+    of, (P, ...); computed again in the backward pass where there is one."""
+    at_once = tokens_at_once(vocabulary)
+    pieces = zip(*(torch.split(t.flatten(0, 1), at_once) for t in given), strict=True)
     found = [
         checkpoint(piece, *each, use_reentrant=False) if torch.is_grad_enabled() else piece(*each)
         for each in pieces
     ]
-    return [torch.cat(each).view(target_BT.shape) for each in zip(*found, strict=True)]
+    return [torch.cat(each).view(given[0].shape[:2]) for each in zip(*found, strict=True)]
 
 
 def tokens_at_once(vocabulary: int) -> int:
