@@ -11,13 +11,12 @@ from typing import Any
 
 import wrapt
 
+from ptconvert.models.families import FAMILIES
+
 __version__ = "0.1.0"
 
 _CONFIG_NAMES = {
-    "ptconvert_llama": "PTConvertLlamaConfig",
-    "ptconvert_mistral": "PTConvertMistralConfig",
-    "ptconvert_qwen2": "PTConvertQwen2Config",
-    "ptconvert_qwen3": "PTConvertQwen3Config",
+    f"ptconvert_{f.model_type}": f"PTConvert{f.prefix}Config" for f in FAMILIES.values()
 }
 
 

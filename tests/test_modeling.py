@@ -310,10 +310,10 @@ def test_what_tracks_have_no_answer_to_is_refused(make_dense: MakeDense, convert
 
 
 def test_ladder_authors_checkpoint_opens_as_ladder(make_dense: MakeDense, convert: Convert) -> None:
-    from ptconvert.modeling.model import PTConvertLlamaForCausalLM
+    from ptconvert.modeling.model import CAUSAL_LMS
 
     theirs = make_dense("llama", ladder_layers=3)
-    model = PTConvertLlamaForCausalLM.from_pretrained(theirs).eval()
+    model = CAUSAL_LMS["llama"].from_pretrained(theirs).eval()
     assert str(model.model.schedule).endswith("m2~1 a3~1 m3~1 a4~1 m4~1 a5~1 m5!")
     ours = load(convert(make_dense("llama"), 4, SCHEDULES["ladder-last"]))
     ids_BS, keep_BS = left_padded()

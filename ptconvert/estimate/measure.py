@@ -33,8 +33,8 @@ from ptconvert.estimate.hardware import (
     read_engine,
 )
 from ptconvert.estimate.timeline import run
-from ptconvert.modeling.config import PTConvertLlamaConfig
-from ptconvert.modeling.model import PTConvertLlamaForCausalLM
+from ptconvert.modeling.config import CONFIGS
+from ptconvert.modeling.model import CAUSAL_LMS
 from ptconvert.runtime.communicator import ProcessGroupCommunicator
 from ptconvert.runtime.launch import Rank, RanksFailed, join, launch, under_torchrun
 from ptconvert.schedule.presets import dense_schedule, ladder, parallel_track
@@ -160,7 +160,7 @@ def _steps(rank: Rank) -> dict[str, list[list[float]]]:
     one = Schedule(parallel_track(layers, depth=_LAYERS))
     # every rank runs a track, all layers of which can run under any schedule
     section = {"format": SECTION_FORMAT, "tracks": 1, "schedule": str(one), "deferred": "sum"}
-    model = PTConvertLlamaForCausalLM(PTConvertLlamaConfig(**_SIZES, ptconvert=section))
+    model = CAUSAL_LMS["llama"](CONFIGS["llama"](**_SIZES, ptconvert=section))
     model = model.to(device=rank.device, dtype=_dtype(rank)).eval()
     model.model.communicator = ProcessGroupCommunicator(None, rank.journal)
     runs = {

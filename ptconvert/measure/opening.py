@@ -13,7 +13,7 @@ import ptconvert
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.checkpoint.section import SECTION, read_section
 from ptconvert.errors import CheckpointError, EvaluationError, first_line
-from ptconvert.modeling.model import PTConvertLlamaForCausalLM
+from ptconvert.modeling.model import CAUSAL_LMS
 from ptconvert.models.families import CARRIED_BUFFERS
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
@@ -41,7 +41,7 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
     ptconvert.register()
     opened: Any = AutoModelForCausalLM
     if not is_dense(checkpoint) and SECTION not in checkpoint.config:
-        opened = PTConvertLlamaForCausalLM
+        opened = CAUSAL_LMS["llama"]
     try:
         model, loading = opened.from_pretrained(
             checkpoint.path, dtype=dtype, local_files_only=True, output_loading_info=True

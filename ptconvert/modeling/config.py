@@ -4,46 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+import transformers
 from transformers.models.auto import tokenization_auto
 
 from ptconvert.checkpoint.section import MODEL_TYPE_PREFIX
+from ptconvert.models.families import FAMILIES, Family
 
 
-class PTConvertLlamaConfig(LlamaConfig):  # type: ignore[misc]
-    """LlamaConfig with a schedule."""
-
-    model_type = MODEL_TYPE_PREFIX + "llama"
-    ptconvert: dict[str, Any] | None = None
-
-
-class PTConvertMistralConfig(MistralConfig):  # type: ignore[misc]
-    """MistralConfig with a schedule."""
-
-    model_type = MODEL_TYPE_PREFIX + "mistral"
-    ptconvert: dict[str, Any] | None = None
+def _config_class(family: Family) -> Any:
+    name = f"{family.prefix}Config"
+    members = {
+        "__doc__": f"{name} with a schedule.",
+        "__module__": __name__,
+        "__annotations__": {"ptconvert": dict[str, Any] | None},
+        "model_type": MODEL_TYPE_PREFIX + family.model_type,
+        "ptconvert": None,
+    }
+    return type(f"PTConvert{name}", (getattr(transformers, name),), members)
 
 
-class PTConvertQwen2Config(Qwen2Config):  # type: ignore[misc]
-    """Qwen2Config with a schedule."""
-
-    model_type = MODEL_TYPE_PREFIX + "qwen2"
-    ptconvert: dict[str, Any] | None = None
-
-
-class PTConvertQwen3Config(Qwen3Config):  # type: ignore[misc]
-    """Qwen3Config with a schedule."""
-
-    model_type = MODEL_TYPE_PREFIX + "qwen3"
-    ptconvert: dict[str, Any] | None = None
-
-
-CONFIGS = (
-    PTConvertLlamaConfig,
-    PTConvertMistralConfig,
-    PTConvertQwen2Config,
-    PTConvertQwen3Config,
-)
+CONFIGS = {model_type: _config_class(family) for model_type, family in FAMILIES.items()}
+# by name, for pickle and for a checkpoint's auto_map
+globals().update({config_class.__name__: config_class for config_class in CONFIGS.values()})
 
 
 def register_tokenizers() -> None:
@@ -55,7 +37,7 @@ def register_tokenizers() -> None:
         tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set()
     )
     mapping = tokenization_auto.TOKENIZER_MAPPING
-    for config_class in CONFIGS:
+    for config_class in CONFIGS.values():
         source = config_class.__base__
         if source.model_type in names:
             names[config_class.model_type] = names[source.model_type]

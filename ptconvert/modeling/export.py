@@ -16,6 +16,7 @@ MODULES = (
     "schedule/lower.py",
     "schedule/schedule.py",
     "schedule/presets.py",
+    "models/families.py",
     "spec/terms.py",
     "checkpoint/section.py",
     "modeling/executor.py",

@@ -20,12 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple, logging
 
 from ptconvert.checkpoint.section import MODELING_FILE, read_section
-from ptconvert.modeling.config import (
-    PTConvertLlamaConfig,
-    PTConvertMistralConfig,
-    PTConvertQwen2Config,
-    PTConvertQwen3Config,
-)
+from ptconvert.modeling.config import CONFIGS
 from ptconvert.modeling.executor import (
     Communicator,
     OneProcess,
@@ -36,6 +31,7 @@ from ptconvert.modeling.executor import (
     run_program,
 )
 from ptconvert.modeling.layers import Placement, TrackedLayer, dense_layer, family_class, run_layer
+from ptconvert.models.families import FAMILIES, Family
 from ptconvert.schedule.stages import Sublayer
 
 logger = logging.get_logger(__name__)
@@ -316,65 +312,18 @@ def modeling_source() -> str:
     return text
 
 
-class PTConvertLlamaForCausalLM(PTConvertForCausalLM):
-    """A converted Llama."""
-
-    config_class = PTConvertLlamaConfig
-
-
-class PTConvertMistralForCausalLM(PTConvertForCausalLM):
-    """A converted Mistral."""
-
-    config_class = PTConvertMistralConfig
-
-
-class PTConvertQwen2ForCausalLM(PTConvertForCausalLM):
-    """A converted Qwen2 or Qwen2.5."""
-
-    config_class = PTConvertQwen2Config
+def _of_family(base: Any, family: Family) -> Any:
+    """A model class with the config class of a family; its name says which."""
+    suffix = base.__name__.removeprefix("PTConvert")
+    members = {
+        "__doc__": f"A converted {family.prefix}{suffix}.",
+        "__module__": __name__,
+        "config_class": CONFIGS[family.model_type],
+    }
+    return type(f"PTConvert{family.prefix}{suffix}", (base,), members)
 
 
-class PTConvertQwen3ForCausalLM(PTConvertForCausalLM):
-    """A converted Qwen3."""
-
-    config_class = PTConvertQwen3Config
-
-
-CAUSAL_LMS = (
-    PTConvertLlamaForCausalLM,
-    PTConvertMistralForCausalLM,
-    PTConvertQwen2ForCausalLM,
-    PTConvertQwen3ForCausalLM,
-)
-
-
-class PTConvertLlamaModel(PTConvertModel):
-    """A converted Llama without lm_head."""
-
-    config_class = PTConvertLlamaConfig
-
-
-class PTConvertMistralModel(PTConvertModel):
-    """A converted Mistral without lm_head."""
-
-    config_class = PTConvertMistralConfig
-
-
-class PTConvertQwen2Model(PTConvertModel):
-    """A converted Qwen2 or Qwen2.5 without lm_head."""
-
-    config_class = PTConvertQwen2Config
-
-
-class PTConvertQwen3Model(PTConvertModel):
-    """A converted Qwen3 without lm_head."""
-
-    config_class = PTConvertQwen3Config
-
-
-BASE_MODELS = (
-    PTConvertLlamaModel,
-    PTConvertMistralModel,
-    PTConvertQwen2Model,
-    PTConvertQwen3Model,
-)
+BASE_MODELS = {name: _of_family(PTConvertModel, family) for name, family in FAMILIES.items()}
+CAUSAL_LMS = {name: _of_family(PTConvertForCausalLM, family) for name, family in FAMILIES.items()}
+# by name, for pickle and for a checkpoint's auto_map
+globals().update({m.__name__: m for m in (*BASE_MODELS.values(), *CAUSAL_LMS.values())})

@@ -28,9 +28,9 @@ _HEADS: dict[Any, type] = {
 
 
 def _auto_classes() -> Iterator[tuple[Any, Any]]:
-    for base, causal_lm in zip(BASE_MODELS, CAUSAL_LMS, strict=True):
+    for family, base in BASE_MODELS.items():
         yield AutoModel, base
-        yield AutoModelForCausalLM, causal_lm
+        yield AutoModelForCausalLM, CAUSAL_LMS[family]
         for auto, head in _HEADS.items():
             name = base.__name__.removesuffix("Model") + head.__name__.removeprefix("Generic")
             members = {"config_class": base.config_class, "__module__": __name__}

@@ -52,6 +52,11 @@ class Family:
     defaults: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     nullable: tuple[str, ...] = ()
 
+    @property
+    def prefix(self) -> str:
+        """What the names of its classes in transformers begin with."""
+        return self.causal_lm.removesuffix("ForCausalLM")
+
     def layer_rules(self, config: Mapping[str, object]) -> tuple[TensorRule, ...]:
         """The tensors that a layer of this config has."""
         return tuple(r for r in self.layer if r.when is None or config.get(r.when) is True)

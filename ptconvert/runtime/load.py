@@ -65,7 +65,7 @@ def load_rank(
     dtype = dtype or TORCH_DTYPES[weights_dtype(checkpoint, shape)]
     rules = _dense_rules(shape)
     config = AutoConfig.from_pretrained(path)
-    model_class = next(m for m in CAUSAL_LMS if isinstance(config, m.config_class))
+    model_class = next(m for m in CAUSAL_LMS.values() if isinstance(config, m.config_class))
     with torch.device("meta"):
         model = model_class(config, placement, communicator)
     model.to_empty(device="cpu")

@@ -28,7 +28,7 @@ def register() -> None:
     from ptconvert.modeling.model import CAUSAL_LMS
 
     ptconvert.register()
-    for model in CAUSAL_LMS:
+    for model in CAUSAL_LMS.values():
         ModelRegistry.register_model(model.__name__, _MODEL)
         MODELS_CONFIG_MAP[model.__name__] = ServingConfig
 
