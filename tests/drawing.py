@@ -22,7 +22,8 @@ def drawn_schedule(random: Random, layers: int) -> Schedule:
                 chosen.append(random.choice(ready[:3]))
                 left.remove(chosen[-1])
         kinds = [kind for kind in KINDS.values() if left or kind.launches]
-        ending = random.choice([*kinds, *[KINDS["!"]] * len(kinds)])
+        chains = [KINDS["."]] if left else []  # several in a row want luck
+        ending = random.choice([*kinds, *chains, *[KINDS["!"]] * len(kinds)])
         lag = str(random.randint(1, 4)) if ending.lagged else ""
         stages.append("|".join(chosen) + ending.symbol + lag)
     return Schedule.parse(" ".join(stages))

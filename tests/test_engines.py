@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
+from torch import nn
 
 from ptconvert import engines
 from ptconvert.cli import main
 from ptconvert.engines import ServingEngine
-from ptconvert.engines.base import is_for_others, own_weights
+from ptconvert.engines.base import ServedPass, is_for_others, own_weights
+from ptconvert.modeling.executor import OneProcess, TorchEngine, Update, run_program
 from ptconvert.models.shape import EMBEDDING, HEAD
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Kind, Sublayer
 from ptconvert.verify.run import Check, Report
 
 
@@ -74,3 +79,112 @@ def test_a_ranks_tensors_are_its_own_tracks_and_what_is_shared() -> None:
     assert tied == [EMBEDDING, HEAD, *names[1:]]
     own = own_weights([(HEAD, "head"), *given], range(2), tied=True)  # type: ignore[list-item]
     assert [tensor for name, tensor in own if name == HEAD] == ["head"]
+
+
+# The walk over a schedule, which vLLM compiles: with toy layers, and a boundary as vLLM's has it.
+
+_called: list[tuple[str, list[int]]] = []
+_in_flight: dict[int, torch.Tensor] = {}
+
+
+@torch.library.custom_op("ptconvert_test::boundary", mutates_args={"merged"})
+def boundary_op(after: torch.Tensor, merged: torch.Tensor, launch: int, waits: list[int]) -> None:
+    """Twice what is launched, as if another rank had the same, once it is waited for."""
+    _called.append((f"launch {launch}", waits))
+    if launch >= 0:
+        _in_flight[launch] = 2 * after
+    merged.zero_()
+    for stage in waits:
+        merged.add_(_in_flight.pop(stage))
+
+
+class ToyServing:
+    """Two ranks with the same weights, of which this is one."""
+
+    def norm_of_sum(self, norm: Any, own: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = norm(own + base)
+        return normed
+
+    def add_norm(self, norm: Any, delta: torch.Tensor, base: torch.Tensor) -> tuple[Any, Any]:
+        return norm(delta + base), delta + base
+
+    def all_reduce(self, local: torch.Tensor) -> torch.Tensor:
+        return 2 * local
+
+    def boundary(self, local: torch.Tensor, launch: int | None, waits: list[int]) -> torch.Tensor:
+        merged = torch.empty_like(local)
+        torch.ops.ptconvert_test.boundary(local, merged, -1 if launch is None else launch, waits)
+        return merged
+
+
+class ToyLayer(nn.Module):
+    """Two tracks, each a linear for attention and one for MLP, with a bias that all know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(4)
+        self.linears = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(4))
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def norms(self, _: Kind) -> list[Any]:
+        return [self.norm, self.norm]
+
+    def run(self, _: Any, kind: Kind, normed: Any, guess: bool, __: Any) -> Update:
+        linears = list(self.linears)[:2] if kind is Kind.MLP else list(self.linears)[2:]
+        partials = [linear(x_TD) for linear, x_TD in zip(linears, normed, strict=True)]
+        return Update(partials, self.bias, [0.5 * p for p in partials] if guess else None)
+
+
+def expected(layers: Any, schedule: Schedule, base: torch.Tensor, norm: Any) -> torch.Tensor:
+    """The same by the executor over transformers' way: the stream is read as it is."""
+
+    def run(sublayer: Sublayer, view: list[torch.Tensor], guess: bool) -> Update:
+        layer = layers[sublayer.layer]
+        normed = [layer.norm(view[t % len(view)]) for t in range(2)]
+        update: Update = layer.run(None, sublayer.kind, normed, guess, None)
+        return update
+
+    class Twice(OneProcess):
+        def all_reduce(self, partial_BSD: torch.Tensor) -> torch.Tensor:
+            return 2 * partial_BSD
+
+        def start_all_reduce(self, partial_BSD: torch.Tensor) -> Any:
+            return lambda: 2 * partial_BSD
+
+    streams = run_program(schedule.program, base, TorchEngine(run, Twice()))
+    normed: torch.Tensor = norm(streams.settled())
+    return normed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a0! m0! a1! m1!",
+        "a0. m0. a1. m1!",
+        "a0~1 m0~1 a1~1 m1!",
+        "a0! m0! a1~2 m1^2 a2. m2!",
+        "a0^2 m0. a1|m1! a2~1 m2~1",
+    ],
+)
+def test_the_walk_is_the_same_compiled(text: str) -> None:
+    """No launch is lost: a compiler drops operations whose results nobody reads."""
+    torch.manual_seed(0)
+    schedule, serving = Schedule.parse(text), ToyServing()
+    layers = nn.ModuleList(ToyLayer() for _ in range(schedule.layers))
+    norm, base = nn.RMSNorm(4), torch.randn(5, 4)
+
+    def decode(base: torch.Tensor) -> torch.Tensor:
+        one_pass = ServedPass(serving, layers, None)  # type: ignore[arg-type]
+        return one_pass.decode(schedule.program, base, norm, 1.0)
+
+    with torch.no_grad():
+        _called.clear()
+        eager, calls = decode(base), list(_called)
+        assert torch.allclose(eager, expected(layers, schedule, base, norm), atol=1e-6)
+        _called.clear()
+        compiled = torch.compile(decode, backend="aot_eager", fullgraph=True)(base)
+    assert _called == calls and not _in_flight
+    assert len(calls) == sum(
+        step.overlapped or any(b != step.index for b in step.merges) for step in schedule.program
+    )
+    assert torch.allclose(compiled, eager, atol=1e-6)

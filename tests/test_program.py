@@ -3,58 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 
 import pytest
 
 from ptconvert.schedule.endings import KINDS
-from ptconvert.schedule.lower import Step
 from ptconvert.schedule.schedule import Schedule
 
-# Each step as: index, bucket, what is launched after it (& beside what follows), whether tracks go
-# on with their own part, buckets read, buckets merged.
 GOLDEN = {
-    "a0! m0!": ["0 in 0 ! reads [] merges [0]", "1 in 1 ! reads [] merges [1]"],
-    "a0. m0. a1. m1!": [
-        "0 in 3 own reads [] merges []",
-        "1 in 3 own reads [3] merges []",
-        "2 in 3 own reads [3] merges []",
-        "3 in 3 ! reads [3] merges [3]",
-    ],
-    "a0~1 m0~1 a1~1 m1~1": [
-        "0 in 0 & reads [] merges []",
-        "1 in 1 & reads [] merges [0]",
-        "2 in 2 & reads [] merges [1]",
-        "3 in 3 & reads [] merges [2, 3]",
-    ],
-    "a0^2 m0. a1|m1!": [
-        "0 in 0 & own reads [] merges []",
-        "1 in 2 own reads [0] merges []",
-        "2 in 2 ! reads [0, 2] merges [0, 2]",
-    ],
-    # what waited is hidden once it is launched by ~, and all of it seen with ^
-    "a0. m0~2 a1. m1^1 a2! m2!": [
-        "0 in 1 own reads [] merges []",
-        "1 in 1 & reads [1] merges []",
-        "2 in 3 own reads [] merges []",
-        "3 in 3 & own reads [3] merges [1]",
-        "4 in 4 ! reads [3] merges [3, 4]",
-        "5 in 5 ! reads [] merges [5]",
-    ],
+    text: program.splitlines()
+    for text, _, program in (
+        part.partition("\n")
+        for part in (Path(__file__).parent / "golden" / "programs.txt").read_text().split("\n\n")
+    )
 }
-
-
-def printed(step: Step) -> str:
-    marks = [mark for mark, is_so in (("&", step.beside), ("own", step.keeps_own)) if is_so]
-    if step.launches and not step.beside:
-        marks.insert(0, "!")
-    reads, merges = list(step.reads), list(step.merges)
-    return f"{step.index} in {step.bucket} {' '.join(marks)} reads {reads} merges {merges}"
 
 
 @pytest.mark.parametrize("text", GOLDEN)
 def test_golden(text: str) -> None:
-    assert [printed(step) for step in Schedule.parse(text).program] == GOLDEN[text]
+    assert [str(step) for step in Schedule.parse(text).program] == GOLDEN[text]
 
 
 @pytest.mark.parametrize("text", GOLDEN)

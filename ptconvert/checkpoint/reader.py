@@ -195,8 +195,9 @@ def read_tensor(entry: TensorEntry) -> bytes:
 
 def same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
     """Whether two tensors hold the same bytes. Raises CheckpointError."""
+    # as bytearrays: memoryviews are compared an element at a time
     pairs = zip(blocks(a), blocks(b), strict=True)
-    return a.nbytes == b.nbytes and all(one == other for one, other in pairs)
+    return a.nbytes == b.nbytes and all(one.obj == other.obj for one, other in pairs)
 
 
 def blocks(entry: TensorEntry) -> Iterator[memoryview]:

@@ -106,7 +106,12 @@ def _estimate(
     if options["dtype"] != "auto":
         shape = replace(shape, dtype=DTYPES[options["dtype"]])
     workload = Workload(options["batch"], options["prompt"], options["new"])
-    ranks = ranks or row.whole()
+    if ranks is None:
+        ranks = shape.most_tracks(row.whole())
+        if ranks < row.whole():
+            click.echo(
+                f"{ranks} of {row.whole()} ranks: {shape.indivisible(row.whole())}", err=True
+            )
     setting = Setting(shape, row, engine, engine_name, ranks, workload)
     rows = compare(candidates or recipes(setting), setting)
     advice = advise(rows, setting)

@@ -14,7 +14,7 @@ from rich.console import Console
 from ptconvert.cli.common import quiet_libraries
 from ptconvert.cli.options import Renamed, shared
 from ptconvert.cli.progress import waiting
-from ptconvert.engines import engine_names, find_engine
+from ptconvert.engines import find_engine
 
 _TORCH = "torch"  # ptconvert's own
 _TORCH_ONLY = ("device", "backend", "repeats", "timeout", "trace")
@@ -49,10 +49,10 @@ class _Verify(Renamed, _JsonFile):
 @shared("--ranks")
 @click.option(
     "--runtime",
-    type=click.Choice([_TORCH, *engine_names()]),
+    metavar="NAME",
     default=_TORCH,
     show_default=True,
-    help="What runs it: ptconvert's own runtime, or a serving engine on so many ranks.",
+    help="What runs it: torch, ptconvert's own runtime, or a serving engine, such as vllm.",
 )
 @click.option(
     "--enforce-eager", is_flag=True, help="Serving engines: without torch.compile and CUDA graphs."

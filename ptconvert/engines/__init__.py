@@ -37,9 +37,12 @@ def engine_names() -> list[str]:
 
 
 def find_engine(name: str) -> ServingEngine:
-    """A registered engine. Raises EngineError where what it needs isn't installed."""
-    (entry,) = entry_points(group=GROUP, name=name)
-    engine: ServingEngine = entry.load()
+    """A registered engine. Raises EngineError where there is none, or it needs what isn't there."""
+    for entry in entry_points(group=GROUP, name=name):
+        engine: ServingEngine = entry.load()
+        break
+    else:
+        raise EngineError(f"{name} is no serving engine; there are {', '.join(engine_names())}")
     if importlib.util.find_spec(engine.package) is None:
         raise EngineError(f"{name} is not installed: {engine.install}")
     return engine

@@ -79,8 +79,7 @@ class ServedLayer(nn.Module):
     """One layer as a rank holds it: its tracks, or its shard of a layer held dense.
 
     `tracks` are the rank's own (global numbers), None for a layer held dense; `count` are all.
-    `guesses` are the ranks of the tracks' guesses, for the sublayers that have one. Raises
-    ConfigError where the engine's layer attends further, or less far, than transformers'.
+    `guesses` are the ranks of the tracks' guesses, for the sublayers that have one.
     """
 
     def __init__(
@@ -176,7 +175,8 @@ class ServedPass:
         return self._read([norm], streams, None)[0]
 
     def run(self, step: Step, streams: Streams) -> Update:
-        own, updates = streams.own(step), list[Update]()
+        own = streams.own(step)
+        updates: list[Update] = []  # not list[Update](), which dynamo can't trace
         for sublayer in step.sublayers:
             layer: Any = self.layers[sublayer.layer]
             normed = self._read(layer.norms(sublayer.kind), streams, own)
@@ -193,15 +193,17 @@ class ServedPass:
     ) -> torch.Tensor | None:
         # Earlier ones first: they are ready soonest, and a blocking one beside them would only
         # share the link. (A stage that blocks launches nothing beside itself.)
-        waits = [bucket for bucket in step.merges if step.beside or bucket != step.index]
+        waits = [bucket for bucket in step.merges if step.overlapped or bucket != step.index]
         merged_TD: torch.Tensor | None = None
-        if step.beside or waits:
-            launch = step.index if step.beside else None
+        if step.overlapped or waits:
+            launch = step.index if step.overlapped else None
             merged_TD = self.serving.boundary(local_BSD, launch, waits)
-        if step.launches and not step.beside:
+        if step.launches and not step.overlapped:
             reduced_TD = self.serving.all_reduce(local_BSD)
             merged_TD = reduced_TD if merged_TD is None else merged_TD + reduced_TD
-        return merged_TD if step.merges else None
+        # Zeros too, where nothing is merged: a compiler drops an operation whose result nobody
+        # reads, and with it the launch.
+        return merged_TD
 
     def _read(
         self, norms: Sequence[Any], streams: Streams, own: PerTrack | None

@@ -37,7 +37,7 @@ def count_checks(
     by_rank: list[Passes], schedule: Schedule, width: int, new_tokens: int
 ) -> list[Check]:
     """Each pass's all-reduces on each rank, against the schedule: one prefill, then decoding."""
-    overlapped = sum(step.beside for step in schedule.program)
+    overlapped = sum(step.overlapped for step in schedule.program)
     promised = {True: overlapped, False: schedule.counts.all_reduces - overlapped}
     checks = []
     for name, part in (("prefill", slice(0, 1)), ("decode", slice(1, None))):

@@ -72,7 +72,7 @@ def run(
         end, transfer = now + alone + owed, None
         if step.launches:
             start = max(end, min(busy))
-            transfer = (start, start + (overlapped if step.beside else blocking))
+            transfer = (start, start + (overlapped if step.overlapped else blocking))
             busy = [*sorted(busy)[1:], transfer[1]]
             done[step.bucket] = transfer[1]
         owed = taken if step.launches and not step.waits else 0.0

@@ -32,7 +32,7 @@ from ptconvert.heal.loss import likeliest
 from ptconvert.heal.settings import Settings
 from ptconvert.heal.work import Tensors, load_tensors, save_tensors, wait_for
 from ptconvert.measure.batch import BatchSize
-from ptconvert.measure.divergence import LOGITS_AT_ONCE, Reference, outputs, reference
+from ptconvert.measure.divergence import Reference, outputs, reference, tokens_at_once
 from ptconvert.measure.opening import open_model
 from ptconvert.measure.progress import Progress
 from ptconvert.measure.windows import Windows
@@ -174,7 +174,7 @@ def _answered(
     """A teacher's answers to windows: `ids` and `logp` (N, T, K), `others` (N, T)."""
     head, found = model.get_output_embeddings(), list[tuple[torch.Tensor, ...]]()
     narrow = torch.uint16 if len(head.weight) <= _SMALL_VOCABULARY else torch.int32
-    at_once = max(1, LOGITS_AT_ONCE // len(head.weight))
+    at_once = tokens_at_once(len(head.weight))
     for _, given in outputs(model.get_decoder(), model.device, ids_NS, batch, progress, step):
         for hidden_PD in torch.split(given.last_hidden_state.flatten(0, 1), at_once):
             ids_PK, logp_PK, others_P = likeliest(head(hidden_PD), count)

@@ -83,7 +83,7 @@ class Bucket:
             reduced = functools.reduce(operator.add, [*weighed, own])
         self.shown = Update(whole.seen) if step.keeps_own else None
         self.hidden, self.common = None, whole.common
-        return functools.reduce(operator.add, reduced.partials)
+        return functools.reduce(_sum, reduced.partials)
 
 
 @dataclass(eq=False)
@@ -189,14 +189,16 @@ class TorchEngine:
     communicator: Communicator
 
     def run(self, step: Step, streams: Streams) -> Update:
-        return run_stage(step, streams.view(step), self.run_sublayer)
+        view = streams.view(step)
+        updates = [self.run_sublayer(s, view, step.keeps_own) for s in step.sublayers]
+        return functools.reduce(operator.add, updates)
 
     def boundary(
         self, step: Step, streams: Streams, local_BSD: torch.Tensor
     ) -> torch.Tensor | None:
         if step.launches:
             launched = streams.buckets[step.index]
-            if step.beside:
+            if step.overlapped:
                 launched.wait = self.communicator.start_all_reduce(local_BSD)
             else:
                 launched.wait = _already(self.communicator.all_reduce(local_BSD))
@@ -228,12 +230,6 @@ def run_program(
             entered(step.index)
         streams.end(step, engine.run(step, streams), engine, waiting_weight)
     return streams
-
-
-def run_stage(step: Step, view: PerTrack, run_sublayer: RunSublayer) -> Update:
-    """What the sublayers of a stage give together for what each track reads."""
-    updates = [run_sublayer(sublayer, view, step.keeps_own) for sublayer in step.sublayers]
-    return functools.reduce(operator.add, updates)
 
 
 def _already(reduced_BSD: torch.Tensor) -> Callable[[], torch.Tensor]:

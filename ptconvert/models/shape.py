@@ -84,6 +84,10 @@ class ModelShape:
             f"{self.neurons} FFN neurons; possible are {', '.join(map(str, fits))}"
         )
 
+    def most_tracks(self, at_most: int) -> int:
+        """The largest number of tracks, up to `at_most`, that can share this model evenly."""
+        return max(n for n in range(1, at_most + 1) if self._divides(n))
+
     def _divides(self, tracks: int) -> bool:
         kv_fits = self.kv_heads % tracks == 0 or tracks % self.kv_heads == 0
         return kv_fits and self.heads % tracks == 0 and self.neurons % tracks == 0

@@ -21,7 +21,7 @@ class Step:
 
     `reads`: buckets of which each track sees its own part, beside the merged stream.
     `bucket`: the one that takes the stage's partials. It is launched here if it is the stage's own.
-    `beside`: whether an all-reduce launched here runs beside what follows.
+    `overlapped`: whether an all-reduce launched here runs beside what follows.
     `keeps_own`: whether tracks go on from here with their own partials, and not the others'.
     `merges`: buckets whose sums, and whose sublayers' output biases, join the stream here.
     """
@@ -30,9 +30,19 @@ class Step:
     sublayers: tuple[Sublayer, ...]
     reads: tuple[int, ...]
     bucket: int
-    beside: bool
+    overlapped: bool
     keeps_own: bool
     merges: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """As the goldens have it: `2 m1 -> 5, reads 0 5, keeps its own, merges 0`; `=> 2` launches
+        bucket 2 and waits, `~> 2` launches it to run beside what follows."""
+        arrow = "~>" if self.overlapped else "=>" if self.launches else "->"
+        parts = [f"{self.index} {'|'.join(map(str, self.sublayers))} {arrow} {self.bucket}"]
+        parts += [f"reads {' '.join(map(str, self.reads))}"] * bool(self.reads)
+        parts += ["keeps its own"] * self.keeps_own
+        parts += [f"merges {' '.join(map(str, self.merges))}"] * bool(self.merges)
+        return ", ".join(parts)
 
     @property
     def launches(self) -> bool:
@@ -74,5 +84,5 @@ def _steps(stages: Sequence[Stage]) -> Iterator[Step]:
         seen.difference_update(merges)
         for launched in merges:
             del until[launched]
-        beside = bucket == index and kind.lagged
-        yield Step(index, stage.sublayers, reads, bucket, beside, keeps_own, merges)
+        overlapped = bucket == index and kind.lagged
+        yield Step(index, stage.sublayers, reads, bucket, overlapped, keeps_own, merges)

@@ -45,7 +45,7 @@ class Expected:
     def all_reduces(self) -> list[tuple[str, bool]]:
         """Each all-reduce of a step: its stage as printed, and whether it is asynchronous."""
         return [
-            (f"stage {step.index + 1} {self.schedule.stages[step.index]}", step.beside)
+            (f"stage {step.index + 1} {self.schedule.stages[step.index]}", step.overlapped)
             for step in self.schedule.program
             if step.launches
         ]

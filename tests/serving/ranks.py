@@ -120,7 +120,9 @@ def faults(model: Any) -> Iterator[tuple[str, Callable[[], None]]]:
         model.program = program
 
     at = next(i for i, step in enumerate(program) if step.merges)
-    model.program = (*program[:at], replace(program[at], merges=()), *program[at + 1 :])
+    bucket = program[at].bucket if program[at].overlapped else -1  # which nobody launches
+    dropped = replace(program[at], bucket=bucket, merges=())
+    model.program = (*program[:at], dropped, *program[at + 1 :])
     yield "a merge is dropped", undo
     late = next((i for i, s in enumerate(program) if s.merges and s.index not in s.merges), None)
     if late is not None and late + 1 < len(program):

@@ -129,5 +129,5 @@ def _split_graphs_at_boundaries(program: tuple[Step, ...], compilation: Any) -> 
     which vLLM takes for decoding where it can, capture boundaries with everything else.)
     """
     operations = compilation.splitting_ops
-    if operations and BOUNDARY not in operations and any(step.beside for step in program):
+    if operations and BOUNDARY not in operations and any(step.overlapped for step in program):
         operations.append(BOUNDARY)
