@@ -278,7 +278,7 @@ def test_every_recipe_suits_ranks_that_divide_the_model() -> None:
         (("--hardware", "h100-sxm"), "--model SRC is missing"),
         (("--model", "qwen2.5-7b"), "--hardware NAME is missing"),
         (
-            ("--model", "qwen2.5-7b", "--hardware", "h100-sxm"),
+            ("--model", "qwen2.5-7b", "--hardware", "h100-sxm", "--ranks", "8"),
             "--ranks 8: 8 ranks don't divide 28 heads, 4 KV heads and 18944 FFN neurons; possible "
             "are 1, 2, 4",
         ),
@@ -298,3 +298,9 @@ def test_a_box_without_links_has_no_ranks_of_its_own(tmp_path: Path) -> None:
     _, err = run_command("llama-3.1-8b", "--hardware", file, code=2)
     assert err == ("error: one H100 has no link that joins ranks: add one to it, or say --ranks 1")
     assert figures("llama-3.1-8b", "--hardware", file, "--ranks", 1)["ranks"] == 1
+
+
+def test_of_a_box_as_many_ranks_as_the_model_can_be_shared_among() -> None:
+    out, err = run_command("--model", "qwen2.5-7b", "--hardware", "h100-sxm", "--json")
+    assert json.loads(out)["ranks"] == 4
+    assert err.startswith("4 of 8 ranks: 8 tracks don't divide 28 heads")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ptconvert.checkpoint.reader import Checkpoint, read_tensor
 from ptconvert.checkpoint.section import Section
 from ptconvert.errors import CheckpointError
+from ptconvert.models.orders import order_tensors
 from ptconvert.models.shape import ORDER_DTYPE, ModelShape
 from ptconvert.schedule.schedule import Schedule
 
@@ -28,13 +29,6 @@ class Assignment:
     neurons: NDArray[np.int32]
 
 
-def contiguous(shape: ModelShape) -> Assignment:
-    """The dense model's own order."""
-    return Assignment(
-        np.arange(shape.kv_heads, dtype=np.int32), np.arange(shape.neurons, dtype=np.int32)
-    )
-
-
 @dataclass(frozen=True)
 class Calibration:
     """What was computed from a text for a conversion.
@@ -49,22 +43,14 @@ class Calibration:
     tensors: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
 
 
-def order_tensors(
-    shape: ModelShape, schedule: Schedule
-) -> Iterator[tuple[int, str, str, tuple[int, ...]]]:
-    """Layer, field of Assignment, name and shape of each tensor that holds an assignment."""
-    for layer in sorted(schedule.track_layers):
-        for of, size in (("kv_heads", shape.kv_heads), ("neurons", shape.neurons)):
-            yield layer, of, f"model.layers.{layer}.assignment.{of}", (size,)
-
-
 def order_values(
     shape: ModelShape, schedule: Schedule, known: Calibration
 ) -> dict[str, NDArray[np.int32]]:
     """The tensors that hold the assignments."""
     return {
-        name: getattr(known.assignments.get(layer, contiguous(shape)), of)
+        name: getattr(known.assignments[layer], of)
         for layer, of, name, _ in order_tensors(shape, schedule)
+        if layer in known.assignments
     }
 
 

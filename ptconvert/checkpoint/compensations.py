@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from rich.filesize import decimal
 
-from ptconvert.checkpoint.calibration import order_tensors
 from ptconvert.models.guesses import guess_cost, guess_tensors, most_guesses
+from ptconvert.models.orders import order_tensors
 from ptconvert.models.shape import ORDER_DTYPE, ModelShape
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import Spec

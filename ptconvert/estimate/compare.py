@@ -16,6 +16,7 @@ from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.presets import dense_schedule, tensor_parallel
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Sublayer
+from ptconvert.spec.terms import wrong_ranks
 
 BASELINE = tensor_parallel.__name__
 UNCHECKED = "there are no published runs to check this hardware against"
@@ -125,12 +126,8 @@ def compare(candidates: Sequence[Candidate], setting: Setting) -> list[Row]:
     if reason := shape.indivisible(ranks):
         raise ConfigError(f"--ranks {ranks}: {reason.replace('tracks', 'ranks')}")
     for candidate in candidates:
-        if candidate.tracks % ranks:
-            fits = [n for n in range(1, candidate.tracks + 1) if candidate.tracks % n == 0]
-            raise ConfigError(
-                f"--ranks {ranks}: {candidate.name} has {candidate.tracks} tracks, so it runs on "
-                f"{', '.join(map(str, fits))} ranks"
-            )
+        if reason := wrong_ranks(candidate.name, candidate.tracks, ranks):
+            raise ConfigError(f"--ranks {ranks}: {reason}")
     return _rows(candidates, setting)
 
 

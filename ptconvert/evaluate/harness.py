@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.metadata
 import logging
 import sqlite3
@@ -24,10 +23,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from lm_eval.api.metrics import mean
 from lm_eval.tasks import TaskManager
 
-from ptconvert import __version__
 from ptconvert.errors import EvaluationError, PTConvertError, first_line
 from ptconvert.evaluate.lm import FittingHFLM, UnopenedLM
 from ptconvert.measure.batch import BatchSize
+from ptconvert.measure.cache import named_by
 from ptconvert.measure.progress import Progress
 
 # For lm-eval's own standard errors of metrics other than means, which are only shown.
@@ -118,10 +117,8 @@ def cache_file(cache: Path, model_digest: str, settings: Settings) -> Path:
     another number of shots, finds only those answers that it would have got. What a request
     doesn't tell is in the file's name: the model's content, device, dtype and versions.
     """
-    versions = [importlib.metadata.version(p) for p in ("torch", "transformers", "lm_eval")]
-    told = [model_digest, settings.device.split(":")[0], settings.dtype, __version__, *versions]
-    name = hashlib.sha256("\0".join(told).encode()).hexdigest()[:32]
-    return cache / "answers" / name
+    told = [model_digest, settings.device.split(":")[0], settings.dtype]
+    return cache / "answers" / named_by(told, ("torch", "transformers", "lm_eval"))
 
 
 def one_task(settings: Settings) -> None:

@@ -14,7 +14,6 @@ stream width.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,13 +24,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ptconvert import __version__
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.errors import HealError, first_line
 from ptconvert.heal.loss import likeliest
 from ptconvert.heal.settings import Settings
 from ptconvert.heal.work import Tensors, load_tensors, save_tensors, wait_for
 from ptconvert.measure.batch import BatchSize
+from ptconvert.measure.cache import named_by
 from ptconvert.measure.divergence import Reference, outputs, reference, tokens_at_once
 from ptconvert.measure.opening import open_model
 from ptconvert.measure.progress import Progress
@@ -95,10 +94,8 @@ class AnswerStore:
     def folder(self) -> Path:
         """Named by everything but the windows that decides the answers."""
         settings = self.settings
-        versions = [importlib.metadata.version(p) for p in ("torch", "transformers")]
-        told = [self.digest, settings.device, settings.dtype, self.count, __version__, *versions]
-        name = hashlib.sha256("\0".join(map(str, told)).encode()).hexdigest()[:32]
-        return self.cache / "teachers" / name
+        told = [self.digest, settings.device, settings.dtype, self.count]
+        return self.cache / "teachers" / named_by(told)
 
     def file(self, kind: str, ids_NS: torch.Tensor) -> Path:
         """The file of some windows' answers."""

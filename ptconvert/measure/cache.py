@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ptconvert import __version__
 from ptconvert.checkpoint.files import small_files
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.measure.progress import Progress
@@ -15,6 +18,12 @@ from ptconvert.measure.progress import Progress
 def cache_directory() -> Path:
     """Where answers and measurements are kept: `ptconvert` in $XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptconvert"
+
+
+def named_by(told: Iterable[object], packages: Sequence[str] = ("torch", "transformers")) -> str:
+    """A name for what was measured, by what decides it, and by the versions that measured it."""
+    versions = [__version__, *map(importlib.metadata.version, packages)]
+    return hashlib.sha256("\0".join(map(str, [*told, *versions])).encode()).hexdigest()[:32]
 
 
 def content_digest(checkpoint: Checkpoint, progress: Progress) -> str:

@@ -10,7 +10,6 @@ Shapes: N windows, T tokens in each, D residual stream width.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import math
 import tempfile
@@ -20,10 +19,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ptconvert import __version__
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.convert.transform import Plan, execute, plan_conversion
 from ptconvert.measure import divergence
+from ptconvert.measure.cache import named_by
 from ptconvert.measure.divergence import Reference
 from ptconvert.measure.opening import open_model
 from ptconvert.measure.progress import Progress
@@ -107,10 +106,8 @@ def store_file(cache: Path, model_digest: str, case: Case) -> Path:
     """The file of a model's costs: by its content, the text's token ids, and what computes."""
     ids = case.windows.ids
     text = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    versions = [importlib.metadata.version(p) for p in ("torch", "transformers")]
     kind = case.device.split(":")[0]
-    told = [model_digest, text, str(ids.shape), str(case.tracks), case.dtype, kind, __version__]
-    name = hashlib.sha256("\0".join([*told, *versions]).encode()).hexdigest()[:32]
+    name = named_by([model_digest, text, ids.shape, case.tracks, case.dtype, kind])
     return cache / "plan" / f"{name}.jsonl"
 
 

@@ -25,6 +25,7 @@ from ptconvert.runtime.launch import RankFailure, RanksFailed, join, launch, und
 from ptconvert.runtime.load import rank_bytes, shape_of
 from ptconvert.runtime.memory import PROCESS_BYTES, available_bytes
 from ptconvert.spec.document import read_spec
+from ptconvert.spec.terms import wrong_ranks
 from ptconvert.verify.expected import Expected, with_departures
 from ptconvert.verify.session import Job, run_rank
 
@@ -193,13 +194,9 @@ def torch_dtype(settings: Settings, shape: ModelShape) -> torch.dtype:
 def check_ranks(checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype) -> None:
     """Raises CheckpointError where the ranks don't divide the model, or don't fit this machine."""
     shape, tracks = shape_of(checkpoint), read_section(checkpoint.config).tracks
-    ranks = settings.ranks
-    fits = [n for n in range(1, tracks + 1) if tracks % n == 0 and not shape.indivisible(n)]
-    if ranks not in fits:
-        raise CheckpointError(
-            f"--ranks {ranks}: the checkpoint has {tracks} tracks, so it runs on "
-            f"{', '.join(map(str, fits))} ranks"
-        )
+    ranks = settings.ranks  # which also share out the layers held dense
+    if reason := wrong_ranks("the checkpoint", tracks, ranks, lambda n: not shape.indivisible(n)):
+        raise CheckpointError(f"--ranks {ranks}: {reason}")
     longest = settings.prompt_tokens + settings.new_tokens
     most = checkpoint.config.get("max_position_embeddings")
     if isinstance(most, int) and longest > most:

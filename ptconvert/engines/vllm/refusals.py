@@ -9,6 +9,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ptconvert.checkpoint.section import Section, read_section
 from ptconvert.errors import ConfigError
+from ptconvert.spec.terms import wrong_ranks
 
 
 class ServingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
@@ -26,13 +27,9 @@ class ServingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
 
 def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    ranks, tracks = parallel.tensor_parallel_size, section.tracks
-    if tracks % ranks:
-        fits = ", ".join(str(r) for r in range(1, tracks + 1) if tracks % r == 0)
-        yield (
-            f"tensor_parallel_size {ranks}: the checkpoint has {tracks} tracks, so it runs on "
-            f"{fits} ranks"
-        )
+    ranks = parallel.tensor_parallel_size
+    if reason := wrong_ranks("the checkpoint", section.tracks, ranks):
+        yield f"tensor_parallel_size {ranks}: {reason}"
     if model.quantization is not None:
         yield (
             f"quantization {model.quantization}: converted models are served in bfloat16, float16 "

@@ -1,0 +1,17 @@
+"""The orders in which units went to tracks, as the tensors that a checkpoint holds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.schedule import Schedule
+
+
+def order_tensors(
+    shape: ModelShape, schedule: Schedule
+) -> Iterator[tuple[int, str, str, tuple[int, ...]]]:
+    """Layer, field of Assignment, name and shape of each tensor that holds an assignment."""
+    for layer in sorted(schedule.track_layers):
+        for of, size in (("kv_heads", shape.kv_heads), ("neurons", shape.neurons)):
+            yield layer, of, f"model.layers.{layer}.assignment.{of}", (size,)
