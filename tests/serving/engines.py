@@ -93,8 +93,9 @@ def random_calibration(plan: Plan) -> Calibration:
         )
         for layer in plan.schedule.track_layers
     }
+    ranks = plan.compensations.get("guess", {})
     tensors = {
         name: random.normal(scale=0.1, size=size).astype(np.float32).view(np.uint8)
-        for _, name, size in guess_tensors(shape, plan.compensations.get("guess", {}), plan.tracks)
+        for _, name, size in guess_tensors(shape, ranks, plan.tracks)
     }
-    return Calibration(orders, tensors=tensors)
+    return Calibration(orders, {"guess": ranks}, tensors)
