@@ -43,12 +43,17 @@ def test_layers_brought_from_a_disk(
     assert torch.equal(model.generate(ids_BS, **settings), whole.generate(ids_BS, **settings))
 
 
-@pytest.mark.parametrize("name", ["mixed", "track-2-rest", "track-1-overlap-3", "ladder"])
+# Its m2|a3 runs tracks on one device beside a layer held dense on the other.
+ACROSS = "a0! a2. m0! a1! m1! m2|a3! m3! a4! m4! a5! m5!"
+
+
+@pytest.mark.parametrize("name", ["mixed", "track-2-rest", "track-1-overlap-3", "ladder", "across"])
 def test_streams_follow_the_layers_from_device_to_device(
     name: str, make_dense: MakeDense, convert: Convert
 ) -> None:
     """With what is pending and in flight at the crossing, in prefill and in decode."""
-    model = load(convert(make_dense("llama-biases"), 4, SCHEDULES[name]))
+    schedule = SCHEDULES.get(name, f'stages: "{ACROSS}"')
+    model = load(convert(make_dense("llama-biases"), 4, schedule))
     places = {**placed("meta", 3), "model.norm": "meta", "lm_head": "meta"}
     for module, device in places.items():
         found = model.get_submodule(module).to(device)

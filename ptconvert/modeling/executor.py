@@ -83,7 +83,7 @@ class Bucket:
             reduced = functools.reduce(operator.add, [*weighed, own])
         self.shown = Update(whole.seen) if step.keeps_own else None
         self.hidden, self.common = None, whole.common
-        return functools.reduce(_sum, reduced.partials)
+        return functools.reduce(operator.add, reduced.partials)
 
 
 @dataclass(eq=False)
@@ -258,9 +258,10 @@ def add_partials(a: list[torch.Tensor] | None, b: list[torch.Tensor]) -> list[to
 
     Not `add_per_track`: the single partial of a sublayer that isn't divided is one share, and
     joins that of one track. (Beside tracks it is never seen, only summed: such a stage reduces.)
+    All come on the later ones' device.
     """
     pairs = itertools.zip_longest(a or (), b)
-    return [x if y is None else y if x is None else _sum(x, y) for x, y in pairs]
+    return [x.to(b[0].device) if y is None else y if x is None else _sum(x, y) for x, y in pairs]
 
 
 def add_per_track(a: PerTrack | None, b: PerTrack) -> PerTrack:
