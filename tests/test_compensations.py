@@ -67,7 +67,6 @@ def test_a_plan_is_complete_with_all_that_is_added(make_dense: MakeDense) -> Non
     spec = parse_spec(spec_text(4, "use: parallel_track, depth: 2", TOP), "s")
     whole = random_calibration(source, spec.schedule(), 4)
     less = Calibration(whole.assignments, whole.values, dict([*whole.tensors.items()][1:]))
-    unassigned = Calibration({}, whole.values, whole.tensors)
-    for known, complete in ((whole, True), (less, False), (unassigned, False), (None, False)):
+    for known, complete in ((whole, True), (less, False), (None, False)):
         plan = plan_conversion(open_checkpoint(source), spec, source_name="x", calibration=known)
         assert plan.complete == complete

@@ -29,6 +29,13 @@ class Assignment:
     neurons: NDArray[np.int32]
 
 
+def contiguous(shape: ModelShape) -> Assignment:
+    """The dense model's own order."""
+    return Assignment(
+        np.arange(shape.kv_heads, dtype=np.int32), np.arange(shape.neurons, dtype=np.int32)
+    )
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What was computed from a text for a conversion.
@@ -46,11 +53,10 @@ class Calibration:
 def order_values(
     shape: ModelShape, schedule: Schedule, known: Calibration
 ) -> dict[str, NDArray[np.int32]]:
-    """The tensors that hold the assignments."""
+    """The tensors that hold the assignments, contiguous where a layer has none."""
     return {
-        name: getattr(known.assignments[layer], of)
+        name: getattr(known.assignments.get(layer, contiguous(shape)), of)
         for layer, of, name, _ in order_tensors(shape, schedule)
-        if layer in known.assignments
     }
 
 
