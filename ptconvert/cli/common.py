@@ -26,7 +26,6 @@ from ptconvert.checkpoint.files import read_config
 from ptconvert.errors import EvaluationError, PTConvertError
 from ptconvert.measure.needs import Needs, shares_memory
 from ptconvert.models.shape import ModelShape
-from ptconvert.report.terminal import needs_table
 
 _SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -101,6 +100,7 @@ def print_figures(figures: dict[str, Any], as_json: bool, show: Callable[[Consol
 
 def print_needs(needs: Needs, room: Mapping[str, int], as_json: bool) -> None:
     """What a command will take, beside the bytes that there were free by place before."""
+    from ptconvert.report.terminal import needs_table
 
     def show(console: Console) -> None:
         needs_table(console, needs, room)

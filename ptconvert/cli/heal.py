@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from ptconvert.checkpoint.source import display_name, locate
 from ptconvert.cli.common import (
@@ -324,10 +323,11 @@ def command_line(arguments: Sequence[str]) -> str:
 
 def _print_healed(console: Console, figures: dict[str, Any]) -> None:
     """The held-out figures of every stage, and what was written."""
-    table = Table(box=None, pad_edge=False, title=None)
+    from ptconvert.report.terminal import figures_table
+
     judged = next((row["score"]["metric"] for row in figures["rows"] if row["score"]), None)
-    for name in ("held out", "loss", "over source", "KL", *([judged] if judged else [])):
-        table.add_column(name, justify="left" if name == "held out" else "right")
+    scored = [judged] if judged else []
+    table = figures_table("held out", "loss", "over source", "KL", *scored)
     source = figures["rows"][0]["loss"]
     for row in figures["rows"]:
         kept = "→ " if row["name"] == figures["kept"] else "  "
