@@ -11,12 +11,12 @@ from typing import Any
 
 import wrapt
 
-from ptconvert.models.families import FAMILIES
+from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX
 
 __version__ = "0.1.0"
 
 _CONFIG_NAMES = {
-    f"ptconvert_{f.model_type}": f"PTConvert{f.prefix}Config" for f in FAMILIES.values()
+    MODEL_TYPE_PREFIX + f.model_type: f"PTConvert{f.prefix}Config" for f in FAMILIES.values()
 }
 
 
@@ -71,7 +71,7 @@ def _announce_to_peft(constants: ModuleType) -> None:
     """Gives converted models the source family's rows in peft's tables of modules to adapt."""
     for table in vars(constants).values():
         for model_type in _CONFIG_NAMES if isinstance(table, dict) else ():
-            family = model_type.removeprefix("ptconvert_")
+            family = model_type.removeprefix(MODEL_TYPE_PREFIX)
             if family in table:
                 table[model_type] = table[family]
 

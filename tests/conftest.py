@@ -72,6 +72,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3", {"head_dim": 8}),
     "qwen3-biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
+    "phi3": ("Phi3", {"head_dim": 8}),
+    "phi3-two-kv": ("Phi3", {"num_key_value_heads": 2, "sliding_window": 5}),
+    "granite": (
+        "Granite",
+        {
+            **{"residual_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+            **{"attention_multiplier": 0.3, "attention_bias": True, "mlp_bias": True},
+        },
+    ),
+    "seed_oss": ("SeedOss", {"head_dim": 8, "attention_out_bias": True, "mlp_bias": True}),
+    "ministral3": ("Ministral3", {"head_dim": 8}),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 8, "use_bias": True, "tie_word_embeddings": False}),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
+    "glm": ("Glm", {"head_dim": 8}),
+    "apertus": ("Apertus", {}),
+    "nemotron": ("Nemotron", {"mlp_bias": True, "attention_bias": True}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", {"head_dim": 8}),
+    "starcoder2": ("Starcoder2", {}),
+    "arcee": ("Arcee", {"head_dim": 8, "mlp_bias": True}),
 }
 
 # What a script begins with that is to run as where ptconvert isn't installed.
@@ -96,7 +115,7 @@ def random_model(variant: str, dtype: torch.dtype = torch.float32, **overrides: 
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name and name.endswith("weight"):
                 parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
             else:
                 parameter.copy_(0.25 * torch.randn_like(parameter))

@@ -32,26 +32,49 @@ class Flight:
     common: torch.Tensor
 
 
-def attention_mask(keep_BS: torch.Tensor, window: int | None) -> torch.Tensor:
-    """The additive mask (B, 1, S, S): causal, without padding, at most `window` back."""
-    length = keep_BS.shape[1]
-    query, key = torch.arange(length)[:, None], torch.arange(length)[None, :]
-    allowed = (key <= query)[None] & keep_BS[:, None, :].bool()
-    if window is not None:
-        allowed = allowed & (query - key < window)[None]
-    mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
-    return mask[:, None]
+@torch.no_grad()
+def layer_inputs(
+    model: Any, ids_BS: torch.Tensor, keep_BS: torch.Tensor
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """The embedded tokens (BSD), and the keywords that each layer of the dense model is given."""
+    caught: list[tuple[tuple[torch.Tensor, ...], dict[str, Any]]] = []
+
+    def catch(_: Any, args: tuple[torch.Tensor, ...], given: dict[str, Any]) -> None:
+        caught.append((args, given))
+
+    hooks = [la.register_forward_pre_hook(catch, with_kwargs=True) for la in model.model.layers]
+    positions = (keep_BS.cumsum(-1) - 1).clamp(min=0)
+    model(input_ids=ids_BS, attention_mask=keep_BS, position_ids=positions, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return caught[0][0][0], [given for _, given in caught]
+
+
+@torch.no_grad()
+def ended(model: Any, base_BSD: torch.Tensor) -> torch.Tensor:
+    """The dense model's logits, had its last layer given this stream."""
+    hook = model.model.layers[-1].register_forward_hook(lambda *_: base_BSD)
+    ids_BS = torch.zeros(base_BSD.shape[:2], dtype=torch.long)
+    logits: torch.Tensor = model(input_ids=ids_BS, use_cache=False).logits
+    hook.remove()
+    return logits
+
+
+def parts(layer: Any, name: str) -> tuple[Any, Any, Any]:
+    """The norm, the block and the output projection of a dense sublayer."""
+    if name == "a":
+        norm = getattr(layer, "attention_layernorm", None) or layer.input_layernorm
+        return norm, layer.self_attn, layer.self_attn.o_proj
+    norm = getattr(layer, "feedforward_layernorm", None) or layer.post_attention_layernorm
+    return norm, layer.mlp, getattr(layer.mlp, "c_proj", None) or layer.mlp.down_proj
 
 
 def output_inputs(layer: Any, name: str, x_BSD: torch.Tensor, extra: dict[str, Any]) -> Any:
     """What reaches the output projection of a dense sublayer, and that projection."""
-    projection = layer.self_attn.o_proj if name == "a" else layer.mlp.down_proj
+    norm, block, projection = parts(layer, name)
     caught = []
     hook = projection.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    if name == "a":
-        layer.self_attn(hidden_states=layer.input_layernorm(x_BSD), **extra)
-    else:
-        layer.mlp(layer.post_attention_layernorm(x_BSD))
+    block(hidden_states=norm(x_BSD), **extra) if name == "a" else block(norm(x_BSD))
     hook.remove()
     return caught[0], projection
 
@@ -71,7 +94,8 @@ def sublayer_partials(
         partials.append(linear(own, projection.weight))
     bias = projection.bias
     common = torch.zeros_like(partials[0]) if bias is None else bias.expand_as(partials[0])
-    return torch.stack(partials), common
+    scale = getattr(layer, "residual_multiplier", 1.0)  # Granite's
+    return scale * torch.stack(partials), scale * common
 
 
 def guessed(
@@ -80,7 +104,7 @@ def guessed(
     """What each track takes the others' partials of a sublayer to be, (T, B, S, D): V (A x + B p)
     + b of its normed input x and its own partial p, by four tensors for each track."""
     layer = model.model.layers[int(sublayer[1:])]
-    norm = layer.input_layernorm if sublayer[0] == "a" else layer.post_attention_layernorm
+    norm, _, _ = parts(layer, sublayer[0])
     found = []
     for t, (a_RD, b_RD, v_DR, bias_D) in enumerate(guesses[sublayer]):
         inner = norm(x_TBSD[t]) @ a_RD.T + partial_TBSD[t] @ b_RD.T
@@ -105,10 +129,7 @@ def reference_logits(
     `guesses` are by sublayer, such as a3.
     """
     keep_BS = torch.ones_like(ids_BS) if keep_BS is None else keep_BS
-    base_BSD = model.model.embed_tokens(ids_BS)
-    positions = (keep_BS.cumsum(-1) - 1).clamp(min=0)
-    types = getattr(model.config, "layer_types", None)
-    window = getattr(model.config, "sliding_window", None)
+    base_BSD, extras = layer_inputs(model, ids_BS, keep_BS)
     waited_TBSD = torch.zeros(tracks, *base_BSD.shape)
     waited_guess_TBSD = torch.zeros_like(waited_TBSD)
     waited_common = torch.zeros_like(base_BSD)
@@ -120,12 +141,7 @@ def reference_logits(
         x_TBSD = base_BSD + waited_TBSD + waited_guess_TBSD + sum(f.seen for f in flights)
         own_TBSD, common_BSD = torch.zeros_like(waited_TBSD), waited_common
         for name in names:
-            index = int(name[1:])
-            sliding = types[index] == "sliding_attention" if types else window is not None
-            extra = {
-                "attention_mask": attention_mask(keep_BS, window if sliding else None),
-                "position_embeddings": model.model.rotary_emb(base_BSD, positions),
-            }
+            extra = extras[int(name[1:])]
             partial_TBSD, bias_BSD = sublayer_partials(model, name, x_TBSD, extra)
             own_TBSD = own_TBSD + partial_TBSD
             if guesses is not None and name in guesses:
@@ -151,5 +167,4 @@ def reference_logits(
         flights = [f for f in flights if f.left > 0]
     for flight in flights:
         base_BSD = base_BSD + flight.total + flight.common
-    logits: torch.Tensor = model.lm_head(model.model.norm(base_BSD))
-    return logits
+    return ended(model, base_BSD)

@@ -166,7 +166,7 @@ def test_what_is_lost_is_what_the_model_loses(make_dense: MakeDense) -> None:
     ids_NT = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
     a, b = Sublayer(1, Kind.MLP), Sublayer(2, Kind.MLP)
     seen = affinity.observe(model, shape, [a, b], 4, ids_NT, quiet)
-    found = affinity.affinity(model, (a, seen[a]), (b, seen[b]))
+    found = affinity.affinity(model, shape, (a, seen[a]), (b, seen[b]))
     caught: dict[str, torch.Tensor] = {}
     writer, reader = model.model.layers[1], model.model.layers[2]
     writer.mlp.down_proj.register_forward_pre_hook(lambda _, x: caught.update(h=x[0]))
@@ -207,7 +207,9 @@ def test_a_kv_head_on_several_tracks_is_a_unit_of_each(make_dense: MakeDense) ->
         ]
         seen = affinity.observe(model, shape, sublayers, 4, ids_NT, quiet)
         pairs = [(w, r) for w, r in schedule.own_read() if w in sublayers and r in sublayers]
-        found.append([affinity.affinity(model, (w, seen[w]), (r, seen[r])) for w, r in pairs])
+        found.append(
+            [affinity.affinity(model, shape, (w, seen[w]), (r, seen[r])) for w, r in pairs]
+        )
         orders, _ = affinity.assignments(model, shape, schedule, 4, ids_NT, quiet)
         assert heads == 4 or all(list(o.kv_heads) == [0, 1] for o in orders.values())
         assert all(sorted(o.kv_heads) == list(range(heads)) for o in orders.values())
@@ -299,7 +301,7 @@ def test_the_model_errs_as_the_fit_says(
         tmp_path / "out",
     )
     ids_BT, decoder = ids[32:, :-1], load(tmp_path / "out").model  # each fifth batch of 8
-    dense, schedule = dense_streams(source, ids_BT), decoder.schedule
+    dense, schedule = dense_streams(source, ids_BT), decoder.layers.schedule
     base_BTD = decoder.embed_tokens(ids_BT)
     streams, run = Streams(base_BTD), decoder.runner(base_BTD)
     errors = {}
@@ -363,7 +365,7 @@ def test_guesses_of_overlapping_windows_see_what_is_before_them(
     for name in ("mixed", "delayed-3", "track-2-overlap-1"):
         model = load(convert(source, 4, SCHEDULES[name]))
         found = fit_guesses(model.model, ids_NT, 4, quiet)
-        assert tuple(f.sublayer for f in found) == model.model.schedule.own_kept(4)
+        assert tuple(f.sublayer for f in found) == model.model.layers.schedule.own_kept(4)
 
 
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -452,7 +454,7 @@ def test_of_all_windows_only_streams_are_kept(
         with Alive() as alive:
             fit_guesses(model.model, ids_NT, 4, quiet)
         most.append(alive.most)
-    streams = most_streams(model.model.schedule, 4) * 20 * 24 * width * 4
+    streams = most_streams(model.model.layers.schedule, 4) * 20 * 24 * width * 4
     assert 0.8 * streams < most[1] - most[0] <= 1.15 * streams
     # at the shape of an 8B model in 8 tracks
     eight_B = most_streams(Schedule.parse("a0. m0. a1. m1!"), 8) * 65536 * 4096 * 4

@@ -44,7 +44,7 @@ def test_matches_the_reference_in_prefill_and_decode(
     model, dense = load(path), load(source)
     permuted(calibration, dense)
     ids_BS, keep_BS = left_padded()
-    text, guesses = str(model.model.schedule), for_reference(calibration, tracks)
+    text, guesses = str(model.model.layers.schedule), for_reference(calibration, tracks)
     expected = reference_logits(dense, text, tracks, ids_BS, keep_BS, guesses=guesses)
     assert difference(step_logits(model, ids_BS, keep_BS, 12), expected, keep_BS) < TOLERANCE
     assert difference(step_logits(model, ids_BS, keep_BS, 7), expected, keep_BS) < TOLERANCE
@@ -56,7 +56,7 @@ def test_negative_controls(make_dense: MakeDense, convert: Convert) -> None:
     path, calibration = calibrated(source, 4, "mixed", convert)
     model, dense = load(path), load(source)
     ids_BS, keep_BS = left_padded()
-    found, text = step_logits(model, ids_BS, keep_BS, 12), str(model.model.schedule)
+    found, text = step_logits(model, ids_BS, keep_BS, 12), str(model.model.layers.schedule)
     guesses = for_reference(calibration, 4)
     contiguous = reference_logits(dense, text, 4, ids_BS, keep_BS, guesses=guesses)
     assert difference(found, contiguous, keep_BS) > 100 * TOLERANCE
@@ -76,7 +76,7 @@ def test_the_dense_function_stays(variant: str, make_dense: MakeDense, convert: 
     ids_BS, keep_BS = left_padded()
     expected = step_logits(load(source), ids_BS, keep_BS, 12)
     assert difference(step_logits(model, ids_BS, keep_BS, 12), expected, keep_BS) > 100 * TOLERANCE
-    model.model.schedule = dense_schedule(6)
+    model.model.layers.schedule = dense_schedule(6)
     assert difference(step_logits(model, ids_BS, keep_BS, 12), expected, keep_BS) < TOLERANCE
     mlp = model.model.layers[1].tracks["1"].mlp  # control: a unit out of its place
     mlp.down_proj.weight.data = mlp.down_proj.weight.data.roll(1, 1)
@@ -161,14 +161,14 @@ def test_what_is_in_flight_has_landed_once_a_deferred_stage_is_over(
     items = '  - {layers: 0-1, stages: "a0! m0^1 a1. m1!"}\n' + rest
     decoder = load(convert(make_dense("llama"), 2, items)).model
     embedded_BSD = decoder.embed_tokens(torch.tensor([[5, 6, 7, 8]]))
-    run, dense = decoder.runner(embedded_BSD), dense_schedule(decoder.schedule.layers)
+    run, dense = decoder.runner(embedded_BSD), dense_schedule(decoder.layers.schedule.layers)
     engine = TorchEngine(run, OneProcess())
     student, whole = Streams(embedded_BSD), Streams(embedded_BSD)
     for index in range(2):
-        for schedule, streams in ((decoder.schedule, student), (dense, whole)):
+        for schedule, streams in ((decoder.layers.schedule, student), (dense, whole)):
             step = schedule.program[index]
             streams.end(step, engine.run(step, streams), engine)
-    view = student.view(decoder.schedule.program[2])
+    view = student.view(decoder.layers.schedule.program[2])
     for landed_BSD, view_BSD in zip(student.landed(), view, strict=False):
         assert torch.allclose(landed_BSD, whole.settled(), atol=1e-5)
         assert not torch.allclose(view_BSD, whole.base, atol=1e-3)

@@ -206,14 +206,14 @@ def test_blocks_one_after_the_other_are_the_model(
     pieces = Pieces(checkpoint, torch.float32, "cpu")
     streams = {}
     for skipped in (None, 1):
-        weight_VD = pieces.read("model.embed_tokens.weight")
-        stream_BTD = torch.nn.functional.embedding(ids_BT, weight_VD)
+        stream_BTD = torch.stack(list(pieces.entered(ids_BT)))
         for number, block in enumerate(blocks_of(schedule_of(checkpoint))):
-            model = pieces.load(block.layers, block.stages)
-            held = {i for i, la in enumerate(model.layers) if not next(la.parameters()).is_meta}
+            loaded = pieces.load(block.layers, block.stages)
+            layers = enumerate(loaded.model.layers.children())
+            held = {i for i, layer in layers if not next(layer.parameters()).is_meta}
             assert held == set(block.layers)
             if number != skipped:
-                stream_BTD = model(inputs_embeds=stream_BTD, use_cache=False).last_hidden_state
+                stream_BTD = loaded(stream_BTD)
         streams[skipped] = stream_BTD
     whole = open_model(checkpoint, "float32", "cpu")
     expected = whole.model(input_ids=ids_BT, use_cache=False).last_hidden_state

@@ -81,7 +81,7 @@ def test_matches_the_reference_in_prefill_and_decode(
     source = make_dense("llama")
     model = load(convert(source, tracks, SCHEDULES[name]))
     ids_BS, keep_BS = left_padded()
-    text = str(model.model.schedule)
+    text = str(model.model.layers.schedule)
     expected = reference_logits(load(source), text, tracks, ids_BS, keep_BS)
     assert difference(step_logits(model, ids_BS, keep_BS, 12), expected, keep_BS) < TOLERANCE
     assert difference(step_logits(model, ids_BS, keep_BS, 7), expected, keep_BS) < TOLERANCE
@@ -95,7 +95,7 @@ def test_every_family_matches_the_reference(
     source = make_dense(variant)
     model = load(convert(source, 4, SCHEDULES[name]))
     ids_BS, keep_BS = left_padded()
-    expected = reference_logits(load(source), str(model.model.schedule), 4, ids_BS, keep_BS)
+    expected = reference_logits(load(source), str(model.model.layers.schedule), 4, ids_BS, keep_BS)
     assert difference(step_logits(model, ids_BS, keep_BS, 8), expected, keep_BS) < TOLERANCE
 
 
@@ -120,7 +120,7 @@ def test_deferred_rule(deferred: str, make_dense: MakeDense, convert: Convert) -
     converted = convert(source, 4, SCHEDULES["desync-3"], top=f"deferred: {deferred}\n")
     model = load(converted)
     ids_BS, keep_BS = left_padded()
-    text, dense = str(model.model.schedule), load(source)
+    text, dense = str(model.model.layers.schedule), load(source)
     found = step_logits(model, ids_BS, keep_BS, 8)
     expected = reference_logits(dense, text, 4, ids_BS, keep_BS, deferred)
     assert difference(found, expected, keep_BS) < TOLERANCE
@@ -169,7 +169,7 @@ def test_negative_control_a_changed_schedule_differs(
     source = make_dense("llama")
     model = load(convert(source, 4, SCHEDULES[name]))
     ids_BS, keep_BS = left_padded()
-    text = str(model.model.schedule)
+    text = str(model.model.layers.schedule)
     changed = " ".join(f" {text} ".replace(f" {was} ", f" {becomes} ").split())
     assert changed != text
     control = reference_logits(load(source), changed, 4, ids_BS, keep_BS)
@@ -183,7 +183,7 @@ def test_negative_control_a_bias_counted_twice_differs(
     source = make_dense("llama-biases")
     model = load(convert(source, 4, SCHEDULES[name]))
     ids_BS, keep_BS = left_padded()
-    text = str(model.model.schedule)
+    text = str(model.model.layers.schedule)
     found = step_logits(model, ids_BS, keep_BS, 12)
     once = reference_logits(load(source), text, 4, ids_BS, keep_BS)
     twice = reference_logits(load(source), text, 4, ids_BS, keep_BS, common_weight=2.0)
@@ -201,7 +201,7 @@ def test_generate_equals_greedy_reference(
     new = model.generate(
         ids_BS, attention_mask=keep_BS, max_new_tokens=6, do_sample=False, eos_token_id=None
     )
-    text = str(model.model.schedule)
+    text = str(model.model.layers.schedule)
     for _ in range(6):
         logits = reference_logits(dense, text, 4, ids_BS, keep_BS)
         ids_BS = torch.cat([ids_BS, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
@@ -314,7 +314,7 @@ def test_ladder_authors_checkpoint_opens_as_ladder(make_dense: MakeDense, conver
 
     theirs = make_dense("llama", ladder_layers=3)
     model = CAUSAL_LMS["llama"].from_pretrained(theirs).eval()
-    assert str(model.model.schedule).endswith("m2~1 a3~1 m3~1 a4~1 m4~1 a5~1 m5!")
+    assert str(model.model.layers.schedule).endswith("m2~1 a3~1 m3~1 a4~1 m4~1 a5~1 m5!")
     ours = load(convert(make_dense("llama"), 4, SCHEDULES["ladder-last"]))
     ids_BS, keep_BS = left_padded()
     a, b = (step_logits(m, ids_BS, keep_BS, 12) for m in (model, ours))

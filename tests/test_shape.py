@@ -20,6 +20,7 @@ BASE: dict[str, object] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
+    "head_dim": 8,
     "vocab_size": 100,
     "torch_dtype": "bfloat16",
 }
@@ -65,8 +66,9 @@ def test_spans_tile_each_tensor_or_repeat_it(family: str, tracks: int) -> None:
     config = {**BASE, "model_type": family, "architectures": None, "attention_bias": True}
     shape = ModelShape.from_config(config)
     for rule in shape.rules:
-        spans = sorted({shape.span(rule, t, tracks) for t in range(tracks)})
-        assert spans[0][0] == 0 and spans[-1][1] == shape.size(rule)[rule.axis]
+        spans = sorted({span for t in range(tracks) for span in shape.spans(rule, t, tracks)})
+        size = shape.size(rule)
+        assert spans[0][0] == 0 and spans[-1][1] == (size[rule.axis] if size else 1)
         assert all(a[1] == b[0] for a, b in pairwise(spans))
 
 
@@ -75,8 +77,8 @@ def test_query_heads_stay_with_their_kv_head() -> None:
     rules = {r.name: r for r in shape.rules}
     for tracks in (2, 4, 8):
         for t in range(tracks):
-            queries = shape.span(rules["self_attn.q_proj.weight"], t, tracks)
-            keys = shape.span(rules["self_attn.k_proj.weight"], t, tracks)
+            (queries,) = shape.spans(rules["self_attn.q_proj.weight"], t, tracks)
+            (keys,) = shape.spans(rules["self_attn.k_proj.weight"], t, tracks)
             group = shape.query_width // shape.kv_heads
             wanted = queries[0] // group, (queries[1] - 1) // group
             assert (keys[0] // shape.head_size, (keys[1] - 1) // shape.head_size) == wanted

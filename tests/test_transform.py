@@ -39,11 +39,12 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     def raw(t: torch.Tensor) -> torch.Tensor:
-        return t.contiguous().view(torch.uint8)
+        return t.contiguous().view(-1).view(torch.uint8)
 
-    return a.keys() == b.keys() and all(
-        a[k].dtype == b[k].dtype and torch.equal(raw(a[k]), raw(b[k])) for k in a
-    )
+    def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+        return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(raw(a), raw(b))
+
+    return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
 
 
 def back(path: Path, destination: Path, **options: Any) -> Path:

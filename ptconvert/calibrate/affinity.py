@@ -19,18 +19,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from torch import nn
 
 from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
 from ptconvert.checkpoint.calibration import Assignment
 from ptconvert.measure.progress import Progress
-from ptconvert.modeling.layers import NORMS, OUTPUT_PROJECTIONS
+from ptconvert.modeling.layers import multiplied
+from ptconvert.models.families import Block
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
 
 PASSES = 10
 CHUNK = 256  # units that are assigned together: the time goes with the cube
-_INPUTS = {Kind.ATTENTION: ("q_proj", "k_proj", "v_proj"), Kind.MLP: ("gate_proj", "up_proj")}
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Activity:
 
     `written` are second moments of what the output projection reads, within each unit: (U, m, m)
     with m channels per unit. `read` are squares of the input projections' rows, `inverse` those of
-    the norm's factor.
+    the norm's factor: of what it divides its input by.
     """
 
     written: torch.Tensor
@@ -60,7 +61,7 @@ def observe(
     """One pass of the dense model over windows of token ids."""
     found, hooks = {}, []
     for sublayer in sublayers:
-        activity, placed = _hooked(model, sublayer, _units(shape, sublayer.kind, tracks))
+        activity, placed = _hooked(model, shape, sublayer, _units(shape, sublayer.kind, tracks))
         found[sublayer] = activity
         hooks += placed
     try:
@@ -73,12 +74,14 @@ def observe(
     return found
 
 
-def _hooked(model: Any, sublayer: Sublayer, units: int) -> tuple[Activity, list[Any]]:
+def _hooked(
+    model: Any, shape: ModelShape, sublayer: Sublayer, units: int
+) -> tuple[Activity, list[Any]]:
     """The sums of a sublayer of so many units, and the hooks that fill them."""
     layer = model.get_decoder().layers[sublayer.layer]
-    block_name, output = OUTPUT_PROJECTIONS[sublayer.kind]
-    block = getattr(layer, block_name)
-    channels = getattr(block, output).in_features // units
+    block = shape.family.block(sublayer.kind)
+    output = getattr(getattr(layer, block.name), block.output)
+    channels = output.in_features // units
     activity = Activity(torch.zeros(units, channels, channels, device=model.device), {})
 
     def wrote(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -87,8 +90,10 @@ def _hooked(model: Any, sublayer: Sublayer, units: int) -> tuple[Activity, list[
         activity.tokens += len(h_PUm)
 
     def normed(norm: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        squares_P = inputs[0].float().pow(2).mean(-1) + norm.variance_epsilon
-        activity.inverse += float((1 / squares_P).sum())
+        norm_P = inputs[0].float().var(-1, correction=0)
+        if not isinstance(norm, nn.LayerNorm):  # which takes the mean away first
+            norm_P = inputs[0].float().pow(2).mean(-1)
+        activity.inverse += float((1 / (norm_P + _epsilon(norm))).sum())
 
     def reader(name: str) -> Any:
         def read(_: Any, __: Any, out: torch.Tensor) -> None:
@@ -98,12 +103,39 @@ def _hooked(model: Any, sublayer: Sublayer, units: int) -> tuple[Activity, list[
         return read
 
     hooks = [
-        getattr(block, output).register_forward_pre_hook(wrote),
-        getattr(layer, NORMS[sublayer.kind]).register_forward_pre_hook(normed),
+        output.register_forward_pre_hook(wrote),
+        getattr(layer, block.norm).register_forward_pre_hook(normed),
     ]
-    for name in _INPUTS[sublayer.kind]:
-        hooks.append(getattr(block, name).register_forward_hook(reader(name)))
+    for name in dict.fromkeys(name for name, *_ in _inputs(shape, sublayer.kind)):
+        hooks.append(layer.get_submodule(name).register_forward_hook(reader(name)))
     return activity, hooks
+
+
+def _epsilon(norm: Any) -> float:
+    epsilon = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    return float(epsilon)
+
+
+def _inputs(shape: ModelShape, kind: Kind) -> Iterator[tuple[str, int, int, int]]:
+    """What reads a sublayer's input: each projection by its name in the layer, the rows
+    [start, stop) of it that are one of those fused into it, and in how many groups these are
+    divided."""
+    block: Block = shape.family.block(kind)
+    for rule in shape.rules:
+        name, tensor = rule.name.rsplit(".", 1)
+        if name.startswith(f"{block.name}.") and tensor == "weight" and rule.axis == 0:
+            for segment, begin in shape.segments(rule) if rule.is_cut else ():
+                groups = int(getattr(shape, segment.count))
+                yield name, begin, begin + shape.length(segment), groups
+
+
+def _gain(norm: Any) -> torch.Tensor:
+    """What a norm multiplies each channel by (D,), whatever it keeps of that: its answer to
+    channels of size one, of which as many are positive as negative."""
+    sign_D = torch.ones_like(norm.weight)
+    sign_D[1::2] = -1
+    both_D: torch.Tensor = norm(sign_D[None])[0] - norm(-sign_D[None])[0]
+    return (both_D / 2 * sign_D).float()
 
 
 def _units(shape: ModelShape, kind: Kind, tracks: int) -> int:
@@ -123,24 +155,24 @@ def _moves(shape: ModelShape, kind: Kind, tracks: int) -> bool:
 @torch.inference_mode()
 def affinity(
     model: Any,
+    shape: ModelShape,
     writer: tuple[Sublayer, Activity],
     reader: tuple[Sublayer, Activity],
 ) -> torch.Tensor:
     """The affinity of each writing unit and each reading unit, (U, U)."""
     layers = model.get_decoder().layers
-    columns_DK = _columns(layers[writer[0].layer], *writer)
+    columns_DK = _columns(layers[writer[0].layer], shape, *writer)
     sublayer, activity = reader
-    layer, block_name = layers[sublayer.layer], OUTPUT_PROJECTIONS[sublayer.kind][0]
-    gain_D = getattr(layer, NORMS[sublayer.kind]).weight.float()
+    layer, block = layers[sublayer.layer], shape.family.block(sublayer.kind)
+    gain_D = _gain(getattr(layer, block.norm))
     units, writers = len(activity.written), len(writer[1].written)
-    importance_U = _columns(layer, *reader).pow(2).sum(0).view(units, -1).sum(1)
+    importance_U = _columns(layer, shape, *reader).pow(2).sum(0).view(units, -1).sum(1)
     scale = activity.inverse / activity.tokens
-    head = getattr(getattr(layer, block_name), "head_dim", 1)
     found = torch.zeros(units, writers, device=gain_D.device)
-    for name in _INPUTS[sublayer.kind]:
-        rows_RD = getattr(getattr(layer, block_name), name).weight.float() * gain_D
-        groups = min(units, len(rows_RD) // head)  # fewer KV heads than units, it may be
-        energy_G = activity.read[name].view(groups, -1).sum(1) / activity.tokens
+    for name, start, stop, count in _inputs(shape, sublayer.kind):
+        rows_RD = layer.get_submodule(name).weight[start:stop].float() * gain_D
+        groups = min(units, count)  # fewer KV heads than units, it may be
+        energy_G = activity.read[name][start:stop].view(groups, -1).sum(1) / activity.tokens
         put_GK = (rows_RD @ columns_DK).pow(2).view(groups, len(rows_RD) // groups, -1).sum(1)
         share_GU = put_GK.view(groups, writers, -1).sum(2) / energy_G.clamp(min=1e-20)[:, None]
         # units that read the same KV head have a copy of its rows each
@@ -148,10 +180,11 @@ def affinity(
     return found.T.cpu()
 
 
-def _columns(layer: Any, sublayer: Sublayer, activity: Activity) -> torch.Tensor:
+def _columns(layer: Any, shape: ModelShape, sublayer: Sublayer, activity: Activity) -> torch.Tensor:
     """What the units write, as columns (D, K) whose outer products sum to the second moments."""
-    block, output = OUTPUT_PROJECTIONS[sublayer.kind]
-    weight_DH = getattr(getattr(layer, block), output).weight.float()
+    block = shape.family.block(sublayer.kind)
+    weight_DH = getattr(getattr(layer, block.name), block.output).weight.float()
+    weight_DH = multiplied(layer, shape.family, weight_DH)
     values, vectors = torch.linalg.eigh(activity.written / activity.tokens)
     roots_Umm = vectors * values.clamp(min=0).sqrt()[:, None, :]
     weight_DUm = weight_DH.view(len(weight_DH), len(roots_Umm), -1)
@@ -237,7 +270,7 @@ def group_flops(shape: ModelShape, group: Iterable[tuple[Sublayer, Sublayer]]) -
     """What the affinities of a group take: of each pair the reader's rows times the writer's
     columns."""
     columns = {Kind.ATTENTION: shape.query_width, Kind.MLP: shape.neurons}
-    rows = {Kind.ATTENTION: shape.query_width + 2 * shape.kv_width, Kind.MLP: 2 * shape.neurons}
+    rows = {k: sum(stop - start for _, start, stop, _ in _inputs(shape, k)) for k in Kind}
     pairs = [rows[reader.kind] * columns[writer.kind] for writer, reader in group]
     return 2.0 * shape.width * sum(pairs)
 
@@ -273,7 +306,7 @@ def assignments(
         large = group_bytes(shape, group, tracks) > MEMORY_BYTES
         found = dict[tuple[Sublayer, Sublayer], NDArray[np.float32]]()
         for writer, reader in group:
-            one = affinity(model, (writer, activity[writer]), (reader, activity[reader]))
+            one = affinity(model, shape, (writer, activity[writer]), (reader, activity[reader]))
             found[writer, reader] = (mapped(scratch, one) if large else one).numpy()
         own, before, after = assign(shape, found, tracks)
         owners.update(own)

@@ -36,7 +36,8 @@ from ptconvert.modeling.executor import (
     TorchEngine,
     Update,
 )
-from ptconvert.modeling.layers import OUTPUT_PROJECTIONS, apply_norm
+from ptconvert.modeling.layers import apply_norm
+from ptconvert.models.families import GUESSES_OF, Family
 from ptconvert.schedule.lower import Step
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
@@ -47,6 +48,7 @@ NEARLY_ALL = 0.95  # of the gain of the largest rank, for which a smaller one is
 LEAST_GAIN = 0.01  # of the error; below it no guess is kept
 BATCH_TOKENS = 4096
 
+Track = tuple[Any, Family]  # a track's layer, and of which family it is
 Keep = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -95,7 +97,7 @@ class _Batch:
         self.updates = [_moved_update(update, self.keep) for update in updates]
 
     def pairs(
-        self, t: int, track: Any, step: Step, place: int, behind: bool
+        self, t: int, track: Track, step: Step, place: int, behind: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What a track guesses a kept stage's sublayer from, (P, 2D), and what it should guess,
         (P, D); `place` is the sublayer's in the stage.
@@ -187,7 +189,7 @@ def fit_guesses(
     what it would repair is merged while it is in flight.) `rank` is the largest; `scratch` is the
     directory for streams that memory is not to hold. Raises EvaluationError.
     """
-    schedule: Schedule = decoder.schedule
+    schedule: Schedule = decoder.layers.schedule
     program = schedule.program
     guessing = [step.index for step in program if step.keeps_own]
     batches = list(_batches(decoder, ids_NT, scratch))
@@ -207,19 +209,19 @@ def fit_guesses(
             for f, update in zip(fitted, updates, strict=bool(fitted)):
                 _add_guesses(decoder, f, view, update)
             total = functools.reduce(operator.add, updates)
-            batch.end(step, total, decoder.waiting_weight)
+            batch.end(step, total, decoder.layers.waiting_weight)
         found += fitted
     return found
 
 
 def _batches(decoder: Any, ids_NT: torch.Tensor, scratch: Path | None) -> Iterator[_Batch]:
-    streams = most_streams(decoder.schedule, decoder.track_count)
-    nbytes = streams * ids_NT.numel() * decoder.embed_tokens.weight[0].nbytes
+    streams = most_streams(decoder.layers.schedule, decoder.layers.track_count)
+    nbytes = streams * ids_NT.numel() * decoder.get_input_embeddings().weight[0].nbytes
     keep: Keep = _here if nbytes <= MEMORY_BYTES else functools.partial(mapped, scratch)
     size = max(1, min(BATCH_TOKENS // ids_NT.shape[1], len(ids_NT) // HELD_OUT))
     for number, ids_BT in enumerate(torch.split(ids_NT, size), 1):
-        stream_BTD = decoder.embed_tokens(ids_BT.to(decoder.device))
-        run, held_out = decoder.runner(stream_BTD), number % HELD_OUT == 0
+        stream_BTD, run = decoder.entry(input_ids=ids_BT.to(decoder.device))
+        held_out = number % HELD_OUT == 0
         kept = keep(stream_BTD)
         yield _Batch(run, Streams(kept), Streams(kept), held_out, decoder.device, keep)
 
@@ -271,7 +273,7 @@ def _fit_sublayer(
 ) -> Fitted:
     """Fits the guesses of one of a stage's sublayers, track by track; with `behind` also to what
     the stream lacks after the stage. The batches keep the stage."""
-    width, sublayer = decoder.embed_tokens.embedding_dim, step.sublayers[place]
+    width, sublayer = decoder.config.hidden_size, step.sublayers[place]
     rank, before = min(rank, width), 0.0
     candidates: list[list[Fit]] = []
     for t, track in enumerate(_tracks(decoder, sublayer)):
@@ -305,15 +307,15 @@ def _add_guesses(decoder: Any, fitted: Fitted, view: PerTrack, update: Update) -
 
 
 def _features(
-    track: Any, sublayer: Sublayer, view_BTD: torch.Tensor, partial_BTD: torch.Tensor
+    track: Track, sublayer: Sublayer, view_BTD: torch.Tensor, partial_BTD: torch.Tensor
 ) -> torch.Tensor:
     """What a track guesses from: a sublayer's normed input and its own partial, (P, 2D)."""
-    x_BTD = apply_norm(track, sublayer.kind, view_BTD)
+    x_BTD = apply_norm(*track, sublayer.kind, view_BTD)
     return torch.cat([x_BTD, partial_BTD], dim=-1).flatten(0, 1)
 
 
-def _tracks(decoder: Any, sublayer: Sublayer) -> list[Any]:
-    return list(decoder.layers[sublayer.layer].tracks.values())
+def _tracks(decoder: Any, sublayer: Sublayer) -> list[Track]:
+    return [(t, decoder.layers.family) for t in decoder.layers[sublayer.layer].tracks.values()]
 
 
 def _pick_rank(errors: Sequence[float], rank: int) -> int:
@@ -334,7 +336,7 @@ def fitted_tensors(fitted: Sequence[Fitted], width: int) -> Iterator[tuple[str, 
     """Names and values of the tensors of all guesses, as the model's parameters."""
     for f in fitted:
         for t, guess in enumerate(f.guesses):
-            block = OUTPUT_PROJECTIONS[f.sublayer.kind][0]
+            block = GUESSES_OF[f.sublayer.kind]
             owner = f"model.layers.{f.sublayer.layer}.tracks.{t}.guess.{block}"
             yield f"{owner}.from_input.weight", guess.down[:, :width]
             yield f"{owner}.from_partial.weight", guess.down[:, width:]

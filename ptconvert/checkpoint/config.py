@@ -10,7 +10,6 @@ from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.compensations import entries
 from ptconvert.checkpoint.files import INDEX, refuse_pointer, small_files
 from ptconvert.checkpoint.section import (
-    MODEL_TYPE_PREFIX,
     MODELING_FILE,
     REPLACED_KEYS,
     SECTION,
@@ -19,7 +18,7 @@ from ptconvert.checkpoint.section import (
 )
 from ptconvert.checkpoint.writer import Target
 from ptconvert.errors import SpecError
-from ptconvert.models.families import FAMILIES
+from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX
 from ptconvert.schedule.presets import to_ladder_layers
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import Spec

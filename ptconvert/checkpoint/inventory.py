@@ -11,7 +11,7 @@ from ptconvert.checkpoint.layout import DenseTensor
 from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, same_bytes
 from ptconvert.errors import CheckpointError, ConfigError
 from ptconvert.models.families import CARRIED_BUFFERS
-from ptconvert.models.shape import DTYPE_BYTES, EMBEDDING, HEAD, TIED, ModelShape
+from ptconvert.models.shape import DTYPE_BYTES, EMBEDDING, HEAD, TIED, ModelShape, is_tied
 from ptconvert.shorten import few
 
 _BASE = "model."  # transformers' name of the model without lm_head in the one with it
@@ -62,7 +62,7 @@ def overruled(checkpoint: Checkpoint) -> dict[str, object]:
     """What of a dense checkpoint's config.json its tensors overrule where transformers opens it: a
     tied lm_head that is stored, and is not the embedding, is not tied."""
     head, embedding = (checkpoint.tensors.get(name) for name in (HEAD, EMBEDDING))
-    if checkpoint.config.get(TIED) is not True or head is None or embedding is None:
+    if not is_tied(checkpoint.config) or head is None or embedding is None:
         return {}
     same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
     return {} if same and same_bytes(head, embedding) else {TIED: False}

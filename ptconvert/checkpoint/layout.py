@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from ptconvert.checkpoint.calibration import Assignment
 from ptconvert.checkpoint.writer import Indices, Target
-from ptconvert.models.families import Cut, TensorRule
-from ptconvert.models.shape import ModelShape
+from ptconvert.models.families import Cut, TensorRule, common_name
+from ptconvert.models.shape import ModelShape, rows
 from ptconvert.schedule.schedule import Schedule
 
 SHARED = "shared"
@@ -20,22 +20,30 @@ SHARED = "shared"
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of the converted checkpoint: what lies at `indices` of the dense tensor's `axis`.
+    """A tensor of the converted checkpoint: what lies at some indices of the dense tensor's `axis`.
 
+    They are in `pieces`, one after the other, where several projections are fused into the tensor.
     `track` owns it; None where it is shared by all.
     """
 
     name: str
     track: int | None
     axis: int
-    indices: Indices
+    pieces: tuple[Indices, ...]
+
+    @property
+    def indices(self) -> Indices:
+        """The indices of all pieces."""
+        if len(self.pieces) == 1:
+            return self.pieces[0]
+        return np.concatenate([np.asarray(piece, np.int32) for piece in self.pieces])
 
 
 @dataclass(frozen=True)
 class DenseTensor:
     """A tensor of the dense checkpoint, and the parts that hold it in the converted one.
 
-    Parts that cover the same indices are copies of each other; the others share the axis out.
+    Pieces that cover the same indices are copies of each other; the others share the axis out.
     """
 
     name: str
@@ -65,19 +73,19 @@ def dense_tensors(
     rules = {f"model.layers.{i}.{r.name}": (i, r) for i in tracked for r in shape.rules}
     for name, size in shape.tensors():
         if name not in rules:
-            yield DenseTensor(name, size, (Part(name, None, 0, range(size[0])),))
+            yield DenseTensor(name, size, (Part(name, None, 0, (range(rows(size)),)),))
             continue
         layer, rule = rules[name]
-        if rule.cut is Cut.COMMON:
-            common = f"model.layers.{layer}.common.{'_'.join(rule.name.split('.')[1:])}"
-            yield DenseTensor(name, size, (Part(common, None, 0, range(size[0])),))
+        if rule.common:
+            common = f"model.layers.{layer}.common.{common_name(rule.name)}"
+            yield DenseTensor(name, size, (Part(common, None, 0, (range(rows(size)),)),))
             continue
         parts = tuple(
             Part(
                 f"model.layers.{layer}.tracks.{track}.{rule.name}",
                 track,
                 rule.axis,
-                _owned(shape, rule, track, tracks, assignments.get(layer)),
+                tuple(_owned(shape, rule, track, tracks, assignments.get(layer))),
             )
             for track in range(tracks)
         )
@@ -86,17 +94,21 @@ def dense_tensors(
 
 def _owned(
     shape: ModelShape, rule: TensorRule, track: int, tracks: int, assignment: Assignment | None
-) -> Indices:
-    """The indices of `rule.axis` that a track owns."""
-    start, stop = shape.span(rule, track, tracks)
-    replicated = rule.cut in (Cut.HEADS, Cut.KV_HEADS) and shape.kv_heads % tracks > 0
-    if assignment is None or rule.cut is Cut.COPY or replicated:
-        return range(start, stop)
-    order = assignment.neurons if rule.cut is Cut.NEURONS else assignment.kv_heads
-    unit = shape.size(rule)[rule.axis] // len(order)
-    units = order[start // unit : stop // unit, None]
-    indices: NDArray[np.int32] = (units * unit + np.arange(unit)).ravel().astype(np.int32)
-    return indices
+) -> Iterator[Indices]:
+    """The indices of `rule.axis` that a track owns, of each segment."""
+    spans = shape.spans(rule, track, tracks)
+    if assignment is None or not rule.is_cut:
+        yield from (range(start, stop) for start, stop in spans)
+        return
+    for (segment, begin), (start, stop) in zip(shape.segments(rule), spans, strict=True):
+        if segment.cut is not Cut.NEURONS and shape.kv_heads % tracks > 0:  # whole heads, as copies
+            yield range(start, stop)
+            continue
+        order = assignment.neurons if segment.cut is Cut.NEURONS else assignment.kv_heads
+        unit = shape.length(segment) // len(order)
+        units = order[(start - begin) // unit : (stop - begin) // unit, None]
+        indices: NDArray[np.int32] = (begin + units * unit + np.arange(unit)).ravel()
+        yield indices.astype(np.int32)
 
 
 def place(tensors: Iterable[Target], shard_bytes: int) -> tuple[Target, ...]:

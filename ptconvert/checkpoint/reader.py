@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -43,6 +43,17 @@ class TensorEntry:
     def count(self) -> int:
         """How many numbers it holds."""
         return math.prod(self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row; a scalar is one."""
+        return self.nbytes // (self.shape[0] if self.shape else 1)
+
+    def of_rows(self, first: int, count: int) -> TensorEntry:
+        """Some of its rows, as a tensor."""
+        row = self.row_bytes
+        size = (count, *self.shape[1:])
+        return replace(self, shape=size, offset=self.offset + first * row, nbytes=count * row)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from ptconvert.spec.terms import ASSIGNMENTS, DEFERRED_RULES, MAX_GUESS_RANK, MA
 
 SECTION = "ptconvert"
 SECTION_FORMAT = 1
-MODEL_TYPE_PREFIX = "ptconvert_"
 MODELING_FILE = "modeling_ptconvert.py"
 SPEC_FILE = "ptconvert.yaml"
 # The keys of config.json that a conversion writes; `--to-dense` restores or removes them.

@@ -195,7 +195,7 @@ class _Copier:
     def rows(self, move: Move) -> Iterator[int]:
         """The rows of one move."""
         source, target = self.sources[move.source], self.targets[move.target]
-        row = source.nbytes // source.shape[0]
+        row = source.row_bytes
         buffer = memoryview(bytearray(min(BLOCK_BYTES, len(move.take) * row)))
         for first, into, size in move.runs():
             begin, end = first * row, (first + size) * row

@@ -50,7 +50,7 @@ from ptconvert.checkpoint.section import (
 from ptconvert.checkpoint.writer import Digests, Move, Target, copy_moves, lay_out, write_arrays
 from ptconvert.errors import CheckpointError, ConfigError, SpecError
 from ptconvert.modeling.export import modeling_source
-from ptconvert.models.shape import TIED, ModelShape
+from ptconvert.models.shape import TIED, ModelShape, is_tied, rows
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Counts, Schedule
 from ptconvert.spec.document import Spec, parse_spec
@@ -59,13 +59,30 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
+class Replica:
+    """A source tensor that must hold what another does: the whole of it, or `length` rows from row
+    `here`, which are that one's from row `there`."""
+
+    original: str
+    copy: str
+    rows: tuple[int, int, int] | None = None  # there, here, length
+
+    def differs(self, tensors: Mapping[str, TensorEntry]) -> bool:
+        """Whether it doesn't."""
+        one, other = tensors[self.original], tensors[self.copy]
+        if self.rows is not None:
+            there, here, length = self.rows
+            one, other = one.of_rows(there, length), other.of_rows(here, length)
+        return not same_bytes(one, other)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that an execution does: which tensor parts go where, and the files beside them.
 
     `config` is the result's config.json, less what is known only when all is written. `converted`
     are the tensors of the converted checkpoint that hold the source's, in order, and `digest` what
-    they must have (going to dense). `replicas` are pairs of source tensors that must hold the same
-    bytes (likewise).
+    they must have (going to dense). `replicas` of one must hold the same (likewise).
     `computed` are tensors of the result that come from no source tensor, for the compensations of
     these values.
     A plan is `complete` unless it lacks what its spec wants to be computed from a text.
@@ -83,7 +100,7 @@ class Plan:
     converted: tuple[str, ...]
     to_dense: bool = False
     digest: object = None
-    replicas: tuple[tuple[str, str], ...] = ()
+    replicas: tuple[Replica, ...] = ()
     computed: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     compensations: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = True
@@ -220,7 +237,7 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
     if overruled(checkpoint):
         raise CheckpointError(_changed(checkpoint.path, "lm_head is not the embedding any more"))
     config = source_config(checkpoint.config, section)
-    tied = checkpoint.config.get(TIED)  # not the source's word, where its tensors say otherwise
+    tied = is_tied(checkpoint.config, where)  # not the source's word, where its tensors overrule it
     shape = ModelShape.from_config({**config, TIED: tied}, where)
     if reason := shape.indivisible(section.tracks):
         raise ConfigError(f"{where}: {reason}")
@@ -231,15 +248,18 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
     converted |= {a.name: a.shape for a in added if a.dtype is None}  # and stay behind
     checked = {a.name: a.shape for a in added if a.dtype is not None}
     extras = check_tensors(checkpoint, converted, shape, checked)
-    targets, moves, replicas = list[Target](), list[Move](), list[tuple[str, str]]()
+    targets, moves, replicas = list[Target](), list[Move](), list[Replica]()
     for tensor in tensors:
         targets.append(Target(tensor.name, "model", part_dtype(checkpoint, tensor), tensor.shape))
-        for part, original in _tiles(tensor):
-            if original is None:
-                take = range(len(part.indices))
-                moves.append(Move(part.name, tensor.name, part.axis, take, part.indices))
-            else:
-                replicas.append((original.name, part.name))
+        for part, repeated in _repeated(tensor):
+            indices = part.indices
+            if sum(length for *_, length in repeated) < len(indices):
+                take = range(len(indices))  # what others have too: it is the same
+                moves.append(Move(part.name, tensor.name, part.axis, take, indices))
+            for original, there, here, length in repeated:
+                part_of_it = None if length == len(indices) else (there, here, length)
+                assert part_of_it is None or part.axis == 0
+                replicas.append(Replica(original.name, part.name, part_of_it))
     _copy(extras, "model", targets, moves)
     placed = place(targets, shard_bytes)
     texts = {INDEX: index_text(placed)} if len({t.file for t in placed}) > 1 else {}
@@ -301,7 +321,7 @@ def execute(
 def tensors_digest(plan: Plan, entries: Mapping[str, TensorEntry], digests: Digests) -> str:
     """One digest of a converted checkpoint's tensors that hold the source's: the SHA-256 of their
     SHA-256, in the order of the source's tensors and within each in that of its parts."""
-    same = {copy: name for name, copy in plan.replicas}  # whose bytes were compared
+    same = {r.copy: r.original for r in plan.replicas if r.rows is None}  # all bytes compared
     whole = hashlib.sha256()
     for name in plan.converted:
         whole.update(digests.of(entries[same.get(name, name)]))
@@ -340,12 +360,11 @@ def _changed(path: Path, how: str) -> str:
 
 def check_replicas(plan: Plan) -> None:
     """Raises CheckpointError where copies that must become one tensor differ (going to dense)."""
-    sources = plan.source.tensors
-    for name, copy in plan.replicas:
-        if not same_bytes(sources[name], sources[copy]):
+    for replica in plan.replicas:
+        if replica.differs(plan.source.tensors):
             raise CheckpointError(
-                f"{copy} differs from {name}: the tracks were trained since the conversion, and "
-                "no dense tensor can hold both"
+                f"{replica.copy} differs from {replica.original}: the tracks were trained since "
+                "the conversion, and no dense tensor can hold both"
             )
 
 
@@ -388,19 +407,25 @@ def _spec_for(checkpoint: Checkpoint, shape: ModelShape, spec: Spec | None) -> S
 def _copy(extras: list[TensorEntry], stem: str, targets: list[Target], moves: list[Move]) -> None:
     """Adds what copies tensors as they are."""
     for extra in extras:
-        rows = range(extra.shape[0])
+        every = range(rows(extra.shape))
         targets.append(Target(extra.name, stem, extra.dtype, extra.shape))
-        moves.append(Move(extra.name, extra.name, 0, rows, rows))
+        moves.append(Move(extra.name, extra.name, 0, every, every))
 
 
-def _tiles(tensor: DenseTensor) -> Iterator[tuple[Part, Part | None]]:
-    """Each part, with the earlier part that it repeats or None; those of None share the axis."""
-    first: dict[object, Part] = {}
-    covered = np.zeros(tensor.shape[tensor.parts[0].axis], np.int32)
+def _repeated(tensor: DenseTensor) -> Iterator[tuple[Part, list[tuple[Part, int, int, int]]]]:
+    """Each part, with its pieces that an earlier one has too: that part, where the piece begins
+    there and here, and its length. All others share the axis."""
+    first: dict[object, tuple[Part, int]] = {}
+    covered = np.zeros(rows(tensor.shape[tensor.parts[0].axis :]), np.int32)
     for part in tensor.parts:
-        key = part.indices if isinstance(part.indices, range) else part.indices.tobytes()
-        original = first.setdefault(key, part)
-        if original is part:
-            covered[np.asarray(part.indices)] += 1
-        yield part, None if original is part else original
+        repeated, begin = [], 0
+        for piece in part.pieces:
+            key = piece if isinstance(piece, range) else piece.tobytes()
+            original, there = first.setdefault(key, (part, begin))
+            if original is part:
+                covered[np.asarray(piece)] += 1
+            else:
+                repeated.append((original, there, begin, len(piece)))
+            begin += len(piece)
+        yield part, repeated
     assert (covered == 1).all(), f"{tensor.name}: parts leave a gap or overlap"

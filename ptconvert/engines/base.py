@@ -19,8 +19,8 @@ from torch import nn
 from ptconvert.checkpoint.section import Section
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.executor import PerTrack, Streams, Update, run_program
-from ptconvert.modeling.layers import NORMS, OUTPUT_PROJECTIONS, guess_modules
-from ptconvert.modeling.model import layer_types
+from ptconvert.modeling.layers import guess_modules
+from ptconvert.models.families import FAMILIES, common_name
 from ptconvert.models.shape import EMBEDDING, HEAD, ModelShape
 from ptconvert.schedule.lower import Step
 from ptconvert.schedule.stages import Kind
@@ -29,12 +29,12 @@ WHOLE = "whole"  # the only part of a layer held dense, where others have tracks
 _TRACK = re.compile(r"\.tracks\.(\d+)\.")
 # From a checkpoint's names of a layer's tensors to those of `ServedLayer`.
 RENAMED = {
-    re.compile(r"^(model\.layers\.\d+)\.self_attn\.o_proj\.bias$"): r"\1.common.o_proj_bias",
-    re.compile(r"^(model\.layers\.\d+)\.mlp\.down_proj\.bias$"): r"\1.common.down_proj_bias",
+    **{
+        re.compile(rf"^(model\.layers\.\d+)\.{re.escape(bias)}$"): rf"\1.common.{common_name(bias)}"
+        for bias in sorted({r.name for f in FAMILIES.values() for r in f.layer if r.common})
+    },
     re.compile(r"^(model\.layers\.\d+)\.tracks\."): r"\1.parts.",
-    re.compile(
-        r"^(model\.layers\.\d+)\.(?=self_attn|mlp|input_layernorm|post_attention_layernorm)"
-    ): rf"\1.parts.{WHOLE}.",
+    re.compile(r"^(model\.layers\.\d+)\.(?!parts\.|common\.|assignment\.)"): rf"\1.parts.{WHOLE}.",
 }
 
 
@@ -100,20 +100,21 @@ class ServedLayer(nn.Module):
             if guesses:
                 part.guess = guess_modules(shape.width, guesses)
             self.parts[str(track)] = part
-        biased = {rule.name for rule in shape.rules}
-        self.common = nn.ParameterDict()  # output biases, which all ranks know
-        for block, projection in OUTPUT_PROJECTIONS.values():
+        self.family = shape.family
+        for kind in Kind:
+            block = self.family.block(kind)
             for part in self.parts.values():
-                linear = getattr(getattr(part, block), projection)
+                linear = getattr(getattr(part, block.name), block.output)
                 linear.reduce_results = False
                 linear.register_parameter("bias", None)
-            if f"{block}.{projection}.bias" in biased:
-                bias = nn.Parameter(torch.zeros(shape.width), requires_grad=False)
-                self.common[f"{projection}_bias"] = bias
+        self.common = nn.ParameterDict()  # output biases, which all ranks know
+        for name in (common_name(rule.name) for rule in shape.rules if rule.common):
+            self.common[name] = nn.Parameter(torch.zeros(shape.width), requires_grad=False)
 
     def norms(self, kind: Kind) -> list[Any]:
         """The norm before the attention or the MLP, for each part."""
-        return [getattr(part, NORMS[kind]) for part in self.parts.values()]
+        norm = self.family.block(kind).norm
+        return [getattr(part, norm) for part in self.parts.values()]
 
     def run(
         self,
@@ -128,14 +129,14 @@ class ServedLayer(nn.Module):
         call = serving.mlp if kind is Kind.MLP else serving.attention
         parts: list[Any] = list(self.parts.values())
         partials = [call(part, x_TD, context) for part, x_TD in zip(parts, normed, strict=True)]
-        block, projection = OUTPUT_PROJECTIONS[kind]
+        guessed = "mlp" if kind is Kind.MLP else "self_attn"  # GUESSES_OF, as `Family.block` says
         guesses: PerTrack | None = None
-        if guess and block in getattr(parts[0], "guess", ()):
+        if guess and guessed in getattr(parts[0], "guess", ()):
             guesses = [
-                part.guess[block](x_TD, partial_TD)
+                part.guess[guessed](x_TD, partial_TD)
                 for part, x_TD, partial_TD in zip(parts, normed, partials, strict=True)
             ]
-        bias: torch.Tensor | None = self.common.get(f"{projection}_bias", None)
+        bias: torch.Tensor | None = self.common.get(f"{self.family.block(kind).output}_bias", None)
         return Update(partials, bias, guesses)
 
 
@@ -144,7 +145,7 @@ def served_layers(
 ) -> nn.ModuleList:
     """The layers that a rank holds. Raises ConfigError where the engine's layers attend further, or
     less far, than transformers'."""
-    tracked, types = section.schedule.track_layers, layer_types(config)
+    tracked, types = section.schedule.track_layers, _layer_types(config)
     layers = nn.ModuleList()
     for index in range(shape.layers):
         guesses = {s.kind: rank for s, rank in section.guesses.items() if s.layer == index}
@@ -159,6 +160,16 @@ def served_layers(
                 )
         layers.append(layer)
     return layers
+
+
+def _layer_types(config: Any) -> list[str]:
+    """What each layer attends to: full_attention or sliding_attention."""
+    # Only what the family's config class has counts: any key of a config.json becomes an attribute.
+    family = type(config)
+    if hasattr(family, "layer_types"):
+        return list(config.layer_types)
+    windowed = hasattr(family, "sliding_window") and config.sliding_window is not None
+    return ["sliding_attention" if windowed else "full_attention"] * config.num_hidden_layers
 
 
 class ServedPass:

@@ -148,18 +148,11 @@ def _bytes(shape: ModelShape) -> int:
     return shape.bytes_per_token // shape.width
 
 
-def _weights(shape: ModelShape, prefix: str, cut: int) -> float:
+def _weights(shape: ModelShape, kind: Kind, cut: int) -> float:
     """Elements of a sublayer's weights on one of `cut` equal parts."""
-    total = 0.0
-    for rule in shape.rules:
-        if rule.name.startswith(prefix):
-            size = shape.size(rule)
-            start, stop = shape.span(rule, 0, cut)
-            others = 1
-            for axis, length in enumerate(size):
-                others *= 1 if axis == rule.axis else length
-            total += others * (stop - start)
-    return total
+    block = f"{shape.family.block(kind).name}."
+    own = (rule for rule in shape.rules if rule.name.startswith(block))
+    return float(sum(math.prod(shape.share(rule, cut)) for rule in own))
 
 
 def _attention(shape: ModelShape, engine: Engine, cut: int, one: Pass) -> tuple[Part, ...]:
@@ -167,7 +160,7 @@ def _attention(shape: ModelShape, engine: Engine, cut: int, one: Pass) -> tuple[
     kv_heads = max(shape.kv_heads // cut, 1)  # replicated where there are fewer than parts
     queries = shape.query_width / cut
     keys = 2 * kv_heads * shape.head_size  # and values, elements per token
-    weights = _weights(shape, "self_attn.", cut)
+    weights = _weights(shape, Kind.ATTENTION, cut)
     moved = one.total * (4 * shape.width + 3 * queries + keys)  # norm, addition; in and out
     size = _bytes(shape)
     batched = _batched(weights, one) * size
@@ -186,7 +179,7 @@ def _attention(shape: ModelShape, engine: Engine, cut: int, one: Pass) -> tuple[
 
 
 def _mlp(shape: ModelShape, cut: int, one: Pass) -> tuple[Part, ...]:
-    weights = _weights(shape, "mlp.", cut)
+    weights = _weights(shape, Kind.MLP, cut)
     moved = one.total * (4 * shape.width + 4 * shape.neurons / cut)
     size = _bytes(shape)
     batched = _batched(weights, one) * size
@@ -215,7 +208,7 @@ def rank_bytes(
     for count, cut in ((shape.layers - tracked, ranks), (tracked, max(tracks, ranks))):
         kv_heads = max(shape.kv_heads // cut, 1)
         cache = one.sequences * one.allocated * 2 * kv_heads * shape.head_size
-        weights = _weights(shape, "self_attn.", cut) + _weights(shape, "mlp.", cut)
+        weights = sum(_weights(shape, kind, cut) for kind in Kind)
         layers += count * cut // ranks * (weights + cache)
     rows = shape.vocabulary / (ranks if engine.vocabulary == "sharded" else 1)
     vocabulary = rows * shape.width * (1 if shape.tied else 2)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.errors import HealError, first_line
@@ -32,11 +33,12 @@ from ptconvert.heal.work import Tensors, load_tensors, save_tensors, wait_for
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.cache import named_by
 from ptconvert.measure.divergence import Reference, outputs, reference, tokens_at_once
+from ptconvert.measure.head import Head
 from ptconvert.measure.opening import open_model
 from ptconvert.measure.progress import Progress
 from ptconvert.measure.windows import Windows
 from ptconvert.models.shape import EMBEDDING, HEAD, ModelShape
-from ptconvert.runtime.load import read_part
+from ptconvert.runtime.load import read_whole
 
 TOKENS_A_FILE = 1 << 16
 _SMALL_VOCABULARY = 1 << 16  # whose ids fit in 16 bits
@@ -137,15 +139,16 @@ class AnswerStore:
     def _batch(self) -> BatchSize:
         return BatchSize(None, self.device)
 
-    def _head(self) -> nn.Linear:
+    def _head(self) -> Head:
         """The teacher's output head alone."""
         tied = ModelShape.from_config(self.teacher.config).tied
-        entry = self.teacher.tensors[EMBEDDING if tied else HEAD]
-        weight_VD = read_part(entry, 0, 0, entry.shape[0])
+        weight_VD = read_whole(self.teacher.tensors[EMBEDDING if tied else HEAD])
         weight_VD = weight_VD.to(self.device, getattr(torch, self.settings.dtype))
-        head = nn.Linear(entry.shape[1], entry.shape[0], bias=False, device="meta")
-        head.weight = nn.Parameter(weight_VD, requires_grad=False)
-        return head
+        config = AutoConfig.from_pretrained(self.teacher.path, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        model.get_output_embeddings().weight = nn.Parameter(weight_VD, requires_grad=False)
+        return Head(model)
 
     def _save(self, file: Path, tensors: Tensors) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +172,7 @@ def _answered(
     step: str,
 ) -> Tensors:
     """A teacher's answers to windows: `ids` and `logp` (N, T, K), `others` (N, T)."""
-    head, found = model.get_output_embeddings(), list[tuple[torch.Tensor, ...]]()
+    head, found = Head(model), list[tuple[torch.Tensor, ...]]()
     narrow = torch.uint16 if len(head.weight) <= _SMALL_VOCABULARY else torch.int32
     at_once = tokens_at_once(len(head.weight))
     for _, given in outputs(model.get_decoder(), model.device, ids_NS, batch, progress, step):

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import AutoConfig
 
 import ptconvert
@@ -30,9 +29,9 @@ from ptconvert.heal.models import in_layers, put
 from ptconvert.heal.settings import Settings
 from ptconvert.heal.work import Tensors, load_tensors, save_tensors
 from ptconvert.measure.opening import schedule_of
-from ptconvert.modeling.layers import family_class
-from ptconvert.modeling.model import PTConvertModel
-from ptconvert.runtime.load import read_part
+from ptconvert.modeling.layers import family_of
+from ptconvert.modeling.model import BASE_MODELS
+from ptconvert.runtime.load import compute_buffers, read_whole
 from ptconvert.schedule.presets import dense_schedule, with_only
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.shorten import without_middle
@@ -68,6 +67,20 @@ def blocks_of(schedule: Schedule) -> Iterator[Block]:
         )
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A decoder with the layers in memory that some stages run."""
+
+    model: Any
+    stages: range
+
+    def __call__(self, stream_BTD: torch.Tensor) -> torch.Tensor:
+        """The stream after these stages, from that before them."""
+        model = self.model
+        ended_BTD: torch.Tensor = model.run_stages(model.layers.schedule, self.stages, stream_BTD)
+        return ended_BTD
+
+
 class Pieces:
     """A checkpoint's decoder of which a few layers at a time are in memory."""
 
@@ -76,26 +89,33 @@ class Pieces:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
         with torch.device("meta"):
-            self.model = PTConvertModel(config).eval().requires_grad_(False)
-            self.model.norm = nn.Identity()  # the stream itself is wanted
-        self.model.rotary_emb = family_class(config, "RotaryEmbedding")(config=config).to(device)
+            self.model = BASE_MODELS[family_of(config).model_type](config).eval()
+        self.model.requires_grad_(False)
+        compute_buffers(self.model, device)
 
-    def load(self, layers: range, stages: range) -> Any:
+    def load(self, layers: range, stages: range) -> Loaded:
         """The decoder with these layers in memory, and no others, that runs these stages."""
-        for index, layer in enumerate(self.model.layers):
+        for index, layer in enumerate(self.model.layers.children()):
             if index not in layers:
                 layer.to("meta")
                 continue
             absent = [name for name, parameter in layer.named_parameters() if parameter.is_meta]
             read = {name: self.read(f"model.layers.{index}.{name}") for name in absent}
             layer.load_state_dict(read, strict=False, assign=True)
-        self.model.first_stage, self.model.stop_stage = stages.start, stages.stop
-        return self.model
+        return Loaded(self.model, stages)
+
+    def entered(self, ids_NT: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The streams (T, D) with which windows enter the first layer."""
+        embedding = self.model.get_input_embeddings()
+        embedding.weight = nn.Parameter(self.read("model.embed_tokens.weight"), False)
+        for ids_T in ids_NT:
+            stream_BTD, _ = self.model.entry(input_ids=ids_T[None].to(self.device))
+            yield stream_BTD[0]
+        embedding.to("meta")
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of the checkpoint, on the device."""
-        entry = self.checkpoint.tensors[name]
-        tensor = read_part(entry, 0, 0, entry.shape[0])
+        tensor = read_whole(self.checkpoint.tensors[name])
         return tensor.to(device=self.device, dtype=self.dtype)
 
 
@@ -138,54 +158,54 @@ def heal_blocks(
             healed |= load_tensors(file)
             if block == changed[-1]:
                 break
-        model = _loaded(pieces, block, healed)
+        loaded = _loaded(pieces, block, healed)
         step = f"streams past layers {block.layers.start}-{block.layers.stop - 1}"
         for stream_NTD in streams:
-            _advance(model, stream_NTD, settings.batch_size, step, progress)
+            _advance(loaded, stream_NTD, settings.batch_size, step, progress)
     for path in work.glob("stream-*"):
         path.unlink()
     return healed
 
 
-def _loaded(pieces: Pieces, block: Block, healed: Tensors) -> Any:
+def _loaded(pieces: Pieces, block: Block, healed: Tensors) -> Loaded:
     """The student's decoder with a block in memory, as far as it is healed."""
-    model = pieces.load(block.layers, block.stages)
+    loaded = pieces.load(block.layers, block.stages)
     own = {n: t for n, t in healed.items() if in_layers(n, block.layers)}
-    put(model, ((name.removeprefix("model."), tensor) for name, tensor in own.items()))
-    return model
+    put(loaded.model, ((name.removeprefix("model."), tensor) for name, tensor in own.items()))
+    return loaded
 
 
 @torch.no_grad()
 def _first_streams(pieces: Pieces, ids_NT: torch.Tensor, file: Path) -> torch.Tensor:
     """The embedded tokens of all windows (N, T, D), in memory or, where they are many, on disk."""
-    weight_VD = pieces.read("model.embed_tokens.weight").cpu()
-    shape, dtype = (*ids_NT.shape, weight_VD.shape[1]), weight_VD.dtype
-    if math.prod(shape) * weight_VD.element_size() > STREAM_BYTES:
+    shape, dtype = (*ids_NT.shape, pieces.model.config.hidden_size), pieces.dtype
+    if math.prod(shape) * dtype.itemsize > STREAM_BYTES:
         file.unlink(missing_ok=True)
         stream_NTD = torch.from_file(str(file), True, math.prod(shape), dtype=dtype).view(shape)
     else:
         stream_NTD = torch.empty(shape, dtype=dtype)
-    for ids_T, stream_TD in zip(ids_NT, stream_NTD, strict=True):
-        stream_TD[:] = functional.embedding(ids_T, weight_VD)
+    for entered_TD, stream_TD in zip(pieces.entered(ids_NT), stream_NTD, strict=True):
+        stream_TD[:] = entered_TD
     return stream_NTD
 
 
 @torch.no_grad()
-def _advance(model: Any, stream_NTD: torch.Tensor, batch: int, step: str, progress: Report) -> None:
+def _advance(
+    loaded: Loaded, stream_NTD: torch.Tensor, batch: int, step: str, progress: Report
+) -> None:
     """Moves streams past the block that the model holds, in place."""
     for start in range(0, len(stream_NTD), batch):
         progress(step, start, len(stream_NTD))
         rows = slice(start, start + batch)
-        stream_NTD[rows] = _run(model, stream_NTD[rows]).to("cpu", stream_NTD.dtype)
+        stream_NTD[rows] = _run(loaded, stream_NTD[rows]).to("cpu", stream_NTD.dtype)
 
 
-def _run(model: Any, stream_BTD: torch.Tensor) -> torch.Tensor:
+def _run(loaded: Loaded, stream_BTD: torch.Tensor) -> torch.Tensor:
     """A block's output stream, by autocast where it has 16 bits: what is trained is fp32."""
-    device, dtype = next(p.device for p in model.parameters() if not p.is_meta), stream_BTD.dtype
+    parameters, dtype = loaded.model.layers.parameters(), stream_BTD.dtype
+    device = next(p.device for p in parameters if not p.is_meta)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        inputs = stream_BTD.to(device)
-        out_BTD: torch.Tensor = model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-    return out_BTD
+        return loaded(stream_BTD.to(device))
 
 
 def relative_error(
@@ -202,8 +222,8 @@ def relative_error(
 
 
 def _heal(
-    model: Any,
-    target: Any,
+    model: Loaded,
+    target: Loaded,
     block: Block,
     streams: list[torch.Tensor],
     order: torch.Tensor,
@@ -215,7 +235,7 @@ def _heal(
     """Trains one block; returns its new parameters by their names in the checkpoint, or none."""
     torch.manual_seed(settings.seed)
     train_NTD, held_NTD = streams
-    own = {n: p for n, p in model.named_parameters() if in_layers(f"model.{n}", block.layers)}
+    own = {n: p for n, p in model.model.named_parameters() if in_layers(f"model.{n}", block.layers)}
     for parameter in own.values():
         parameter.data, parameter.requires_grad = parameter.data.float(), True
     together = settings.batch_size * settings.accumulation
@@ -258,7 +278,7 @@ def _rate(step: int, warm: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def _held_out(model: Any, target: Any, stream_NTD: torch.Tensor, batch: int) -> float:
+def _held_out(model: Loaded, target: Loaded, stream_NTD: torch.Tensor, batch: int) -> float:
     """The block's relative error on the held-out windows."""
     total = 0.0
     for piece_BTD in torch.split(stream_NTD, batch):

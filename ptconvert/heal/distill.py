@@ -37,6 +37,7 @@ from ptconvert.heal.models import freeze_but, share
 from ptconvert.heal.report import Score
 from ptconvert.heal.settings import LORA_ALPHA, Settings
 from ptconvert.heal.work import Tensors
+from ptconvert.measure.head import Head
 
 Judge = Callable[[Any], Score]  # what a model scores on a task
 Report = Callable[..., None]  # the step, how much is done, of how much, and a note
@@ -191,7 +192,7 @@ def distill(
     """
     order = data.order(settings.tokens, settings.seed)
     found = last_state(work)
-    layers = student.get_decoder().layers
+    layers = list(student.get_decoder().layers.children())
     arguments = training_arguments(settings, len(order), work, found is not None, layers)
     if settings.fsdp and arguments.device.type == "cpu":
         # else accelerate quietly gives each process the whole model there
@@ -205,7 +206,7 @@ def distill(
             student.to(arguments.device)
     else:
         taught_by = _placed(teacher, student, settings, arguments, say)
-        head = taught_by.get_output_embeddings()
+        head = Head(taught_by)
     set_seed(settings.seed)
     model = student if settings.lora is None else _with_adapters(student, names, settings.lora)
     held_out = data.held_out.ids
@@ -259,7 +260,7 @@ def _placed(
 def _shard(teacher: Any, device: torch.device) -> None:
     """Spreads the teacher's layers over the processes."""
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
-    for layer in teacher.get_decoder().layers:
+    for layer in teacher.get_decoder().layers.children():
         # said, as each is a root of its own here, which would keep what it gathered
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 

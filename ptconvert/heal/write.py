@@ -17,7 +17,7 @@ from ptconvert.checkpoint.section import MODELING_FILE, SPEC_FILE, trained_confi
 from ptconvert.checkpoint.writer import write_arrays
 from ptconvert.errors import CheckpointError
 from ptconvert.heal.work import Tensors
-from ptconvert.models.shape import EMBEDDING, HEAD, TIED
+from ptconvert.models.shape import EMBEDDING, HEAD, is_tied
 from ptconvert.runtime.load import TORCH_DTYPES
 
 
@@ -47,7 +47,7 @@ def write(
                 target = directory / path.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
-            if checkpoint.config.get(TIED) and HEAD in checkpoint.tensors:
+            if is_tied(checkpoint.config) and HEAD in checkpoint.tensors:
                 # a copy that some tied checkpoints carry
                 healed = healed | {HEAD: healed[EMBEDDING]} if EMBEDDING in healed else healed
             for name, tensor in rounded(checkpoint, healed):

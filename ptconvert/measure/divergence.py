@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ptconvert.measure.batch import BatchSize
+from ptconvert.measure.head import Head
 from ptconvert.measure.progress import Progress
 from ptconvert.measure.statistics import (
     RESAMPLES,
@@ -148,7 +149,7 @@ def reference(
             streams[layer].append(given.hidden_states[layer].cpu())
     # each list is let go when it is joined, so that one stream at a time is there twice
     joined = {layer: torch.cat(streams.pop(layer)) for layer in layers}
-    return Reference(torch.cat(hidden), model.get_output_embeddings(), joined)
+    return Reference(torch.cat(hidden), Head(model), joined)
 
 
 @torch.inference_mode()
@@ -168,7 +169,7 @@ def measure(
     later stage (its `first_stage`). Logits are compared in fp32; the vocabularies are the same.
     """
     ids, kept = windows.ids[::every], source.hidden[::every]
-    head = model.get_output_embeddings()
+    head = Head(model)
     results: list[Floats] = []
     stream = None if stream is None else stream[::every]
     decoder, device = model.get_decoder(), model.device

@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 import ptconvert
 from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.config import converted_config
 from ptconvert.measure.divergence import loss_and_kl
 from ptconvert.measure.needs import Held, Place
-from ptconvert.modeling.layers import family_class
-from ptconvert.modeling.model import PTConvertModel
 from ptconvert.models.shape import ModelShape
+from ptconvert.runtime.load import compute_buffers
 from ptconvert.runtime.memory import PROCESS_BYTES
 from ptconvert.spec.document import parse_spec
 
@@ -55,9 +54,8 @@ def one_layer(config: Mapping[str, object], tracks: int, device: str, dtype: str
         cut["layer_types"] = kinds[:1]
     converted = converted_config(cut, spec, spec.schedule(), "one layer", Calibration(), {})
     with torch.device("meta"):
-        model = PTConvertModel(AutoConfig.for_model(**converted)).eval()
-    model.norm = nn.Identity()
-    model.rotary_emb = family_class(model.config, "RotaryEmbedding")(config=model.config).to(device)
+        model = AutoModel.from_config(AutoConfig.for_model(**converted)).eval()
+    compute_buffers(model, device)
     model.layers.to_empty(device=device)
     for weight in model.layers.parameters():
         nn.init.normal_(weight, std=0.02)
@@ -72,7 +70,7 @@ def forward_seconds(model: Any, dtype: str, tokens: int) -> float:
 
     def forward() -> None:
         with torch.inference_mode(), _autocast(model, stream_BTD):
-            model(inputs_embeds=stream_BTD, use_cache=False)
+            _run(model, stream_BTD)
 
     return _fastest(forward, stream_BTD.device)
 
@@ -97,7 +95,7 @@ def step_of(model: Any, dtype: str, tokens: int) -> Step:
             _autocast(model, stream_BTD),
         ):
             inputs = stream_BTD.clone().requires_grad_()
-            out_BTD = model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            out_BTD = _run(model, inputs)
         torch.autograd.backward(out_BTD.sum())
 
     one_BTD, two_BTD = (_stream(model, dtype, windows, tokens) for windows in (1, 2))
@@ -108,6 +106,13 @@ def step_of(model: Any, dtype: str, tokens: int) -> Step:
     for weight in weights:
         weight.grad = None
     return Step(forward_seconds(model, dtype, tokens), seconds, each, one - each)
+
+
+def _run(model: Any, stream_BTD: torch.Tensor) -> torch.Tensor:
+    schedule = model.layers.schedule
+    stages = range(len(schedule.program))
+    ended_BTD: torch.Tensor = model.run_stages(schedule, stages, stream_BTD)
+    return ended_BTD
 
 
 def _autocast(model: Any, stream_BTD: torch.Tensor) -> torch.autocast:

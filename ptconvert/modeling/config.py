@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import transformers
 from transformers.models.auto import tokenization_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ptconvert.checkpoint.section import MODEL_TYPE_PREFIX
-from ptconvert.models.families import FAMILIES, Family
+from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX, Family
 
 
 def _config_class(family: Family) -> Any:
-    name = f"{family.prefix}Config"
+    base = CONFIG_MAPPING[family.model_type]
+    name = base.__name__
     members = {
         "__doc__": f"{name} with a schedule.",
         "__module__": __name__,
@@ -20,7 +20,7 @@ def _config_class(family: Family) -> Any:
         "model_type": MODEL_TYPE_PREFIX + family.model_type,
         "ptconvert": None,
     }
-    return type(f"PTConvert{name}", (getattr(transformers, name),), members)
+    return type(f"PTConvert{name}", (base,), members)
 
 
 CONFIGS = {model_type: _config_class(family) for model_type, family in FAMILIES.items()}

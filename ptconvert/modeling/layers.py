@@ -3,44 +3,34 @@
 from __future__ import annotations
 
 import functools
-import importlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptconvert.modeling.executor import PerTrack, Update
+from ptconvert.models.families import COUNTS, FAMILIES, GUESSES_OF, MODEL_TYPE_PREFIX, Family
 from ptconvert.schedule.stages import Kind
 
-
-def output_projection(kind: Kind) -> tuple[str, str]:
-    """The block of a layer that a sublayer is, and the output projection in it.
-
-    Code that runs in a layer's forward asks here, not OUTPUT_PROJECTIONS: torch 2.13's dynamo
-    keeps no guard on an Enum that is looked up in a dict, and a layer compiled for its attention
-    would run that where its MLP is asked for.
-    """
-    return ("mlp", "down_proj") if kind is Kind.MLP else ("self_attn", "o_proj")
+Context = dict[str, Any]  # the keywords that a model's forward gives its layers
 
 
-OUTPUT_PROJECTIONS = {kind: output_projection(kind) for kind in Kind}
-# What a sublayer's input goes through first.
-NORMS = {Kind.ATTENTION: "input_layernorm", Kind.MLP: "post_attention_layernorm"}
+def family_of(config: Any) -> Family:
+    """The family of a config, dense or converted."""
+    return FAMILIES[config.model_type.removeprefix(MODEL_TYPE_PREFIX)]
 
 
-def family_class(config: Any, suffix: str) -> Any:
-    """The class `suffix` (such as DecoderLayer) of the config's family, from transformers."""
-    for base in type(config).__mro__:
-        module = base.__module__
-        if module.startswith("transformers.models."):
-            prefix = base.__name__.removesuffix("Config")
-            modeling = importlib.import_module(module.replace(".configuration_", ".modeling_"))
-            return getattr(modeling, prefix + suffix)
-    raise AssertionError(f"{type(config).__name__} derives from no config of transformers")
+def layer_class(config: Any) -> Any:
+    """The class of the family's decoder layers, from transformers."""
+    family = family_of(config)
+    causal_lm = getattr(transformers, family.causal_lm)
+    return getattr(sys.modules[causal_lm.__module__], family.prefix + "DecoderLayer")
 
 
 class TrackConfig:
@@ -51,12 +41,11 @@ class TrackConfig:
     """
 
     def __init__(self, config: Any, tracks: int) -> None:
-        heads = config.num_attention_heads
         self._config = config
+        heads = config.num_attention_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self.num_attention_heads = heads // tracks
-        self.num_key_value_heads = max(config.num_key_value_heads // tracks, 1)
-        self.intermediate_size = config.intermediate_size // tracks
+        for name in COUNTS.values():
+            setattr(self, name, max(getattr(config, name) // tracks, 1))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_config" not in self.__dict__:
@@ -81,28 +70,33 @@ class Placement:
 
 
 @functools.cache
-def _dense_class(layer_class: Any) -> Any:
+def _dense_class(of_family: Any) -> Any:
     """A family's decoder layer whose call is one of its sublayers, not the whole of it.
 
     Called, because that is where accelerate's hooks, FSDP and gradient checkpointing sit; nothing
     else about the layer differs, so whatever replaces or reads its modules finds what it knows.
     """
 
-    class DenseLayer(layer_class):  # type: ignore[misc]
+    class DenseLayer(of_family):  # type: ignore[misc]
         def forward(
-            self, kind: Kind, guess: bool, attention: dict[str, Any], x_BSD: torch.Tensor
+            self, family: Family, kind: Kind, guess: bool, context: Context, x_BSD: torch.Tensor
         ) -> tuple[torch.Tensor, None]:
             assert not guess, "tracks that go on with their own partials reached a dense layer"
-            return run_block(self, kind, x_BSD, attention), None
+            return run_block(self, family, kind, x_BSD, context), None
+
+        @property
+        def template(self) -> Any:
+            """A layer of the family, for what a model's forward asks its layers."""
+            return self
 
         def __reduce__(self) -> tuple[Any, ...]:
-            return _new_dense, (layer_class,), self.__dict__  # pickle finds no class in here
+            return _new_dense, (of_family,), self.__dict__  # pickle finds no class in here
 
     return DenseLayer
 
 
-def _new_dense(layer_class: Any) -> Any:
-    dense_class = _dense_class(layer_class)
+def _new_dense(of_family: Any) -> Any:
+    dense_class = _dense_class(of_family)
     return dense_class.__new__(dense_class)
 
 
@@ -112,11 +106,20 @@ def dense_layer(config: Any, index: int, placement: Placement) -> nn.Module:
     An output bias belongs to the partial of rank 0, so that the ranks' sum has it once.
     """
     own = config if placement.ranks == 1 else TrackConfig(config, placement.ranks)
-    layer: nn.Module = _dense_class(family_class(config, "DecoderLayer"))(own, index)
+    layer: nn.Module = _dense_class(layer_class(config))(own, index)
     if placement.rank > 0:
-        for block, projection in OUTPUT_PROJECTIONS.values():
-            getattr(getattr(layer, block), projection).register_parameter("bias", None)
+        for projection, _ in _outputs(layer, family_of(config)):
+            projection.register_parameter("bias", None)
     return layer
+
+
+def _outputs(layer: Any, family: Family) -> Iterator[tuple[Any, str]]:
+    """A layer's output projections, and what their biases are called where tracks have them in
+    common."""
+    for kind in Kind:
+        block = family.block(kind)
+        projection = getattr(getattr(layer, block.name), block.output)
+        yield projection, f"{block.output}_bias"
 
 
 class Guess(nn.Module):
@@ -141,16 +144,16 @@ class Guess(nn.Module):
 
 def guess_modules(width: int, ranks: Mapping[Kind, int]) -> nn.ModuleDict:
     """A track's guesses in one layer, by block, for the sublayers that have a rank."""
-    return nn.ModuleDict({OUTPUT_PROJECTIONS[k][0]: Guess(width, r) for k, r in ranks.items()})
+    return nn.ModuleDict({GUESSES_OF[k]: Guess(width, r) for k, r in ranks.items()})
 
 
 class CommonBiases(nn.Module):
-    """The output biases of a layer of tracks, `o_proj_bias` and `down_proj_bias`, each (width,)."""
+    """The output biases of a layer of tracks, such as `down_proj_bias`, each (width,)."""
 
-    def forward(self, kind: Kind) -> torch.Tensor | None:
+    def forward(self, family: Family, kind: Kind) -> torch.Tensor | None:
         """That of the attention or the MLP, where it has one. Called, so that hooks which bring
         parameters from a disk see it; a copy, since FSDP takes parameters away after the call."""
-        bias: torch.Tensor | None = getattr(self, f"{output_projection(kind)[1]}_bias", None)
+        bias: torch.Tensor | None = getattr(self, f"{family.block(kind).output}_bias", None)
         return None if bias is None else bias.clone()
 
 
@@ -172,77 +175,92 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         assigned: bool = False,
     ) -> None:
         super().__init__()
-        view = TrackConfig(config, tracks)
-        layer_class = family_class(config, "DecoderLayer")
-        self.tracks = nn.ModuleDict({str(t): layer_class(view, index) for t in cache_indices})
+        view, family, make = TrackConfig(config, tracks), family_of(config), layer_class(config)
+        self.tracks = nn.ModuleDict({str(t): make(view, index) for t in cache_indices})
         self.common = CommonBiases()  # which all tracks know
-        first = next(iter(self.tracks.values()))
-        for block, projection in OUTPUT_PROJECTIONS.values():
-            if getattr(getattr(first, block), projection).bias is not None:
+        for projection, name in _outputs(self.template, family):
+            if projection.bias is not None:
                 bias = nn.Parameter(torch.zeros(config.hidden_size))
-                self.common.register_parameter(f"{projection}_bias", bias)
+                self.common.register_parameter(name, bias)
         for t, cache_index in cache_indices.items():
             track: Any = self.tracks[str(t)]
-            track.self_attn.layer_idx = cache_index
-            for block, projection in OUTPUT_PROJECTIONS.values():
-                getattr(getattr(track, block), projection).register_parameter("bias", None)
+            getattr(track, family.attention.name).layer_idx = cache_index
+            for projection, _ in _outputs(track, family):
+                projection.register_parameter("bias", None)
             if guesses:
                 track.guess = guess_modules(config.hidden_size, guesses)
         if assigned:
             self.assignment = nn.Module()
-            sizes = {"kv_heads": config.num_key_value_heads, "neurons": config.intermediate_size}
-            for name, size in sizes.items():
-                self.assignment.register_buffer(name, torch.arange(size, dtype=torch.int32))
+            for name in ("kv_heads", "neurons"):
+                order = torch.arange(getattr(config, COUNTS[name]), dtype=torch.int32)
+                self.assignment.register_buffer(name, order)
+
+    @property
+    def template(self) -> Any:
+        """A layer of the family, for what a model's forward asks its layers."""
+        return next(iter(self.tracks.values()))
 
     def forward(
-        self, kind: Kind, guess: bool, attention: dict[str, Any], *view: torch.Tensor
+        self, family: Family, kind: Kind, guess: bool, context: Context, *view: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         """Each local track's partial of one sublayer; then, with `guess` and where the layer has
         guesses of it, each track's guess of the others' partials; last the output bias, if any."""
-        block, _ = output_projection(kind)
+        guessed = "mlp" if kind is Kind.MLP else "self_attn"  # GUESSES_OF, as `Family.block` says
         tracks: list[Any] = list(self.tracks.values())
         partials, guesses = [], []
         for t, track in enumerate(tracks):
-            x_BSD = apply_norm(track, kind, view[t % len(view)])
-            partials.append(run_normed(track, kind, x_BSD, attention))
-            if guess and block in getattr(track, "guess", ()):
-                guesses.append(track.guess[block](x_BSD, partials[-1]))
-        return (*partials, *guesses, self.common(kind))
+            x_BSD = apply_norm(track, family, kind, view[t % len(view)])
+            partials.append(run_normed(track, family, kind, x_BSD, context))
+            if guess and guessed in getattr(track, "guess", ()):
+                guesses.append(track.guess[guessed](x_BSD, partials[-1]))
+        common = self.common(family, kind)
+        if common is not None:
+            common = multiplied(self.template, family, common)
+        return (*partials, *guesses, common)
 
 
 def run_layer(
-    layer: Any, tracks: int, kind: Kind, view: PerTrack, guess: bool, attention: dict[str, Any]
+    layer: Any, family: Family, kind: Kind, view: PerTrack, guess: bool, context: Context
 ) -> Update:
-    """One sublayer on what each track reads; `attention` are the keywords of self_attn.
+    """One sublayer on what each track reads, in the `context` that the model's forward gave the
+    layer.
 
-    `tracks` are the local ones, 1 for a layer held dense, which runs once, on the stream that all
-    tracks agree on. With `guess` come the guesses, where the layer has them.
+    A layer held dense runs once, on the stream that all tracks agree on. With `guess` come the
+    guesses, where the layer has them.
     """
+    tracks = len(layer.tracks) if isinstance(layer, TrackedLayer) else 1
     assert len(view) in (1, tracks), "tracks that differ reached a layer held dense"
-    *found, common = layer(kind, guess, attention, *view)
+    *found, common = layer(family, kind, guess, context, *view)
     return Update(found[:tracks], common, found[tracks:] or None)
 
 
-def apply_norm(layer: Any, kind: Kind, x_BSD: torch.Tensor) -> torch.Tensor:
+def apply_norm(layer: Any, family: Family, kind: Kind, x_BSD: torch.Tensor) -> torch.Tensor:
     """What the attention or the MLP of one decoder layer is given for its residual stream."""
-    norm = layer.post_attention_layernorm if kind is Kind.MLP else layer.input_layernorm
-    normed_BSD: torch.Tensor = norm(x_BSD)
+    normed_BSD: torch.Tensor = getattr(layer, family.block(kind).norm)(x_BSD)
     return normed_BSD
 
 
 def run_block(
-    layer: Any, kind: Kind, x_BSD: torch.Tensor, attention: dict[str, Any]
+    layer: Any, family: Family, kind: Kind, x_BSD: torch.Tensor, context: Context
 ) -> torch.Tensor:
     """The norm and the attention or MLP of one decoder layer, without the residual connection."""
-    return run_normed(layer, kind, apply_norm(layer, kind, x_BSD), attention)
+    return run_normed(layer, family, kind, apply_norm(layer, family, kind, x_BSD), context)
 
 
 def run_normed(
-    layer: Any, kind: Kind, x_BSD: torch.Tensor, attention: dict[str, Any]
+    layer: Any, family: Family, kind: Kind, x_BSD: torch.Tensor, context: Context
 ) -> torch.Tensor:
     """The same, of what the norm gave."""
+    block = getattr(layer, family.block(kind).name)
     if kind is Kind.MLP:
-        out_BSD: torch.Tensor = layer.mlp(x_BSD)
+        out_BSD: torch.Tensor = block(x_BSD)
     else:
-        out_BSD, _ = layer.self_attn(hidden_states=x_BSD, **attention)
-    return out_BSD
+        out_BSD, _ = block(hidden_states=x_BSD, **context)
+    return multiplied(layer, family, out_BSD)
+
+
+def multiplied(layer: Any, family: Family, out: torch.Tensor) -> torch.Tensor:
+    """A sublayer's output as it is added to the stream."""
+    if family.multiplier is None:
+        return out
+    return out * float(getattr(layer, family.multiplier))

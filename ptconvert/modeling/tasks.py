@@ -18,7 +18,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 
-from ptconvert.modeling.model import BASE_MODELS, CAUSAL_LMS, PTConvertPreTrainedModel
+from ptconvert.modeling.model import BASE_MODELS, CAUSAL_LMS, Scheduled
 
 _HEADS: dict[Any, type] = {
     AutoModelForQuestionAnswering: GenericForQuestionAnswering,
@@ -34,7 +34,8 @@ def _auto_classes() -> Iterator[tuple[Any, Any]]:
         for auto, head in _HEADS.items():
             name = base.__name__.removesuffix("Model") + head.__name__.removeprefix("Generic")
             members = {"config_class": base.config_class, "__module__": __name__}
-            globals()[name] = type(name, (head, PTConvertPreTrainedModel), members)  # for pickle
+            theirs = next(c for c in base.__mro__ if c.__name__.endswith("PreTrainedModel"))
+            globals()[name] = type(name, (head, Scheduled, theirs), members)  # for pickle
             yield auto, globals()[name]
 
 

@@ -1,7 +1,8 @@
-"""The model families that can be converted, as data: each tensor's name, shape and cut.
+"""The model families that can be converted, as data: their layers' tensors, and how these divide.
 
-Adding a family is adding a row: the tensors of one layer, which of them a config.json switches
-on, and how each is divided among tracks. Nothing else in the package names a family.
+Adding a family is adding a row. A tensor is written as its axes, and what an axis counts says how
+tracks share it: `(Q, D)` has a row for each channel of the query heads, and each track has those of
+its own heads. Nothing else in the package names a family, one of its tensors or one of its norms.
 """
 
 from __future__ import annotations
@@ -11,142 +12,370 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from ptconvert.schedule.stages import Kind
+
+MODEL_TYPE_PREFIX = "ptconvert_"  # of a converted model's type, before its family's
+
 
 class Cut(enum.Enum):
-    """How a layer's tensor is divided among tracks. Which of its indices a track owns says
-    `ModelShape.span`, and in an assignment's order `checkpoint.layout`."""
+    """What goes to one track or another. Which of an axis' indices a track owns says
+    `ModelShape.spans`, and in an assignment's order `checkpoint.layout`."""
 
     HEADS = "query heads"
     KV_HEADS = "KV heads"
     NEURONS = "FFN neurons"
-    COPY = "a copy on every track"
-    COMMON = "common to all tracks"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What an axis of a tensor counts, by ModelShape's attributes: `count` units, or nothing that
+    could be divided, of `unit` elements each."""
+
+    count: str
+    unit: str | None = None
+    cut: Cut | None = None
+
+
+D = Axis("width")
+HEAD_SIZE = Axis("head_size")
+ONE = Axis("one")
+Q = Axis("heads", "head_size", Cut.HEADS)
+KV = Axis("kv_heads", "head_size", Cut.KV_HEADS)
+N = Axis("neurons", None, Cut.NEURONS)
+# What the counts that are divided are called in a config.json, and in the classes that read one.
+COUNTS = MappingProxyType(
+    {
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "neurons": "intermediate_size",
+    }
+)
 
 
 @dataclass(frozen=True)
 class TensorRule:
     """One tensor of a layer.
 
-    `name` is relative to `model.layers.{i}.`; `shape` names attributes of ModelShape; `axis` is
-    the axis that `cut` divides; `when` names the config.json flag that switches the tensor on.
+    `name` is relative to `model.layers.{i}.`. `axes` are what each axis counts, several after each
+    other where projections are fused into one. `when` names the config.json flag that switches the
+    tensor on. A tensor without an axis that is cut is copied to every track; one that is `common`
+    is no track's, and added once.
     """
 
     name: str
-    shape: tuple[str, ...]
-    cut: Cut
-    axis: int = 0
+    axes: tuple[Axis | tuple[Axis, ...], ...]
     when: str | None = None
+    common: bool = False
+
+    def segments(self, axis: int) -> tuple[Axis, ...]:
+        """What follows each other along an axis; a scalar has no axis."""
+        found = self.axes[axis] if self.axes else ()
+        return found if isinstance(found, tuple) else (found,)
+
+    @property
+    def axis(self) -> int:
+        """The axis that is cut, 0 where none is."""
+        cut = (a for a in range(len(self.axes)) if any(s.cut for s in self.segments(a)))
+        return next(cut, 0)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether each track has its own share, and no copy."""
+        return any(segment.cut for segment in self.segments(self.axis))
+
+
+@dataclass(frozen=True)
+class Block:
+    """One of a layer's two sublayers: what the layer calls its module and the norm before it, and
+    what that module calls its output projection."""
+
+    name: str
+    norm: str
+    output: str
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: its transformers classes, its tensors, and how its config.json is read.
+    """A model family: its transformers classes, its layers, and how its config.json is read.
 
-    `defaults` are its config class's, where a key is missing; a null of the `nullable` keys means
-    that the other sizes say it, and the class takes no other null.
+    `defaults` are its config class's, where a key is missing; a None means that the class can't do
+    without. A null of the `nullable` keys means that the other sizes say it, and the class takes no
+    other null. What sublayers add to the stream is multiplied by the config's `multiplier`, where
+    there is one.
     """
 
     model_type: str
     causal_lm: str
     layer: tuple[TensorRule, ...]
-    defaults: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     nullable: tuple[str, ...] = ()
+    attention: Block = Block("self_attn", "input_layernorm", "o_proj")
+    mlp: Block = Block("mlp", "post_attention_layernorm", "down_proj")
+    multiplier: str | None = None
+    final_norm: tuple[str, ...] = ("model.norm.weight",)
 
     @property
     def prefix(self) -> str:
         """What the names of its classes in transformers begin with."""
         return self.causal_lm.removesuffix("ForCausalLM")
 
+    def block(self, kind: Kind) -> Block:
+        """A sublayer's module.
+
+        Code that runs in a layer's forward asks here, and no dict: torch 2.13's dynamo keeps no
+        guard on an Enum that is looked up in one, and a layer compiled for its attention would run
+        that where its MLP is asked for.
+        """
+        return self.mlp if kind is Kind.MLP else self.attention
+
     def layer_rules(self, config: Mapping[str, object]) -> tuple[TensorRule, ...]:
         """The tensors that a layer of this config has."""
-        return tuple(r for r in self.layer if r.when is None or config.get(r.when) is True)
+        known = {**self.defaults, **config}
+        return tuple(r for r in self.layer if r.when is None or known.get(r.when) is True)
 
 
-_NORMS = (
-    TensorRule("input_layernorm.weight", ("width",), Cut.COPY),
-    TensorRule("post_attention_layernorm.weight", ("width",), Cut.COPY),
-)
+def common_name(tensor: str) -> str:
+    """What a tensor that is common to all tracks, such as `mlp.down_proj.bias`, is called among
+    those of its layer."""
+    return "_".join(tensor.split(".")[1:])
+
+
+# What a sublayer's guesses are called in a converted layer, whatever the family calls its block.
+GUESSES_OF = MappingProxyType({Kind.ATTENTION: "self_attn", Kind.MLP: "mlp"})
+
+
+def _norms(*names: str, bias: bool = False) -> tuple[TensorRule, ...]:
+    parts = ("weight", "bias") if bias else ("weight",)
+    return tuple(TensorRule(f"{name}.{part}", (D,)) for name in names for part in parts)
+
+
+_TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
+_NORMS = _norms(*_TWO_NORMS)
+_O = (TensorRule("self_attn.o_proj.weight", (D, Q)),)
 _ATTENTION = (
-    TensorRule("self_attn.q_proj.weight", ("query_width", "width"), Cut.HEADS),
-    TensorRule("self_attn.k_proj.weight", ("kv_width", "width"), Cut.KV_HEADS),
-    TensorRule("self_attn.v_proj.weight", ("kv_width", "width"), Cut.KV_HEADS),
-    TensorRule("self_attn.o_proj.weight", ("width", "query_width"), Cut.HEADS, axis=1),
+    TensorRule("self_attn.q_proj.weight", (Q, D)),
+    TensorRule("self_attn.k_proj.weight", (KV, D)),
+    TensorRule("self_attn.v_proj.weight", (KV, D)),
+    *_O,
 )
-_MLP = (
-    TensorRule("mlp.gate_proj.weight", ("neurons", "width"), Cut.NEURONS),
-    TensorRule("mlp.up_proj.weight", ("neurons", "width"), Cut.NEURONS),
-    TensorRule("mlp.down_proj.weight", ("width", "neurons"), Cut.NEURONS, axis=1),
+_UP_DOWN = (
+    TensorRule("mlp.up_proj.weight", (N, D)),
+    TensorRule("mlp.down_proj.weight", (D, N)),
 )
-_QK_NORMS = (
-    TensorRule("self_attn.q_norm.weight", ("head_size",), Cut.COPY),
-    TensorRule("self_attn.k_norm.weight", ("head_size",), Cut.COPY),
+_MLP = (TensorRule("mlp.gate_proj.weight", (N, D)), *_UP_DOWN)
+_FUSED_MLP = (
+    TensorRule("mlp.gate_up_proj.weight", ((N, N), D)),
+    TensorRule("mlp.down_proj.weight", (D, N)),
 )
+
+
+def _qk_norms(q: str = "q_norm", k: str = "k_norm") -> tuple[TensorRule, ...]:
+    return tuple(TensorRule(f"self_attn.{name}.weight", (HEAD_SIZE,)) for name in (q, k))
 
 
 def _qkv_biases(when: str | None) -> tuple[TensorRule, ...]:
     return (
-        TensorRule("self_attn.q_proj.bias", ("query_width",), Cut.HEADS, when=when),
-        TensorRule("self_attn.k_proj.bias", ("kv_width",), Cut.KV_HEADS, when=when),
-        TensorRule("self_attn.v_proj.bias", ("kv_width",), Cut.KV_HEADS, when=when),
+        TensorRule("self_attn.q_proj.bias", (Q,), when),
+        TensorRule("self_attn.k_proj.bias", (KV,), when),
+        TensorRule("self_attn.v_proj.bias", (KV,), when),
     )
 
 
-_O_BIAS = (TensorRule("self_attn.o_proj.bias", ("width",), Cut.COMMON, when="attention_bias"),)
-_MLP_BIASES = (
-    TensorRule("mlp.gate_proj.bias", ("neurons",), Cut.NEURONS, when="mlp_bias"),
-    TensorRule("mlp.up_proj.bias", ("neurons",), Cut.NEURONS, when="mlp_bias"),
-    TensorRule("mlp.down_proj.bias", ("width",), Cut.COMMON, when="mlp_bias"),
-)
+def _o_bias(when: str) -> tuple[TensorRule, ...]:
+    return (TensorRule("self_attn.o_proj.bias", (D,), when, common=True),)
+
+
+def _up_down_biases(when: str) -> tuple[TensorRule, ...]:
+    return (
+        TensorRule("mlp.up_proj.bias", (N,), when),
+        TensorRule("mlp.down_proj.bias", (D,), when, common=True),
+    )
+
+
+def _mlp_biases(when: str) -> tuple[TensorRule, ...]:
+    return (TensorRule("mlp.gate_proj.bias", (N,), when), *_up_down_biases(when))
+
+
+_LLAMA = _NORMS + _ATTENTION + _MLP
+_ATTENTION_BIASES = _qkv_biases("attention_bias") + _o_bias("attention_bias")
+_LLAMA_BIASED = _LLAMA + _ATTENTION_BIASES + _mlp_biases("mlp_bias")
+_KV_HEADS = "num_key_value_heads"
+_BIASED_FINAL_NORM = ("model.norm.weight", "model.norm.bias")
+_SIZES = (_KV_HEADS, "head_dim")
+
+
+def _defaults(**values: object) -> Mapping[str, object]:
+    return MappingProxyType(values)
+
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         f.model_type: f
         for f in (
-            Family(
-                "llama",
-                "LlamaForCausalLM",
-                _NORMS + _ATTENTION + _MLP + _qkv_biases("attention_bias") + _O_BIAS + _MLP_BIASES,
-                nullable=("num_key_value_heads", "head_dim"),
-            ),
+            Family("llama", "LlamaForCausalLM", _LLAMA_BIASED, nullable=_SIZES),
             Family(
                 "mistral",
                 "MistralForCausalLM",
-                _NORMS + _ATTENTION + _MLP,
-                MappingProxyType({"num_key_value_heads": 8}),
+                _LLAMA,
+                _defaults(num_key_value_heads=8),
                 nullable=("head_dim",),
             ),
             Family(
                 "qwen2",
                 "Qwen2ForCausalLM",
-                _NORMS + _ATTENTION + _MLP + _qkv_biases(None),
-                MappingProxyType({"num_key_value_heads": 32}),
-                nullable=("num_key_value_heads",),
+                _LLAMA + _qkv_biases(None),
+                _defaults(num_key_value_heads=32),
+                nullable=(_KV_HEADS,),
             ),
             Family(
                 "qwen3",
                 "Qwen3ForCausalLM",
-                _NORMS + _ATTENTION + _MLP + _QK_NORMS + _qkv_biases("attention_bias") + _O_BIAS,
-                MappingProxyType({"num_key_value_heads": 32, "head_dim": 128}),
-                nullable=("num_key_value_heads",),
+                _LLAMA + _qk_norms() + _ATTENTION_BIASES,
+                _defaults(num_key_value_heads=32, head_dim=128),
+                nullable=(_KV_HEADS,),
+            ),
+            Family(
+                "phi3",
+                "Phi3ForCausalLM",
+                (
+                    *_NORMS,
+                    TensorRule("self_attn.qkv_proj.weight", ((Q, KV, KV), D)),
+                    *_O,
+                    *_FUSED_MLP,
+                ),
+                nullable=(_KV_HEADS,),
+            ),
+            Family(
+                "granite",
+                "GraniteForCausalLM",
+                _LLAMA_BIASED,
+                nullable=(_KV_HEADS,),
+                multiplier="residual_multiplier",
+            ),
+            Family(
+                "seed_oss",
+                "SeedOssForCausalLM",
+                _LLAMA
+                + _qkv_biases("attention_bias")
+                + _o_bias("attention_out_bias")
+                + _mlp_biases("mlp_bias"),
+                _defaults(num_key_value_heads=8, head_dim=128, attention_bias=True),
+                nullable=_SIZES,
+            ),
+            Family(
+                "ministral3",
+                "Ministral3ForCausalLM",
+                _LLAMA,
+                _defaults(num_key_value_heads=8, head_dim=128),
+            ),
+            Family(
+                "ernie4_5",
+                "Ernie4_5ForCausalLM",
+                _LLAMA + _qkv_biases("use_bias") + _o_bias("use_bias") + _mlp_biases("use_bias"),
+                _defaults(num_key_value_heads=2, head_dim=128, tie_word_embeddings=True),
+                nullable=_SIZES,
+            ),
+            Family(
+                "smollm3",
+                "SmolLM3ForCausalLM",
+                _LLAMA_BIASED,
+                _defaults(num_key_value_heads=4, tie_word_embeddings=True),
+                nullable=(_KV_HEADS,),
+            ),
+            Family(
+                "glm",
+                "GlmForCausalLM",
+                _NORMS + _ATTENTION + _FUSED_MLP + _qkv_biases("attention_bias"),
+                _defaults(num_key_value_heads=2, head_dim=128, attention_bias=True),
+            ),
+            Family(
+                "apertus",
+                "ApertusForCausalLM",
+                (
+                    *_norms("attention_layernorm", "feedforward_layernorm"),
+                    *_ATTENTION,
+                    *_UP_DOWN,
+                    *_qk_norms(),
+                    *_ATTENTION_BIASES,
+                    TensorRule("mlp.act_fn.alpha_p", (ONE,)),
+                    TensorRule("mlp.act_fn.alpha_n", (ONE,)),
+                    TensorRule("mlp.act_fn.beta", ()),
+                    TensorRule("mlp.act_fn.eps", ()),
+                ),
+                nullable=(_KV_HEADS,),
+                attention=Block("self_attn", "attention_layernorm", "o_proj"),
+                mlp=Block("mlp", "feedforward_layernorm", "down_proj"),
+            ),
+            Family(
+                "nemotron",
+                "NemotronForCausalLM",
+                _norms(*_TWO_NORMS, bias=True)
+                + _ATTENTION
+                + _UP_DOWN
+                + _ATTENTION_BIASES
+                + _up_down_biases("mlp_bias"),
+                defaults=_defaults(num_key_value_heads=None),
+                nullable=("head_dim",),
+                final_norm=_BIASED_FINAL_NORM,
+            ),
+            Family(
+                "hunyuan_v1_dense",
+                "HunYuanDenseV1ForCausalLM",
+                _LLAMA + _qk_norms("query_layernorm", "key_layernorm") + _ATTENTION_BIASES,
+                defaults=_defaults(head_dim=None),
+                nullable=(_KV_HEADS,),
+            ),
+            Family(
+                "starcoder2",
+                "Starcoder2ForCausalLM",
+                (
+                    *_norms(*_TWO_NORMS, bias=True),
+                    *_ATTENTION,
+                    TensorRule("mlp.c_fc.weight", (N, D)),
+                    TensorRule("mlp.c_proj.weight", (D, N)),
+                    *_qkv_biases("use_bias"),
+                    *_o_bias("use_bias"),
+                    TensorRule("mlp.c_fc.bias", (N,), "use_bias"),
+                    TensorRule("mlp.c_proj.bias", (D,), "use_bias", common=True),
+                ),
+                _defaults(num_key_value_heads=2, use_bias=True, tie_word_embeddings=True),
+                nullable=("head_dim",),
+                mlp=Block("mlp", "post_attention_layernorm", "c_proj"),
+                final_norm=_BIASED_FINAL_NORM,
+            ),
+            Family(
+                "arcee",
+                "ArceeForCausalLM",
+                _NORMS + _ATTENTION + _UP_DOWN + _ATTENTION_BIASES + _up_down_biases("mlp_bias"),
+                nullable=_SIZES,
             ),
         )
     }
 )
-
 _MOE = "its layers are mixtures of experts, whose routing a track can't do on its own"
 _POST_NORM = (
     "it norms each sublayer's output (post-norm), and a norm of a sum is not the sum of norms, "
     "so its sublayers can't be split into partials"
 )
 _HYBRID = "it has layers other than attention and MLP"
+_ALL_HEADS = (
+    "it norms the queries and keys of all heads together, which tracks that have a few of them "
+    "each can't do"
+)
 
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
         "gemma2": _POST_NORM,
         "gemma3": _POST_NORM,
         "gemma3_text": _POST_NORM,
-        "olmo2": _POST_NORM,
-        "olmo3": _POST_NORM,
+        "gemma4": _POST_NORM,
+        "gemma4_text": _POST_NORM,
+        "glm4": _POST_NORM,
+        "exaone4": _POST_NORM,
+        "olmo2": _ALL_HEADS,
+        "olmo3": _ALL_HEADS,
+        "olmoe": _ALL_HEADS,
+        "minimax_m2": _ALL_HEADS,
         "mixtral": _MOE,
         "qwen2_moe": _MOE,
         "qwen3_moe": _MOE,
@@ -155,7 +384,6 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "llama4": _MOE,
         "llama4_text": _MOE,
         "gpt_oss": _MOE,
-        "olmoe": _MOE,
         "jamba": _HYBRID,
         "mamba": _HYBRID,
         "mamba2": _HYBRID,

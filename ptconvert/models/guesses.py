@@ -6,16 +6,16 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ptconvert.models.families import GUESSES_OF
 from ptconvert.models.shape import DTYPE_BYTES, EMBEDDING, ModelShape
 from ptconvert.schedule.schedule import Schedule
-from ptconvert.schedule.stages import Kind, Sublayer
+from ptconvert.schedule.stages import Sublayer
 
 
 def guess_tensors(
     shape: ModelShape, guesses: Mapping[Sublayer, int], tracks: int
 ) -> Iterator[tuple[int, str, tuple[int, ...]]]:
     """Track, name and shape of each tensor of the guesses, given their ranks by sublayer."""
-    blocks = {Kind.ATTENTION: "self_attn", Kind.MLP: "mlp"}
     for sublayer, rank in guesses.items():
         sizes = {
             "from_input.weight": (rank, shape.width),
@@ -24,7 +24,9 @@ def guess_tensors(
             "to_stream.bias": (shape.width,),
         }
         for track in range(tracks):
-            owner = f"model.layers.{sublayer.layer}.tracks.{track}.guess.{blocks[sublayer.kind]}"
+            owner = (
+                f"model.layers.{sublayer.layer}.tracks.{track}.guess.{GUESSES_OF[sublayer.kind]}"
+            )
             for name, size in sizes.items():
                 yield track, f"{owner}.{name}", size
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ptconvert.errors import ConfigError
-from ptconvert.models.families import FAMILIES, UNSUPPORTED, Cut, Family, TensorRule
+from ptconvert.models.families import (
+    FAMILIES,
+    MODEL_TYPE_PREFIX,
+    UNSUPPORTED,
+    Axis,
+    Family,
+    TensorRule,
+)
 from ptconvert.schedule.stages import MAX_LAYERS
 from ptconvert.shorten import clipped
 
@@ -60,9 +68,25 @@ class ModelShape:
         """
         return self.width * DTYPE_BYTES[self.dtype or "BF16"]
 
+    @property
+    def one(self) -> int:
+        """What a tensor of one element counts."""
+        return 1
+
+    def length(self, axis: Axis) -> int:
+        """How many elements an axis has, or its segment."""
+        unit = 1 if axis.unit is None else getattr(self, axis.unit)
+        return int(getattr(self, axis.count) * unit)
+
+    def segments(self, rule: TensorRule) -> list[tuple[Axis, int]]:
+        """What follows each other along the axis of a tensor that is cut, and where each begins."""
+        segments = rule.segments(rule.axis)
+        lengths = [self.length(segment) for segment in segments]
+        return list(zip(segments, itertools.accumulate(lengths[:-1], initial=0), strict=True))
+
     def size(self, rule: TensorRule) -> tuple[int, ...]:
         """The shape of a layer's tensor."""
-        return tuple(int(getattr(self, name)) for name in rule.shape)
+        return tuple(sum(map(self.length, rule.segments(axis))) for axis in range(len(rule.axes)))
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of all tensors; a tied lm_head is not among them."""
@@ -70,7 +94,8 @@ class ModelShape:
         for i in range(self.layers):
             for rule in self.rules:
                 yield f"model.layers.{i}.{rule.name}", self.size(rule)
-        yield "model.norm.weight", (self.width,)
+        for name in self.family.final_norm:
+            yield name, (self.width,)
         if not self.tied:
             yield HEAD, (self.vocabulary, self.width)
 
@@ -92,23 +117,29 @@ class ModelShape:
         kv_fits = self.kv_heads % tracks == 0 or tracks % self.kv_heads == 0
         return kv_fits and self.heads % tracks == 0 and self.neurons % tracks == 0
 
-    def span(self, rule: TensorRule, track: int, tracks: int) -> tuple[int, int]:
-        """The part [start, stop) of `rule.axis` that a track owns, in elements.
+    def spans(self, rule: TensorRule, track: int, tracks: int) -> list[tuple[int, int]]:
+        """The parts [start, stop) of `rule.axis` that a track owns, one of each segment, in
+        elements.
 
         Heads and neurons are assigned contiguously. With fewer KV heads than tracks, the tracks
         whose query heads share a KV head each own that whole head.
         """
-        if rule.cut is Cut.HEADS:
-            size, unit = self.heads, self.head_size
-        elif rule.cut is Cut.KV_HEADS:
-            size, unit = self.kv_heads, self.head_size
-        elif rule.cut is Cut.NEURONS:
-            size, unit = self.neurons, 1
-        else:
-            return 0, self.size(rule)[rule.axis]
-        start = track * size // tracks
-        count = max(size // tracks, 1)
-        return start * unit, (start + count) * unit
+        if not rule.is_cut:
+            return [(0, rows(self.size(rule)))]
+        found = []
+        for segment, begin in self.segments(rule):
+            count = int(getattr(self, segment.count))
+            unit = self.length(segment) // count
+            first, own = track * count // tracks, max(count // tracks, 1)
+            found.append((begin + first * unit, begin + (first + own) * unit))
+        return found
+
+    def share(self, rule: TensorRule, tracks: int) -> tuple[int, ...]:
+        """The shape of one track's part of a layer's tensor."""
+        own = sum(stop - start for start, stop in self.spans(rule, 0, tracks))
+        return tuple(
+            own if axis == rule.axis else size for axis, size in enumerate(self.size(rule))
+        )
 
     @staticmethod
     def from_config(config: Mapping[str, object], where: str = "config.json") -> ModelShape:
@@ -120,7 +151,9 @@ class ModelShape:
 
         def size(key: str, otherwise: int | None = None, most: int = _MAX_SIZE) -> int:
             value = config.get(key, family.defaults.get(key))
-            if value is None and (key not in config or key in family.nullable):
+            if value is None and (
+                key not in {**family.defaults, **config} or key in family.nullable
+            ):
                 value = otherwise
             if type(value) is not int or not 1 <= value <= most:
                 was = f"is {_short(value)}" if key in config else "is missing"
@@ -138,7 +171,7 @@ class ModelShape:
             head_size=head_size,
             neurons=size("intermediate_size"),
             vocabulary=size("vocab_size"),
-            tied=_flag(config, TIED, where),
+            tied=is_tied(config, where),
             dtype=config_dtype(config, where),
             rules=family.layer_rules(config),
         )
@@ -148,6 +181,18 @@ class ModelShape:
                 "evenly; num_key_value_heads must divide num_attention_heads"
             )
         return shape
+
+
+def rows(size: tuple[int, ...]) -> int:
+    """How long a tensor's first axis is; a scalar counts as one row."""
+    return size[0] if size else 1
+
+
+def is_tied(config: Mapping[str, object], where: str = "config.json") -> bool:
+    """Whether a model's config.json, or a converted one's, says that lm_head is the embedding."""
+    family = FAMILIES.get(str(config.get("model_type")).removeprefix(MODEL_TYPE_PREFIX))
+    defaults = family.defaults if family else {}
+    return _flag({**defaults, **config}, TIED, where)
 
 
 def config_dtype(config: Mapping[str, object], where: str) -> str | None:

@@ -20,8 +20,8 @@ import torch
 
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.divergence import tokens_at_once
+from ptconvert.measure.head import Head
 from ptconvert.measure.progress import Progress
-from ptconvert.modeling.executor import TorchEngine, run_program
 from ptconvert.plan.segments import Segment, alone
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
@@ -45,7 +45,7 @@ class Perturbations:
         batch: BatchSize,
         progress: Progress,
     ) -> None:
-        self._decoder, self._head = model.get_decoder(), model.get_output_embeddings()
+        self._decoder, self._head = model.get_decoder(), Head(model)
         self._batch, self.layers_run = batch, 0
         self.layers = len(self._decoder.layers)
         self._dense = dense_schedule(self.layers)
@@ -85,10 +85,8 @@ class Perturbations:
         return torch.cat(parts)
 
     def _layers(self, schedule: Schedule, stages: range, stream_BTD: torch.Tensor) -> torch.Tensor:
-        decoder = self._decoder
-        engine = TorchEngine(decoder.runner(stream_BTD), decoder.communicator)
-        program = schedule.program[stages.start : stages.stop]
-        return run_program(program, stream_BTD, engine, decoder.waiting_weight).settled()
+        ended_BTD: torch.Tensor = self._decoder.run_stages(schedule, stages, stream_BTD)
+        return ended_BTD
 
     def _back(self, progress: Progress) -> dict[int, torch.Tensor]:
         """The gradients (N, T, D) of the summed log-probability of sampled tokens, by the layer
@@ -129,7 +127,7 @@ class Perturbations:
             generator = torch.Generator(found_PD.device).manual_seed(_SEED + number)
             for first in range(0, window, at_once):
                 part_PD = stream_TD[first : first + at_once].to(found_PD.device).requires_grad_()
-                logp_PV = self._head(self._decoder.norm(part_PD)).float().log_softmax(-1)
+                logp_PV = self._head(self._decoder.finish(part_PD[None])[0]).float().log_softmax(-1)
                 token_P1 = torch.multinomial(logp_PV.detach().exp(), 1, generator=generator)
                 (gradient_PD,) = torch.autograd.grad(logp_PV.gather(-1, token_P1).sum(), part_PD)
                 at = (number - rows.start) * window + first

@@ -177,7 +177,7 @@ class Meter:
         reference, model = self._opened
         layer = self._departs(schedule)
         self._layers_run += (self.layers - layer) * len(self.windows.ids[::every])
-        model.model.schedule, model.model.first_stage = schedule, 2 * layer
+        model.model.layers.schedule, model.model.layers.first_stage = schedule, 2 * layer
         tokens = divergence.measure(
             model,
             reference,

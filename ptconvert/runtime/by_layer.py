@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import ptconvert
 from ptconvert.checkpoint.reader import Checkpoint
+from ptconvert.models.families import Cut
+from ptconvert.models.shape import ModelShape
 
 
 @contextmanager
@@ -28,9 +30,11 @@ def opened_by_layer(path: Path, dtype: torch.dtype, device: torch.device | str) 
     ptconvert.register()
     transformers.utils.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(path)
-    places: dict[str, Any] = {f"model.layers.{i}": "disk" for i in range(config.num_hidden_layers)}
-    outside = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")
-    places |= dict.fromkeys(outside, str(device))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    outside = [f"model.{name}" for name, _ in model.model.named_children() if name != "layers"]
+    places: dict[str, Any] = dict.fromkeys([*outside, "lm_head"], str(device))
+    places |= {f"model.layers.{i}": "disk" for i in range(config.num_hidden_layers)}
     with tempfile.TemporaryDirectory(prefix="ptconvert-offload-") as folder:
         yield AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, device_map=places, offload_folder=folder
@@ -52,30 +56,37 @@ def by_layer_bytes(checkpoint: Checkpoint) -> int:
 
 
 class _Reordered(ModelHook):  # type: ignore[misc]
-    """Puts a Linear's outputs (axis 0) or inputs (axis 1) into another order, once it was read."""
+    """Puts an axis of a module's tensor into another order, once it was read."""
 
-    def __init__(self, axis: int, orders: dict[str, torch.Tensor]) -> None:
-        self.axis, self.orders = axis, orders
+    def __init__(self, tensor: str, axis: int, orders: dict[str, torch.Tensor]) -> None:
+        self.tensor, self.axis, self.orders = tensor, axis, orders
 
     def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        order = self.orders["order"].to(module.weight.device)
-        module.weight = nn.Parameter(module.weight.index_select(self.axis, order), False)
-        if module.bias is not None and self.axis == 0:
-            module.bias = nn.Parameter(module.bias.index_select(0, order), False)
+        own = getattr(module, self.tensor)
+        order, length = self.orders["order"].to(own.device), own.shape[self.axis]
+        # of each of those that are fused into the tensor
+        begins = torch.arange(0, length, len(order), device=own.device)
+        indices = (begins[:, None] + order).flatten()
+        setattr(module, self.tensor, nn.Parameter(own.index_select(self.axis, indices), False))
         return args, kwargs
 
 
-def reorderings(model: Any, count: int) -> Iterator[None]:
+def reorderings(model: Any, shape: ModelShape, count: int) -> Iterator[None]:
     """Makes a model of `opened_by_layer` the same function with sums that round differently: its
     FFN neurons in another order each time. Never the first order again."""
     generator = torch.Generator().manual_seed(0)
+    rules = [r for r in shape.rules if any(s.cut is Cut.NEURONS for s in r.segments(r.axis))]
     orders: list[tuple[int, dict[str, torch.Tensor]]] = []
-    for layer in model.model.layers:
+    for layer in model.model.layers.children():
         for own in layer.tracks.values() if hasattr(layer, "tracks") else [layer]:
-            mlp, of_layer = own.mlp, dict[str, torch.Tensor]()
-            orders.append((mlp.down_proj.in_features, of_layer))
-            for projection, axis in ((mlp.gate_proj, 0), (mlp.up_proj, 0), (mlp.down_proj, 1)):
-                add_hook_to_module(projection, _Reordered(axis, of_layer), append=True)
+            of_layer = dict[str, torch.Tensor]()
+            for rule in rules:
+                name, tensor = rule.name.rsplit(".", 1)
+                module, segments = own.get_submodule(name), len(rule.segments(rule.axis))
+                neurons = getattr(module, tensor).shape[rule.axis] // segments
+                hook = _Reordered(tensor, rule.axis, of_layer)
+                add_hook_to_module(module, hook, append=True)
+            orders.append((neurons, of_layer))
     for _ in range(count):
         for neurons, of_layer in orders:
             of_layer["order"] = torch.randperm(neurons, generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint
 from ptconvert.checkpoint.section import read_section, source_config
 from ptconvert.errors import CheckpointError
 from ptconvert.modeling.executor import Communicator
-from ptconvert.modeling.layers import Placement, family_class
+from ptconvert.modeling.layers import Placement
 from ptconvert.modeling.model import CAUSAL_LMS
 from ptconvert.models.families import TensorRule
-from ptconvert.models.shape import TORCH_NAMES, ModelShape
+from ptconvert.models.shape import TORCH_NAMES, ModelShape, rows
 
 # Of safetensors' names of what is converted.
 TORCH_DTYPES: dict[str, torch.dtype] = {s: getattr(torch, t) for s, t in TORCH_NAMES.items()}
@@ -41,8 +42,9 @@ def rank_bytes(checkpoint: Checkpoint, placement: Placement) -> int:
             continue
         size = entry.nbytes
         if rule := rules.get(name):
-            start, stop = shape.span(rule, placement.rank, placement.ranks)
-            size = size * (stop - start) // entry.shape[rule.axis]
+            spans = shape.spans(rule, placement.rank, placement.ranks)
+            own = sum(stop - start for start, stop in spans)
+            size = size * own // rows(entry.shape[rule.axis :])
         total += size
     return total
 
@@ -70,22 +72,25 @@ def load_rank(
         model = model_class(config, placement, communicator)
     model.to_empty(device="cpu")
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.state_dict().items():
+        if not parameter.is_floating_point():
+            continue  # of an assignment, which nothing but `--to-dense` reads
         entry = checkpoint.tensors.get(name)
         if entry is None and name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if entry is None:
             raise CheckpointError(f"{path}: {name} is missing")
-        part = (0, 0, entry.shape[0])
-        if rule := rules.get(name):
-            part = (rule.axis, *shape.span(rule, placement.rank, placement.ranks))
-        tensor = read_part(entry, *part)
+        rule = rules.get(name)
+        if rule is None or not rule.is_cut:
+            tensor = read_whole(entry)
+        else:
+            spans = shape.spans(rule, placement.rank, placement.ranks)
+            tensor = torch.cat([read_part(entry, rule.axis, *span) for span in spans], rule.axis)
         if tensor.shape != parameter.shape:
             raise CheckpointError(f"{path}: {name} has shape {list(entry.shape)}")
         tensors[name] = tensor.to(dtype)
     model.load_state_dict(tensors, strict=False, assign=True)
-    # The rotary tables are computed, not stored, so they were left behind on the meta device.
-    model.model.rotary_emb = family_class(config, "RotaryEmbedding")(config=config)
+    compute_buffers(model, "cpu")
     if config.tie_word_embeddings and not overruled(checkpoint):
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.to(device).eval()
@@ -96,6 +101,21 @@ def _dense_rules(shape: ModelShape) -> dict[str, TensorRule]:
     return {
         f"model.layers.{i}.{rule.name}": rule for i in range(shape.layers) for rule in shape.rules
     }
+
+
+def compute_buffers(model: Any, device: torch.device | str) -> None:
+    """Fills what is computed, not stored, such as the tables of rotary embeddings, in a model that
+    was made on the meta device."""
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            module.to_empty(device=device, recurse=False)
+            model._init_weights(module)
+
+
+def read_whole(entry: TensorEntry) -> torch.Tensor:
+    """A stored tensor."""
+    whole = replace(entry, shape=(rows(entry.shape), *entry.shape[1:]))
+    return read_part(whole, 0, 0, whole.shape[0]).view(entry.shape)
 
 
 def read_part(entry: TensorEntry, axis: int, start: int, stop: int) -> torch.Tensor:

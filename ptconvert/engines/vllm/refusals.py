@@ -9,6 +9,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ptconvert.checkpoint.section import Section, read_section
 from ptconvert.errors import ConfigError
+from ptconvert.modeling.layers import family_of
 from ptconvert.spec.terms import wrong_ranks
 
 
@@ -25,8 +26,18 @@ class ServingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
             raise ConfigError("; ".join(refused))
 
 
+# The families whose layers in vLLM were compared with transformers' (tests/serving).
+SERVED = ("llama", "mistral", "qwen2", "qwen3")
+
+
 def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    family = family_of(model.hf_config).model_type
+    if family not in SERVED:
+        yield (
+            f"a converted {family} isn't served in vLLM, of converted models only "
+            f"{', '.join(SERVED)}; transformers runs it"
+        )
     ranks = parallel.tensor_parallel_size
     if reason := wrong_ranks("the checkpoint", section.tracks, ranks):
         yield f"tensor_parallel_size {ranks}: {reason}"
