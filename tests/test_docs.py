@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +37,13 @@ def test_links_lead_somewhere(page: Path) -> None:
         target = (page.parent / name).resolve() if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_the_page_of_families_is_generated() -> None:
+    page = ROOT / "docs" / "families.md"
+    command = [sys.executable, str(page.with_suffix(".py"))]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed == page.read_text(encoding="utf-8"), "python docs/families.py > docs/families.md"
 
 
 def test_the_readme_leads_to_every_page() -> None:

@@ -352,7 +352,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         )
     }
 )
-_MOE = "its layers are mixtures of experts, whose routing a track can't do on its own"
+_MOE = "its layers are mixtures of experts"
 _POST_NORM = (
     "it norms each sublayer's output (post-norm), and a norm of a sum is not the sum of norms, "
     "so its sublayers can't be split into partials"

@@ -10,6 +10,8 @@ from typing import Any
 
 from ptconvert.engines import ServingEngine
 
+# The families whose layers in vLLM were compared with transformers' (tests/serving).
+SERVED = ("llama", "mistral", "qwen2", "qwen3")
 _MODEL = "ptconvert.engines.vllm.model:PTConvertForCausalLM"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ptconvert.checkpoint.section import Section, read_section
+from ptconvert.engines.vllm import SERVED
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.layers import family_of
 from ptconvert.spec.terms import wrong_ranks
@@ -24,10 +25,6 @@ class ServingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
         refused = list(_refused(vllm_config, section))
         if refused:
             raise ConfigError("; ".join(refused))
-
-
-# The families whose layers in vLLM were compared with transformers' (tests/serving).
-SERVED = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def _refused(vllm_config: Any, section: Section) -> Iterator[str]:

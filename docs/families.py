@@ -1,0 +1,70 @@
+"""Prints docs/families.md: what of a model can be converted, from the package's own tables.
+
+    python docs/families.py > docs/families.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ptconvert.engines.vllm import SERVED
+from ptconvert.models.families import FAMILIES, UNSUPPORTED, Family
+from ptconvert.models.shape import DTYPES
+
+HEAD = """\
+# Families of models
+
+`python docs/families.py > docs/families.md` writes this page from the tables that the conversion itself
+goes by; a test compares them.
+
+An ending is exact where the tracks together give what one device gives that runs the same schedule: of
+`!` that is the source model, of `~k` the source model with later merges. After `.` and `^k` each track
+goes on without the others' partials, so that the result depends on the number of tracks; with one track
+it is the source model, but for output biases, which all tracks wait for.
+
+| `model_type` | transformers' class | exact | approximate | weights | fused, cut piece by piece | \
+also has | in vLLM |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+REFUSED = """
+## Refused
+
+Of models that are quantised, that transformers wraps (vision and language), or that bring their own
+code (`auto_map`), nothing is converted, and no other family is. These are refused by name:
+
+| `model_type` | since |
+| --- | --- |
+"""
+
+
+def row(family: Family) -> str:
+    """One line of the table."""
+    fused = [r.name.split(".")[-2] for r in family.layer if len(r.segments(r.axis)) > 1]
+    has = [flag for flag in dict.fromkeys(r.when for r in family.layer) if flag]
+    cells = (
+        f"`{family.model_type}`",
+        f"`{family.causal_lm}`",
+        "`!` `~k`",
+        "`.` `^k`",
+        ", ".join(DTYPES),
+        ", ".join(f"`{name}`" for name in fused),
+        ", ".join(f"`{name}`" for name in (*has, *filter(None, [family.multiplier]))),
+        "yes" if family.model_type in SERVED else "refused",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def page() -> str:
+    """The whole page."""
+
+    def lines() -> Iterator[str]:
+        yield HEAD.rstrip("\n")
+        yield from map(row, FAMILIES.values())
+        yield REFUSED.rstrip("\n")
+        yield from (f"| `{name}` | {reason} |" for name, reason in UNSUPPORTED.items())
+
+    return "\n".join(lines()) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
