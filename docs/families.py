@@ -1,6 +1,6 @@
 """Prints docs/families.md: what of a model can be converted, from the package's own tables.
 
-    python docs/families.py > docs/families.md
+python docs/families.py > docs/families.md
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from ptconvert.models.shape import DTYPES
 HEAD = """\
 # Families of models
 
-`python docs/families.py > docs/families.md` writes this page from the tables that the conversion itself
-goes by; a test compares them.
+`python docs/families.py > docs/families.md` writes this page from the tables that the conversion
+itself goes by; a test compares them.
 
-An ending is exact where the tracks together give what one device gives that runs the same schedule: of
-`!` that is the source model, of `~k` the source model with later merges. After `.` and `^k` each track
-goes on without the others' partials, so that the result depends on the number of tracks; with one track
-it is the source model, but for output biases, which all tracks wait for.
+An ending is exact where the tracks together give what one device gives that runs the same schedule:
+of `!` that is the source model, of `~k` the source model with later merges. After `.` and `^k` each
+track goes on without the others' partials, so that the result depends on the number of tracks; with
+one track it is the source model, but for output biases, which all tracks wait for.
 
 | `model_type` | transformers' class | exact | approximate | weights | fused, cut piece by piece | \
 also has | in vLLM |

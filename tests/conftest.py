@@ -90,6 +90,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("Nemotron", {"mlp_bias": True, "attention_bias": True}),
     "hunyuan_v1_dense": ("HunYuanDenseV1", {"head_dim": 8}),
     "starcoder2": ("Starcoder2", {}),
+    "qwen3_5_text": (
+        "Qwen3_5",
+        {
+            **{"head_dim": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
+            **{"linear_key_head_dim": 8, "linear_value_head_dim": 4},
+        },
+    ),
     "arcee": ("Arcee", {"head_dim": 8, "mlp_bias": True}),
 }
 
@@ -110,9 +117,10 @@ Convert = Callable[..., Path]
 def random_model(variant: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """A dense model whose weights are large enough for schedules to matter."""
     family, settings = VARIANTS[variant]
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **settings, **overrides})
+    model_class = getattr(transformers, f"{family}ForCausalLM")
+    config = model_class.config_class(**{**SIZES, **settings, **overrides})
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model = model_class(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):

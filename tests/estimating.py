@@ -80,7 +80,7 @@ def _settings(draw: st.DrawFn) -> Given:
     hardware = replace(H100, links=links, device=device)
     ranks = draw(st.sampled_from([n for n in (1, 2, 4, 8, 16) if n <= joined[-1]]))
     tracks = ranks * draw(st.sampled_from([1, 2]))
-    shape = replace(SHAPE, layers=schedule.layers)
+    shape = SHAPE.with_layers(schedule.layers)
     return Given(schedule, shape, hardware, ranks, tracks, draw(PASSES))
 
 

@@ -64,6 +64,8 @@ def parts(layer: Any, name: str) -> tuple[Any, Any, Any]:
     """The norm, the block and the output projection of a dense sublayer."""
     if name == "a":
         norm = getattr(layer, "attention_layernorm", None) or layer.input_layernorm
+        if hasattr(layer, "linear_attn"):
+            return norm, layer.linear_attn, layer.linear_attn.out_proj
         return norm, layer.self_attn, layer.self_attn.o_proj
     norm = getattr(layer, "feedforward_layernorm", None) or layer.post_attention_layernorm
     return norm, layer.mlp, getattr(layer.mlp, "c_proj", None) or layer.mlp.down_proj
@@ -74,7 +76,12 @@ def output_inputs(layer: Any, name: str, x_BSD: torch.Tensor, extra: dict[str, A
     norm, block, projection = parts(layer, name)
     caught = []
     hook = projection.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    block(hidden_states=norm(x_BSD), **extra) if name == "a" else block(norm(x_BSD))
+    if hasattr(block, "conv1d"):
+        block(norm(x_BSD), None, extra["attention_mask"])
+    elif name == "a":
+        block(hidden_states=norm(x_BSD), **extra)
+    else:
+        block(norm(x_BSD))
     hook.remove()
     return caught[0], projection
 

@@ -50,7 +50,7 @@ def figures(*arguments: object) -> dict[str, Any]:
 def setting(batch: int, *, ranks: int = 4, layers: int = 10, step_us: float = 620) -> Setting:
     """A model of 10 layers on 2 pairs of devices, with a slow link between the pairs."""
     hardware = replace(H100, links=(LINK, SLOW))
-    shape = replace(SHAPE, layers=layers)
+    shape = SHAPE.with_layers(layers)
     workload = Workload(batch, 100, 21)
     return Setting(
         shape, hardware, replace(VLLM, step_us=step_us, request_us=3e6), "vllm", ranks, workload

@@ -131,22 +131,20 @@ def test_checkpoints_of_versions_without_a_digest_go_back(
     assert (tmp_path / "back" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("flag", ["output_hidden_states", "output_attentions", "return_dict"])
+@pytest.mark.parametrize("flag", ["output_hidden_states", "output_attentions"])
 def test_outputs_that_the_sources_config_asks_for(
     flag: str, copied: Callable[..., Path], make_dense: MakeDense, convert: Convert
 ) -> None:
     """Logits come all the same; what there is none of is left out, unless it is asked for here."""
-    source = edited(copied(), lambda _: None, **{flag: flag != "return_dict"})
+    source = edited(copied(), lambda _: None, **{flag: True})
     model = load(convert(source, 2, SCHEDULES["track-2-rest"]))
-    assert getattr(model.config, flag) == (flag != "return_dict")
+    assert getattr(model.config, flag)
     ids_BS, _ = left_padded()
     plain = load(convert(make_dense("llama"), 2, SCHEDULES["track-2-rest"]))
     with torch.no_grad():
         found, expected, base = model(ids_BS), plain(ids_BS), model.model(ids_BS)
-    assert isinstance(found, tuple) == isinstance(base, tuple) == (flag == "return_dict")
     assert torch.equal(found[0], expected.logits)
     assert torch.equal(base[0], plain.model(ids_BS).last_hidden_state)
     assert model.generate(ids_BS, max_new_tokens=2, do_sample=False).shape[1] == 14
-    if flag != "return_dict":
-        with pytest.raises(ValueError, match=flag):
-            model(ids_BS, **{flag: True})
+    with pytest.raises(ValueError, match=flag):
+        model(ids_BS, **{flag: True})

@@ -194,7 +194,9 @@ def test_guesses_take_time_and_memory() -> None:
         )
         more = with_them.compute - without.compute
         assert more == pytest.approx(tracks * len(guesses) * each)
-        held, empty = (rank_bytes(SHAPE, VLLM, ranks, one, 8, 80, g) for g in (guesses, {}))
+        held, empty = (
+            rank_bytes(SHAPE, VLLM, ranks, one, 8, frozenset(range(80)), g) for g in (guesses, {})
+        )
         assert held - empty == pytest.approx(tracks * len(guesses) * 2 * elements)
 
 

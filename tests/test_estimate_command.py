@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -197,7 +196,7 @@ def test_any_schedule_has_a_report(schedule: Schedule) -> None:
     layers = layer_group(schedule)
     assert set(layers) and set(layers) <= set(range(schedule.layers))
     assert len(layers) >= min(2, schedule.layers - layers.start)
-    shape = replace(SHAPE, layers=schedule.layers)
+    shape = SHAPE.with_layers(schedule.layers)
     setting = Setting(shape, H100, GPT_FAST, "gpt-fast", 2, Workload(1, 8, 8))
     Balanced().feed(to_html(compare([Candidate("drawn", schedule, 4)], setting), setting))
 

@@ -16,12 +16,12 @@ from test_modeling import TOLERANCE, difference, left_padded
 
 import ptconvert.modeling.layers as layers_module
 import ptconvert.models.shape as shape_module
-from ptconvert.modeling.layers import TrackConfig, family_of, layer_class
+from ptconvert.modeling.layers import TrackConfig, layer_class
 from ptconvert.modeling.model import BASE_MODELS, CAUSAL_LMS
 from ptconvert.models import families
 from ptconvert.models.families import KV, D, Q
 from ptconvert.models.shape import ModelShape
-from ptconvert.schedule.stages import Kind
+from ptconvert.schedule.stages import Kind, Sublayer
 
 OF_A_FAMILY = {name: VARIANTS[name] for name in VARIANTS if name in CAUSAL_LMS}
 
@@ -32,7 +32,7 @@ def config_of(variant: str, **changed: Any) -> Any:
         **{"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4},
         **{"intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128, "head_dim": 16},
     }
-    config_class = getattr(transformers, f"{family}Config")
+    config_class = getattr(transformers, f"{family}ForCausalLM").config_class
     return config_class(**{**settings, **sizes, "pad_token_id": 0, **changed})
 
 
@@ -51,17 +51,18 @@ def test_the_table_cuts_what_the_classes_do(variant: str, tracks: int, kv_heads:
     """A dense layer and a track's layer differ where the table cuts, by as much, nowhere else."""
     config = config_of(variant, num_key_value_heads=kv_heads)
     shape = ModelShape.from_config(config.to_dict())
-    with torch.device("meta"):
-        dense = layer_class(config)(config, 0)
-        track = layer_class(config)(TrackConfig(config, tracks), 0)
-    assert shapes(dense) == {rule.name: shape.size(rule) for rule in shape.rules}
-    assert shapes(track) == {rule.name: shape.share(rule, tracks) for rule in shape.rules}
-    for kind in Kind:  # its input is divided, so that what it gives is a partial
-        block = family_of(config).block(kind)
-        output = next(r for r in shape.rules if r.name == f"{block.name}.{block.output}.weight")
-        assert output.axis == 1 and math.prod(shape.share(output, tracks)) * tracks == math.prod(
-            shape.size(output)
-        )
+    for layer in range(shape.layers):
+        with torch.device("meta"):
+            dense = layer_class(config)(config, layer)
+            track = layer_class(config)(TrackConfig(config, tracks), layer)
+        rules = {rule.name: rule for rule in shape.rules_of(layer)}
+        assert shapes(dense) == {name: shape.size(rule) for name, rule in rules.items()}
+        assert shapes(track) == {name: shape.share(rule, tracks) for name, rule in rules.items()}
+        for kind in Kind:  # its input is divided, so that what it gives is a partial
+            block = shape.block(Sublayer(layer, kind))
+            output = rules[f"{block.name}.{block.output}.weight"]
+            assert output.axis == 1
+            assert math.prod(shape.share(output, tracks)) * tracks == math.prod(shape.size(output))
 
 
 @pytest.mark.parametrize("variant", OF_A_FAMILY)
@@ -76,7 +77,8 @@ def test_one_track_is_the_source_and_ladder_is_the_same_for_every_n(
     variant: str, make_dense: MakeDense, convert: Convert
 ) -> None:
     """Without output biases, which no track sees before the merge."""
-    common = {rule.when: False for rule in families.FAMILIES[variant].layer if rule.common}
+    rules = families.FAMILIES[variant].layer
+    common = {rule.when: False for rule in rules if rule.common and rule.when}
     source, (ids_BS, keep_BS) = make_dense(variant, **common), left_padded()
 
     def logits(tracks: int, schedule: str) -> torch.Tensor:

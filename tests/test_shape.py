@@ -65,7 +65,7 @@ def test_divisibility(tracks: int, fits: bool) -> None:
 def test_spans_tile_each_tensor_or_repeat_it(family: str, tracks: int) -> None:
     config = {**BASE, "model_type": family, "architectures": None, "attention_bias": True}
     shape = ModelShape.from_config(config)
-    for rule in shape.rules:
+    for rule in shape.rules_of(0):
         spans = sorted({span for t in range(tracks) for span in shape.spans(rule, t, tracks)})
         size = shape.size(rule)
         assert spans[0][0] == 0 and spans[-1][1] == (size[rule.axis] if size else 1)
@@ -74,7 +74,7 @@ def test_spans_tile_each_tensor_or_repeat_it(family: str, tracks: int) -> None:
 
 def test_query_heads_stay_with_their_kv_head() -> None:
     shape = ModelShape.from_config(BASE)
-    rules = {r.name: r for r in shape.rules}
+    rules = {r.name: r for r in shape.rules_of(0)}
     for tracks in (2, 4, 8):
         for t in range(tracks):
             (queries,) = shape.spans(rules["self_attn.q_proj.weight"], t, tracks)

@@ -25,7 +25,6 @@ from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
 from ptconvert.checkpoint.calibration import Assignment
 from ptconvert.measure.progress import Progress
 from ptconvert.modeling.layers import multiplied
-from ptconvert.models.families import Block
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
@@ -61,7 +60,7 @@ def observe(
     """One pass of the dense model over windows of token ids."""
     found, hooks = {}, []
     for sublayer in sublayers:
-        activity, placed = _hooked(model, shape, sublayer, _units(shape, sublayer.kind, tracks))
+        activity, placed = _hooked(model, shape, sublayer, _units(shape, sublayer, tracks))
         found[sublayer] = activity
         hooks += placed
     try:
@@ -79,7 +78,7 @@ def _hooked(
 ) -> tuple[Activity, list[Any]]:
     """The sums of a sublayer of so many units, and the hooks that fill them."""
     layer = model.get_decoder().layers[sublayer.layer]
-    block = shape.family.block(sublayer.kind)
+    block = shape.block(sublayer)
     output = getattr(getattr(layer, block.name), block.output)
     channels = output.in_features // units
     activity = Activity(torch.zeros(units, channels, channels, device=model.device), {})
@@ -106,7 +105,7 @@ def _hooked(
         output.register_forward_pre_hook(wrote),
         getattr(layer, block.norm).register_forward_pre_hook(normed),
     ]
-    for name in dict.fromkeys(name for name, *_ in _inputs(shape, sublayer.kind)):
+    for name in dict.fromkeys(name for name, *_ in _inputs(shape, sublayer)):
         hooks.append(layer.get_submodule(name).register_forward_hook(reader(name)))
     return activity, hooks
 
@@ -116,14 +115,15 @@ def _epsilon(norm: Any) -> float:
     return float(epsilon)
 
 
-def _inputs(shape: ModelShape, kind: Kind) -> Iterator[tuple[str, int, int, int]]:
+def _inputs(shape: ModelShape, sublayer: Sublayer) -> Iterator[tuple[str, int, int, int]]:
     """What reads a sublayer's input: each projection by its name in the layer, the rows
     [start, stop) of it that are one of those fused into it, and in how many groups these are
     divided."""
-    block: Block = shape.family.block(kind)
-    for rule in shape.rules:
+    block = shape.block(sublayer)
+    for rule in shape.rules_of(sublayer.layer):
         name, tensor = rule.name.rsplit(".", 1)
-        if name.startswith(f"{block.name}.") and tensor == "weight" and rule.axis == 0:
+        inside, reads = name.startswith(f"{block.name}."), len(rule.axes) == 2 and rule.axis == 0
+        if inside and reads and tensor == "weight":
             for segment, begin in shape.segments(rule) if rule.is_cut else ():
                 groups = int(getattr(shape, segment.count))
                 yield name, begin, begin + shape.length(segment), groups
@@ -138,18 +138,19 @@ def _gain(norm: Any) -> torch.Tensor:
     return (both_D / 2 * sign_D).float()
 
 
-def _units(shape: ModelShape, kind: Kind, tracks: int) -> int:
+def _units(shape: ModelShape, sublayer: Sublayer, tracks: int) -> int:
     """How many units of a sublayer go to one track each: neurons, KV heads with their query heads,
     or, where there are fewer KV heads than tracks, each track's query heads with a copy of the KV
     head that they read."""
-    if kind is Kind.MLP:
+    if sublayer.kind is Kind.MLP:
         return shape.neurons
-    return shape.kv_heads if _moves(shape, kind, tracks) else tracks
+    units = shape.attention_units(sublayer.layer)
+    return units if _moves(shape, sublayer, tracks) else tracks
 
 
-def _moves(shape: ModelShape, kind: Kind, tracks: int) -> bool:
+def _moves(shape: ModelShape, sublayer: Sublayer, tracks: int) -> bool:
     """Whether a sublayer's units can change places."""
-    return kind is Kind.MLP or shape.kv_heads % tracks == 0
+    return sublayer.kind is Kind.MLP or shape.attention_units(sublayer.layer) % tracks == 0
 
 
 @torch.inference_mode()
@@ -163,13 +164,13 @@ def affinity(
     layers = model.get_decoder().layers
     columns_DK = _columns(layers[writer[0].layer], shape, *writer)
     sublayer, activity = reader
-    layer, block = layers[sublayer.layer], shape.family.block(sublayer.kind)
+    layer, block = layers[sublayer.layer], shape.block(sublayer)
     gain_D = _gain(getattr(layer, block.norm))
     units, writers = len(activity.written), len(writer[1].written)
     importance_U = _columns(layer, shape, *reader).pow(2).sum(0).view(units, -1).sum(1)
     scale = activity.inverse / activity.tokens
     found = torch.zeros(units, writers, device=gain_D.device)
-    for name, start, stop, count in _inputs(shape, sublayer.kind):
+    for name, start, stop, count in _inputs(shape, sublayer):
         rows_RD = layer.get_submodule(name).weight[start:stop].float() * gain_D
         groups = min(units, count)  # fewer KV heads than units, it may be
         energy_G = activity.read[name][start:stop].view(groups, -1).sum(1) / activity.tokens
@@ -182,7 +183,7 @@ def affinity(
 
 def _columns(layer: Any, shape: ModelShape, sublayer: Sublayer, activity: Activity) -> torch.Tensor:
     """What the units write, as columns (D, K) whose outer products sum to the second moments."""
-    block = shape.family.block(sublayer.kind)
+    block = shape.block(sublayer)
     weight_DH = getattr(getattr(layer, block.name), block.output).weight.float()
     weight_DH = multiplied(layer, shape.family, weight_DH)
     values, vectors = torch.linalg.eigh(activity.written / activity.tokens)
@@ -206,14 +207,14 @@ def assign(
     sublayers = sorted({s for pair in affinities for s in pair}, key=lambda s: s.position)
     owners: Owners = {}
     for sublayer in sublayers:
-        units = _units(shape, sublayer.kind, tracks)
+        units = _units(shape, sublayer, tracks)
         owners[sublayer] = np.arange(units) * tracks // units
     before = lost(affinities, owners)
     generator = np.random.default_rng(0)
     for _ in range(passes):
         changed = False
         for sublayer in sublayers:
-            if _moves(shape, sublayer.kind, tracks):
+            if _moves(shape, sublayer, tracks):
                 kept = _kept(sublayer, affinities, owners, tracks)
                 new = _reassigned(kept, owners[sublayer], generator)
                 changed |= not np.array_equal(new, owners[sublayer])
@@ -263,15 +264,22 @@ def _reassigned(
 
 def group_bytes(shape: ModelShape, group: Iterable[tuple[Sublayer, Sublayer]], tracks: int) -> int:
     """What the affinities of a group take."""
-    return sum(4 * math.prod(_units(shape, s.kind, tracks) for s in pair) for pair in group)
+    return sum(4 * math.prod(_units(shape, s, tracks) for s in pair) for pair in group)
 
 
 def group_flops(shape: ModelShape, group: Iterable[tuple[Sublayer, Sublayer]]) -> float:
     """What the affinities of a group take: of each pair the reader's rows times the writer's
     columns."""
-    columns = {Kind.ATTENTION: shape.query_width, Kind.MLP: shape.neurons}
-    rows = {k: sum(stop - start for _, start, stop, _ in _inputs(shape, k)) for k in Kind}
-    pairs = [rows[reader.kind] * columns[writer.kind] for writer, reader in group]
+
+    def columns(writer: Sublayer) -> int:
+        block = shape.block(writer)
+        output = f"{block.name}.{block.output}.weight"
+        return next(shape.size(r)[1] for r in shape.rules_of(writer.layer) if r.name == output)
+
+    def rows(reader: Sublayer) -> int:
+        return sum(stop - start for _, start, stop, _ in _inputs(shape, reader))
+
+    pairs = [rows(reader) * columns(writer) for writer, reader in group]
     return 2.0 * shape.width * sum(pairs)
 
 
@@ -314,14 +322,17 @@ def assignments(
     orders = {
         s: np.argsort(o, kind="stable").astype(np.int32)
         for s, o in owners.items()
-        if _moves(shape, s.kind, tracks)
+        if _moves(shape, s, tracks)
     }
     mean = [float(np.mean(column)) for column in zip(*shares, strict=True)]
     return {
         layer: Assignment(
             *(
                 orders.get(Sublayer(layer, k), np.arange(size, dtype=np.int32))
-                for k, size in ((Kind.ATTENTION, shape.kv_heads), (Kind.MLP, shape.neurons))
+                for k, size in (
+                    (Kind.ATTENTION, shape.attention_units(layer)),
+                    (Kind.MLP, shape.neurons),
+                )
             )
         )
         for layer in schedule.track_layers

@@ -3,7 +3,6 @@ one layer's first step."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -48,7 +47,7 @@ def _affinity(
         forward_seconds(one_layer(config, 1, device, one), one, length)
         for one in (dtype, "float32")  # the affinities' products are in fp32
     )
-    numbers = sum(math.prod(shape.size(rule)) for rule in shape.rules)
+    numbers = shape.largest_layer
     rate = 2 * numbers * length / exact
     return Phase(
         "affinity",

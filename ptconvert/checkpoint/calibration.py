@@ -21,19 +21,19 @@ from ptconvert.schedule.schedule import Schedule
 class Assignment:
     """The order in which a layer's units go to tracks: the first 1/n to track 0, and so on.
 
-    `kv_heads` come with the query heads that read them. With fewer KV heads than tracks, heads
-    are assigned contiguously whatever it says.
+    `kv_heads` come with the query heads that read them; of linear attention they are its key heads,
+    with their value heads. With fewer KV heads than tracks, heads are assigned contiguously
+    whatever it says.
     """
 
     kv_heads: NDArray[np.int32]
     neurons: NDArray[np.int32]
 
 
-def contiguous(shape: ModelShape) -> Assignment:
+def contiguous(shape: ModelShape, layer: int) -> Assignment:
     """The dense model's own order."""
-    return Assignment(
-        np.arange(shape.kv_heads, dtype=np.int32), np.arange(shape.neurons, dtype=np.int32)
-    )
+    units = shape.attention_units(layer), shape.neurons
+    return Assignment(*(np.arange(count, dtype=np.int32) for count in units))
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def order_values(
 ) -> dict[str, NDArray[np.int32]]:
     """The tensors that hold the assignments, contiguous where a layer has none."""
     return {
-        name: getattr(known.assignments.get(layer, contiguous(shape)), of)
+        name: getattr(known.assignments.get(layer, contiguous(shape, layer)), of)
         for layer, of, name, _ in order_tensors(shape, schedule)
     }
 

@@ -70,7 +70,7 @@ def dense_tensors(
     assigned contiguously.
     """
     tracked = schedule.track_layers
-    rules = {f"model.layers.{i}.{r.name}": (i, r) for i in tracked for r in shape.rules}
+    rules = {f"model.layers.{i}.{r.name}": (i, r) for i in tracked for r in shape.rules_of(i)}
     for name, size in shape.tensors():
         if name not in rules:
             yield DenseTensor(name, size, (Part(name, None, 0, (range(rows(size)),)),))
@@ -101,8 +101,8 @@ def _owned(
         yield from (range(start, stop) for start, stop in spans)
         return
     for (segment, begin), (start, stop) in zip(shape.segments(rule), spans, strict=True):
-        if segment.cut is not Cut.NEURONS and shape.kv_heads % tracks > 0:  # whole heads, as copies
-            yield range(start, stop)
+        if segment.cut in (Cut.HEADS, Cut.KV_HEADS) and shape.kv_heads % tracks > 0:
+            yield range(start, stop)  # whole heads, as copies
             continue
         order = assignment.neurons if segment.cut is Cut.NEURONS else assignment.kv_heads
         unit = shape.length(segment) // len(order)

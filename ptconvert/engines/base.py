@@ -108,7 +108,7 @@ class ServedLayer(nn.Module):
                 linear.reduce_results = False
                 linear.register_parameter("bias", None)
         self.common = nn.ParameterDict()  # output biases, which all ranks know
-        for name in (common_name(rule.name) for rule in shape.rules if rule.common):
+        for name in (common_name(rule.name) for rule in shape.rules_of(index) if rule.common):
             self.common[name] = nn.Parameter(torch.zeros(shape.width), requires_grad=False)
 
     def norms(self, kind: Kind) -> list[Any]:

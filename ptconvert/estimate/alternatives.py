@@ -67,7 +67,8 @@ def pipeline(setting: Setting) -> Served:
     tpot = max(token, groups * token_slowest)
     whole = ttft + (workload.new - 1) * tpot
     # Of embeddings and lm_head a stage holds one: what a model holds that ties them.
-    largest = replace(s.shape, layers=math.ceil(s.shape.layers / s.ranks), tied=True)
+    largest = s.shape.with_layers(math.ceil(s.shape.layers / s.ranks))
+    largest = replace(largest, tied=True)
     held = rank_bytes(largest, s.engine, 1, s.workload.decode)
     return Served(ttft, tpot, s.workload.batch * workload.new / whole, held)
 

@@ -84,7 +84,7 @@ def step(
     stages = []
     for stage in schedule.stages:
         key = tuple(
-            (s.kind, s.layer in tracked, guesses.get(s) if guesses else None)
+            (s.kind, shape.kinds[s.layer], s.layer in tracked, guesses.get(s) if guesses else None)
             for s in stage.sublayers
         )
         if key not in known:
@@ -153,7 +153,7 @@ def estimate(
         step(schedule, shape, hardware, engine, ranks, one, tracks=tracks, guesses=guesses)
         for one in passes
     )
-    tracked = len(_tracked(schedule, ranks, tracks))
+    tracked = _tracked(schedule, ranks, tracks)
     ttft = prefill.seconds + engine.request_us * 1e-6
     whole = ttft + (workload.new - 1) * decode.seconds
     return Estimate(

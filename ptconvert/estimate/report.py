@@ -24,11 +24,11 @@ from ptconvert.estimate.compare import (
 from ptconvert.estimate.model import Estimate, reduction, vocabulary_seconds
 from ptconvert.estimate.roofline import Pass, kernel_seconds, kernels_of, sublayer_parts
 from ptconvert.estimate.timeline import Timeline
-from ptconvert.models.shape import TORCH_NAMES
+from ptconvert.models.shape import TORCH_NAMES, ModelShape
 from ptconvert.report.charts import Bar, Lane, LaneGroup, Series, lanes, line_chart
 from ptconvert.report.html import render
 from ptconvert.schedule.schedule import Schedule
-from ptconvert.schedule.stages import Kind
+from ptconvert.schedule.stages import Kind, Sublayer
 
 _NAMES = {Kind.ATTENTION: "attention", Kind.MLP: "MLP"}
 HEADER = (
@@ -236,10 +236,20 @@ def _passes(setting: Setting) -> dict[str, Pass]:
 
 def _by_hand(setting: Setting) -> list[list[str]]:
     return [
-        _stage_by_hand(what, name, kind, one, setting)
+        _stage_by_hand(what, name, sublayer, one, setting)
         for what, one in _passes(setting).items()
-        for kind, name in _NAMES.items()
+        for name, sublayer in _each_once(setting.shape).items()
     ]
+
+
+def _each_once(shape: ModelShape) -> dict[str, Sublayer]:
+    """One sublayer of each sort that the model has, by its name."""
+    found: dict[str, Sublayer] = {}
+    for layer in range(shape.layers):
+        for kind, name in _NAMES.items():
+            linear = kind is Kind.ATTENTION and shape.is_linear(layer)
+            found.setdefault(f"linear {name}" if linear else name, Sublayer(layer, kind))
+    return found
 
 
 def _reached(setting: Setting) -> str:
@@ -262,11 +272,13 @@ def _reached(setting: Setting) -> str:
     return reached
 
 
-def _stage_by_hand(what: str, name: str, kind: Kind, one: Pass, setting: Setting) -> list[str]:
+def _stage_by_hand(
+    what: str, name: str, sublayer: Sublayer, one: Pass, setting: Setting
+) -> list[str]:
     s, device = setting, setting.hardware.device
-    parts = sublayer_parts(kind, s.shape, s.engine, s.ranks, one)
+    parts = sublayer_parts(sublayer, s.shape, s.engine, s.ranks, one)
     roofline = sum(part.seconds(device, s.engine) for part in parts)
-    fixed = kernel_seconds(kernels_of(kind, s.engine), device, s.engine, one)
+    fixed = kernel_seconds(kernels_of(sublayer.kind, s.engine), device, s.engine, one)
     moved = reduction(s.shape, s.hardware, s.engine, s.ranks, one)
     return [
         what,

@@ -11,6 +11,7 @@ cache, and activations, each once (Pope et al., "Efficiently Scaling Transformer
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -79,7 +80,7 @@ def stage_seconds(
     total = 0.0
     for sublayer in sublayers:
         cut = max(tracks, ranks) if sublayer.layer in tracked else ranks
-        parts = sublayer_parts(sublayer.kind, shape, engine, cut, one)
+        parts = sublayer_parts(sublayer, shape, engine, cut, one)
         once = sum(part.seconds(device, engine) for part in parts)
         fixed = kernel_seconds(kernels_of(sublayer.kind, engine), device, engine, one)
         total += cut // ranks * (once + fixed)
@@ -91,10 +92,15 @@ def stage_seconds(
 
 
 def sublayer_parts(
-    kind: Kind, shape: ModelShape, engine: Engine, cut: int, one: Pass
+    sublayer: Sublayer, shape: ModelShape, engine: Engine, cut: int, one: Pass
 ) -> tuple[Part, ...]:
     """The parts of a sublayer's work, for one of `cut` equal shares of its heads or neurons."""
-    return _attention(shape, engine, cut, one) if kind is Kind.ATTENTION else _mlp(shape, cut, one)
+    weights = _weights(shape, sublayer, cut)
+    if sublayer.kind is Kind.MLP:
+        return _mlp(shape, weights, cut, one)
+    if shape.is_linear(sublayer.layer):
+        return _linear_attention(shape, weights, cut, one)
+    return _attention(shape, engine, weights, cut, one)
 
 
 def guess_part(shape: ModelShape, rank: int, one: Pass) -> Part:
@@ -148,19 +154,41 @@ def _bytes(shape: ModelShape) -> int:
     return shape.bytes_per_token // shape.width
 
 
-def _weights(shape: ModelShape, kind: Kind, cut: int) -> float:
+def _weights(shape: ModelShape, sublayer: Sublayer, cut: int) -> float:
     """Elements of a sublayer's weights on one of `cut` equal parts."""
-    block = f"{shape.family.block(kind).name}."
-    own = (rule for rule in shape.rules if rule.name.startswith(block))
+    block = f"{shape.block(sublayer).name}."
+    own = (rule for rule in shape.rules_of(sublayer.layer) if rule.name.startswith(block))
     return float(sum(math.prod(shape.share(rule, cut)) for rule in own))
 
 
-def _attention(shape: ModelShape, engine: Engine, cut: int, one: Pass) -> tuple[Part, ...]:
+def _state(shape: ModelShape, cut: int) -> float:
+    """Numbers of a sequence's state in one of `cut` parts of linear attention."""
+    size = shape.linear_key_size * shape.linear_value_size
+    return shape.linear_value_heads / cut * size
+
+
+def _linear_attention(shape: ModelShape, weights: float, cut: int, one: Pass) -> tuple[Part, ...]:
+    """Projections, and the state of one of `cut` parts, by the recurrence of Gated DeltaNet
+    (arXiv 2412.06464, equation 10): a token reads the state by its key, writes it, and reads it by
+    its query, 2 FLOPs each for each number of it. It is held in fp32, and a pass goes over it once.
+    """
+    values = shape.linear_value_heads * shape.linear_value_size / cut
+    keys = shape.linear_key_heads * shape.linear_key_size / cut
+    moved = one.total * (4 * shape.width + 4 * values + 4 * keys)  # norm, addition; in and out
+    size = _bytes(shape)
+    batched = _batched(weights, one) * size
+    projections = Part(2 * one.total * weights, (weights + moved) * size, batched)
+    state = _state(shape, cut)
+    return projections, Part(6 * one.total * state, 2 * 4 * one.sequences * state)
+
+
+def _attention(
+    shape: ModelShape, engine: Engine, weights: float, cut: int, one: Pass
+) -> tuple[Part, ...]:
     """Projections, and attention over the cache, of one of `cut` parts."""
     kv_heads = max(shape.kv_heads // cut, 1)  # replicated where there are fewer than parts
     queries = shape.query_width / cut
     keys = 2 * kv_heads * shape.head_size  # and values, elements per token
-    weights = _weights(shape, Kind.ATTENTION, cut)
     moved = one.total * (4 * shape.width + 3 * queries + keys)  # norm, addition; in and out
     size = _bytes(shape)
     batched = _batched(weights, one) * size
@@ -178,8 +206,7 @@ def _attention(shape: ModelShape, engine: Engine, cut: int, one: Pass) -> tuple[
     return projections, core
 
 
-def _mlp(shape: ModelShape, cut: int, one: Pass) -> tuple[Part, ...]:
-    weights = _weights(shape, Kind.MLP, cut)
+def _mlp(shape: ModelShape, weights: float, cut: int, one: Pass) -> tuple[Part, ...]:
     moved = one.total * (4 * shape.width + 4 * shape.neurons / cut)
     size = _bytes(shape)
     batched = _batched(weights, one) * size
@@ -196,19 +223,24 @@ def rank_bytes(
     ranks: int,
     one: Pass,
     tracks: int = 0,
-    tracked: int = 0,
+    tracked: frozenset[int] = frozenset(),
     guesses: Mapping[Sublayer, int] = NO_GUESSES,
 ) -> float:
-    """Bytes of weights and KV cache that a rank holds for a pass.
+    """Bytes of weights and KV cache, or states, that a rank holds for a pass.
 
     A rank holds tracks / ranks tracks of each of the `tracked` layers, with KV heads of their own,
     and their guesses.
     """
+    alike = Counter((shape.kinds[layer], layer in tracked) for layer in range(shape.layers))
     layers = 0.0
-    for count, cut in ((shape.layers - tracked, ranks), (tracked, max(tracks, ranks))):
-        kv_heads = max(shape.kv_heads // cut, 1)
-        cache = one.sequences * one.allocated * 2 * kv_heads * shape.head_size
-        weights = sum(_weights(shape, kind, cut) for kind in Kind)
+    for (kind, as_tracks), count in alike.items():
+        cut, layer = max(tracks, ranks) if as_tracks else ranks, shape.kinds.index(kind)
+        if shape.is_linear(layer):
+            cache = one.sequences * _state(shape, cut) * 4 / _bytes(shape)
+        else:
+            kv_heads = max(shape.kv_heads // cut, 1)
+            cache = one.sequences * one.allocated * 2 * kv_heads * shape.head_size
+        weights = sum(_weights(shape, Sublayer(layer, which), cut) for which in Kind)
         layers += count * cut // ranks * (weights + cache)
     rows = shape.vocabulary / (ranks if engine.vocabulary == "sharded" else 1)
     vocabulary = rows * shape.width * (1 if shape.tied else 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -210,7 +209,7 @@ def _blockwise(pair: _Pair) -> Phase:
     trained = sum(map(pair.in_layers, pair.blocks))
     held_out = len(pair.data.held_out.ids)
     used = pair.used
-    layer = sum(math.prod(shape.size(rule)) for rule in shape.rules)
+    layer = shape.largest_layer
     streams = [
         spilling(f"streams, {windows} windows", windows * pair.stream, STREAM_BYTES)
         for windows in (used, held_out)

@@ -45,7 +45,8 @@ class TrackConfig:
         heads = config.num_attention_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         for name in COUNTS.values():
-            setattr(self, name, max(getattr(config, name) // tracks, 1))
+            if hasattr(config, name):
+                setattr(self, name, max(getattr(config, name) // tracks, 1))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_config" not in self.__dict__:
@@ -117,7 +118,7 @@ def _outputs(layer: Any, family: Family) -> Iterator[tuple[Any, str]]:
     """A layer's output projections, and what their biases are called where tracks have them in
     common."""
     for kind in Kind:
-        block = family.block(kind)
+        block = family.block_of(kind, layer)
         projection = getattr(getattr(layer, block.name), block.output)
         yield projection, f"{block.output}_bias"
 
@@ -150,10 +151,10 @@ def guess_modules(width: int, ranks: Mapping[Kind, int]) -> nn.ModuleDict:
 class CommonBiases(nn.Module):
     """The output biases of a layer of tracks, such as `down_proj_bias`, each (width,)."""
 
-    def forward(self, family: Family, kind: Kind) -> torch.Tensor | None:
-        """That of the attention or the MLP, where it has one. Called, so that hooks which bring
+    def forward(self, output: str) -> torch.Tensor | None:
+        """That of an output projection, where it has one. Called, so that hooks which bring
         parameters from a disk see it; a copy, since FSDP takes parameters away after the call."""
-        bias: torch.Tensor | None = getattr(self, f"{family.block(kind).output}_bias", None)
+        bias: torch.Tensor | None = getattr(self, f"{output}_bias", None)
         return None if bias is None else bias.clone()
 
 
@@ -184,15 +185,18 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
                 self.common.register_parameter(name, bias)
         for t, cache_index in cache_indices.items():
             track: Any = self.tracks[str(t)]
-            getattr(track, family.attention.name).layer_idx = cache_index
+            attention = family.block_of(Kind.ATTENTION, track)
+            getattr(track, attention.name).layer_idx = cache_index
             for projection, _ in _outputs(track, family):
                 projection.register_parameter("bias", None)
             if guesses:
                 track.guess = guess_modules(config.hidden_size, guesses)
         if assigned:
             self.assignment = nn.Module()
-            for name in ("kv_heads", "neurons"):
-                order = torch.arange(getattr(config, COUNTS[name]), dtype=torch.int32)
+            linear = family.block_of(Kind.ATTENTION, self.template) is family.linear
+            units = {"kv_heads": "linear_key_heads" if linear else "kv_heads", "neurons": "neurons"}
+            for name, of in units.items():
+                order = torch.arange(getattr(config, COUNTS[of]), dtype=torch.int32)
                 self.assignment.register_buffer(name, order)
 
     @property
@@ -213,22 +217,27 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
             partials.append(run_normed(track, family, kind, x_BSD, context))
             if guess and guessed in getattr(track, "guess", ()):
                 guesses.append(track.guess[guessed](x_BSD, partials[-1]))
-        common = self.common(family, kind)
+        common = self.common(family.block_of(kind, tracks[0]).output)
         if common is not None:
             common = multiplied(self.template, family, common)
         return (*partials, *guesses, common)
 
 
 def run_layer(
-    layer: Any, family: Family, kind: Kind, view: PerTrack, guess: bool, context: Context
+    layer: Any,
+    tracks: int,
+    family: Family,
+    kind: Kind,
+    view: PerTrack,
+    guess: bool,
+    context: Context,
 ) -> Update:
     """One sublayer on what each track reads, in the `context` that the model's forward gave the
     layer.
 
-    A layer held dense runs once, on the stream that all tracks agree on. With `guess` come the
-    guesses, where the layer has them.
+    `tracks` are the local ones, 1 for a layer held dense, which runs once, on the stream that all
+    tracks agree on. With `guess` come the guesses, where the layer has them.
     """
-    tracks = len(layer.tracks) if isinstance(layer, TrackedLayer) else 1
     assert len(view) in (1, tracks), "tracks that differ reached a layer held dense"
     *found, common = layer(family, kind, guess, context, *view)
     return Update(found[:tracks], common, found[tracks:] or None)
@@ -236,7 +245,7 @@ def run_layer(
 
 def apply_norm(layer: Any, family: Family, kind: Kind, x_BSD: torch.Tensor) -> torch.Tensor:
     """What the attention or the MLP of one decoder layer is given for its residual stream."""
-    normed_BSD: torch.Tensor = getattr(layer, family.block(kind).norm)(x_BSD)
+    normed_BSD: torch.Tensor = getattr(layer, family.block_of(kind, layer).norm)(x_BSD)
     return normed_BSD
 
 
@@ -251,11 +260,15 @@ def run_normed(
     layer: Any, family: Family, kind: Kind, x_BSD: torch.Tensor, context: Context
 ) -> torch.Tensor:
     """The same, of what the norm gave."""
-    block = getattr(layer, family.block(kind).name)
+    block = family.block_of(kind, layer)
+    module = getattr(layer, block.name)
     if kind is Kind.MLP:
-        out_BSD: torch.Tensor = block(x_BSD)
+        found = module(x_BSD)
     else:
-        out_BSD, _ = block(hidden_states=x_BSD, **context)
+        if block.takes is not None:
+            context = {name: context[given] for name, given in block.takes.items()}
+        found = module(hidden_states=x_BSD, **context)
+    out_BSD: torch.Tensor = found[0] if isinstance(found, tuple) else found
     return multiplied(layer, family, out_BSD)
 
 

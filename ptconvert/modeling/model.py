@@ -54,8 +54,8 @@ _NO_STATES = "tracks have no one state per layer"
 class Layers(nn.ModuleList):
     """The layers of a scheduled model, all their tracks or those of one rank, and what runs them.
 
-    A family's forward goes through its layers by a loop or a slice. What it gets that way are the
-    turns of one forward pass; by index, and among `children()`, the layers are themselves.
+    A family's forward goes through its layers by a loop or a slice. During a forward pass what it
+    gets that way are the turns of `one_pass`; else, and by index, the layers are themselves.
 
     `communicator` sums over ranks; `entered` is called with each stage's index when it begins, for
     whoever wants to know where a forward pass stands. A forward pass of `inputs_embeds` begins at
@@ -74,12 +74,14 @@ class Layers(nn.ModuleList):
         self.track_count = section.tracks
         self.waiting_weight = section.waiting_weight
         self.family = family_of(config)
-        self.resumed: torch.Tensor | None = None  # the stream at `first_stage`, as it was given
-        self.handed_over: list[Pass] | None = None  # where a pass goes instead of being run
+        self.one_pass: Pass | None = None
+        self.hands_over = False  # a pass by `_HandedOver` instead of running it
+        self.local_tracks = [1] * config.num_hidden_layers  # 1 for a layer held dense, too
         self._cache_layer_of = list(range(config.num_hidden_layers))
         for index in range(config.num_hidden_layers):
             if index in self.schedule.track_layers:
-                places = self._cache_indices(index, placement.local_tracks(self.track_count))
+                local = placement.local_tracks(self.track_count)
+                places, self.local_tracks[index] = self._cache_indices(index, local), len(local)
                 guesses = {s.kind: r for s, r in section.guesses.items() if s.layer == index}
                 self.append(
                     TrackedLayer(config, index, self.track_count, places, guesses, section.assigned)
@@ -88,11 +90,11 @@ class Layers(nn.ModuleList):
                 self.append(dense_layer(config, index, placement))
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(Pass(self).turns())
+        return super().__iter__() if self.one_pass is None else iter(self.one_pass.turns())
 
     def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return Pass(self).turns()[index]
+        if isinstance(index, slice) and self.one_pass is not None:
+            return self.one_pass.turns()[index]
         return super().__getitem__(index)
 
     def _cache_indices(self, layer: int, tracks: range) -> dict[int, int]:
@@ -127,10 +129,13 @@ class Layers(nn.ModuleList):
 
 class Pass:
     """One forward pass: the family's forward gives each layer's turn the keywords of that layer;
-    with the last the whole program runs, since its stages may hold sublayers of several layers."""
+    with the last the whole program runs, since its stages may hold sublayers of several layers.
 
-    def __init__(self, layers: Layers) -> None:
-        self.layers, self._held = layers, list(layers.children())
+    `resumed` is the stream (BSD) where the program doesn't begin with the embedded tokens.
+    """
+
+    def __init__(self, layers: Layers, resumed: torch.Tensor | None = None) -> None:
+        self.layers, self._held, self._resumed = layers, list(layers.children()), resumed
         self.entered: torch.Tensor | None = None
         self._contexts: list[Context] = []
 
@@ -147,18 +152,25 @@ class Pass:
         self._contexts.append(context)
         if len(self._contexts) < len(self._held):
             return stream_BSD
-        if layers.handed_over is not None:
-            layers.handed_over.append(self)
-            raise _HandedOver
-        if layers.resumed is not None:
-            stream_BSD, layers.resumed = layers.resumed, None
+        if layers.hands_over:
+            raise _HandedOver(self)
+        if self._resumed is not None:
+            stream_BSD = self._resumed
         program = layers.schedule.program[layers.first_stage :]
         return layers.run(program, stream_BSD, self.run_sublayer)
 
     def run_sublayer(self, sublayer: Sublayer, view: PerTrack, guess: bool) -> Update:
         """Runs one sublayer, as the executor wants it."""
-        layer, context = self._held[sublayer.layer], self._contexts[sublayer.layer]
-        return run_layer(layer, self.layers.family, sublayer.kind, view, guess, context)
+        index, layers = sublayer.layer, self.layers
+        return run_layer(
+            self._held[index],
+            layers.local_tracks[index],
+            layers.family,
+            sublayer.kind,
+            view,
+            guess,
+            self._contexts[index],
+        )
 
 
 @dataclass(eq=False)
@@ -196,8 +208,8 @@ class Scheduled(PreTrainedModel):  # type: ignore[misc]
             text = modeling_source()
             Path(save_directory, MODELING_FILE).write_text(text, encoding="utf-8")
 
-    def begin(self, given: dict[str, Any]) -> None:
-        """Begins a forward pass with these keywords.
+    def forwarded(self, theirs: Callable[..., Any], args: tuple[Any, ...], given: Any) -> Any:
+        """The family's own forward of these arguments and keywords.
 
         Raises ValueError where states of layers are asked for. Where only the config asks for them,
         as its source's may, they are left out, and a warning says so.
@@ -207,6 +219,7 @@ class Scheduled(PreTrainedModel):  # type: ignore[misc]
                 raise ValueError(f"{flag} is not supported: {_NO_STATES}")
             if getattr(self.config, flag, False):
                 logger.warning_once(f"{flag} of config.json is left out: {_NO_STATES}")
+        return theirs(self, *args, **given)
 
 
 class ScheduledModel(Scheduled):
@@ -223,24 +236,28 @@ class ScheduledModel(Scheduled):
         self.layers = Layers(config, placement, communicator)
         self.post_init()
 
-    def begin(self, given: dict[str, Any]) -> None:
-        super().begin(given)
-        # as it is given, without any multiplier of embeddings
-        self.layers.resumed = given["inputs_embeds"] if self.layers.first_stage else None
+    def forwarded(self, theirs: Callable[..., Any], args: tuple[Any, ...], given: Any) -> Any:
+        # as they are given, without any multiplier of embeddings
+        resumed = given["inputs_embeds"] if self.layers.first_stage else None
+        self.layers.one_pass = Pass(self.layers, resumed)
+        try:
+            return super().forwarded(theirs, args, given)
+        finally:
+            self.layers.one_pass = None
 
     def entry(self, **inputs: Any) -> tuple[torch.Tensor, RunSublayer]:
         """The stream (BSD) that enters the first layer for a forward pass' arguments, and what runs
         one sublayer on streams of its shape, for the executor."""
-        found: list[Pass] = []
-        self.layers.handed_over = found
+        self.layers.hands_over = True
         try:
-            with contextlib.suppress(_HandedOver), self._from(0):
+            with self._from(0):
                 self(**{"use_cache": False, **inputs})
+        except _HandedOver as handed_over:
+            one_pass = handed_over.one_pass
         finally:
-            self.layers.handed_over = None
-        entered_BSD = found[0].entered
-        assert entered_BSD is not None
-        return entered_BSD, found[0].run_sublayer
+            self.layers.hands_over = False
+        assert one_pass.entered is not None
+        return one_pass.entered, one_pass.run_sublayer
 
     def run_stages(
         self, schedule: Schedule, stages: range, stream_BSD: torch.Tensor
@@ -303,6 +320,10 @@ def _without_layers(config: Any) -> Iterator[None]:
 class _HandedOver(Exception):  # noqa: N818 - no error: it ends a forward pass before its layers run
     """What the layers of a forward pass would have been given is known."""
 
+    def __init__(self, one_pass: Pass) -> None:
+        super().__init__()
+        self.one_pass = one_pass
+
 
 def modeling_source() -> str:
     """The text of the one-file form of this package's model code."""
@@ -328,17 +349,16 @@ def _of_family(base: Any, family: Family, of: str) -> Any:
 
 def _forward(theirs: Any) -> Any:
     """A class's own forward, with its signature, by which `generate` and the Trainer know what it
-    takes; `Scheduled.begin` goes before it."""
+    takes."""
 
     @functools.wraps(theirs.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.begin(kwargs)
-        return theirs.forward(self, *args, **kwargs)
+        return self.forwarded(theirs.forward, args, kwargs)
 
     return forward
 
 
-BASE_MODELS = {name: _of_family(ScheduledModel, f, "Model") for name, f in FAMILIES.items()}
+BASE_MODELS = {name: _of_family(ScheduledModel, f, f.base_model) for name, f in FAMILIES.items()}
 CAUSAL_LMS = {
     name: _of_family(ScheduledForCausalLM, f, "ForCausalLM") for name, f in FAMILIES.items()
 }

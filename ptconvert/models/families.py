@@ -8,8 +8,8 @@ its own heads. Nothing else in the package names a family, one of its tensors or
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from ptconvert.schedule.stages import Kind
@@ -23,6 +23,7 @@ class Cut(enum.Enum):
 
     HEADS = "query heads"
     KV_HEADS = "KV heads"
+    LINEAR_HEADS = "linear attention's key heads, with their value heads"
     NEURONS = "FFN neurons"
 
 
@@ -41,15 +42,31 @@ HEAD_SIZE = Axis("head_size")
 ONE = Axis("one")
 Q = Axis("heads", "head_size", Cut.HEADS)
 KV = Axis("kv_heads", "head_size", Cut.KV_HEADS)
+GATED_Q = Axis("heads", "gated_head_size", Cut.HEADS)  # a query and its gate, head by head
+LINEAR_K = Axis("linear_key_heads", "linear_key_size", Cut.LINEAR_HEADS)
+LINEAR_V = Axis("linear_value_heads", "linear_value_size", Cut.LINEAR_HEADS)
+LINEAR_HEAD = Axis("linear_value_heads", None, Cut.LINEAR_HEADS)
+LINEAR_VALUE_SIZE, LINEAR_TAPS = Axis("linear_value_size"), Axis("linear_taps")
 N = Axis("neurons", None, Cut.NEURONS)
 # What the counts that are divided are called in a config.json, and in the classes that read one.
 COUNTS = MappingProxyType(
     {
         "heads": "num_attention_heads",
         "kv_heads": "num_key_value_heads",
+        "linear_key_heads": "linear_num_key_heads",
+        "linear_value_heads": "linear_num_value_heads",
         "neurons": "intermediate_size",
     }
 )
+# And what only some families have, and isn't divided.
+SIZES = MappingProxyType(
+    {
+        "linear_key_size": "linear_key_head_dim",
+        "linear_value_size": "linear_value_head_dim",
+        "linear_taps": "linear_conv_kernel_dim",
+    }
+)
+FULL, LINEAR = "full_attention", "linear_attention"  # kinds of layers, as config.json calls them
 
 
 @dataclass(frozen=True)
@@ -58,14 +75,15 @@ class TensorRule:
 
     `name` is relative to `model.layers.{i}.`. `axes` are what each axis counts, several after each
     other where projections are fused into one. `when` names the config.json flag that switches the
-    tensor on. A tensor without an axis that is cut is copied to every track; one that is `common`
-    is no track's, and added once.
+    tensor on, `of` the kind of layers that have it, where not all do. A tensor without an axis that
+    is cut is copied to every track; one that is `common` is no track's, and added once.
     """
 
     name: str
     axes: tuple[Axis | tuple[Axis, ...], ...]
     when: str | None = None
     common: bool = False
+    of: str | None = None
 
     def segments(self, axis: int) -> tuple[Axis, ...]:
         """What follows each other along an axis; a scalar has no axis."""
@@ -87,11 +105,16 @@ class TensorRule:
 @dataclass(frozen=True)
 class Block:
     """One of a layer's two sublayers: what the layer calls its module and the norm before it, and
-    what that module calls its output projection."""
+    what that module calls its output projection.
+
+    `takes` are the keywords of its forward that are some of those that a model's forward gives its
+    layers, and what they are called there; None where it takes them all.
+    """
 
     name: str
     norm: str
     output: str
+    takes: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +124,9 @@ class Family:
     `defaults` are its config class's, where a key is missing; a None means that the class can't do
     without. A null of the `nullable` keys means that the other sizes say it, and the class takes no
     other null. What sublayers add to the stream is multiplied by the config's `multiplier`, where
-    there is one.
+    there is one. `kinds` says of which kind each layer is, where they differ; those of linear
+    attention have the block `linear` for their attention. `base_model` is how the name of the class
+    without lm_head ends.
     """
 
     model_type: str
@@ -111,27 +136,46 @@ class Family:
     nullable: tuple[str, ...] = ()
     attention: Block = Block("self_attn", "input_layernorm", "o_proj")
     mlp: Block = Block("mlp", "post_attention_layernorm", "down_proj")
+    linear: Block | None = None
     multiplier: str | None = None
+    kinds: Callable[[Mapping[str, object]], list[str]] | None = None
+    base_model: str = "Model"
     final_norm: tuple[str, ...] = ("model.norm.weight",)
+
+    def __reduce__(self) -> tuple[Callable[[str], Family], tuple[str]]:
+        return named, (self.model_type,)  # a model that is copied or pickled holds one
 
     @property
     def prefix(self) -> str:
         """What the names of its classes in transformers begin with."""
         return self.causal_lm.removesuffix("ForCausalLM")
 
-    def block(self, kind: Kind) -> Block:
-        """A sublayer's module.
+    def block(self, kind: Kind, layer: str | None = None) -> Block:
+        """A sublayer's module, in a layer of this kind.
 
         Code that runs in a layer's forward asks here, and no dict: torch 2.13's dynamo keeps no
         guard on an Enum that is looked up in one, and a layer compiled for its attention would run
         that where its MLP is asked for.
         """
-        return self.mlp if kind is Kind.MLP else self.attention
+        if kind is Kind.MLP:
+            return self.mlp
+        return self.linear if self.linear is not None and layer == LINEAR else self.attention
 
-    def layer_rules(self, config: Mapping[str, object]) -> tuple[TensorRule, ...]:
-        """The tensors that a layer of this config has."""
+    def block_of(self, kind: Kind, layer: object) -> Block:
+        """The same, of a layer that is there."""
+        linear = self.linear is not None and hasattr(layer, self.linear.name)
+        return self.block(kind, LINEAR if linear else None)
+
+    def layer_rules(
+        self, config: Mapping[str, object], layer: str | None = None
+    ) -> tuple[TensorRule, ...]:
+        """The tensors that a layer of this kind has by a config."""
         known = {**self.defaults, **config}
-        return tuple(r for r in self.layer if r.when is None or known.get(r.when) is True)
+        return tuple(
+            rule
+            for rule in self.layer
+            if (rule.when is None or known.get(rule.when) is True) and rule.of in (None, layer)
+        )
 
 
 def common_name(tensor: str) -> str:
@@ -202,6 +246,37 @@ _LLAMA_BIASED = _LLAMA + _ATTENTION_BIASES + _mlp_biases("mlp_bias")
 _KV_HEADS = "num_key_value_heads"
 _BIASED_FINAL_NORM = ("model.norm.weight", "model.norm.bias")
 _SIZES = (_KV_HEADS, "head_dim")
+
+
+def _in(kind: str, *rules: TensorRule) -> tuple[TensorRule, ...]:
+    """Tensors of the layers of one kind."""
+    return tuple(replace(rule, of=kind) for rule in rules)
+
+
+def _linear_rules() -> tuple[TensorRule, ...]:
+    """Gated DeltaNet (arXiv 2412.06464) as Qwen3.5 has it."""
+    qkv = (LINEAR_K, LINEAR_K, LINEAR_V)
+    return _in(
+        LINEAR,
+        TensorRule("linear_attn.dt_bias", (LINEAR_HEAD,)),
+        TensorRule("linear_attn.A_log", (LINEAR_HEAD,)),
+        TensorRule("linear_attn.conv1d.weight", (qkv, ONE, LINEAR_TAPS)),
+        TensorRule("linear_attn.norm.weight", (LINEAR_VALUE_SIZE,)),
+        TensorRule("linear_attn.out_proj.weight", (D, LINEAR_V)),
+        TensorRule("linear_attn.in_proj_qkv.weight", (qkv, D)),
+        TensorRule("linear_attn.in_proj_z.weight", (LINEAR_V, D)),
+        TensorRule("linear_attn.in_proj_b.weight", (LINEAR_HEAD, D)),
+        TensorRule("linear_attn.in_proj_a.weight", (LINEAR_HEAD, D)),
+    )
+
+
+def _every_fourth_full(config: Mapping[str, object]) -> list[str]:
+    """Qwen3.5's kinds of layers."""
+    if isinstance(given := config.get("layer_types"), list):
+        return given
+    layers, interval = config.get("num_hidden_layers"), config.get("full_attention_interval", 4)
+    assert isinstance(layers, int) and isinstance(interval, int)
+    return [LINEAR if (i + 1) % interval else FULL for i in range(layers)]
 
 
 def _defaults(**values: object) -> Mapping[str, object]:
@@ -349,9 +424,50 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 _NORMS + _ATTENTION + _UP_DOWN + _ATTENTION_BIASES + _up_down_biases("mlp_bias"),
                 nullable=_SIZES,
             ),
+            Family(
+                "qwen3_5_text",
+                "Qwen3_5ForCausalLM",
+                (
+                    *_NORMS,
+                    *_in(
+                        FULL,
+                        TensorRule("self_attn.q_proj.weight", (GATED_Q, D)),
+                        *_ATTENTION[1:],
+                        *_qk_norms(),
+                        TensorRule("self_attn.q_proj.bias", (GATED_Q,), "attention_bias"),
+                        *_ATTENTION_BIASES[1:],
+                    ),
+                    *_linear_rules(),
+                    *_MLP,
+                ),
+                _defaults(
+                    num_key_value_heads=4,
+                    head_dim=256,
+                    linear_num_key_heads=16,
+                    linear_num_value_heads=32,
+                    linear_key_head_dim=128,
+                    linear_value_head_dim=128,
+                    linear_conv_kernel_dim=4,
+                ),
+                linear=Block(
+                    "linear_attn",
+                    "input_layernorm",
+                    "out_proj",
+                    {"cache_params": "past_key_values", "attention_mask": "attention_mask"},
+                ),
+                kinds=_every_fourth_full,
+                base_model="TextModel",
+            ),
         )
     }
 )
+
+
+def named(model_type: str) -> Family:
+    """The family of this name."""
+    return FAMILIES[model_type]
+
+
 _MOE = "its layers are mixtures of experts"
 _POST_NORM = (
     "it norms each sublayer's output (post-norm), and a norm of a sum is not the sum of norms, "

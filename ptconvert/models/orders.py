@@ -13,5 +13,5 @@ def order_tensors(
 ) -> Iterator[tuple[int, str, str, tuple[int, ...]]]:
     """Layer, field of Assignment, name and shape of each tensor that holds an assignment."""
     for layer in sorted(schedule.track_layers):
-        for of, size in (("kv_heads", shape.kv_heads), ("neurons", shape.neurons)):
+        for of, size in (("kv_heads", shape.attention_units(layer)), ("neurons", shape.neurons)):
             yield layer, of, f"model.layers.{layer}.assignment.{of}", (size,)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ptconvert.errors import ConfigError
 from ptconvert.models.families import (
+    COUNTS,
     FAMILIES,
+    LINEAR,
     MODEL_TYPE_PREFIX,
+    SIZES,
     UNSUPPORTED,
     Axis,
+    Block,
     Family,
     TensorRule,
 )
-from ptconvert.schedule.stages import MAX_LAYERS
+from ptconvert.schedule.stages import MAX_LAYERS, Sublayer
 from ptconvert.shorten import clipped
 
 # safetensors' names of the dtypes that are converted, by torch's names and with their bytes.
@@ -28,17 +33,18 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TIED = "tie_word_embeddings"
 _MAX_SIZE = 2**31
 MAX_HEADS = 65536
+_EVERYWHERE = frozenset(("heads", "kv_heads", "neurons"))  # what every family's layers have
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a dense decoder-only transformer; all are counts of elements.
 
-    `dtype` is safetensors' name of the weights' type, None where config.json doesn't say.
+    `dtype` is safetensors' name of the weights' type, None where config.json doesn't say. `kinds`
+    are those of the layers, None where all are alike, and `rules` the tensors of each.
     """
 
     family: Family
-    layers: int
     width: int
     heads: int
     kv_heads: int
@@ -47,7 +53,13 @@ class ModelShape:
     vocabulary: int
     tied: bool
     dtype: str | None
-    rules: tuple[TensorRule, ...]
+    kinds: tuple[str | None, ...]
+    rules: Mapping[str | None, tuple[TensorRule, ...]]
+    linear_key_heads: int = 0
+    linear_value_heads: int = 0
+    linear_key_size: int = 0
+    linear_value_size: int = 0
+    linear_taps: int = 0
 
     @property
     def query_width(self) -> int:
@@ -58,6 +70,39 @@ class ModelShape:
     def kv_width(self) -> int:
         """Rows of k_proj and of v_proj."""
         return self.kv_heads * self.head_size
+
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        return len(self.kinds)
+
+    def with_layers(self, count: int) -> ModelShape:
+        """The same with so many layers, whose kinds go on as they began."""
+        kinds = itertools.islice(itertools.cycle(self.kinds), count)
+        return replace(self, kinds=tuple(kinds))
+
+    @property
+    def gated_head_size(self) -> int:
+        """Of a query and its gate."""
+        return 2 * self.head_size
+
+    def rules_of(self, layer: int) -> tuple[TensorRule, ...]:
+        """The tensors of a layer."""
+        return self.rules[self.kinds[layer]]
+
+    def block(self, sublayer: Sublayer) -> Block:
+        """A sublayer's module."""
+        return self.family.block(sublayer.kind, self.kinds[sublayer.layer])
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether a layer's attention is linear: it has a state of one size, and no cache of all
+        tokens."""
+        return self.kinds[layer] == LINEAR
+
+    def attention_units(self, layer: int) -> int:
+        """How many units of a layer's attention can go to one track or another: KV heads, or key
+        heads, with all that reads them."""
+        return self.linear_key_heads if self.is_linear(layer) else self.kv_heads
 
     @property
     def bytes_per_token(self) -> int:
@@ -88,11 +133,16 @@ class ModelShape:
         """The shape of a layer's tensor."""
         return tuple(sum(map(self.length, rule.segments(axis))) for axis in range(len(rule.axes)))
 
+    @property
+    def largest_layer(self) -> int:
+        """Parameters of the largest layer."""
+        return max(sum(math.prod(self.size(r)) for r in rules) for rules in self.rules.values())
+
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of all tensors; a tied lm_head is not among them."""
         yield EMBEDDING, (self.vocabulary, self.width)
         for i in range(self.layers):
-            for rule in self.rules:
+            for rule in self.rules_of(i):
                 yield f"model.layers.{i}.{rule.name}", self.size(rule)
         for name in self.family.final_norm:
             yield name, (self.width,)
@@ -104,9 +154,12 @@ class ModelShape:
         fits = [n for n in range(1, self.heads + 1) if self._divides(n)]
         if tracks in fits:
             return None
+        linear = ""
+        if self.linear_key_heads:
+            linear = f", {self.linear_key_heads} heads of linear attention"
         return (
-            f"{tracks} tracks don't divide {self.heads} heads, {self.kv_heads} KV heads and "
-            f"{self.neurons} FFN neurons; possible are {', '.join(map(str, fits))}"
+            f"{tracks} tracks don't divide {self.heads} heads, {self.kv_heads} KV heads{linear} "
+            f"and {self.neurons} FFN neurons; possible are {', '.join(map(str, fits))}"
         )
 
     def most_tracks(self, at_most: int) -> int:
@@ -115,7 +168,8 @@ class ModelShape:
 
     def _divides(self, tracks: int) -> bool:
         kv_fits = self.kv_heads % tracks == 0 or tracks % self.kv_heads == 0
-        return kv_fits and self.heads % tracks == 0 and self.neurons % tracks == 0
+        counts = (self.heads, self.neurons, self.linear_key_heads)
+        return kv_fits and all(count % tracks == 0 for count in counts)
 
     def spans(self, rule: TensorRule, track: int, tracks: int) -> list[tuple[int, int]]:
         """The parts [start, stop) of `rule.axis` that a track owns, one of each segment, in
@@ -160,11 +214,15 @@ class ModelShape:
                 raise ConfigError(f"{where}: {key} {was}; it must be a whole number, 1 to {most}")
             return value
 
+        kinds = _kinds(family, config, size("num_hidden_layers", most=MAX_LAYERS), where)
+        axes = {part for r in family.layer for a in range(len(r.axes)) for part in r.segments(a)}
+        own = {name for axis in axes for name in (axis.count, axis.unit)}
+        keys = {**COUNTS, **SIZES}.items()
+        others = {name: size(key) for name, key in keys if name in own - _EVERYWHERE}
         heads, width = size("num_attention_heads", most=MAX_HEADS), size("hidden_size")
         head_size = size("head_dim", width // heads)
         shape = ModelShape(
             family=family,
-            layers=size("num_hidden_layers", most=MAX_LAYERS),
             width=width,
             heads=heads,
             kv_heads=size("num_key_value_heads", heads, most=MAX_HEADS),
@@ -173,14 +231,38 @@ class ModelShape:
             vocabulary=size("vocab_size"),
             tied=is_tied(config, where),
             dtype=config_dtype(config, where),
-            rules=family.layer_rules(config),
+            kinds=kinds,
+            rules={kind: family.layer_rules(config, kind) for kind in dict.fromkeys(kinds)},
+            **others,
         )
         if shape.heads % shape.kv_heads:
             raise ConfigError(
                 f"{where}: {shape.heads} attention heads don't share {shape.kv_heads} KV heads "
                 "evenly; num_key_value_heads must divide num_attention_heads"
             )
+        if shape.linear_key_heads and shape.linear_value_heads % shape.linear_key_heads:
+            raise ConfigError(
+                f"{where}: {shape.linear_value_heads} value heads of linear attention don't share "
+                f"{shape.linear_key_heads} key heads evenly; linear_num_key_heads must divide "
+                "linear_num_value_heads"
+            )
         return shape
+
+
+def _kinds(
+    family: Family, config: Mapping[str, object], layers: int, where: str
+) -> tuple[str | None, ...]:
+    """Of which kind each layer is. Raises ConfigError."""
+    if family.kinds is None:
+        return (None,) * layers
+    known = {rule.of for rule in family.layer} - {None}
+    kinds = family.kinds(config)
+    if len(kinds) != layers or not set(kinds) <= known:
+        raise ConfigError(
+            f"{where}: layer_types must say of each of {layers} layers that it is "
+            f"{' or '.join(sorted(map(str, known)))}"
+        )
+    return tuple(kinds)
 
 
 def rows(size: tuple[int, ...]) -> int:

@@ -75,7 +75,7 @@ def reorderings(model: Any, shape: ModelShape, count: int) -> Iterator[None]:
     """Makes a model of `opened_by_layer` the same function with sums that round differently: its
     FFN neurons in another order each time. Never the first order again."""
     generator = torch.Generator().manual_seed(0)
-    rules = [r for r in shape.rules if any(s.cut is Cut.NEURONS for s in r.segments(r.axis))]
+    rules = [r for r in shape.rules_of(0) if any(s.cut is Cut.NEURONS for s in r.segments(r.axis))]
     orders: list[tuple[int, dict[str, torch.Tensor]]] = []
     for layer in model.model.layers.children():
         for own in layer.tracks.values() if hasattr(layer, "tracks") else [layer]:

@@ -99,7 +99,9 @@ def load_rank(
 def _dense_rules(shape: ModelShape) -> dict[str, TensorRule]:
     """The tensors of layers held dense, which are cut among ranks."""
     return {
-        f"model.layers.{i}.{rule.name}": rule for i in range(shape.layers) for rule in shape.rules
+        f"model.layers.{i}.{rule.name}": rule
+        for i in range(shape.layers)
+        for rule in shape.rules_of(i)
     }
 
 
