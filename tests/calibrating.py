@@ -24,7 +24,10 @@ def random_assignments(shape: ModelShape, schedule: Schedule) -> dict[int, Assig
     draw = np.random.default_rng(0)
     return {
         layer: Assignment(
-            *(draw.permutation(n).astype(np.int32) for n in (shape.kv_heads, shape.neurons))
+            *(
+                draw.permutation(n).astype(np.int32)
+                for n in (shape.attention_units(layer), shape.neurons)
+            )
         )
         for layer in schedule.track_layers
     }

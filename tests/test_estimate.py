@@ -27,11 +27,12 @@ from ptconvert.estimate.collective import Reduction, Transfer, all_reduce
 from ptconvert.estimate.compare import faster
 from ptconvert.estimate.hardware import Link, Protocol, read_engine, read_hardware
 from ptconvert.estimate.model import Workload, estimate, reduction, step
-from ptconvert.estimate.roofline import Pass, rank_bytes
+from ptconvert.estimate.roofline import Part, Pass, rank_bytes, sublayer_parts
 from ptconvert.estimate.timeline import run
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.presets import PRESETS, dense_schedule
 from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import Kind, Sublayer
 
 
 def test_a_decode_step_by_hand() -> None:
@@ -302,3 +303,28 @@ def test_a_request_is_its_prefill_and_its_steps() -> None:
     assert e.tokens_per_second == pytest.approx(4 * 101 / (e.ttft + 100 * e.tpot))
     assert 141e9 / 8 < e.memory < 141e9 / 8 + 1.1e9  # weights, a little cache
     assert estimate(dense_schedule(LAYERS), SHAPE, H100, VLLM, 8, replace(workload, new=1)).tpot
+
+
+def test_linear_attention_has_a_state_and_no_cache() -> None:
+    """By hand, for 32 layers of which every fourth has full attention, at the class's own sizes."""
+    config = {
+        **{"model_type": "qwen3_5_text", "hidden_size": 4096, "num_hidden_layers": 32},
+        **{"num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 12288},
+        **{"vocab_size": 1000, "dtype": "bfloat16"},
+    }
+    shape = ModelShape.from_config(config)
+    one = Pass(sequences=2, tokens=1, past=1023, allocated=4096)
+    state = 32 * 128 * 128  # numbers, in fp32
+    projections = 4096 * (2 * 2048 + 4096 + 4096 + 2 * 32 + 4096)
+    others = 32 * 2 + 128 + 4 * (2 * 2048 + 4096)  # A, dt, norm, convolution
+    weights, recurrence = sublayer_parts(Sublayer(0, Kind.ATTENTION), shape, VLLM, 1, one)
+    assert weights.flops == 2 * 2 * (projections + others)
+    assert recurrence == Part(6 * 2 * state, 2 * 4 * 2 * state)
+    half = sublayer_parts(Sublayer(0, Kind.ATTENTION), shape, VLLM, 2, one)[1]
+    assert half == Part(3 * 2 * state, 4 * 2 * state)
+    later = Pass(sequences=2, tokens=1, past=8191, allocated=16384)
+    assert sublayer_parts(Sublayer(0, Kind.ATTENTION), shape, VLLM, 1, later)[1] == recurrence
+    assert sublayer_parts(Sublayer(3, Kind.ATTENTION), shape, VLLM, 1, later)[1].nbytes > 1e7
+    full = 8 * 2 * 4096 * 2 * 4 * 256 * 2  # layers, sequences, tokens, K and V, heads, size, bytes
+    held = [rank_bytes(shape, VLLM, 1, Pass(n, 1, 0, 4096)) for n in (2, 0)]
+    assert held[0] - held[1] == full + 24 * 2 * state * 4

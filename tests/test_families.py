@@ -5,23 +5,37 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import VARIANTS, Convert, MakeDense, load
+from conftest import VARIANTS, Convert, MakeDense, load, spec_text
+from numpy.typing import NDArray
 from reference import reference_logits
-from test_modeling import TOLERANCE, difference, left_padded
+from safetensors.torch import load_file
+from test_modeling import SCHEDULES, TOLERANCE, difference, left_padded
+from test_random_schedules import logits_on_a_rank
 
 import ptconvert.modeling.layers as layers_module
 import ptconvert.models.shape as shape_module
+from ptconvert.calibrate import affinity
+from ptconvert.calibrate.guess import fit_guesses
+from ptconvert.checkpoint.calibration import Assignment, Calibration
+from ptconvert.checkpoint.files import read_config
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import execute, plan_to_dense
+from ptconvert.modeling.config import CONFIGS
 from ptconvert.modeling.layers import TrackConfig, layer_class
 from ptconvert.modeling.model import BASE_MODELS, CAUSAL_LMS
 from ptconvert.models import families
 from ptconvert.models.families import KV, D, Q
 from ptconvert.models.shape import ModelShape
+from ptconvert.runtime.launch import launch
 from ptconvert.schedule.stages import Kind, Sublayer
+from ptconvert.spec.document import parse_spec
 
 OF_A_FAMILY = {name: VARIANTS[name] for name in VARIANTS if name in CAUSAL_LMS}
 
@@ -68,8 +82,86 @@ def test_the_table_cuts_what_the_classes_do(variant: str, tracks: int, kv_heads:
 @pytest.mark.parametrize("variant", OF_A_FAMILY)
 def test_what_generate_and_the_trainer_ask_a_forward(variant: str) -> None:
     for ours in (BASE_MODELS[variant], CAUSAL_LMS[variant]):
-        theirs = getattr(transformers, ours.__name__.removeprefix("PTConvert"))
+        theirs = next(c for c in ours.__mro__ if c.__module__.startswith("transformers.models."))
         assert inspect.signature(ours.forward) == inspect.signature(theirs.forward)
+
+
+@pytest.mark.parametrize("variant", OF_A_FAMILY)
+def test_what_a_checkpoint_calls_its_classes(
+    variant: str, make_dense: MakeDense, convert: Convert
+) -> None:
+    config = read_config(convert(make_dense(variant), 2, "use: ladder"))
+    classes = dict(config["auto_map"])  # type: ignore[call-overload]
+    assert config["architectures"] == [CAUSAL_LMS[variant].__name__]
+    ours = CONFIGS[variant], BASE_MODELS[variant], CAUSAL_LMS[variant]
+    assert [c.split(".")[1] for c in classes.values()] == [c.__name__ for c in ours]
+
+
+def test_every_family_on_ranks(make_dense: MakeDense, convert: Convert) -> None:
+    """Layers held dense are cut among two ranks, the four tracks of others shared out."""
+    paths = [convert(make_dense(v), 4, SCHEDULES["track-2-rest"]) for v in (*OF_A_FAMILY, "phi3")]
+    by_rank = launch(logits_on_a_rank, paths, 2, "gloo", "cpu", 300)
+    ids_BS = left_padded()[0]
+    for i, path in enumerate(paths):
+        with torch.no_grad():
+            expected = load(path)(ids_BS).logits
+        for rank in by_rank:
+            found = torch.tensor(rank["logits"][i])
+            assert difference(found, expected, torch.ones_like(ids_BS)) < TOLERANCE, path
+
+
+@pytest.mark.parametrize("variant", OF_A_FAMILY)
+def test_units_that_go_where_it_makes_no_difference(
+    variant: str, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    """What one track had goes to the other, each in another order: only sums are ordered otherwise.
+    And back again."""
+    source, (ids_BS, keep_BS) = make_dense(variant), left_padded()
+    shape, draw = ModelShape.from_config(read_config(source)), np.random.default_rng(0)
+
+    def order(units: int) -> NDArray[np.int32]:
+        halves = np.split(np.arange(units, dtype=np.int32), 2)
+        return np.concatenate([draw.permutation(half) for half in reversed(halves)])
+
+    known = Calibration(
+        {i: Assignment(order(shape.attention_units(i)), order(shape.neurons)) for i in range(6)}
+    )
+    use, top = "use: parallel_track, depth: 2", "assignment: affinity\n"
+    converted = convert(source, 2, use, top, calibration=known)
+    with torch.no_grad():
+        found, expected = (
+            load(path)(input_ids=ids_BS, attention_mask=keep_BS).logits
+            for path in (converted, convert(source, 2, use))
+        )
+    assert difference(found, expected, keep_BS) < TOLERANCE
+    execute(plan_to_dense(open_checkpoint(converted)), tmp_path / "back")
+    back, there = (load_file(p / "model.safetensors") for p in (tmp_path / "back", source))
+    assert back.keys() == there.keys() and all(torch.equal(back[n], there[n]) for n in there)
+
+
+@pytest.mark.parametrize("variant", OF_A_FAMILY)
+def test_affinity_takes_every_family(variant: str, make_dense: MakeDense) -> None:
+    source = make_dense(variant)
+    shape = ModelShape.from_config(read_config(source))
+    schedule = parse_spec(spec_text(2, "use: parallel_track, depth: 3"), "s").schedule()
+    ids_NT = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
+    found, (before, after) = affinity.assignments(
+        load(source), shape, schedule, 2, ids_NT, lambda *_: None
+    )
+    assert after < before
+    for layer, order in found.items():
+        assert sorted(order.kv_heads) == list(range(shape.attention_units(layer)))
+        assert sorted(order.neurons) == list(range(shape.neurons))
+
+
+@pytest.mark.parametrize("variant", ["phi3", "granite", "apertus", "nemotron", "qwen3_5_text"])
+def test_guesses_bring_every_family_nearer(
+    variant: str, make_dense: MakeDense, convert: Convert
+) -> None:
+    decoder = load(convert(make_dense(variant), 2, "use: sync_point_drop")).get_decoder()
+    ids_NT = torch.randint(3, 96, (40, 24), generator=torch.Generator().manual_seed(0))
+    found = fit_guesses(decoder, ids_NT, 16, lambda *_: None)
+    assert len(found) == 6 and sum(fitted.error for fitted in found) < 0.9 * 6
 
 
 @pytest.mark.parametrize("variant", OF_A_FAMILY)

@@ -15,6 +15,7 @@ class Head:
     scaling or capping of logits where the family has it. The rest of the model isn't kept."""
 
     def __init__(self, model: Any) -> None:
+        self._lm_head = model.get_output_embeddings()
         self._model = copy.copy(model)
         self._model._modules = {**model._modules, model.base_model_prefix: _Given()}
 
@@ -26,7 +27,7 @@ class Head:
     @property
     def weight(self) -> torch.Tensor:
         """lm_head's, (vocabulary, D)."""
-        weight: torch.Tensor = self._model.get_output_embeddings().weight
+        weight: torch.Tensor = self._lm_head.weight
         return weight
 
 

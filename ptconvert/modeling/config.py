@@ -12,7 +12,7 @@ from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX, Family
 
 def _config_class(family: Family) -> Any:
     base = CONFIG_MAPPING[family.model_type]
-    name = base.__name__
+    name = f"{family.prefix}Config"
     members = {
         "__doc__": f"{name} with a schedule.",
         "__module__": __name__,

@@ -333,18 +333,18 @@ def modeling_source() -> str:
     return text
 
 
-def _of_family(base: Any, family: Family, of: str) -> Any:
-    """A model class with the config class of a family, made of transformers' own."""
-    name = family.prefix + of
+def _of_family(base: Any, family: Family, ours: str, theirs: str) -> Any:
+    """A model class with the config class of a family, made of transformers' own; `ours` and
+    `theirs` are how their names go on after the family's."""
     causal_lm = getattr(transformers, family.causal_lm)
+    their_class = getattr(sys.modules[causal_lm.__module__], family.prefix + theirs)
     members = {
-        "__doc__": f"A converted {name}.",
+        "__doc__": f"A converted {their_class.__name__}.",
         "__module__": __name__,
         "config_class": CONFIGS[family.model_type],
+        "forward": _forward(their_class),
     }
-    theirs = getattr(sys.modules[causal_lm.__module__], name)
-    members["forward"] = _forward(theirs)
-    return type(f"PTConvert{name}", (base, theirs), members)
+    return type(f"PTConvert{family.prefix}{ours}", (base, their_class), members)
 
 
 def _forward(theirs: Any) -> Any:
@@ -358,9 +358,12 @@ def _forward(theirs: Any) -> Any:
     return forward
 
 
-BASE_MODELS = {name: _of_family(ScheduledModel, f, f.base_model) for name, f in FAMILIES.items()}
+BASE_MODELS = {
+    name: _of_family(ScheduledModel, f, "Model", f.base_model) for name, f in FAMILIES.items()
+}
 CAUSAL_LMS = {
-    name: _of_family(ScheduledForCausalLM, f, "ForCausalLM") for name, f in FAMILIES.items()
+    name: _of_family(ScheduledForCausalLM, f, "ForCausalLM", "ForCausalLM")
+    for name, f in FAMILIES.items()
 }
 # by name, for pickle and for a checkpoint's auto_map
 globals().update({m.__name__: m for m in (*BASE_MODELS.values(), *CAUSAL_LMS.values())})

@@ -1,0 +1,57 @@
+"""The whole way on families that differ: planned, converted, proved, healed, scored, undone."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from conftest import MakeDense, byte_level
+from test_transform import back, same, tensors
+
+from ptconvert.cli import main
+
+TEXT = "the quick brown fox jumps over the lazy dog, and {} of them count to {}.\n"
+
+
+def run(*arguments: object) -> str:
+    done = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def figures(*arguments: object) -> dict[str, Any]:
+    out = run(*arguments, "--json")
+    found: dict[str, Any] = json.loads(out[out.index("{") :])
+    return found
+
+
+# fused projections; multipliers and output biases; linear attention; LayerNorm and other names
+@pytest.mark.parametrize("variant", ["phi3", "granite", "qwen3_5_text", "starcoder2"])
+def test_the_whole_way(variant: str, make_dense: MakeDense, tmp_path: Path) -> None:
+    source = byte_level(functools.partial(make_dense, variant), tmp_path / "source")
+    text, spec = tmp_path / "text.txt", tmp_path / "spec.yaml"
+    text.write_text("".join(TEXT.format(i, i * i) for i in range(400)))
+    size = ("--text", text, "--windows", 32, "--window", 32, "--device", "cpu")
+    cache = ("--cache", tmp_path / "cache")
+    run("plan", source, "--tracks", 2, "--max-syncs", 6, "--no-overlap", "-o", spec, *size, *cache)
+    spec.write_text(spec.read_text() + "assignment: affinity\nguess: {rank: 8}\n")
+    converted = tmp_path / "converted"
+    made = figures("transform", source, converted, "--spec", spec, *size)
+    assert made["all_reduces"]["after"] <= 6 and made["calibration"]["guesses"]
+    proved = run("verify", converted, "--ranks", 2, "--repeats", 1)
+    assert "all checks hold" in proved
+    assert same(tensors(back(converted, tmp_path / "back")), tensors(source))
+    healed = tmp_path / "healed"
+    rates = ("--learning-rate", 3e-4, "--block-learning-rate", 1e-3)
+    steps = ("--tokens", 2048, "--window", 32, "--device", "cpu", "--blockwise", *rates)
+    run("heal", converted, healed, "--teacher", source, "--text", text, *steps)
+    scored = [
+        figures("eval", path, "--baseline", source, *size, *cache)["divergence"]["whole"]
+        for path in (converted, healed)
+    ]
+    assert 0 < scored[1]["kl"]["value"] < scored[0]["kl"]["value"]
+    assert figures("estimate", converted, "--hardware", "h100-sxm", "--ranks", 2)["verdict"]
