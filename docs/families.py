@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ptconvert.engines.vllm import SERVED
+from ptconvert.engines.vllm.families import SERVED
 from ptconvert.models.families import FAMILIES, UNSUPPORTED, Family
 from ptconvert.models.shape import DTYPES
 

@@ -90,11 +90,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("Nemotron", {"mlp_bias": True, "attention_bias": True}),
     "hunyuan_v1_dense": ("HunYuanDenseV1", {"head_dim": 8}),
     "starcoder2": ("Starcoder2", {}),
+    "cwm": ("Cwm", {"head_dim": 8}),
+    "gemma": ("Gemma", {"head_dim": 8}),
+    "jais2": ("Jais2", {"head_dim": 8}),
     "qwen3_5_text": (
         "Qwen3_5",
         {
-            **{"head_dim": 8, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
-            **{"linear_key_head_dim": 8, "linear_value_head_dim": 4},
+            **{"head_dim": 8, "linear_num_key_heads": 8, "linear_num_value_heads": 16},
+            **{"linear_key_head_dim": 4, "linear_value_head_dim": 4},
         },
     ),
     "arcee": ("Arcee", {"head_dim": 8, "mlp_bias": True}),

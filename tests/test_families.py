@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import VARIANTS, Convert, MakeDense, load, spec_text
+from conftest import VARIANTS, Convert, MakeDense, load, random_model, spec_text
 from numpy.typing import NDArray
 from reference import reference_logits
 from safetensors.torch import load_file
-from test_modeling import SCHEDULES, TOLERANCE, difference, left_padded
+from test_modeling import SCHEDULES, TOLERANCE, difference, left_padded, step_logits
 from test_random_schedules import logits_on_a_rank
 
 import ptconvert.modeling.layers as layers_module
@@ -27,15 +27,18 @@ from ptconvert.checkpoint.calibration import Assignment, Calibration
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_to_dense
+from ptconvert.heal.blockwise import Pieces, blocks_of
+from ptconvert.measure.opening import schedule_of
 from ptconvert.modeling.config import CONFIGS
 from ptconvert.modeling.layers import TrackConfig, layer_class
 from ptconvert.modeling.model import BASE_MODELS, CAUSAL_LMS
 from ptconvert.models import families
-from ptconvert.models.families import KV, D, Q
+from ptconvert.models.families import FULL, KV, LINEAR, D, Q
 from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.launch import launch
 from ptconvert.schedule.stages import Kind, Sublayer
 from ptconvert.spec.document import parse_spec
+from ptconvert.verify.expected import FP32_TOLERANCE, RECURRENT_TOLERANCE
 
 OF_A_FAMILY = {name: VARIANTS[name] for name in VARIANTS if name in CAUSAL_LMS}
 
@@ -77,6 +80,104 @@ def test_the_table_cuts_what_the_classes_do(variant: str, tracks: int, kv_heads:
             output = rules[f"{block.name}.{block.output}.weight"]
             assert output.axis == 1
             assert math.prod(shape.share(output, tracks)) * tracks == math.prod(shape.size(output))
+
+
+def test_linear_attention_rounds_otherwise_token_by_token() -> None:
+    """Which is why `verify` allows more there."""
+    model = random_model("qwen3_5_text")
+    ids_BS, keep_BS = left_padded(1, 24)
+    with torch.no_grad():
+        whole = model(ids_BS).logits
+    apart = difference(step_logits(model, ids_BS, keep_BS, 16), whole, keep_BS)
+    assert FP32_TOLERANCE / 20 < apart < RECURRENT_TOLERANCE
+
+
+@pytest.mark.parametrize("variant", OF_A_FAMILY)
+def test_each_block_is_called_as_the_dense_layer_calls_it(
+    variant: str, make_dense: MakeDense, convert: Convert
+) -> None:
+    """With the same keywords."""
+    source, ids_BS = make_dense(variant), left_padded(1)[0]
+    seen: list[list[set[str]]] = []
+    for path in (source, convert(source, 2, SCHEDULES["track-2-rest"])):
+        model, calls = load(path), list[set[str]]()
+        names = {b.name for b in (own_block(variant, la) for la in (FULL, LINEAR))}
+        for name, module in model.named_modules():
+            if name.split(".")[-1] in names and ".tracks.1." not in name:
+                module.register_forward_pre_hook(
+                    lambda _, __, given, calls=calls: calls.append(set(given)), with_kwargs=True
+                )
+        with torch.no_grad():
+            model(ids_BS)
+        seen.append(calls)
+    assert len(seen[0]) == 6
+    for theirs, ours in zip(*seen, strict=True):
+        assert theirs ^ ours <= {"use_cache"}  # which some layers keep, or make up
+
+
+def test_packed_sequences_are_kept_apart_or_refused(
+    make_dense: MakeDense, convert: Convert
+) -> None:
+    """What says where they begin reaches linear attention, which needs its kernels for it."""
+    source = make_dense("qwen3_5_text")
+    for path in (source, convert(source, 2, SCHEDULES["track-2-rest"])):
+        with pytest.raises(ValueError, match="can't keep packed sequences apart"):
+            load(path)(left_padded(1)[0], cu_seq_lens_q=torch.tensor([0, 4, 12]))
+
+
+def own_block(variant: str, kind: str) -> families.Block:
+    return families.FAMILIES[variant].block(Kind.ATTENTION, kind)
+
+
+@pytest.mark.parametrize("variant", ["llama", "granite"])
+def test_a_stream_that_is_given_is_taken_as_it_is(
+    variant: str, make_dense: MakeDense, convert: Convert
+) -> None:
+    """At the first stage too, where a family may multiply its embeddings."""
+    decoder = load(convert(make_dense(variant), 2, "use: ladder")).get_decoder()
+    ids_BS = left_padded(1)[0]
+    with torch.no_grad():
+        expected = decoder(input_ids=ids_BS).last_hidden_state
+        entered, _ = decoder.entry(input_ids=ids_BS)
+        decoder.layers.first_stage = 0
+        assert torch.equal(decoder(inputs_embeds=entered).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("variant", OF_A_FAMILY)
+def test_layers_that_are_read_one_at_a_time(
+    variant: str, make_dense: MakeDense, convert: Convert
+) -> None:
+    """As heal's blocks are: parameters, and buffers that are stored."""
+    path, ids_BS = convert(make_dense(variant), 2, SCHEDULES["track-2-rest"]), left_padded(1)[0]
+    checkpoint = open_checkpoint(path)
+    pieces = Pieces(checkpoint, torch.float32, "cpu")
+    with torch.no_grad():
+        stream = torch.stack(list(pieces.entered(ids_BS)))
+        for block in blocks_of(schedule_of(checkpoint)):
+            stream = pieces.load(block.layers, block.stages)(stream)
+        decoder = load(path, attn_implementation="sdpa").get_decoder()
+        expected = decoder(input_ids=ids_BS).last_hidden_state
+        assert torch.allclose(decoder.finish(stream), expected, atol=TOLERANCE)
+
+
+def test_layers_by_slices_and_in_loops(make_dense: MakeDense, convert: Convert) -> None:
+    model = load(convert(make_dense("llama"), 2, SCHEDULES["track-2-rest"]))
+    layers = model.model.layers
+    assert [*layers] == [*layers.children()] == [layers[i] for i in range(6)]
+    assert [*layers[2:4]] == [layers[2], layers[3]] and isinstance(layers[:2], torch.nn.ModuleList)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_checkpointing_leaves_a_cache_alone(
+    attention: str, make_dense: MakeDense, convert: Convert
+) -> None:
+    """As transformers does, since a layer that runs twice would fill it twice."""
+    path, ids_BS = convert(make_dense("llama"), 2, SCHEDULES["track-2-rest"]), left_padded(1)[0]
+    model = load(path, attn_implementation=attention).train()
+    model.gradient_checkpointing_enable()
+    cache = transformers.DynamicCache(config=model.config)
+    model(ids_BS, labels=ids_BS, past_key_values=cache).loss.backward()
+    assert cache.get_seq_length() == 0
 
 
 @pytest.mark.parametrize("variant", OF_A_FAMILY)

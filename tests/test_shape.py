@@ -26,6 +26,13 @@ BASE: dict[str, object] = {
 }
 
 
+HYBRID: dict[str, object] = {
+    **BASE,
+    "model_type": "qwen3_5_text",
+    "architectures": ["Qwen3_5ForCausalLM"],
+}
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
@@ -53,6 +60,47 @@ def test_refused_by_name_with_the_reason(changed: dict[str, object], says: str) 
     with pytest.raises(ConfigError, match=says) as error:
         ModelShape.from_config({**BASE, **changed})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"full_attention_interval": 0}, "full_attention_interval is 0"),
+        ({"full_attention_interval": None}, "full_attention_interval is None"),
+        ({"full_attention_interval": "4"}, "full_attention_interval is '4'"),
+        ({"layer_types": "full_attention"}, "layer_types is 'full_attention'; it must say of each"),
+        ({"layer_types": [["x"], "full_attention"]}, "it must say of each of 2 layers that it is"),
+        ({"layer_types": ["full_attention"]}, "of each of 2 layers that it is full_attention or"),
+        (
+            {"linear_num_value_heads": 6, "linear_num_key_heads": 4},
+            "6 value heads .* don't share 4",
+        ),
+        ({"architectures": ["Qwen3_5Model"]}, "only Qwen3_5ForCausalLM can be converted"),
+    ],
+)
+def test_kinds_of_layers_that_are_wrong(changed: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        ModelShape.from_config({**HYBRID, **changed})
+
+
+def test_kinds_of_layers() -> None:
+    every = ModelShape.from_config({**HYBRID, "num_hidden_layers": 8})
+    assert [i for i in range(8) if not every.is_linear(i)] == [3, 7]
+    third = {"num_hidden_layers": 6, "full_attention_interval": 3}
+    assert [
+        i for i in range(6) if not ModelShape.from_config({**HYBRID, **third}).is_linear(i)
+    ] == [
+        2,
+        5,
+    ]
+    given = ["full_attention", "linear_attention"]
+    shape = ModelShape.from_config({**HYBRID, "layer_types": given})
+    assert shape.kinds == tuple(given)
+    assert {r.name.split(".")[0] for r in shape.rules_of(0)} >= {"self_attn", "mlp"}
+    assert {r.name.split(".")[0] for r in shape.rules_of(1)} >= {"linear_attn", "mlp"}
+    assert [every.attention_units(i) for i in (0, 3)] == [16, 2]
+    base = ModelShape.from_config({**HYBRID, "architectures": ["Qwen3_5TextModel"]})
+    assert (reason := base.indivisible(32)) and "16 heads of linear attention" in reason
 
 
 @pytest.mark.parametrize(("tracks", "fits"), [(1, True), (2, True), (4, True), (3, False)])

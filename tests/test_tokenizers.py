@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from conftest import WITHOUT_PTCONVERT, MakeDense, spec_text
 from lm_eval.models.huggingface import HFLM
-from tokenizing import CLASSES, FAMILIES, TEXTS, facts, put, trained
+from tokenizing import CLASSES, TEXTS, facts, put, trained
 from transformers import AutoTokenizer
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.modeling.config import CONFIGS
+from ptconvert.models.families import FAMILIES
 from ptconvert.spec.document import parse_spec
 
 REMOTE = (

@@ -33,7 +33,6 @@ CLASSES: dict[str, dict[str, Any] | None] = {
         )
     },
 }
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def trained() -> Tokenizer:

@@ -37,7 +37,7 @@ from ptconvert.modeling.executor import (
     Update,
 )
 from ptconvert.modeling.layers import apply_norm
-from ptconvert.models.families import GUESSES_OF, Family
+from ptconvert.models.families import Family, guesses_of
 from ptconvert.schedule.lower import Step
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
@@ -336,7 +336,7 @@ def fitted_tensors(fitted: Sequence[Fitted], width: int) -> Iterator[tuple[str, 
     """Names and values of the tensors of all guesses, as the model's parameters."""
     for f in fitted:
         for t, guess in enumerate(f.guesses):
-            block = GUESSES_OF[f.sublayer.kind]
+            block = guesses_of(f.sublayer.kind)
             owner = f"model.layers.{f.sublayer.layer}.tracks.{t}.guess.{block}"
             yield f"{owner}.from_input.weight", guess.down[:, :width]
             yield f"{owner}.from_partial.weight", guess.down[:, width:]

@@ -65,9 +65,8 @@ def dense_tensors(
     """Every tensor of the dense model with its parts.
 
     Layers in which tracks never differ keep their tensors as they are. The others become
-    `model.layers.{i}.tracks.{t}.self_attn.…` and, for output biases,
-    `model.layers.{i}.common.o_proj_bias` and `….down_proj_bias`. Layers without an assignment are
-    assigned contiguously.
+    `model.layers.{i}.tracks.{t}.…` and, for output biases, `model.layers.{i}.common.….`, such as
+    `….common.o_proj_bias`. Layers without an assignment are assigned contiguously.
     """
     tracked = schedule.track_layers
     rules = {f"model.layers.{i}.{r.name}": (i, r) for i in tracked for r in shape.rules_of(i)}

@@ -20,7 +20,7 @@ from ptconvert.checkpoint.section import Section
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.executor import PerTrack, Streams, Update, run_program
 from ptconvert.modeling.layers import guess_modules
-from ptconvert.models.families import FAMILIES, common_name
+from ptconvert.models.families import FAMILIES, common_name, guesses_of
 from ptconvert.models.shape import EMBEDDING, HEAD, ModelShape
 from ptconvert.schedule.lower import Step
 from ptconvert.schedule.stages import Kind
@@ -129,7 +129,7 @@ class ServedLayer(nn.Module):
         call = serving.mlp if kind is Kind.MLP else serving.attention
         parts: list[Any] = list(self.parts.values())
         partials = [call(part, x_TD, context) for part, x_TD in zip(parts, normed, strict=True)]
-        guessed = "mlp" if kind is Kind.MLP else "self_attn"  # GUESSES_OF, as `Family.block` says
+        guessed = guesses_of(kind)
         guesses: PerTrack | None = None
         if guess and guessed in getattr(parts[0], "guess", ()):
             guesses = [

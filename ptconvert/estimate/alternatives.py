@@ -67,9 +67,12 @@ def pipeline(setting: Setting) -> Served:
     tpot = max(token, groups * token_slowest)
     whole = ttft + (workload.new - 1) * tpot
     # Of embeddings and lm_head a stage holds one: what a model holds that ties them.
-    largest = s.shape.with_layers(math.ceil(s.shape.layers / s.ranks))
-    largest = replace(largest, tied=True)
-    held = rank_bytes(largest, s.engine, 1, s.workload.decode)
+    kinds, count = s.shape.kinds, math.ceil(s.shape.layers / s.ranks)
+    stages = {kinds[i : i + count] for i in range(0, len(kinds), count)}
+    held = max(
+        rank_bytes(replace(s.shape, kinds=stage, tied=True), s.engine, 1, s.workload.decode)
+        for stage in stages
+    )
     return Served(ttft, tpot, s.workload.batch * workload.new / whole, held)
 
 

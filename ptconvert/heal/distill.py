@@ -73,7 +73,7 @@ class Distillation(Trainer):  # type: ignore[misc]
         self,
         *arguments: Any,
         teacher: Any,
-        head: nn.Module,
+        head: Head,
         loss: str,
         judge: Callable[[], Score] | None,
         **options: Any,

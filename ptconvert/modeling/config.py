@@ -19,6 +19,7 @@ def _config_class(family: Family) -> Any:
         "__annotations__": {"ptconvert": dict[str, Any] | None},
         "model_type": MODEL_TYPE_PREFIX + family.model_type,
         "ptconvert": None,
+        "base_model_tp_plan": None,  # `Placement` says which rank holds what
     }
     return type(f"PTConvert{name}", (base,), members)
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptconvert.modeling.executor import PerTrack, Update
-from ptconvert.models.families import COUNTS, FAMILIES, GUESSES_OF, MODEL_TYPE_PREFIX, Family
+from ptconvert.models.families import COUNTS, FAMILIES, MODEL_TYPE_PREFIX, Family, guesses_of
 from ptconvert.schedule.stages import Kind
 
 Context = dict[str, Any]  # the keywords that a model's forward gives its layers
@@ -80,7 +80,7 @@ def _dense_class(of_family: Any) -> Any:
 
     class DenseLayer(of_family):  # type: ignore[misc]
         def forward(
-            self, family: Family, kind: Kind, guess: bool, context: Context, x_BSD: torch.Tensor
+            self, family: Family, kind: Kind, guess: bool, x_BSD: torch.Tensor, **context: Any
         ) -> tuple[torch.Tensor, None]:
             assert not guess, "tracks that go on with their own partials reached a dense layer"
             return run_block(self, family, kind, x_BSD, context), None
@@ -145,7 +145,7 @@ class Guess(nn.Module):
 
 def guess_modules(width: int, ranks: Mapping[Kind, int]) -> nn.ModuleDict:
     """A track's guesses in one layer, by block, for the sublayers that have a rank."""
-    return nn.ModuleDict({GUESSES_OF[k]: Guess(width, r) for k, r in ranks.items()})
+    return nn.ModuleDict({guesses_of(k): Guess(width, r) for k, r in ranks.items()})
 
 
 class CommonBiases(nn.Module):
@@ -205,11 +205,11 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         return next(iter(self.tracks.values()))
 
     def forward(
-        self, family: Family, kind: Kind, guess: bool, context: Context, *view: torch.Tensor
+        self, family: Family, kind: Kind, guess: bool, *view: torch.Tensor, **context: Any
     ) -> tuple[torch.Tensor | None, ...]:
         """Each local track's partial of one sublayer; then, with `guess` and where the layer has
         guesses of it, each track's guess of the others' partials; last the output bias, if any."""
-        guessed = "mlp" if kind is Kind.MLP else "self_attn"  # GUESSES_OF, as `Family.block` says
+        guessed = guesses_of(kind)
         tracks: list[Any] = list(self.tracks.values())
         partials, guesses = [], []
         for t, track in enumerate(tracks):
@@ -239,7 +239,7 @@ def run_layer(
     tracks agree on. With `guess` come the guesses, where the layer has them.
     """
     assert len(view) in (1, tracks), "tracks that differ reached a layer held dense"
-    *found, common = layer(family, kind, guess, context, *view)
+    *found, common = layer(family, kind, guess, *view, **context)
     return Update(found[:tracks], common, found[tracks:] or None)
 
 
@@ -265,9 +265,8 @@ def run_normed(
     if kind is Kind.MLP:
         found = module(x_BSD)
     else:
-        if block.takes is not None:
-            context = {name: context[given] for name, given in block.takes.items()}
-        found = module(hidden_states=x_BSD, **context)
+        given = {block.renamed.get(k, k): v for k, v in context.items() if k not in block.without}
+        found = module(hidden_states=x_BSD, **given)
     out_BSD: torch.Tensor = found[0] if isinstance(found, tuple) else found
     return multiplied(layer, family, out_BSD)
 

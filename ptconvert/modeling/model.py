@@ -58,8 +58,8 @@ class Layers(nn.ModuleList):
     gets that way are the turns of `one_pass`; else, and by index, the layers are themselves.
 
     `communicator` sums over ranks; `entered` is called with each stage's index when it begins, for
-    whoever wants to know where a forward pass stands. A forward pass of `inputs_embeds` begins at
-    stage `first_stage`, before which nothing may be outstanding: they are the stream there.
+    whoever wants to know where a forward pass stands. With a `first_stage` a forward pass begins
+    there, where nothing may be outstanding; its `inputs_embeds` are the stream at that stage.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Layers(nn.ModuleList):
         super().__init__()
         self.communicator = OneProcess() if communicator is None else communicator
         self.entered: Callable[[int], object] | None = None
-        self.first_stage = 0
+        self.first_stage: int | None = None
         section = read_section(vars(config))
         self.schedule = section.schedule
         self.track_count = section.tracks
@@ -95,6 +95,8 @@ class Layers(nn.ModuleList):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice) and self.one_pass is not None:
             return self.one_pass.turns()[index]
+        if isinstance(index, slice):
+            return nn.ModuleList(list(self)[index])
         return super().__getitem__(index)
 
     def _cache_indices(self, layer: int, tracks: range) -> dict[int, int]:
@@ -156,7 +158,7 @@ class Pass:
             raise _HandedOver(self)
         if self._resumed is not None:
             stream_BSD = self._resumed
-        program = layers.schedule.program[layers.first_stage :]
+        program = layers.schedule.program[layers.first_stage or 0 :]
         return layers.run(program, stream_BSD, self.run_sublayer)
 
     def run_sublayer(self, sublayer: Sublayer, view: PerTrack, guess: bool) -> Update:
@@ -198,7 +200,7 @@ class Scheduled(PreTrainedModel):  # type: ignore[misc]
     _no_split_modules: ClassVar[list[str]] = ["DenseLayer", "TrackedLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _can_record_outputs: ClassVar[dict[str, Any]] = {}  # with tracks there is no state per layer
-    _tp_plan: ClassVar[dict[str, str]] = {}  # layers are placed by `Placement`
+    _tp_plan: ClassVar[dict[str, str]] = {}
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers', with the modelling file beside it, so that the result opens as this
@@ -237,8 +239,9 @@ class ScheduledModel(Scheduled):
         self.post_init()
 
     def forwarded(self, theirs: Callable[..., Any], args: tuple[Any, ...], given: Any) -> Any:
-        # as they are given, without any multiplier of embeddings
-        resumed = given["inputs_embeds"] if self.layers.first_stage else None
+        resumed = None
+        if self.layers.first_stage is not None:
+            resumed = given["inputs_embeds"]  # as they are given, without any multiplier
         self.layers.one_pass = Pass(self.layers, resumed)
         try:
             return super().forwarded(theirs, args, given)
@@ -250,7 +253,7 @@ class ScheduledModel(Scheduled):
         one sublayer on streams of its shape, for the executor."""
         self.layers.hands_over = True
         try:
-            with self._from(0):
+            with self._from(None):
                 self(**{"use_cache": False, **inputs})
         except _HandedOver as handed_over:
             one_pass = handed_over.one_pass
@@ -279,8 +282,8 @@ class ScheduledModel(Scheduled):
         return hidden_BSD
 
     @contextlib.contextmanager
-    def _from(self, stage: int) -> Iterator[None]:
-        """Lets forward passes begin at a stage."""
+    def _from(self, stage: int | None) -> Iterator[None]:
+        """Lets forward passes begin at a stage, or with the embedded tokens."""
         before, self.layers.first_stage = self.layers.first_stage, stage
         try:
             yield

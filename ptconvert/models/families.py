@@ -107,14 +107,15 @@ class Block:
     """One of a layer's two sublayers: what the layer calls its module and the norm before it, and
     what that module calls its output projection.
 
-    `takes` are the keywords of its forward that are some of those that a model's forward gives its
-    layers, and what they are called there; None where it takes them all.
+    It takes the keywords that a model's forward gives its layers: under other names if they are
+    `renamed`, `without` some.
     """
 
     name: str
     norm: str
     output: str
-    takes: Mapping[str, str] | None = None
+    renamed: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,10 @@ class Family:
     `defaults` are its config class's, where a key is missing; a None means that the class can't do
     without. A null of the `nullable` keys means that the other sizes say it, and the class takes no
     other null. What sublayers add to the stream is multiplied by the config's `multiplier`, where
-    there is one. `kinds` says of which kind each layer is, where they differ; those of linear
-    attention have the block `linear` for their attention. `base_model` is how the name of the class
-    without lm_head ends.
+    there is one. Where layers are of different kinds, config.json says which by `layer_types`, or
+    by the key `full_every` of how many one has full attention; those of linear attention have the
+    block `linear` for their attention. `base_model` is how the name of the class without lm_head
+    ends.
     """
 
     model_type: str
@@ -138,7 +140,7 @@ class Family:
     mlp: Block = Block("mlp", "post_attention_layernorm", "down_proj")
     linear: Block | None = None
     multiplier: str | None = None
-    kinds: Callable[[Mapping[str, object]], list[str]] | None = None
+    full_every: str | None = None
     base_model: str = "Model"
     final_norm: tuple[str, ...] = ("model.norm.weight",)
 
@@ -184,8 +186,10 @@ def common_name(tensor: str) -> str:
     return "_".join(tensor.split(".")[1:])
 
 
-# What a sublayer's guesses are called in a converted layer, whatever the family calls its block.
-GUESSES_OF = MappingProxyType({Kind.ATTENTION: "self_attn", Kind.MLP: "mlp"})
+def guesses_of(kind: Kind) -> str:
+    """What a sublayer's guesses are called in a converted layer, whatever the family calls its
+    block; a function, and no dict, as `Family.block` says."""
+    return "mlp" if kind is Kind.MLP else "self_attn"
 
 
 def _norms(*names: str, bias: bool = False) -> tuple[TensorRule, ...]:
@@ -268,15 +272,6 @@ def _linear_rules() -> tuple[TensorRule, ...]:
         TensorRule("linear_attn.in_proj_b.weight", (LINEAR_HEAD, D)),
         TensorRule("linear_attn.in_proj_a.weight", (LINEAR_HEAD, D)),
     )
-
-
-def _every_fourth_full(config: Mapping[str, object]) -> list[str]:
-    """Qwen3.5's kinds of layers."""
-    if isinstance(given := config.get("layer_types"), list):
-        return given
-    layers, interval = config.get("num_hidden_layers"), config.get("full_attention_interval", 4)
-    assert isinstance(layers, int) and isinstance(interval, int)
-    return [LINEAR if (i + 1) % interval else FULL for i in range(layers)]
 
 
 def _defaults(**values: object) -> Mapping[str, object]:
@@ -425,6 +420,30 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 nullable=_SIZES,
             ),
             Family(
+                "cwm",
+                "CwmForCausalLM",
+                _LLAMA,
+                _defaults(num_key_value_heads=8, head_dim=128),
+            ),
+            Family(
+                "gemma",
+                "GemmaForCausalLM",
+                _LLAMA + _ATTENTION_BIASES,
+                _defaults(num_key_value_heads=16, head_dim=256, tie_word_embeddings=True),
+            ),
+            Family(
+                "jais2",
+                "Jais2ForCausalLM",
+                _norms(*_TWO_NORMS, bias=True)
+                + _ATTENTION
+                + _UP_DOWN
+                + _ATTENTION_BIASES
+                + _up_down_biases("mlp_bias"),
+                _defaults(attention_bias=True, mlp_bias=True),
+                nullable=_SIZES,
+                final_norm=_BIASED_FINAL_NORM,
+            ),
+            Family(
                 "qwen3_5_text",
                 "Qwen3_5ForCausalLM",
                 (
@@ -448,14 +467,16 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     linear_key_head_dim=128,
                     linear_value_head_dim=128,
                     linear_conv_kernel_dim=4,
+                    full_attention_interval=4,
                 ),
                 linear=Block(
                     "linear_attn",
                     "input_layernorm",
                     "out_proj",
-                    {"cache_params": "past_key_values", "attention_mask": "attention_mask"},
+                    MappingProxyType({"past_key_values": "cache_params"}),
+                    without=("position_embeddings", "position_ids"),
                 ),
-                kinds=_every_fourth_full,
+                full_every="full_attention_interval",
                 base_model="TextModel",
             ),
         )
@@ -503,7 +524,7 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "jamba": _HYBRID,
         "mamba": _HYBRID,
         "mamba2": _HYBRID,
-        "qwen3_next": _HYBRID,
+        "qwen3_next": _MOE,
     }
 )
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ptconvert.models.families import GUESSES_OF
+from ptconvert.models.families import guesses_of
 from ptconvert.models.shape import DTYPE_BYTES, EMBEDDING, ModelShape
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Sublayer
@@ -25,7 +25,7 @@ def guess_tensors(
         }
         for track in range(tracks):
             owner = (
-                f"model.layers.{sublayer.layer}.tracks.{track}.guess.{GUESSES_OF[sublayer.kind]}"
+                f"model.layers.{sublayer.layer}.tracks.{track}.guess.{guesses_of(sublayer.kind)}"
             )
             for name, size in sizes.items():
                 yield track, f"{owner}.{name}", size

@@ -11,6 +11,7 @@ from ptconvert.errors import ConfigError
 from ptconvert.models.families import (
     COUNTS,
     FAMILIES,
+    FULL,
     LINEAR,
     MODEL_TYPE_PREFIX,
     SIZES,
@@ -63,12 +64,12 @@ class ModelShape:
 
     @property
     def query_width(self) -> int:
-        """Rows of q_proj."""
+        """Channels of all query heads."""
         return self.heads * self.head_size
 
     @property
     def kv_width(self) -> int:
-        """Rows of k_proj and of v_proj."""
+        """Channels of all keys, and of all values."""
         return self.kv_heads * self.head_size
 
     @property
@@ -214,7 +215,10 @@ class ModelShape:
                 raise ConfigError(f"{where}: {key} {was}; it must be a whole number, 1 to {most}")
             return value
 
-        kinds = _kinds(family, config, size("num_hidden_layers", most=MAX_LAYERS), where)
+        layers = size("num_hidden_layers", most=MAX_LAYERS)
+        kinds: tuple[str | None, ...] = (None,) * layers
+        if family.full_every is not None:
+            kinds = _kinds(config.get("layer_types"), layers, size(family.full_every), where)
         axes = {part for r in family.layer for a in range(len(r.axes)) for part in r.segments(a)}
         own = {name for axis in axes for name in (axis.count, axis.unit)}
         keys = {**COUNTS, **SIZES}.items()
@@ -249,20 +253,16 @@ class ModelShape:
         return shape
 
 
-def _kinds(
-    family: Family, config: Mapping[str, object], layers: int, where: str
-) -> tuple[str | None, ...]:
+def _kinds(given: object, layers: int, full_every: int, where: str) -> tuple[str, ...]:
     """Of which kind each layer is. Raises ConfigError."""
-    if family.kinds is None:
-        return (None,) * layers
-    known = {rule.of for rule in family.layer} - {None}
-    kinds = family.kinds(config)
-    if len(kinds) != layers or not set(kinds) <= known:
-        raise ConfigError(
-            f"{where}: layer_types must say of each of {layers} layers that it is "
-            f"{' or '.join(sorted(map(str, known)))}"
-        )
-    return tuple(kinds)
+    if given is None:
+        return tuple(LINEAR if (i + 1) % full_every else FULL for i in range(layers))
+    if isinstance(given, list) and len(given) == layers and all(k in (FULL, LINEAR) for k in given):
+        return tuple(given)
+    raise ConfigError(
+        f"{where}: layer_types is {_short(given)}; it must say of each of {layers} layers that it "
+        f"is {FULL} or {LINEAR}"
+    )
 
 
 def rows(size: tuple[int, ...]) -> int:
@@ -332,7 +332,7 @@ def _family(config: Mapping[str, object], where: str) -> Family:
     architectures = config.get("architectures")
     # Which tensors there are says more than whether lm_head's class saved them; and the first
     # Llamas called it LLaMAForCausalLM.
-    names = {family.causal_lm.lower(), family.causal_lm.replace("ForCausalLM", "Model").lower()}
+    names = {family.causal_lm.lower(), (family.prefix + family.base_model).lower()}
     if architectures and str(architectures).lower() not in {str([name]) for name in names}:
         raise ConfigError(
             f"{where}: architectures is {_short(architectures)}; only {family.causal_lm} can be "

@@ -109,8 +109,11 @@ def compute_buffers(model: Any, device: torch.device | str) -> None:
     """Fills what is computed, not stored, such as the tables of rotary embeddings, in a model that
     was made on the meta device."""
     for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
         if module._non_persistent_buffers_set:
-            module.to_empty(device=device, recurse=False)
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = True  # transformers leaves such alone
             model._init_weights(module)
 
 

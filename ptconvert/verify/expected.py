@@ -18,7 +18,7 @@ from ptconvert.schedule.schedule import Schedule
 FP32_TOLERANCE = 1e-4
 # Linear attention goes over a prompt in chunks and over what follows token by token, which round
 # otherwise: a dense model of 6 layers with random weights differs from itself by 8e-4, logits of
-# standard deviation 2.8 (tests/test_families_whole_way.py).
+# standard deviation 2.8 (tests/test_families.py).
 RECURRENT_TOLERANCE = 2e-3
 
 

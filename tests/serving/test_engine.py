@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import transformers
 from engines import MIXED, greedy, make_model
-from tokenizing import FAMILIES
 
 from ptconvert.engines.verify import TOLERANCE
+from ptconvert.engines.vllm.families import SERVED
 
 WORDS = [f"w{i}" for i in range(94)]
 LIMIT_SECONDS = 400
@@ -274,7 +274,7 @@ print(json.dumps(apart))
 def test_the_plugin_in_a_process_of_its_own(tmp_path: Path) -> None:
     """It can run twice and touches no device; with it, and nothing else of ptconvert imported,
     vLLM opens tokenizers as the sources'."""
-    for family in FAMILIES:
+    for family in SERVED:
         (tmp_path / family).mkdir()
         make_model(tmp_path / family, family, 2, "use: parallel_track, depth: 2")
     tests = str(Path(__file__).parents[1])

@@ -1,6 +1,7 @@
 """Converted checkpoints in vLLM: the plugin, the model, and what counts its collectives.
 
-Everything but this module imports vLLM, which is an extra: `ptconvert[vllm]`.
+Everything but this module and the list of families imports vLLM, which is an extra:
+`ptconvert[vllm]`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from typing import Any
 
 from ptconvert.engines import ServingEngine
 
-# The families whose layers in vLLM were compared with transformers' (tests/serving).
-SERVED = ("llama", "mistral", "qwen2", "qwen3")
 _MODEL = "ptconvert.engines.vllm.model:PTConvertForCausalLM"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ptconvert.checkpoint.section import Section, read_section
-from ptconvert.engines.vllm import SERVED
+from ptconvert.engines.vllm.families import SERVED
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.layers import family_of
 from ptconvert.spec.terms import wrong_ranks
