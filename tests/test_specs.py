@@ -40,6 +40,8 @@ def test_all_models_are_there() -> None:
         "llama-3.1-8b",
         "llama-3.2-1b",
         "mistral-7b",
+        "mistral-small-24b",
+        "phi-4",
         "qwen2.5-7b",
         "qwen3-0.6b",
         "qwen3-8b",
@@ -52,7 +54,7 @@ def test_there_is_a_spec_of_as_many_tracks_as_ranks(specs: ModuleType) -> None:
     """For 2, 4 and 8 ranks, as far as the model's own spec goes, which one spec serves where no
     layer is held as tracks; each with nothing but its tracks changed, as examples/specs.py does."""
     expected = dict(specs.variants())
-    assert set(expected) == set(SPECS.glob("*-ranks.yaml")) and len(expected) == 22
+    assert set(expected) == set(SPECS.glob("*-ranks.yaml")) and len(expected) == 26
     for path, text in expected.items():
         assert path.read_text(encoding="utf-8") == text
         own, ranks = re.fullmatch(r"(.*)-(\d)-ranks", path.stem).groups()  # type: ignore[union-attr]
