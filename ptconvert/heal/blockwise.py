@@ -31,6 +31,7 @@ from ptconvert.heal.work import Tensors, load_tensors, save_tensors
 from ptconvert.measure.opening import schedule_of
 from ptconvert.modeling.layers import family_of
 from ptconvert.modeling.model import BASE_MODELS
+from ptconvert.models.shape import EMBEDDING
 from ptconvert.runtime.load import compute_buffers, read_whole
 from ptconvert.schedule.presets import dense_schedule, with_only
 from ptconvert.schedule.schedule import Schedule
@@ -111,7 +112,7 @@ class Pieces:
     def entered(self, ids_NT: torch.Tensor) -> Iterator[torch.Tensor]:
         """The streams (T, D) with which windows enter the first layer."""
         embedding = self.model.get_input_embeddings()
-        embedding.weight = nn.Parameter(self.read("model.embed_tokens.weight"), False)
+        embedding.weight = nn.Parameter(self.read(EMBEDDING), False)
         for ids_T in ids_NT:
             stream_BTD, _ = self.model.entry(input_ids=ids_T[None].to(self.device))
             yield stream_BTD[0]

@@ -33,7 +33,8 @@ def opened_by_layer(path: Path, dtype: torch.dtype, device: torch.device | str) 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     outside = [f"model.{name}" for name, _ in model.model.named_children() if name != "layers"]
-    places: dict[str, Any] = dict.fromkeys([*outside, "lm_head"], str(device))
+    outside += [name for name, _ in model.named_children() if name != "model"]
+    places: dict[str, Any] = dict.fromkeys(outside, str(device))
     places |= {f"model.layers.{i}": "disk" for i in range(config.num_hidden_layers)}
     with tempfile.TemporaryDirectory(prefix="ptconvert-offload-") as folder:
         yield AutoModelForCausalLM.from_pretrained(

@@ -18,7 +18,7 @@ from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement
 from ptconvert.modeling.model import CAUSAL_LMS
 from ptconvert.models.families import TensorRule
-from ptconvert.models.shape import TORCH_NAMES, ModelShape, rows
+from ptconvert.models.shape import HEAD, TORCH_NAMES, ModelShape, rows
 
 # Of safetensors' names of what is converted.
 TORCH_DTYPES: dict[str, torch.dtype] = {s: getattr(torch, t) for s, t in TORCH_NAMES.items()}
@@ -76,7 +76,7 @@ def load_rank(
         if not parameter.is_floating_point():
             continue  # of an assignment, which nothing but `--to-dense` reads
         entry = checkpoint.tensors.get(name)
-        if entry is None and name == "lm_head.weight" and config.tie_word_embeddings:
+        if entry is None and name == HEAD and config.tie_word_embeddings:
             continue
         if entry is None:
             raise CheckpointError(f"{path}: {name} is missing")
@@ -92,7 +92,7 @@ def load_rank(
     model.load_state_dict(tensors, strict=False, assign=True)
     compute_buffers(model, "cpu")
     if config.tie_word_embeddings and not overruled(checkpoint):
-        model.lm_head.weight = model.model.embed_tokens.weight
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
     return model.to(device).eval()
 
 
