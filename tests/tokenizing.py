@@ -42,7 +42,7 @@ def trained() -> Tokenizer:
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=340,
-        special_tokens=["<|x|>", "<|endoftext|>"],
+        special_tokens=["<|x|>", "<|endoftext|>", "<unk>"],  # which Gemma's class asks for
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
