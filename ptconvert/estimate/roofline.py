@@ -168,9 +168,9 @@ def _state(shape: ModelShape, cut: int) -> float:
 
 
 def _linear_attention(shape: ModelShape, weights: float, cut: int, one: Pass) -> tuple[Part, ...]:
-    """Projections, and the state of one of `cut` parts, by the recurrence of Gated DeltaNet
-    (arXiv 2412.06464, equation 10): a token reads the state by its key, writes it, and reads it by
-    its query, 2 FLOPs each for each number of it. It is held in fp32, and a pass goes over it once.
+    """Projections, and the state of one of `cut` parts, by the gated delta rule (Gated DeltaNet,
+    arXiv 2412.06464): a token reads the state by its key, writes it, and reads it by its query, 2
+    FLOPs each for each number of it. It is held in fp32, and a pass goes over it once.
     """
     values = shape.linear_value_heads * shape.linear_value_size / cut
     keys = shape.linear_key_heads * shape.linear_key_size / cut
