@@ -136,7 +136,7 @@ class ServedLayer(nn.Module):
                 part.guess[guessed](x_TD, partial_TD)
                 for part, x_TD, partial_TD in zip(parts, normed, partials, strict=True)
             ]
-        bias: torch.Tensor | None = self.common.get(f"{self.family.block(kind).output}_bias", None)
+        bias: torch.Tensor | None = self.common.get(self.family.block(kind).common_bias, None)
         return Update(partials, bias, guesses)
 
 

@@ -120,7 +120,7 @@ def _outputs(layer: Any, family: Family) -> Iterator[tuple[Any, str]]:
     for kind in Kind:
         block = family.block_of(kind, layer)
         projection = getattr(getattr(layer, block.name), block.output)
-        yield projection, f"{block.output}_bias"
+        yield projection, block.common_bias
 
 
 class Guess(nn.Module):
@@ -151,10 +151,10 @@ def guess_modules(width: int, ranks: Mapping[Kind, int]) -> nn.ModuleDict:
 class CommonBiases(nn.Module):
     """The output biases of a layer of tracks, such as `down_proj_bias`, each (width,)."""
 
-    def forward(self, output: str) -> torch.Tensor | None:
-        """That of an output projection, where it has one. Called, so that hooks which bring
-        parameters from a disk see it; a copy, since FSDP takes parameters away after the call."""
-        bias: torch.Tensor | None = getattr(self, f"{output}_bias", None)
+    def forward(self, name: str) -> torch.Tensor | None:
+        """The one of this name, where there is one. Called, so that hooks which bring parameters
+        from a disk see it; a copy, since FSDP takes parameters away after the call."""
+        bias: torch.Tensor | None = getattr(self, name, None)
         return None if bias is None else bias.clone()
 
 
@@ -217,7 +217,7 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
             partials.append(run_normed(track, family, kind, x_BSD, context))
             if guess and guessed in getattr(track, "guess", ()):
                 guesses.append(track.guess[guessed](x_BSD, partials[-1]))
-        common = self.common(family.block_of(kind, tracks[0]).output)
+        common = self.common(family.block_of(kind, tracks[0]).common_bias)
         if common is not None:
             common = multiplied(self.template, family, common)
         return (*partials, *guesses, common)

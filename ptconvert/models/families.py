@@ -117,6 +117,11 @@ class Block:
     renamed: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     without: tuple[str, ...] = ()
 
+    @property
+    def common_bias(self) -> str:
+        """What the output projection's bias is called where tracks have it in common."""
+        return common_name(f"{self.name}.{self.output}.bias")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -247,6 +252,7 @@ def _mlp_biases(when: str) -> tuple[TensorRule, ...]:
 _LLAMA = _NORMS + _ATTENTION + _MLP
 _ATTENTION_BIASES = _qkv_biases("attention_bias") + _o_bias("attention_bias")
 _LLAMA_BIASED = _LLAMA + _ATTENTION_BIASES + _mlp_biases("mlp_bias")
+_UNGATED = _ATTENTION + _UP_DOWN + _ATTENTION_BIASES + _up_down_biases("mlp_bias")
 _KV_HEADS = "num_key_value_heads"
 _BIASED_FINAL_NORM = ("model.norm.weight", "model.norm.bias")
 _SIZES = (_KV_HEADS, "head_dim")
@@ -379,11 +385,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             Family(
                 "nemotron",
                 "NemotronForCausalLM",
-                _norms(*_TWO_NORMS, bias=True)
-                + _ATTENTION
-                + _UP_DOWN
-                + _ATTENTION_BIASES
-                + _up_down_biases("mlp_bias"),
+                _norms(*_TWO_NORMS, bias=True) + _UNGATED,
                 defaults=_defaults(num_key_value_heads=None),
                 nullable=("head_dim",),
                 final_norm=_BIASED_FINAL_NORM,
@@ -416,7 +418,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             Family(
                 "arcee",
                 "ArceeForCausalLM",
-                _NORMS + _ATTENTION + _UP_DOWN + _ATTENTION_BIASES + _up_down_biases("mlp_bias"),
+                _NORMS + _UNGATED,
                 nullable=_SIZES,
             ),
             Family(
@@ -434,11 +436,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             Family(
                 "jais2",
                 "Jais2ForCausalLM",
-                _norms(*_TWO_NORMS, bias=True)
-                + _ATTENTION
-                + _UP_DOWN
-                + _ATTENTION_BIASES
-                + _up_down_biases("mlp_bias"),
+                _norms(*_TWO_NORMS, bias=True) + _UNGATED,
                 _defaults(attention_bias=True, mlp_bias=True),
                 nullable=_SIZES,
                 final_norm=_BIASED_FINAL_NORM,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,7 @@ def rank_bytes(checkpoint: Checkpoint, placement: Placement) -> int:
             continue
         size = entry.nbytes
         if rule := rules.get(name):
-            spans = shape.spans(rule, placement.rank, placement.ranks)
-            own = sum(stop - start for start, stop in spans)
-            size = size * own // rows(entry.shape[rule.axis :])
+            size = size * math.prod(shape.share(rule, placement.ranks)) // entry.count
         total += size
     return total
 
