@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from ptconvert.engines.vllm.families import SERVED
 from ptconvert.models.families import FAMILIES, UNSUPPORTED, Family
 from ptconvert.models.shape import DTYPES
+from ptconvert.models.wrappers import WRAPPERS, Wrapper
 
 HEAD = """\
 # Families of models
@@ -26,11 +27,22 @@ one track it is the source model, but for output biases, which all tracks wait f
 also has | in vLLM |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
+AROUND = """
+## With something around them
+
+Of these vision-language models the language model is converted, if it is of a family above. What
+lies around it comes along byte for byte, on every rank whole, and the result opens as transformers'
+class for the whole, pictures and all. Texts alone are what `plan`, `heal` and `eval` go by, and
+`estimate` leaves out the tower. In vLLM they are refused.
+
+| `model_type` | transformers' class | language model, where it names none | comes along |
+| --- | --- | --- | --- |
+"""
 REFUSED = """
 ## Refused
 
-Of models that are quantised, that transformers wraps (vision and language), or that bring their own
-code (`auto_map`), nothing is converted, and no other family is. These are refused by name:
+Of models that are quantised, or that bring their own code (`auto_map`), nothing is converted, and
+no other family is. These are refused by name:
 
 | `model_type` | since |
 | --- | --- |
@@ -43,7 +55,7 @@ def row(family: Family) -> str:
     has = [flag for flag in dict.fromkeys(r.when for r in family.layer) if flag]
     cells = (
         f"`{family.model_type}`",
-        f"`{family.causal_lm}`",
+        f"`{family.classes['AutoModelForCausalLM']}`" if family.causal_lm else "within others",
         "`!` `~k`",
         "`.` `^k`",
         ", ".join(DTYPES),
@@ -54,12 +66,25 @@ def row(family: Family) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def around(wrapper: Wrapper) -> str:
+    """One line of the table of what lies around."""
+    cells = (
+        f"`{wrapper.model_type}`",
+        f"`{wrapper.classes['AutoModelForImageTextToText']}`",
+        f"`{wrapper.text}`",
+        ", ".join(f"`{name}*`" for name in wrapper.around),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
 def page() -> str:
     """The whole page."""
 
     def lines() -> Iterator[str]:
         yield HEAD.rstrip("\n")
         yield from map(row, FAMILIES.values())
+        yield AROUND.rstrip("\n")
+        yield from map(around, WRAPPERS.values())
         yield REFUSED.rstrip("\n")
         yield from (f"| `{name}` | {reason} |" for name, reason in UNSUPPORTED.items())
 

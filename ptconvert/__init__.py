@@ -11,12 +11,15 @@ from typing import Any
 
 import wrapt
 
-from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX
+from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX, own_name
+from ptconvert.models.wrappers import WRAPPERS
 
 __version__ = "0.1.0"
 
+_CLASSES = {name: f.classes for name, f in FAMILIES.items()}
+_CLASSES |= {name: w.classes for name, w in WRAPPERS.items()}
 _CONFIG_NAMES = {
-    MODEL_TYPE_PREFIX + f.model_type: f"PTConvert{f.prefix}Config" for f in FAMILIES.values()
+    MODEL_TYPE_PREFIX + name: own_name(classes["AutoConfig"]) for name, classes in _CLASSES.items()
 }
 
 

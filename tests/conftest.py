@@ -123,7 +123,11 @@ def random_model(variant: str, dtype: torch.dtype = torch.float32, **overrides: 
     model_class = getattr(transformers, f"{family}ForCausalLM")
     config = model_class.config_class(**{**SIZES, **settings, **overrides})
     torch.manual_seed(0)
-    model = model_class(config)
+    return randomised(model_class(config), dtype)
+
+
+def randomised(model: Any, dtype: torch.dtype) -> Any:
+    """A model with such weights."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):

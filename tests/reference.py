@@ -34,26 +34,31 @@ class Flight:
 
 @torch.no_grad()
 def layer_inputs(
-    model: Any, ids_BS: torch.Tensor, keep_BS: torch.Tensor
-) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """The embedded tokens (BSD), and the keywords that each layer of the dense model is given."""
+    model: Any, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, list[dict[str, Any]], list[torch.Tensor]]:
+    """The embedded tokens (BSD), the keywords that each layer of the dense model is given, and what
+    is added to the stream between each layer and the next, such as what is seen in a picture."""
     caught: list[tuple[tuple[torch.Tensor, ...], dict[str, Any]]] = []
+    left: list[torch.Tensor] = []
 
     def catch(_: Any, args: tuple[torch.Tensor, ...], given: dict[str, Any]) -> None:
         caught.append((args, given))
 
-    hooks = [la.register_forward_pre_hook(catch, with_kwargs=True) for la in model.model.layers]
-    positions = (keep_BS.cumsum(-1) - 1).clamp(min=0)
-    model(input_ids=ids_BS, attention_mask=keep_BS, position_ids=positions, use_cache=False)
+    layers = model.get_decoder().layers
+    hooks = [la.register_forward_pre_hook(catch, with_kwargs=True) for la in layers]
+    hooks += [la.register_forward_hook(lambda _, __, out: left.append(out)) for la in layers]
+    model(**inputs, use_cache=False)
     for hook in hooks:
         hook.remove()
-    return caught[0][0][0], [given for _, given in caught]
+    entered = [args[0] for args, _ in caught]
+    between = [b - a for a, b in zip(left[:-1], entered[1:], strict=True)]
+    return entered[0], [given for _, given in caught], between
 
 
 @torch.no_grad()
 def ended(model: Any, base_BSD: torch.Tensor) -> torch.Tensor:
     """The dense model's logits, had its last layer given this stream."""
-    hook = model.model.layers[-1].register_forward_hook(lambda *_: base_BSD)
+    hook = model.get_decoder().layers[-1].register_forward_hook(lambda *_: base_BSD)
     ids_BS = torch.zeros(base_BSD.shape[:2], dtype=torch.long)
     logits: torch.Tensor = model(input_ids=ids_BS, use_cache=False).logits
     hook.remove()
@@ -90,7 +95,7 @@ def sublayer_partials(
     model: Any, sublayer: str, x_TBSD: torch.Tensor, extra: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each track's partial, and the common term, of a sublayer such as a3."""
-    layer = model.model.layers[int(sublayer[1:])]
+    layer = model.get_decoder().layers[int(sublayer[1:])]
     partials = []
     tracks = len(x_TBSD)
     for t in range(tracks):
@@ -110,7 +115,7 @@ def guessed(
 ) -> torch.Tensor:
     """What each track takes the others' partials of a sublayer to be, (T, B, S, D): V (A x + B p)
     + b of its normed input x and its own partial p, by four tensors for each track."""
-    layer = model.model.layers[int(sublayer[1:])]
+    layer = model.get_decoder().layers[int(sublayer[1:])]
     norm, _, _ = parts(layer, sublayer[0])
     found = []
     for t, (a_RD, b_RD, v_DR, bias_D) in enumerate(guesses[sublayer]):
@@ -129,14 +134,20 @@ def reference_logits(
     deferred: str = "sum",
     common_weight: float = 1.0,
     guesses: Guesses | None = None,
+    inputs: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Logits (B, S, vocabulary) of a dense eager-attention model under a schedule's text.
 
-    `keep_BS` is 0 for padding. `common_weight` is 1; negative controls count biases otherwise.
-    `guesses` are by sublayer, such as a3.
+    `keep_BS` is 0 for padding; `inputs` are those of a model that is given more than tokens.
+    `common_weight` is 1; negative controls count biases otherwise. `guesses` are by sublayer, such
+    as a3.
     """
     keep_BS = torch.ones_like(ids_BS) if keep_BS is None else keep_BS
-    base_BSD, extras = layer_inputs(model, ids_BS, keep_BS)
+    positions = (keep_BS.cumsum(-1) - 1).clamp(min=0)
+    tokens = {"input_ids": ids_BS, "attention_mask": keep_BS, "position_ids": positions}
+    base_BSD, extras, between = layer_inputs(model, inputs or tokens)
+    done: list[str] = []
+    whole = 0  # layers of which both sublayers were run, and all before
     waited_TBSD = torch.zeros(tracks, *base_BSD.shape)
     waited_guess_TBSD = torch.zeros_like(waited_TBSD)
     waited_common = torch.zeros_like(base_BSD)
@@ -172,6 +183,10 @@ def reference_logits(
         for flight in [f for f in flights if f.left == 0]:
             base_BSD = base_BSD + flight.total + flight.common
         flights = [f for f in flights if f.left > 0]
+        done += names
+        while between and len([name for name in done if int(name[1:]) <= whole]) == 2 * whole + 2:
+            base_BSD = base_BSD + between.pop(0)
+            whole += 1
     for flight in flights:
         base_BSD = base_BSD + flight.total + flight.common
     return ended(model, base_BSD)

@@ -17,8 +17,8 @@ from ptconvert import engines
 from ptconvert.cli import main
 from ptconvert.engines import ServingEngine
 from ptconvert.engines.base import ServedPass, is_for_others, own_weights
-from ptconvert.modeling.executor import OneProcess, TorchEngine, Update, run_program
-from ptconvert.models.shape import EMBEDDING, HEAD
+from ptconvert.modeling.executor import OneProcess, Streams, TorchEngine, Update, run_program
+from ptconvert.models.shape import HEAD
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
 from ptconvert.verify.run import Check, Report
@@ -70,13 +70,13 @@ def test_verify_runs_it_and_prints_its_report(
 
 
 def test_a_ranks_tensors_are_its_own_tracks_and_what_is_shared() -> None:
-    layer = "model.layers.0"
-    names = [EMBEDDING, f"{layer}.mlp.up_proj.weight", f"{layer}.tracks.1.mlp.up_proj.weight"]
+    layer, embedding = "model.layers.0", "model.embed_tokens.weight"
+    names = [embedding, f"{layer}.mlp.up_proj.weight", f"{layer}.tracks.1.mlp.up_proj.weight"]
     others = [f"{layer}.tracks.2.mlp.up_proj.weight", f"{layer}.assignment.neurons"]
     assert [is_for_others(name, range(2)) for name in [*names, *others]] == [False] * 3 + [True] * 2
     given = [(name, name) for name in [*names, *others]]
     tied = [name for name, _ in own_weights(given, range(2), tied=True)]  # type: ignore[arg-type]
-    assert tied == [EMBEDDING, HEAD, *names[1:]]
+    assert tied == [embedding, HEAD, *names[1:]]
     own = own_weights([(HEAD, "head"), *given], range(2), tied=True)  # type: ignore[list-item]
     assert [tensor for name, tensor in own if name == HEAD] == ["head"]
 
@@ -151,7 +151,8 @@ def expected(layers: Any, schedule: Schedule, base: torch.Tensor, norm: Any) -> 
         def start_all_reduce(self, partial_BSD: torch.Tensor) -> Any:
             return lambda: 2 * partial_BSD
 
-    streams = run_program(schedule.program, base, TorchEngine(run, Twice()))
+    streams = Streams(base)
+    run_program(schedule.program, streams, TorchEngine(run, Twice()))
     normed: torch.Tensor = norm(streams.settled())
     return normed
 

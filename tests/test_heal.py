@@ -352,7 +352,7 @@ def test_teacher_and_student_share_what_is_the_same(
     student, teacher = (
         open_model(c, "float32", "cpu") for c in (checkpoint, open_checkpoint(source))
     )
-    names = trainable(student, "changed", schedule_of(checkpoint))
+    names = trainable(dict(student.named_parameters()), "llama", "changed", schedule_of(checkpoint))
     freeze_but(student, () if lora else names)
     ids = torch.arange(12).view(1, 12)
     before = student(input_ids=ids).logits
@@ -380,7 +380,7 @@ def trained(source: Path, converted: Path, work: Path, settings: Settings) -> An
     """The KL stage alone: its tensors."""
     checkpoint, teacher = open_checkpoint(converted), open_checkpoint(source)
     student = open_model(checkpoint, "float32", "cpu")
-    names = trainable(student, "changed", schedule_of(checkpoint))
+    names = trainable(dict(student.named_parameters()), "llama", "changed", schedule_of(checkpoint))
     return distill(
         student,
         open_model(teacher, "float32", "cpu"),

@@ -62,7 +62,7 @@ def trained(
     student, teacher = (
         open_model(c, "float32", "cpu") for c in (checkpoint, open_checkpoint(source))
     )
-    names = trainable(student, "changed", schedule_of(checkpoint))
+    names = trainable(dict(student.named_parameters()), "llama", "changed", schedule_of(checkpoint))
     data = data_of(checkpoint)
     return distill(student, teacher, names, data, settings, work, quiet, quiet, judge)
 

@@ -142,10 +142,10 @@ def check_done(result: subprocess.CompletedProcess[str]) -> None:
 
 
 def check_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Exit code 2, and one line on stderr that has all the words."""
+    """Exit code 2, and one line on stderr that has all the words, beside progress."""
     assert result.returncode == 2, result
     assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
+    (line,) = [line for line in result.stderr.splitlines() if not PROGRESS.fullmatch(line)]
     assert line.startswith("error: ")
     assert [word for word in words if word not in line] == []
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from reference import reference_logits
 from test_modeling import TOLERANCE, difference, left_padded
 
-from ptconvert.modeling.executor import OneProcess, TorchEngine, Update, run_program
+from ptconvert.modeling.executor import OneProcess, Streams, TorchEngine, Update, run_program
 from ptconvert.modeling.layers import Placement
 from ptconvert.runtime.communicator import ProcessGroupCommunicator
 from ptconvert.runtime.launch import Rank, launch
@@ -36,7 +36,9 @@ def test_the_partial_of_a_layer_held_dense_is_counted_once() -> None:
         return Update([torch.ones(()) / 4] * 4 if sublayer.layer in tracked else [torch.ones(())])
 
     engine = TorchEngine(ones, OneProcess())
-    assert float(run_program(schedule.program, torch.ones(()), engine).settled()) == 7
+    streams = Streams(torch.ones(()))
+    run_program(schedule.program, streams, engine)
+    assert float(streams.settled()) == 7
 
 
 @settings(

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import seeing
 from conftest import WITHOUT_PTCONVERT, MakeDense, spec_text
 from lm_eval.models.huggingface import HFLM
 from tokenizing import CLASSES, TEXTS, facts, put, trained
@@ -18,6 +19,7 @@ from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.modeling.config import CONFIGS
 from ptconvert.models.families import FAMILIES
+from ptconvert.models.wrappers import WRAPPERS
 from ptconvert.spec.document import parse_spec
 
 REMOTE = (
@@ -45,17 +47,19 @@ def pairs(
 ) -> dict[str, tuple[Path, Path]]:
     """Source and converted checkpoint of every family."""
     found = {}
-    for family in FAMILIES:
-        source = make_dense(family, vocab_size=340)
-        converted = tmp_path_factory.mktemp("converted") / family / "model"
+    sources = {n: make_dense(n, vocab_size=340) for n, f in FAMILIES.items() if f.causal_lm}
+    sources |= {n: seeing.save(n, tmp_path_factory.mktemp(n), vocab_size=340) for n in WRAPPERS}
+    for name, source in sources.items():
+        converted = tmp_path_factory.mktemp("converted") / name / "model"
         converted.parent.mkdir()
         execute(plan_conversion(open_checkpoint(source), SPEC, source_name="x"), converted)
-        found[family] = source, converted
+        found[name] = source, converted
     return found
 
 
 def test_every_family_is_here() -> None:
-    assert {f"ptconvert_{f}" for f in FAMILIES} == {c.model_type for c in CONFIGS.values()}
+    known = {f"ptconvert_{name}" for name in (*FAMILIES, *WRAPPERS)}
+    assert known == {c.model_type for c in CONFIGS.values()}
 
 
 def test_classes_differ() -> None:

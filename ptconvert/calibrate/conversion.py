@@ -73,9 +73,9 @@ def _assign(case: Case, wanted: str, known: Calibration) -> Found:
 def _guess(case: Case, rank: int, known: Calibration) -> Found:
     """The guesses of at most that rank."""
     model = case.converted(known)
-    fitted = fit_guesses(model.model, case.ids, rank, case.progress, case.scratch)
+    fitted = fit_guesses(model.get_decoder(), case.ids, rank, case.progress, case.scratch)
     stored = weights_dtype(case.source, case.shape)
-    tensors = {name: _stored(t, stored) for name, t in fitted_tensors(fitted, case.shape.width)}
+    tensors = {name: _stored(t, stored) for name, t in fitted_tensors(fitted, case.shape)}
     ranks = {f.sublayer: f.rank for f in fitted if f.rank}
     rows = [{"sublayer": str(f.sublayer), "rank": f.rank, "error": f.error} for f in fitted]
     values = {**known.values, "guess": ranks}

@@ -38,6 +38,7 @@ from ptconvert.modeling.executor import (
 )
 from ptconvert.modeling.layers import apply_norm
 from ptconvert.models.families import Family, guesses_of
+from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.lower import Step
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
@@ -332,13 +333,15 @@ def _pick_rank(errors: Sequence[float], rank: int) -> int:
     return min(r for r in smaller if 1 - errors[r] >= NEARLY_ALL * gain)
 
 
-def fitted_tensors(fitted: Sequence[Fitted], width: int) -> Iterator[tuple[str, torch.Tensor]]:
+def fitted_tensors(
+    fitted: Sequence[Fitted], shape: ModelShape
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and values of the tensors of all guesses, as the model's parameters."""
     for f in fitted:
         for t, guess in enumerate(f.guesses):
             block = guesses_of(f.sublayer.kind)
-            owner = f"model.layers.{f.sublayer.layer}.tracks.{t}.guess.{block}"
-            yield f"{owner}.from_input.weight", guess.down[:, :width]
-            yield f"{owner}.from_partial.weight", guess.down[:, width:]
+            owner = f"{shape.layer(f.sublayer.layer)}tracks.{t}.guess.{block}"
+            yield f"{owner}.from_input.weight", guess.down[:, : shape.width]
+            yield f"{owner}.from_partial.weight", guess.down[:, shape.width :]
             yield f"{owner}.to_stream.weight", guess.up
             yield f"{owner}.to_stream.bias", guess.bias

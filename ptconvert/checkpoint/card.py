@@ -40,7 +40,7 @@ def model_card(
     """
     metadata: dict[str, object] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if shape.wrapper else "text-generation",
         "tags": ["ptconvert"],
         **_licence(source / "README.md"),
     }
@@ -48,6 +48,7 @@ def model_card(
         metadata["base_model"] = source_name
     before, after = dense_schedule(shape.layers).counts, schedule.counts
     carries = shape.bytes_per_token
+    opened_by = "AutoModelForImageTextToText" if shape.wrapper else "AutoModelForCausalLM"
     added = "".join(c.card(values[c.key]) for c in COMPENSATIONS if values.get(c.key))
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).rstrip()}
@@ -68,9 +69,9 @@ Open it with transformers, with ptconvert installed and imported or with `trust_
 
 ```python
 import ptconvert
-from transformers import AutoModelForCausalLM
+from transformers import {opened_by}
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = {opened_by}.from_pretrained("{name}")
 ```
 
 {_SCHEDULE}

@@ -18,7 +18,8 @@ from ptconvert.checkpoint.section import (
 )
 from ptconvert.checkpoint.writer import Target
 from ptconvert.errors import SpecError
-from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX
+from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX, own_name
+from ptconvert.models.wrappers import WRAPPERS
 from ptconvert.schedule.presets import to_ladder_layers
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import Spec
@@ -36,20 +37,16 @@ def converted_config(
 
     `replaced` are fields that are other than the source's, which the section keeps.
     """
-    family = FAMILIES[str(source["model_type"])]
-    classes = "PTConvert" + family.causal_lm
+    model_type = str(source["model_type"])
+    described = WRAPPERS.get(model_type) or FAMILIES[model_type]
+    classes = {auto: own_name(name) for auto, name in described.classes.items()}
     stem = MODELING_FILE.removesuffix(".py")
-    config_class = classes.replace("ForCausalLM", "Config")
     return {
         **source,
         **replaced,
-        "model_type": MODEL_TYPE_PREFIX + family.model_type,
-        "architectures": [classes],
-        "auto_map": {
-            "AutoConfig": f"{stem}.{config_class}",
-            "AutoModel": f"{stem}.{classes.replace('ForCausalLM', 'Model')}",
-            "AutoModelForCausalLM": f"{stem}.{classes}",
-        },
+        "model_type": MODEL_TYPE_PREFIX + model_type,
+        "architectures": [list(classes.values())[-1]],
+        "auto_map": {auto: f"{stem}.{name}" for auto, name in classes.items()},
         SECTION: {
             "format": SECTION_FORMAT,
             "tracks": spec.tracks,

@@ -11,7 +11,8 @@ from ptconvert.checkpoint.layout import DenseTensor
 from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, same_bytes
 from ptconvert.errors import CheckpointError, ConfigError
 from ptconvert.models.families import CARRIED_BUFFERS
-from ptconvert.models.shape import DTYPE_BYTES, EMBEDDING, HEAD, TIED, ModelShape, is_tied
+from ptconvert.models.shape import DTYPE_BYTES, HEAD, ModelShape, is_tied
+from ptconvert.models.wrappers import TIED, embedding_name
 from ptconvert.shorten import few
 
 _BASE = "model."  # transformers' name of the model without lm_head in the one with it
@@ -31,37 +32,45 @@ _WRAPPERS = re.compile(rf"(?<![^.])({'|'.join(map(re.escape, _LEFT_BY))})\.")
 def under_own_names(checkpoint: Checkpoint, shape: ModelShape) -> Checkpoint:
     """A dense checkpoint, its tensors under the names that transformers' model has for them.
 
-    As transformers does it, a missing `model.` is put before a name and one too many is taken
-    away (rename_source_key of its core_model_loading.py), and an lm_head that is tied to an
-    embedding that isn't stored is the embedding. Raises CheckpointError where two tensors have one
-    name.
+    As transformers does it, names of an older layout are made today's, a missing `model.` is put
+    before a name and one too many is taken away (rename_source_key of its core_model_loading.py),
+    and an lm_head that is tied to an embedding that isn't stored is the embedding. Raises
+    CheckpointError where two tensors have one name.
     """
     expected = {name for name, _ in shape.tensors()} | {HEAD}
     tensors: dict[str, TensorEntry] = {}
     for given, entry in checkpoint.tensors.items():
-        name = _own_name(given, expected)
+        name = _own_name(_todays_name(given, shape), expected, shape.around)
         if name in tensors:
             raise CheckpointError(
                 f"{checkpoint.path}: {tensors[name].name} and {given} are the same tensor of "
-                f"{shape.family.model_type}; keep the one that is the model's"
+                f"{shape.model_type}; keep the one that is the model's"
             )
         tensors[name] = entry
-    if shape.tied and EMBEDDING not in tensors and HEAD in tensors:
-        tensors[EMBEDDING] = tensors.pop(HEAD)
+    if shape.tied and shape.embedding not in tensors and HEAD in tensors:
+        tensors[shape.embedding] = tensors.pop(HEAD)
     return replace(checkpoint, tensors={n: replace(e, name=n) for n, e in tensors.items()})
 
 
-def _own_name(name: str, expected: set[str]) -> str:
-    shorter = name.removeprefix(_BASE)
+def _todays_name(name: str, shape: ModelShape) -> str:
+    for begins, today in shape.wrapper.older.items() if shape.wrapper else ():
+        if name.startswith(begins):
+            return today + name.removeprefix(begins)
+    return name
+
+
+def _own_name(name: str, expected: set[str], around: tuple[str, ...]) -> str:
+    shorter, longer = name.removeprefix(_BASE), _BASE + name
     if shorter != name and shorter in expected:
         return shorter
-    return _BASE + name if _BASE + name in expected else name
+    return longer if longer in expected or longer.startswith(around) else name
 
 
 def overruled(checkpoint: Checkpoint) -> dict[str, object]:
     """What of a dense checkpoint's config.json its tensors overrule where transformers opens it: a
     tied lm_head that is stored, and is not the embedding, is not tied."""
-    head, embedding = (checkpoint.tensors.get(name) for name in (HEAD, EMBEDDING))
+    names = HEAD, embedding_name(checkpoint.config.get("model_type"))
+    head, embedding = map(checkpoint.tensors.get, names)
     if not is_tied(checkpoint.config) or head is None or embedding is None:
         return {}
     same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
@@ -130,7 +139,7 @@ def check_tensors(
             "; transformers leaves out what it doesn't know, so open the model with "
             "AutoModelForCausalLM, save_pretrained it, and convert that"
         )
-    faults += [f"{name} is not a tensor of {shape.family.model_type}" for name in unknown]
+    faults += [f"{name} is not a tensor of {shape.model_type}" for name in unknown]
     if faults:
         raise CheckpointError(
             f"{checkpoint.path}: the tensors are not those that config.json describes: "
@@ -140,7 +149,10 @@ def check_tensors(
 
 
 def _is_extra(entry: TensorEntry, shape: ModelShape) -> bool:
-    """Whether a tensor beside the expected ones is harmless: a tied copy, or an old buffer."""
+    """Whether a tensor beside the expected ones is harmless: of what is around the model, a tied
+    copy, or an old buffer."""
+    if entry.name.startswith(shape.around):
+        return True
     tied = entry.name == HEAD and shape.tied and entry.shape == (shape.vocabulary, shape.width)
     buffer = entry.name.endswith(CARRIED_BUFFERS) and entry.nbytes > 0 and entry.shape != ()
     return (tied or buffer) and entry.dtype in DTYPE_BYTES

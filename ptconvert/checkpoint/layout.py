@@ -65,23 +65,23 @@ def dense_tensors(
     """Every tensor of the dense model with its parts.
 
     Layers in which tracks never differ keep their tensors as they are. The others become
-    `model.layers.{i}.tracks.{t}.…` and, for output biases, `model.layers.{i}.common.….`, such as
+    `….layers.{i}.tracks.{t}.…` and, for output biases, `….layers.{i}.common.….`, such as
     `….common.o_proj_bias`. Layers without an assignment are assigned contiguously.
     """
     tracked = schedule.track_layers
-    rules = {f"model.layers.{i}.{r.name}": (i, r) for i in tracked for r in shape.rules_of(i)}
+    rules = {shape.layer(i) + r.name: (i, r) for i in tracked for r in shape.rules_of(i)}
     for name, size in shape.tensors():
         if name not in rules:
             yield DenseTensor(name, size, (Part(name, None, 0, (range(rows(size)),)),))
             continue
         layer, rule = rules[name]
         if rule.common:
-            common = f"model.layers.{layer}.common.{common_name(rule.name)}"
+            common = f"{shape.layer(layer)}common.{common_name(rule.name)}"
             yield DenseTensor(name, size, (Part(common, None, 0, (range(rows(size)),)),))
             continue
         parts = tuple(
             Part(
-                f"model.layers.{layer}.tracks.{track}.{rule.name}",
+                f"{shape.layer(layer)}tracks.{track}.{rule.name}",
                 track,
                 rule.axis,
                 tuple(_owned(shape, rule, track, tracks, assignments.get(layer))),

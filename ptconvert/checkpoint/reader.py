@@ -21,6 +21,7 @@ from ptconvert.checkpoint.files import (
 )
 from ptconvert.errors import CheckpointError
 from ptconvert.models.shape import ELEMENT_BYTES
+from ptconvert.models.wrappers import language_config
 from ptconvert.shorten import clipped
 
 _PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
@@ -63,6 +64,11 @@ class Checkpoint:
     path: Path
     config: Mapping[str, object]
     tensors: Mapping[str, TensorEntry]
+
+    @property
+    def language(self) -> Mapping[str, object]:
+        """What config.json says of the language model, whatever is around it."""
+        return language_config(self.config)
 
     @property
     def nbytes(self) -> int:

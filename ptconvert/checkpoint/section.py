@@ -24,6 +24,7 @@ from functools import lru_cache
 from typing import Any
 
 from ptconvert.errors import ConfigError
+from ptconvert.models.wrappers import language_config
 from ptconvert.schedule.presets import from_ladder_layers
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Sublayer
@@ -76,7 +77,7 @@ def read_section(config: Mapping[str, Any], where: str = "config.json") -> Secti
     the Ladder authors' key, and is the dense model's where that is absent.
     Raises ConfigError or ScheduleError for a section that this version can't read.
     """
-    layers = config.get("num_hidden_layers")
+    layers = language_config(config).get("num_hidden_layers")
     if type(layers) is not int:
         raise ConfigError(f"{where}: num_hidden_layers must be a whole number")
     section = config.get(SECTION)

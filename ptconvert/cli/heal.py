@@ -236,7 +236,7 @@ def heal(
 
 def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) -> Case:
     """The checkpoints opened, the text read and the settings made of the options."""
-    from ptconvert.checkpoint.inventory import weights_dtype
+    from ptconvert.checkpoint.inventory import under_own_names, weights_dtype
     from ptconvert.checkpoint.reader import open_checkpoint
     from ptconvert.heal.arguments import read_options
     from ptconvert.heal.data import DatasetSource, read_data
@@ -254,7 +254,7 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
     progress(f"finding {checkpoint} and {chosen['teacher']}", 0, None)
     student = open_checkpoint(locate(checkpoint, None))
     teacher = open_checkpoint(locate(chosen["teacher"], chosen["revision"]))
-    check_pair(student, teacher)
+    teacher = under_own_names(teacher, check_pair(student, teacher))
     dtype = chosen["dtype"]
     if dtype == "auto":
         stored = weights_dtype(student, shape_of(student))

@@ -50,7 +50,8 @@ from ptconvert.checkpoint.section import (
 from ptconvert.checkpoint.writer import Digests, Move, Target, copy_moves, lay_out, write_arrays
 from ptconvert.errors import CheckpointError, ConfigError, SpecError
 from ptconvert.modeling.export import modeling_source
-from ptconvert.models.shape import TIED, ModelShape, is_tied, rows
+from ptconvert.models.shape import ModelShape, is_tied, rows
+from ptconvert.models.wrappers import TIED
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Counts, Schedule
 from ptconvert.spec.document import Spec, parse_spec
@@ -128,7 +129,7 @@ class Plan:
         for target in self.targets:
             per_file[target.file] = per_file.get(target.file, 0) + target.nbytes
         return {
-            "model_type": self.shape.family.model_type,
+            "model_type": self.shape.model_type,
             "tracks": self.tracks,
             "schedule": str(self.schedule),
             "layers": self.shape.layers,

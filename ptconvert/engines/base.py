@@ -21,7 +21,7 @@ from ptconvert.errors import ConfigError
 from ptconvert.modeling.executor import PerTrack, Streams, Update, run_program
 from ptconvert.modeling.layers import guess_modules
 from ptconvert.models.families import FAMILIES, common_name, guesses_of
-from ptconvert.models.shape import EMBEDDING, HEAD, ModelShape
+from ptconvert.models.shape import HEAD, ModelShape
 from ptconvert.schedule.lower import Step
 from ptconvert.schedule.stages import Kind
 
@@ -182,7 +182,8 @@ class ServedPass:
         self, program: Iterable[Step], base_TD: torch.Tensor, norm: Any, waiting_weight: float
     ) -> torch.Tensor:
         """The normed stream after the last step, (T, D), the same on every rank."""
-        streams = run_program(program, base_TD, self, waiting_weight)
+        streams = Streams(base_TD)
+        run_program(program, streams, self, waiting_weight)
         return self._read([norm], streams, None)[0]
 
     def run(self, step: Step, streams: Streams) -> Update:
@@ -253,5 +254,5 @@ def own_weights(
             continue
         tied = tied and name != HEAD
         yield name, tensor
-        if tied and name == EMBEDDING:
+        if tied and name.endswith(".embed_tokens.weight"):
             yield HEAD, tensor

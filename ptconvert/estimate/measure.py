@@ -162,7 +162,7 @@ def _steps(rank: Rank) -> dict[str, list[list[float]]]:
     section = {"format": SECTION_FORMAT, "tracks": 1, "schedule": str(one), "deferred": "sum"}
     model = CAUSAL_LMS["llama"](CONFIGS["llama"](**_SIZES, ptconvert=section))
     model = model.to(device=rank.device, dtype=_dtype(rank)).eval()
-    model.model.layers.communicator = ProcessGroupCommunicator(None, rank.journal)
+    model.get_decoder().layers.communicator = ProcessGroupCommunicator(None, rank.journal)
     runs = {
         "one": one,
         "blocking": dense_schedule(_LAYERS),
@@ -172,7 +172,7 @@ def _steps(rank: Rank) -> dict[str, list[list[float]]]:
     found: dict[str, list[list[float]]] = {name: [] for name in runs}
     for _ in range(1 + _REPEATS):
         for name, schedule in runs.items():  # alternating, as the machine drifts
-            model.model.layers.schedule = schedule
+            model.get_decoder().layers.schedule = schedule
             found[name].append(_decode_seconds(rank, model, ids))
     return {name: repeats[1:] for name, repeats in found.items()}
 

@@ -183,7 +183,7 @@ def evaluate(
 
 def _check_alike(source: Checkpoint, found: Checkpoint) -> None:
     """Raises EvaluationError where the models can't be compared token by token."""
-    ours, theirs = (c.config.get("vocab_size") for c in (found, source))
+    ours, theirs = (c.language.get("vocab_size") for c in (found, source))
     if ours != theirs:
         raise EvaluationError(
             f"the source's vocabulary has {theirs} tokens, the converted model's {ours}; "

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.errors import HealError, first_line
@@ -34,10 +34,10 @@ from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.cache import named_by
 from ptconvert.measure.divergence import Reference, outputs, reference, tokens_at_once
 from ptconvert.measure.head import Head
-from ptconvert.measure.opening import open_model
+from ptconvert.measure.opening import auto_class, open_model
 from ptconvert.measure.progress import Progress
 from ptconvert.measure.windows import Windows
-from ptconvert.models.shape import EMBEDDING, HEAD, ModelShape
+from ptconvert.models.shape import HEAD, ModelShape
 from ptconvert.runtime.load import read_whole
 
 TOKENS_A_FILE = 1 << 16
@@ -141,12 +141,12 @@ class AnswerStore:
 
     def _head(self) -> Head:
         """The teacher's output head alone."""
-        tied = ModelShape.from_config(self.teacher.config).tied
-        weight_VD = read_whole(self.teacher.tensors[EMBEDDING if tied else HEAD])
+        shape = ModelShape.from_config(self.teacher.config)
+        weight_VD = read_whole(self.teacher.tensors[shape.embedding if shape.tied else HEAD])
         weight_VD = weight_VD.to(self.device, getattr(torch, self.settings.dtype))
         config = AutoConfig.from_pretrained(self.teacher.path, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto_class(self.teacher).from_config(config)
         model.get_output_embeddings().weight = nn.Parameter(weight_VD, requires_grad=False)
         return Head(model)
 

@@ -29,9 +29,9 @@ from ptconvert.heal.models import in_layers, put
 from ptconvert.heal.settings import Settings
 from ptconvert.heal.work import Tensors, load_tensors, save_tensors
 from ptconvert.measure.opening import schedule_of
-from ptconvert.modeling.layers import family_of
-from ptconvert.modeling.model import BASE_MODELS
-from ptconvert.models.shape import EMBEDDING
+from ptconvert.modeling.model import MODELS
+from ptconvert.models.families import MODEL_TYPE_PREFIX
+from ptconvert.models.wrappers import decoder_prefix
 from ptconvert.runtime.load import compute_buffers, read_whole
 from ptconvert.schedule.presets import dense_schedule, with_only
 from ptconvert.schedule.schedule import Schedule
@@ -70,9 +70,11 @@ def blocks_of(schedule: Schedule) -> Iterator[Block]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A decoder with the layers in memory that some stages run."""
+    """A decoder with the layers in memory that some stages run; `prefix` is what the names of its
+    tensors begin with in the checkpoint."""
 
     model: Any
+    prefix: str
     stages: range
 
     def __call__(self, stream_BTD: torch.Tensor) -> torch.Tensor:
@@ -90,7 +92,9 @@ class Pieces:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
         with torch.device("meta"):
-            self.model = BASE_MODELS[family_of(config).model_type](config).eval()
+            model = MODELS[config.model_type.removeprefix(MODEL_TYPE_PREFIX)](config)
+        self.model = model.get_decoder().eval()
+        self.prefix = decoder_prefix(config.model_type)
         self.model.requires_grad_(False)
         compute_buffers(self.model, device)
 
@@ -102,17 +106,17 @@ class Pieces:
                 continue
             absent = [name for name, tensor in layer.state_dict().items() if tensor.is_meta]
             read = {
-                name: self.read(f"model.layers.{index}.{name}")
+                name: self.read(f"{self.prefix}layers.{index}.{name}")
                 for name in absent
                 if not name.startswith("assignment.")  # which nothing runs by
             }
             layer.load_state_dict(read, strict=False, assign=True)
-        return Loaded(self.model, stages)
+        return Loaded(self.model, self.prefix, stages)
 
     def entered(self, ids_NT: torch.Tensor) -> Iterator[torch.Tensor]:
         """The streams (T, D) with which windows enter the first layer."""
         embedding = self.model.get_input_embeddings()
-        embedding.weight = nn.Parameter(self.read(EMBEDDING), False)
+        embedding.weight = nn.Parameter(self.read(f"{self.prefix}embed_tokens.weight"), False)
         for ids_T in ids_NT:
             stream_BTD, _ = self.model.entry(input_ids=ids_T[None].to(self.device))
             yield stream_BTD[0]
@@ -176,7 +180,7 @@ def _loaded(pieces: Pieces, block: Block, healed: Tensors) -> Loaded:
     """The student's decoder with a block in memory, as far as it is healed."""
     loaded = pieces.load(block.layers, block.stages)
     own = {n: t for n, t in healed.items() if in_layers(n, block.layers)}
-    put(loaded.model, ((name.removeprefix("model."), tensor) for name, tensor in own.items()))
+    put(loaded.model, ((name.removeprefix(pieces.prefix), tensor) for name, tensor in own.items()))
     return loaded
 
 
@@ -240,7 +244,9 @@ def _heal(
     """Trains one block; returns its new parameters by their names in the checkpoint, or none."""
     torch.manual_seed(settings.seed)
     train_NTD, held_NTD = streams
-    own = {n: p for n, p in model.model.named_parameters() if in_layers(f"model.{n}", block.layers)}
+    own = {
+        n: p for n, p in model.model.named_parameters() if in_layers(model.prefix + n, block.layers)
+    }
     for parameter in own.values():
         parameter.data, parameter.requires_grad = parameter.data.float(), True
     together = settings.batch_size * settings.accumulation
@@ -272,7 +278,7 @@ def _heal(
     say(f"{step} ({stages}): held-out error {before:.4f} → {after:.4f}")
     if not after < before:
         return {}
-    return {f"model.{n}": p.detach().cpu() for n, p in moved.items()}
+    return {model.prefix + n: p.detach().cpu() for n, p in moved.items()}
 
 
 def _rate(step: int, warm: int, steps: int) -> float:

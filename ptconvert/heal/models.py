@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from ptconvert.checkpoint.section import SECTION, read_section, source_config
 from ptconvert.errors import HealError
 from ptconvert.measure.opening import is_dense
 from ptconvert.models.shape import ModelShape
+from ptconvert.models.wrappers import is_around, layer_of
 from ptconvert.schedule.presets import dense_schedule, with_only
 from ptconvert.schedule.schedule import Schedule
 
@@ -55,16 +56,20 @@ def changed_layers(schedule: Schedule) -> frozenset[int]:
     )
 
 
-def in_layers(name: str, layers: Iterable[int]) -> bool:
+def in_layers(name: str, layers: Collection[int]) -> bool:
     """Whether a parameter or module is one of these layers'."""
-    parts = name.split(".")
-    return parts[:2] == ["model", "layers"] and len(parts) > 2 and int(parts[2]) in layers
+    return layer_of(name) in layers
 
 
-def trainable(model: nn.Module, which: str, schedule: Schedule) -> list[str]:
-    """The parameters that are to move: `changed`, or `all`."""
+def trainable(
+    names: Iterable[str], model_type: object, which: str, schedule: Schedule
+) -> list[str]:
+    """The parameters that are to move of these: `changed`, or `all`, which are the language
+    model's."""
+    if which == "all":
+        return [name for name in names if not is_around(name, model_type)]
     layers = changed_layers(schedule)
-    return [n for n, _ in model.named_parameters() if which == "all" or in_layers(n, layers)]
+    return [name for name in names if in_layers(name, layers)]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from ptconvert.heal.answers import answer_bytes
 from ptconvert.heal.blockwise import STREAM_BYTES, blocks_of
 from ptconvert.heal.data import Data
 from ptconvert.heal.distill import lora_config
-from ptconvert.heal.models import changed_layers, in_layers
+from ptconvert.heal.models import in_layers, trainable
 from ptconvert.heal.settings import Settings
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.divergence import LOGITS_AT_ONCE
@@ -257,8 +257,7 @@ def _end_to_end(pair: _Pair) -> Phase:
     shape, settings, layers = pair.shape, pair.settings, range(pair.shape.layers)
     batch, ranks = settings.batch_size, int(os.environ.get("WORLD_SIZE", "1"))
     cut = ranks if settings.fsdp else 1
-    changed = changed_layers(pair.section.schedule)
-    moves = [n for n in pair.numbers if settings.train == "all" or in_layers(n, changed)]
+    moves = trainable(pair.numbers, pair.shape.model_type, settings.train, pair.section.schedule)
     trained, still = sum(pair.numbers[name] for name in moves), sum(pair.numbers.values())
     apart = 0  # of what stays, as the teacher hasn't it (see models.share)
     if settings.lora is None:

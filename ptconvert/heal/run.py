@@ -224,7 +224,12 @@ def _distilled(case: Case, key: Mapping[str, object], start: Tensors) -> Tensors
         teacher = _store(case, key).answers(data.train, used, data.held_out)
     case.progress("opening the model to train", 0, None)
     student = open_model(case.student, dtype, "cpu")
-    names = trainable(student, case.settings.train, schedule_of(case.student))
+    names = trainable(
+        [name for name, _ in student.named_parameters()],
+        student.config.model_type,
+        case.settings.train,
+        schedule_of(case.student),
+    )
     freeze_but(student, names if case.settings.lora is None else ())
     put(student, start.items())
     moved = distill(

@@ -17,7 +17,8 @@ from ptconvert.checkpoint.section import MODELING_FILE, SPEC_FILE, trained_confi
 from ptconvert.checkpoint.writer import write_arrays
 from ptconvert.errors import CheckpointError
 from ptconvert.heal.work import Tensors
-from ptconvert.models.shape import EMBEDDING, HEAD, is_tied
+from ptconvert.models.shape import HEAD, is_tied
+from ptconvert.models.wrappers import embedding_name
 from ptconvert.runtime.load import TORCH_DTYPES
 
 
@@ -49,7 +50,8 @@ def write(
                 shutil.copyfile(path, target)
             if is_tied(checkpoint.config) and HEAD in checkpoint.tensors:
                 # a copy that some tied checkpoints carry
-                healed = healed | {HEAD: healed[EMBEDDING]} if EMBEDDING in healed else healed
+                embedding = embedding_name(checkpoint.config["model_type"])
+                healed = healed | {HEAD: healed[embedding]} if embedding in healed else healed
             for name, tensor in rounded(checkpoint, healed):
                 entry = checkpoint.tensors[name]
                 assert tuple(tensor.shape) == entry.shape, name

@@ -301,13 +301,13 @@ def by_block(
     for number, block in enumerate(converted):
         stages = schedule.stages[block.start : block.stop]
         sublayers = [s for stage in stages for s in stage.sublayers]
-        model.model.layers.schedule = with_only(schedule, block)
+        model.get_decoder().layers.schedule = with_only(schedule, block)
         try:
             step = f"windows of {len(converted)} blocks, each alone"
             within = _part(progress, number * each, len(converted) * each)
             tokens = measure(model, source, windows, batch, within, step, every)
         finally:
-            model.model.layers.schedule = schedule
+            model.get_decoder().layers.schedule = schedule
         blocks.append(
             Block(
                 stages=" ".join(map(str, stages)),

@@ -44,7 +44,7 @@ def fastest_dtype(checkpoint: Checkpoint, device: str, say: Callable[[str], None
 
 def _product_seconds(checkpoint: Checkpoint, device: str, dtype: str) -> float:
     """The least time that tokens times a matrix of the model's width takes."""
-    width = min(int(str(checkpoint.config.get("hidden_size", 1024))), 8192)
+    width = min(int(str(checkpoint.language.get("hidden_size", 1024))), 8192)
     outputs = min(4 * width, max(1, _TIMED_PRODUCTS // (_TIMED_TOKENS * width)))
     kind = {"device": device, "dtype": getattr(torch, dtype)}
     x_TD, weight_OD = torch.ones(_TIMED_TOKENS, width, **kind), torch.ones(outputs, width, **kind)

@@ -32,7 +32,17 @@ class Head:
 
 
 class _Given(nn.Module):
-    """A base model that was run already."""
+    """A base model that was run already. What else one may give or hold, beside pictures, is not
+    there: None."""
 
     def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+        return _Ended(last_hidden_state=inputs_embeds)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__.get(name)
+
+
+class _Ended(BaseModelOutputWithPast):  # type: ignore[misc]
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)

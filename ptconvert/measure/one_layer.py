@@ -19,6 +19,7 @@ from ptconvert.checkpoint.config import converted_config
 from ptconvert.measure.divergence import loss_and_kl
 from ptconvert.measure.needs import Held, Place
 from ptconvert.models.shape import ModelShape
+from ptconvert.models.wrappers import language_config
 from ptconvert.runtime.load import compute_buffers
 from ptconvert.runtime.memory import PROCESS_BYTES
 from ptconvert.spec.document import parse_spec
@@ -49,6 +50,7 @@ def one_layer(config: Mapping[str, object], tracks: int, device: str, dtype: str
     use = "tensor_parallel" if tracks == 1 else "parallel_track, depth: 1"
     text = f"format: 1\ntracks: {tracks}\nschedule:\n  - {{layers: 0-0, use: {use}}}\n"
     spec = parse_spec(text, "one layer")
+    config = language_config(config)
     cut: dict[str, object] = {**config, "num_hidden_layers": 1}
     if isinstance(kinds := config.get("layer_types"), list):
         cut["layer_types"] = kinds[:1]

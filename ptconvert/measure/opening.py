@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import ptconvert
 from ptconvert.checkpoint.reader import Checkpoint
@@ -15,6 +15,7 @@ from ptconvert.checkpoint.section import SECTION, read_section
 from ptconvert.errors import CheckpointError, EvaluationError, first_line
 from ptconvert.modeling.model import CAUSAL_LMS
 from ptconvert.models.families import CARRIED_BUFFERS
+from ptconvert.models.wrappers import wrapper_of
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.shorten import few
@@ -31,6 +32,12 @@ def is_dense(checkpoint: Checkpoint) -> bool:
     return SECTION not in checkpoint.config and schedule == dense_schedule(schedule.layers)
 
 
+def auto_class(checkpoint: Checkpoint) -> Any:
+    """Which of transformers' Auto classes opens a checkpoint."""
+    around = wrapper_of(checkpoint.config.get("model_type"))
+    return AutoModelForCausalLM if around is None else AutoModelForImageTextToText
+
+
 def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
     """A checkpoint's model, ready to score: on its device, in evaluation mode.
 
@@ -39,7 +46,7 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
     opens it. Raises CheckpointError.
     """
     ptconvert.register()
-    opened: Any = AutoModelForCausalLM
+    opened = auto_class(checkpoint)
     if not is_dense(checkpoint) and SECTION not in checkpoint.config:
         opened = CAUSAL_LMS["llama"]
     try:
@@ -78,7 +85,7 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
 
 def vocabulary(checkpoint: Checkpoint) -> int:
     """How many token ids a checkpoint's model has an embedding of. Raises EvaluationError."""
-    size = checkpoint.config.get("vocab_size")
+    size = checkpoint.language.get("vocab_size")
     if not isinstance(size, int):
         raise EvaluationError(f"{checkpoint.path}/config.json: vocab_size is missing")
     return size

@@ -106,7 +106,7 @@ def cut_windows(ids: Sequence[int], length: int, count: int) -> Windows:
 
 def positions(checkpoint: Checkpoint) -> int:
     """How many positions a checkpoint's model has. Raises EvaluationError."""
-    longest = checkpoint.config.get("max_position_embeddings")
+    longest = checkpoint.language.get("max_position_embeddings")
     if not isinstance(longest, int):
         raise EvaluationError(f"{checkpoint.path}/config.json: max_position_embeddings is missing")
     return longest

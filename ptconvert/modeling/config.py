@@ -1,4 +1,4 @@
-"""Config classes: a family's own config with one more field, the `ptconvert` section."""
+"""Config classes: transformers' own with one more field, the `ptconvert` section."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 from transformers.models.auto import tokenization_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX, Family
+from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX, own_name
+from ptconvert.models.wrappers import WRAPPERS
 
 
-def _config_class(family: Family) -> Any:
-    base = CONFIG_MAPPING[family.model_type]
-    name = f"{family.prefix}Config"
+def _config_class(model_type: str) -> Any:
+    base = CONFIG_MAPPING[model_type]
     members = {
-        "__doc__": f"{name} with a schedule.",
+        "__doc__": f"{base.__name__} with a schedule.",
         "__module__": __name__,
         "__annotations__": {"ptconvert": dict[str, Any] | None},
-        "model_type": MODEL_TYPE_PREFIX + family.model_type,
+        "model_type": MODEL_TYPE_PREFIX + model_type,
         "ptconvert": None,
         "base_model_tp_plan": None,  # `Placement` says which rank holds what
     }
-    return type(f"PTConvert{name}", (base,), members)
+    return type(own_name(base.__name__), (base,), members)
 
 
-CONFIGS = {model_type: _config_class(family) for model_type, family in FAMILIES.items()}
+CONFIGS = {model_type: _config_class(model_type) for model_type in (*FAMILIES, *WRAPPERS)}
 # by name, for pickle and for a checkpoint's auto_map
 globals().update({config_class.__name__: config_class for config_class in CONFIGS.values()})
 

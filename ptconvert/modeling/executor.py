@@ -212,24 +212,21 @@ class TorchEngine:
 
 def run_program(
     program: Iterable[Step],
-    base_BSD: torch.Tensor,
+    streams: Streams,
     engine: Engine,
     waiting_weight: float = 1.0,
     entered: Callable[[int], object] | None = None,
-) -> Streams:
-    """Runs steps on the embedded tokens, or on a stream that the steps before have left with
-    nothing outstanding; returns the streams after the last.
+) -> None:
+    """Runs steps on the streams that the steps before have left, the embedded tokens at first.
 
     `waiting_weight` is what partials that waited since an earlier stage count at the all-reduce: 1,
     which keeps a dense model's meaning, or 1/n (the Desync rule, arXiv 2501.06589). `entered` is
     called with each stage's index as it begins.
     """
-    streams = Streams(base_BSD)
     for step in program:
         if entered is not None:
             entered(step.index)
         streams.end(step, engine.run(step, streams), engine, waiting_weight)
-    return streams
 
 
 def _already(reduced_BSD: torch.Tensor) -> Callable[[], torch.Tensor]:

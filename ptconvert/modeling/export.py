@@ -17,6 +17,7 @@ MODULES = (
     "schedule/schedule.py",
     "schedule/presets.py",
     "models/families.py",
+    "models/wrappers.py",
     "spec/terms.py",
     "checkpoint/section.py",
     "modeling/executor.py",

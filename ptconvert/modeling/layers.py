@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-import sys
+import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ptconvert.modeling.executor import PerTrack, Update
 from ptconvert.models.families import COUNTS, FAMILIES, MODEL_TYPE_PREFIX, Family, guesses_of
@@ -26,11 +26,16 @@ def family_of(config: Any) -> Family:
     return FAMILIES[config.model_type.removeprefix(MODEL_TYPE_PREFIX)]
 
 
+def modeling_module(model_type: str) -> str:
+    """The module of transformers that has a model's classes."""
+    return str(CONFIG_MAPPING[model_type].__module__).replace("configuration_", "modeling_")
+
+
 def layer_class(config: Any) -> Any:
     """The class of the family's decoder layers, from transformers."""
     family = family_of(config)
-    causal_lm = getattr(transformers, family.causal_lm)
-    return getattr(sys.modules[causal_lm.__module__], family.prefix + "DecoderLayer")
+    module = importlib.import_module(modeling_module(family.model_type))
+    return getattr(module, f"{family.prefix}DecoderLayer")
 
 
 class TrackConfig:

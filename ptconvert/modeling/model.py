@@ -1,6 +1,7 @@
 """The transformers model: embeddings, a schedule over layers, final norm and lm_head.
 
-One implementation for all families; the classes at the end bind it to each family's config.
+One implementation for all families, and for what has one inside; the classes at the end bind it to
+each config.
 """
 
 from __future__ import annotations
@@ -9,26 +10,25 @@ import contextlib
 import copy
 import functools
 import importlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from ptconvert.checkpoint.section import MODELING_FILE, read_section
+from ptconvert.checkpoint.section import MODELING_FILE, SECTION, Section, read_section
 from ptconvert.modeling.config import CONFIGS
 from ptconvert.modeling.executor import (
     Communicator,
     OneProcess,
     PerTrack,
     RunSublayer,
+    Streams,
     TorchEngine,
     Update,
     run_program,
@@ -39,9 +39,11 @@ from ptconvert.modeling.layers import (
     TrackedLayer,
     dense_layer,
     family_of,
+    modeling_module,
     run_layer,
 )
-from ptconvert.models.families import FAMILIES, Family
+from ptconvert.models.families import FAMILIES, own_name
+from ptconvert.models.wrappers import WRAPPERS
 from ptconvert.schedule.lower import Step
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Sublayer
@@ -63,13 +65,16 @@ class Layers(nn.ModuleList):
     """
 
     def __init__(
-        self, config: Any, placement: Placement, communicator: Communicator | None
+        self,
+        config: Any,
+        section: Section,
+        placement: Placement,
+        communicator: Communicator | None,
     ) -> None:
         super().__init__()
         self.communicator = OneProcess() if communicator is None else communicator
         self.entered: Callable[[int], object] | None = None
         self.first_stage: int | None = None
-        section = read_section(vars(config))
         self.schedule = section.schedule
         self.track_count = section.tracks
         self.waiting_weight = section.waiting_weight
@@ -122,44 +127,54 @@ class Layers(nn.ModuleList):
                 layers.append(copy.deepcopy(layers[layer]))
 
     def run(
-        self, program: tuple[Step, ...], stream_BSD: torch.Tensor, run_sublayer: RunSublayer
+        self, program: tuple[Step, ...], streams: Streams, run_sublayer: RunSublayer
     ) -> torch.Tensor:
-        """The stream (BSD) after some steps, from that before them."""
+        """The merged stream (BSD) after some steps, from the streams before them, which go on."""
         engine = TorchEngine(run_sublayer, self.communicator)
-        return run_program(program, stream_BSD, engine, self.waiting_weight, self.entered).settled()
+        run_program(program, streams, engine, self.waiting_weight, self.entered)
+        return streams.settled()
 
 
 class Pass:
-    """One forward pass: the family's forward gives each layer's turn the keywords of that layer;
-    with the last the whole program runs, since its stages may hold sublayers of several layers.
+    """One forward pass: the family's forward gives each layer's turn the stream and the keywords of
+    that layer, and is given what is merged after the stages whose layers all had their turn.
 
-    `resumed` is the stream (BSD) where the program doesn't begin with the embedded tokens.
+    What it does to that stream between two turns is done to what is merged. `resumed` is the stream
+    (BSD) where the program doesn't begin with the embedded tokens.
     """
 
     def __init__(self, layers: Layers, resumed: torch.Tensor | None = None) -> None:
         self.layers, self._held, self._resumed = layers, list(layers.children()), resumed
         self.entered: torch.Tensor | None = None
         self._contexts: list[Context] = []
+        self._streams: Streams | None = None
+        self._left: torch.Tensor | None = None  # what the last turn gave
+        self._waiting = layers.schedule.program[layers.first_stage or 0 :]
 
     def turns(self) -> list[Turn]:
         """What takes the layers' places."""
         return [Turn(self, layer.template) for layer in self._held]
 
     def take(self, stream_BSD: torch.Tensor, context: Context) -> torch.Tensor:
-        """A layer's turn: gives the stream back as it came, and after the last layer moved on."""
-        layers = self.layers
-        if not self._contexts:
+        """A layer's turn."""
+        layers, turn = self.layers, len(self._contexts)
+        self._contexts.append(context)
+        if turn == 0:
             layers.grow(context.get("past_key_values"))
             self.entered = stream_BSD
-        self._contexts.append(context)
-        if len(self._contexts) < len(self._held):
-            return stream_BSD
         if layers.hands_over:
-            raise _HandedOver(self)
-        if self._resumed is not None:
-            stream_BSD = self._resumed
-        program = layers.schedule.program[layers.first_stage or 0 :]
-        return layers.run(program, stream_BSD, self.run_sublayer)
+            if turn + 1 == len(self._held):
+                raise _HandedOver(self)
+            return stream_BSD
+        if self._streams is None:
+            self._streams = Streams(stream_BSD if self._resumed is None else self._resumed)
+        elif stream_BSD is not self._left:
+            self._streams.base = stream_BSD
+        later = (i for i, step in enumerate(self._waiting) if step.last_layer > turn)
+        ready = next(later, len(self._waiting))
+        self._left = layers.run(self._waiting[:ready], self._streams, self.run_sublayer)
+        self._waiting = self._waiting[ready:]
+        return self._left
 
     def run_sublayer(self, sublayer: Sublayer, view: PerTrack, guess: bool) -> Update:
         """Runs one sublayer, as the executor wants it."""
@@ -235,7 +250,7 @@ class ScheduledModel(Scheduled):
     ) -> None:
         with _without_layers(config):
             super().__init__(config)
-        self.layers = Layers(config, placement, communicator)
+        self.layers = Layers(config, section_of(config), placement, communicator)
         self.post_init()
 
     def forwarded(self, theirs: Callable[..., Any], args: tuple[Any, ...], given: Any) -> Any:
@@ -268,7 +283,7 @@ class ScheduledModel(Scheduled):
         """The stream (BSD) after some stages of a schedule, from that before them; nothing may be
         outstanding on either side."""
         program = schedule.program[stages.start : stages.stop]
-        return self.layers.run(program, stream_BSD, self.runner(stream_BSD))
+        return self.layers.run(program, Streams(stream_BSD), self.runner(stream_BSD))
 
     def runner(self, stream_BSD: torch.Tensor, **inputs: Any) -> RunSublayer:
         """What runs one sublayer on streams shaped as `stream_BSD`, for the executor."""
@@ -291,8 +306,8 @@ class ScheduledModel(Scheduled):
             self.layers.first_stage = before
 
 
-class ScheduledForCausalLM(Scheduled):
-    """A converted causal language model; its config's class decides the family."""
+class ScheduledAround(Scheduled):
+    """A model that has a decoder inside: one with lm_head, one that sees pictures too."""
 
     def __init__(
         self,
@@ -300,13 +315,19 @@ class ScheduledForCausalLM(Scheduled):
         placement: Placement = WHOLE,
         communicator: Communicator | None = None,
     ) -> None:
-        with _without_layers(config):
+        with _without_layers(config.get_text_config(decoder=True)):
             super().__init__(config)
-        # transformers' constructor made the family's own base model, which has all but the layers
-        model: Any = self.base_model
-        model.__class__ = BASE_MODELS[family_of(config).model_type]
-        model.layers = Layers(config, placement, communicator)
+        # transformers' constructor made the family's own decoder, which has all but the layers
+        decoder: Any = self.get_decoder()
+        decoder.__class__ = BASE_MODELS[family_of(decoder.config).model_type]
+        decoder.layers = Layers(decoder.config, section_of(config), placement, communicator)
         self.post_init()
+
+
+def section_of(config: Any, where: str = "config.json") -> Section:
+    """The conversion that a model's config describes, dense or converted, as `read_section`."""
+    text = vars(config.get_text_config(decoder=True))
+    return read_section({**text, SECTION: getattr(config, SECTION, None)}, where)
 
 
 @contextlib.contextmanager
@@ -336,18 +357,23 @@ def modeling_source() -> str:
     return text
 
 
-def _of_family(base: Any, family: Family, ours: str, theirs: str) -> Any:
-    """A model class with the config class of a family, made of transformers' own; `ours` and
-    `theirs` are how their names go on after the family's."""
-    causal_lm = getattr(transformers, family.causal_lm)
-    their_class = getattr(sys.modules[causal_lm.__module__], family.prefix + theirs)
+def _class(base: Any, model_type: str, theirs: str) -> Any:
+    """A model class with the config class of a model type, made of transformers' own."""
+    their_class = getattr(importlib.import_module(modeling_module(model_type)), theirs)
     members = {
-        "__doc__": f"A converted {their_class.__name__}.",
+        "__doc__": f"A converted {theirs}.",
         "__module__": __name__,
-        "config_class": CONFIGS[family.model_type],
+        "config_class": CONFIGS[model_type],
         "forward": _forward(their_class),
+        "_no_split_modules": [*base._no_split_modules, *_others(their_class)],
     }
-    return type(f"PTConvert{family.prefix}{ours}", (base, their_class), members)
+    return type(own_name(theirs), (base, their_class), members)
+
+
+def _others(their_class: Any) -> list[str]:
+    """What of a class beside its decoder's layers must lie on one device."""
+    names = their_class._no_split_modules or ()
+    return [name for name in names if not name.endswith("DecoderLayer")]
 
 
 def _forward(theirs: Any) -> Any:
@@ -362,11 +388,19 @@ def _forward(theirs: Any) -> Any:
 
 
 BASE_MODELS = {
-    name: _of_family(ScheduledModel, f, "Model", f.base_model) for name, f in FAMILIES.items()
+    name: _class(ScheduledModel, name, f.classes["AutoModel"]) for name, f in FAMILIES.items()
 }
 CAUSAL_LMS = {
-    name: _of_family(ScheduledForCausalLM, f, "ForCausalLM", "ForCausalLM")
+    name: _class(ScheduledAround, name, f.classes["AutoModelForCausalLM"])
     for name, f in FAMILIES.items()
+    if f.causal_lm
 }
+# what is around a language model, without lm_head and with it
+_WRAPPING, WRAPPED = (
+    {name: _class(ScheduledAround, name, w.classes[auto]) for name, w in WRAPPERS.items()}
+    for auto in ("AutoModel", "AutoModelForImageTextToText")
+)
+BASE_MODELS |= _WRAPPING
+MODELS = CAUSAL_LMS | WRAPPED  # which give logits
 # by name, for pickle and for a checkpoint's auto_map
-globals().update({m.__name__: m for m in (*BASE_MODELS.values(), *CAUSAL_LMS.values())})
+globals().update({m.__name__: m for m in (*BASE_MODELS.values(), *MODELS.values())})

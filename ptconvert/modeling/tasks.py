@@ -8,6 +8,7 @@ from typing import Any
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -18,7 +19,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 
-from ptconvert.modeling.model import BASE_MODELS, CAUSAL_LMS, Scheduled
+from ptconvert.modeling.model import BASE_MODELS, CAUSAL_LMS, WRAPPED, Scheduled
 
 _HEADS: dict[Any, type] = {
     AutoModelForQuestionAnswering: GenericForQuestionAnswering,
@@ -28,9 +29,14 @@ _HEADS: dict[Any, type] = {
 
 
 def _auto_classes() -> Iterator[tuple[Any, Any]]:
-    for family, base in BASE_MODELS.items():
+    for base in BASE_MODELS.values():
         yield AutoModel, base
-        yield AutoModelForCausalLM, CAUSAL_LMS[family]
+    for model in WRAPPED.values():  # without a picture it is a causal language model
+        yield AutoModelForImageTextToText, model
+        yield AutoModelForCausalLM, model
+    for family, model in CAUSAL_LMS.items():
+        yield AutoModelForCausalLM, model
+        base = BASE_MODELS[family]
         for auto, head in _HEADS.items():
             name = base.__name__.removesuffix("Model") + head.__name__.removeprefix("Generic")
             members = {"config_class": base.config_class, "__module__": __name__}

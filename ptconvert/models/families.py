@@ -73,7 +73,7 @@ FULL, LINEAR = "full_attention", "linear_attention"  # kinds of layers, as confi
 class TensorRule:
     """One tensor of a layer.
 
-    `name` is relative to `model.layers.{i}.`. `axes` are what each axis counts, several after each
+    `name` is relative to the layer. `axes` are what each axis counts, several after each
     other where projections are fused into one. `when` names the config.json flag that switches the
     tensor on, `of` the kind of layers that have it, where not all do. A tensor without an axis that
     is cut is copied to every track; one that is `common` is no track's, and added once.
@@ -127,17 +127,21 @@ class Block:
 class Family:
     """A model family: its transformers classes, its layers, and how its config.json is read.
 
+    `prefix` is what the names of its classes in transformers begin with, and `base_model` how that
+    of the class without lm_head ends. Without a `causal_lm` it has no class with one, and is only
+    ever found inside of another model (`wrappers`). Tensors whose names begin with those of
+    `around` aren't the model's, but come along.
+
     `defaults` are its config class's, where a key is missing; a None means that the class can't do
     without. A null of the `nullable` keys means that the other sizes say it, and the class takes no
     other null. What sublayers add to the stream is multiplied by the config's `multiplier`, where
     there is one. Where layers are of different kinds, config.json says which by `layer_types`, or
     by the key `full_every` of how many one has full attention; those of linear attention have the
-    block `linear` for their attention. `base_model` is how the name of the class without lm_head
-    ends.
+    block `linear` for their attention.
     """
 
     model_type: str
-    causal_lm: str
+    prefix: str
     layer: tuple[TensorRule, ...]
     defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     nullable: tuple[str, ...] = ()
@@ -147,15 +151,21 @@ class Family:
     multiplier: str | None = None
     full_every: str | None = None
     base_model: str = "Model"
-    final_norm: tuple[str, ...] = ("model.norm.weight",)
+    causal_lm: bool = True
+    final_norm: tuple[str, ...] = ("norm.weight",)
+    around: tuple[str, ...] = ()
 
     def __reduce__(self) -> tuple[Callable[[str], Family], tuple[str]]:
         return named, (self.model_type,)  # a model that is copied or pickled holds one
 
     @property
-    def prefix(self) -> str:
-        """What the names of its classes in transformers begin with."""
-        return self.causal_lm.removesuffix("ForCausalLM")
+    def classes(self) -> Mapping[str, str]:
+        """Its classes in transformers, by the Auto class that opens each."""
+        base = self.prefix + self.base_model
+        classes = {"AutoConfig": base.removesuffix("Model") + "Config", "AutoModel": base}
+        if self.causal_lm:
+            classes["AutoModelForCausalLM"] = f"{self.prefix}ForCausalLM"
+        return classes
 
     def block(self, kind: Kind, layer: str | None = None) -> Block:
         """A sublayer's module, in a layer of this kind.
@@ -254,7 +264,7 @@ _ATTENTION_BIASES = _qkv_biases("attention_bias") + _o_bias("attention_bias")
 _LLAMA_BIASED = _LLAMA + _ATTENTION_BIASES + _mlp_biases("mlp_bias")
 _UNGATED = _ATTENTION + _UP_DOWN + _ATTENTION_BIASES + _up_down_biases("mlp_bias")
 _KV_HEADS = "num_key_value_heads"
-_BIASED_FINAL_NORM = ("model.norm.weight", "model.norm.bias")
+_BIASED_FINAL_NORM = ("norm.weight", "norm.bias")
 _SIZES = (_KV_HEADS, "head_dim")
 
 
@@ -288,31 +298,39 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         f.model_type: f
         for f in (
-            Family("llama", "LlamaForCausalLM", _LLAMA_BIASED, nullable=_SIZES),
+            Family("llama", "Llama", _LLAMA_BIASED, nullable=_SIZES),
             Family(
                 "mistral",
-                "MistralForCausalLM",
+                "Mistral",
                 _LLAMA,
                 _defaults(num_key_value_heads=8),
                 nullable=("head_dim",),
             ),
             Family(
                 "qwen2",
-                "Qwen2ForCausalLM",
+                "Qwen2",
                 _LLAMA + _qkv_biases(None),
                 _defaults(num_key_value_heads=32),
                 nullable=(_KV_HEADS,),
             ),
             Family(
                 "qwen3",
-                "Qwen3ForCausalLM",
+                "Qwen3",
                 _LLAMA + _qk_norms() + _ATTENTION_BIASES,
                 _defaults(num_key_value_heads=32, head_dim=128),
                 nullable=(_KV_HEADS,),
             ),
             Family(
+                "qwen3_vl_text",
+                "Qwen3VLText",
+                _LLAMA + _qk_norms() + _ATTENTION_BIASES,
+                _defaults(num_key_value_heads=32, head_dim=128),
+                nullable=(_KV_HEADS,),
+                causal_lm=False,
+            ),
+            Family(
                 "phi3",
-                "Phi3ForCausalLM",
+                "Phi3",
                 (
                     *_NORMS,
                     TensorRule("self_attn.qkv_proj.weight", ((Q, KV, KV), D)),
@@ -323,14 +341,14 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             ),
             Family(
                 "granite",
-                "GraniteForCausalLM",
+                "Granite",
                 _LLAMA_BIASED,
                 nullable=(_KV_HEADS,),
                 multiplier="residual_multiplier",
             ),
             Family(
                 "seed_oss",
-                "SeedOssForCausalLM",
+                "SeedOss",
                 _LLAMA
                 + _qkv_biases("attention_bias")
                 + _o_bias("attention_out_bias")
@@ -340,33 +358,33 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             ),
             Family(
                 "ministral3",
-                "Ministral3ForCausalLM",
+                "Ministral3",
                 _LLAMA,
                 _defaults(num_key_value_heads=8, head_dim=128),
             ),
             Family(
                 "ernie4_5",
-                "Ernie4_5ForCausalLM",
+                "Ernie4_5",
                 _LLAMA + _qkv_biases("use_bias") + _o_bias("use_bias") + _mlp_biases("use_bias"),
                 _defaults(num_key_value_heads=2, head_dim=128, tie_word_embeddings=True),
                 nullable=_SIZES,
             ),
             Family(
                 "smollm3",
-                "SmolLM3ForCausalLM",
+                "SmolLM3",
                 _LLAMA_BIASED,
                 _defaults(num_key_value_heads=4, tie_word_embeddings=True),
                 nullable=(_KV_HEADS,),
             ),
             Family(
                 "glm",
-                "GlmForCausalLM",
+                "Glm",
                 _NORMS + _ATTENTION + _FUSED_MLP + _qkv_biases("attention_bias"),
                 _defaults(num_key_value_heads=2, head_dim=128, attention_bias=True),
             ),
             Family(
                 "apertus",
-                "ApertusForCausalLM",
+                "Apertus",
                 (
                     *_norms("attention_layernorm", "feedforward_layernorm"),
                     *_ATTENTION,
@@ -384,7 +402,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             ),
             Family(
                 "nemotron",
-                "NemotronForCausalLM",
+                "Nemotron",
                 _norms(*_TWO_NORMS, bias=True) + _UNGATED,
                 defaults=_defaults(num_key_value_heads=None),
                 nullable=("head_dim",),
@@ -392,14 +410,14 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             ),
             Family(
                 "hunyuan_v1_dense",
-                "HunYuanDenseV1ForCausalLM",
+                "HunYuanDenseV1",
                 _LLAMA + _qk_norms("query_layernorm", "key_layernorm") + _ATTENTION_BIASES,
                 defaults=_defaults(head_dim=None),
                 nullable=(_KV_HEADS,),
             ),
             Family(
                 "starcoder2",
-                "Starcoder2ForCausalLM",
+                "Starcoder2",
                 (
                     *_norms(*_TWO_NORMS, bias=True),
                     *_ATTENTION,
@@ -417,25 +435,25 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             ),
             Family(
                 "arcee",
-                "ArceeForCausalLM",
+                "Arcee",
                 _NORMS + _UNGATED,
                 nullable=_SIZES,
             ),
             Family(
                 "cwm",
-                "CwmForCausalLM",
+                "Cwm",
                 _LLAMA,
                 _defaults(num_key_value_heads=8, head_dim=128),
             ),
             Family(
                 "gemma",
-                "GemmaForCausalLM",
+                "Gemma",
                 _LLAMA + _ATTENTION_BIASES,
                 _defaults(num_key_value_heads=16, head_dim=256, tie_word_embeddings=True),
             ),
             Family(
                 "jais2",
-                "Jais2ForCausalLM",
+                "Jais2",
                 _norms(*_TWO_NORMS, bias=True) + _UNGATED,
                 _defaults(attention_bias=True, mlp_bias=True),
                 nullable=_SIZES,
@@ -443,7 +461,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             ),
             Family(
                 "qwen3_5_text",
-                "Qwen3_5ForCausalLM",
+                "Qwen3_5",
                 (
                     *_NORMS,
                     *_in(
@@ -476,10 +494,16 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ),
                 full_every="full_attention_interval",
                 base_model="TextModel",
+                around=("mtp.",),
             ),
         )
     }
 )
+
+
+def own_name(of_transformers: str) -> str:
+    """What the class is called that is made of one of transformers'."""
+    return f"PTConvert{of_transformers}"
 
 
 def named(model_type: str) -> Family:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ptconvert.models.families import guesses_of
-from ptconvert.models.shape import DTYPE_BYTES, EMBEDDING, ModelShape
+from ptconvert.models.shape import DTYPE_BYTES, ModelShape
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Sublayer
 
@@ -24,9 +24,8 @@ def guess_tensors(
             "to_stream.bias": (shape.width,),
         }
         for track in range(tracks):
-            owner = (
-                f"model.layers.{sublayer.layer}.tracks.{track}.guess.{guesses_of(sublayer.kind)}"
-            )
+            layer = shape.layer(sublayer.layer)
+            owner = f"{layer}tracks.{track}.guess.{guesses_of(sublayer.kind)}"
             for name, size in sizes.items():
                 yield track, f"{owner}.{name}", size
 
@@ -52,7 +51,7 @@ def guess_cost(
         return None
     added = [size for _, _, size in guess_tensors(shape, guesses, tracks)]
     dense = dict(shape.tensors())
-    matrices = [s for n, s in dense.items() if len(s) == 2 and (shape.tied or n != EMBEDDING)]
+    matrices = [s for n, s in dense.items() if len(s) == 2 and (shape.tied or n != shape.embedding)]
     parameters = sum(map(math.prod, added))
     flops = 2 * sum(math.prod(s) for s in added if len(s) == 2)
     return {

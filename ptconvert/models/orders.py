@@ -14,4 +14,4 @@ def order_tensors(
     """Layer, field of Assignment, name and shape of each tensor that holds an assignment."""
     for layer in sorted(schedule.track_layers):
         for of, size in (("kv_heads", shape.attention_units(layer)), ("neurons", shape.neurons)):
-            yield layer, of, f"model.layers.{layer}.assignment.{of}", (size,)
+            yield layer, of, f"{shape.layer(layer)}assignment.{of}", (size,)

@@ -21,6 +21,15 @@ from ptconvert.models.families import (
     Family,
     TensorRule,
 )
+from ptconvert.models.wrappers import (
+    TIED,
+    WRAPPERS,
+    Wrapper,
+    decoder_prefix,
+    embedding_name,
+    language_config,
+    wrapper_of,
+)
 from ptconvert.schedule.stages import MAX_LAYERS, Sublayer
 from ptconvert.shorten import clipped
 
@@ -30,8 +39,7 @@ TORCH_NAMES = {short: name for name, short in DTYPES.items()}
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 ORDER_DTYPE = "I32"  # of what a converted checkpoint holds beside weights: orders of units
 ELEMENT_BYTES = {**DTYPE_BYTES, ORDER_DTYPE: 4}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-TIED = "tie_word_embeddings"
+HEAD = "lm_head.weight"
 _MAX_SIZE = 2**31
 MAX_HEADS = 65536
 _EVERYWHERE = frozenset(("heads", "kv_heads", "neurons"))  # what every family's layers have
@@ -42,7 +50,8 @@ class ModelShape:
     """Sizes of a dense decoder-only transformer; all are counts of elements.
 
     `dtype` is safetensors' name of the weights' type, None where config.json doesn't say. `kinds`
-    are those of the layers, None where all are alike, and `rules` the tensors of each.
+    are those of the layers, None where all are alike, and `rules` the tensors of each. `wrapper` is
+    what the model is the language model of, where it is one.
     """
 
     family: Family
@@ -56,6 +65,7 @@ class ModelShape:
     dtype: str | None
     kinds: tuple[str | None, ...]
     rules: Mapping[str | None, tuple[TensorRule, ...]]
+    wrapper: Wrapper | None = None
     linear_key_heads: int = 0
     linear_value_heads: int = 0
     linear_key_size: int = 0
@@ -71,6 +81,30 @@ class ModelShape:
     def kv_width(self) -> int:
         """Channels of all keys, and of all values."""
         return self.kv_heads * self.head_size
+
+    @property
+    def decoder(self) -> str:
+        """What the names of all its tensors begin with, but that of lm_head."""
+        return decoder_prefix(self.model_type)
+
+    @property
+    def embedding(self) -> str:
+        """What the embedding's weight is called."""
+        return embedding_name(self.model_type)
+
+    @property
+    def around(self) -> tuple[str, ...]:
+        """What the names of tensors begin with that are carried along."""
+        return (self.wrapper or self.family).around
+
+    def layer(self, index: int) -> str:
+        """What the names of a layer's tensors begin with."""
+        return f"{self.decoder}layers.{index}."
+
+    @property
+    def model_type(self) -> str:
+        """What config.json calls it."""
+        return (self.wrapper or self.family).model_type
 
     @property
     def layers(self) -> int:
@@ -141,12 +175,12 @@ class ModelShape:
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of all tensors; a tied lm_head is not among them."""
-        yield EMBEDDING, (self.vocabulary, self.width)
+        yield self.embedding, (self.vocabulary, self.width)
         for i in range(self.layers):
             for rule in self.rules_of(i):
-                yield f"model.layers.{i}.{rule.name}", self.size(rule)
+                yield self.layer(i) + rule.name, self.size(rule)
         for name in self.family.final_norm:
-            yield name, (self.width,)
+            yield self.decoder + name, (self.width,)
         if not self.tied:
             yield HEAD, (self.vocabulary, self.width)
 
@@ -202,7 +236,10 @@ class ModelShape:
 
         Raises ConfigError, naming the family and the reason, for what can't be converted.
         """
-        family = _family(config, where)
+        _refuse(config, where)
+        wrapper = wrapper_of(config["model_type"])
+        config = language_config(config)
+        family = _family(config, wrapper, where)
 
         def size(key: str, otherwise: int | None = None, most: int = _MAX_SIZE) -> int:
             value = config.get(key, family.defaults.get(key))
@@ -237,6 +274,7 @@ class ModelShape:
             dtype=config_dtype(config, where),
             kinds=kinds,
             rules={kind: family.layer_rules(config, kind) for kind in dict.fromkeys(kinds)},
+            wrapper=wrapper,
             **others,
         )
         if shape.heads % shape.kv_heads:
@@ -272,6 +310,7 @@ def rows(size: tuple[int, ...]) -> int:
 
 def is_tied(config: Mapping[str, object], where: str = "config.json") -> bool:
     """Whether a model's config.json, or a converted one's, says that lm_head is the embedding."""
+    config = language_config(config)
     family = FAMILIES.get(str(config.get("model_type")).removeprefix(MODEL_TYPE_PREFIX))
     defaults = family.defaults if family else {}
     return _flag({**defaults, **config}, TIED, where)
@@ -304,8 +343,8 @@ def _short(value: object) -> str:
     return clipped(repr(value), 60)
 
 
-def _family(config: Mapping[str, object], where: str) -> Family:
-    """The family that a config.json names, or ConfigError with the reason why it is refused."""
+def _refuse(config: Mapping[str, object], where: str) -> None:
+    """Raises ConfigError for a model that can't be converted, whatever its sizes."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(f"{where}: model_type is {_short(model_type)}; it must name a family")
@@ -319,29 +358,49 @@ def _family(config: Mapping[str, object], where: str) -> Family:
             f"{where}: the weights are quantised (quantization_config); convert the unquantised "
             "checkpoint and quantise the result"
         )
-    if model_type in UNSUPPORTED:
-        raise ConfigError(f"{where}: {model_type} can't be converted: {UNSUPPORTED[model_type]}")
-    if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-        raise ConfigError(f"{where}: {model_type} with experts can't be converted: MoE layers")
-    family = FAMILIES.get(model_type)
-    supported = ", ".join(FAMILIES)
-    if family is None:
-        raise ConfigError(
-            f"{where}: model_type {_short(model_type)} is not supported; supported are {supported}"
-        )
-    architectures = config.get("architectures")
-    # Which tensors there are says more than whether lm_head's class saved them; and the first
-    # Llamas called it LLaMAForCausalLM.
-    names = {family.causal_lm.lower(), (family.prefix + family.base_model).lower()}
-    if architectures and str(architectures).lower() not in {str([name]) for name in names}:
-        raise ConfigError(
-            f"{where}: architectures is {_short(architectures)}; only {family.causal_lm} can be "
-            f"converted for {model_type}"
-        )
     auto_map = config.get("auto_map")
     if isinstance(auto_map, dict) and any(k.startswith("AutoModel") for k in auto_map):
         raise ConfigError(
             f"{where}: the model runs its own code (auto_map), which may not be {model_type}'s; "
             "only transformers' own classes can be converted"
+        )
+    described = WRAPPERS.get(model_type) or FAMILIES.get(model_type)
+    if described is None:
+        return
+    # Which tensors there are says more than whether lm_head's class saved them; and the first
+    # Llamas called it LLaMAForCausalLM.
+    classes = [name for auto, name in described.classes.items() if auto != "AutoConfig"]
+    architectures = config.get("architectures")
+    names = {str([name]).lower() for name in classes}
+    if architectures and str(architectures).lower() not in names:
+        raise ConfigError(
+            f"{where}: architectures is {_short(architectures)}; only {classes[-1]} can be "
+            f"converted for {model_type}"
+        )
+
+
+def _family(config: Mapping[str, object], wrapper: Wrapper | None, where: str) -> Family:
+    """The family that a language model's config names, or ConfigError with the reason why it is
+    refused."""
+    model_type = str(config.get("model_type"))
+    of = f"{wrapper.model_type} with " if wrapper else ""
+    if model_type in UNSUPPORTED:
+        raise ConfigError(
+            f"{where}: {of}{model_type} can't be converted: {UNSUPPORTED[model_type]}"
+        )
+    if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise ConfigError(f"{where}: {of}{model_type} with experts can't be converted: MoE layers")
+    family = FAMILIES.get(model_type)
+    if family is None:
+        supported = ", ".join(f.model_type for f in FAMILIES.values() if f.causal_lm)
+        around = "" if wrapper else f", and around them {', '.join(WRAPPERS)}"
+        raise ConfigError(
+            f"{where}: {of}model_type {_short(model_type)} is not supported; supported are "
+            f"{supported}{around}"
+        )
+    if wrapper is None and not family.causal_lm:
+        raise ConfigError(
+            f"{where}: {model_type} is the language model of another, and transformers has no "
+            "class for it alone; convert the checkpoint that it is a part of"
         )
     return family

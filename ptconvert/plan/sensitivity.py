@@ -177,7 +177,8 @@ class Meter:
         reference, model = self._opened
         layer = self._departs(schedule)
         self._layers_run += (self.layers - layer) * len(self.windows.ids[::every])
-        model.model.layers.schedule, model.model.layers.first_stage = schedule, 2 * layer
+        layers = model.get_decoder().layers
+        layers.schedule, layers.first_stage = schedule, 2 * layer
         tokens = divergence.measure(
             model,
             reference,
@@ -203,7 +204,7 @@ class Meter:
     @cached_property
     def _kept(self) -> range:
         """The layers whose streams are kept."""
-        width = int(str(self.source.config["hidden_size"]))
+        width = int(str(self.source.language["hidden_size"]))
         return kept_layers(self.layers, self.windows.ids[:, 1:].numel() * width * 4)
 
     @cached_property
@@ -231,7 +232,7 @@ class Meter:
 
 def all_as_tracks(source: Checkpoint, tracks: int) -> Plan:
     """The conversion that holds every layer as tracks. Raises PTConvertError."""
-    layers = int(str(source.config["num_hidden_layers"]))
+    layers = int(str(source.language["num_hidden_layers"]))
     spec = parse_spec(
         f"format: 1\ntracks: {tracks}\nschedule:\n  - layers: 0-{layers - 1}\n"
         f"    use: parallel_track\n    depth: {layers}\n",

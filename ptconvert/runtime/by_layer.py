@@ -18,6 +18,7 @@ import ptconvert
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.models.families import Cut
 from ptconvert.models.shape import ModelShape
+from ptconvert.models.wrappers import layer_of
 
 
 @contextmanager
@@ -32,27 +33,37 @@ def opened_by_layer(path: Path, dtype: torch.dtype, device: torch.device | str) 
     config = transformers.AutoConfig.from_pretrained(path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    outside = [f"model.{name}" for name, _ in model.model.named_children() if name != "layers"]
-    outside += [name for name, _ in model.named_children() if name != "model"]
-    places: dict[str, Any] = dict.fromkeys(outside, str(device))
-    places |= {f"model.layers.{i}": "disk" for i in range(config.num_hidden_layers)}
+    layers = {id(layer) for layer in model.get_decoder().layers.children()}
+    places = {
+        name: "disk" if id(module) in layers else str(device)
+        for name, module in _without(model, layers)
+    }
     with tempfile.TemporaryDirectory(prefix="ptconvert-offload-") as folder:
         yield AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, device_map=places, offload_folder=folder
         ).eval()
 
 
+def _without(module: nn.Module, layers: set[int], name: str = "") -> Iterator[tuple[str, Any]]:
+    """The layers, by name, and the largest modules that have none of them."""
+    for child_name, child in module.named_children():
+        path = f"{name}.{child_name}".removeprefix(".")
+        if id(child) in layers or not any(id(m) in layers for m in child.modules()):
+            yield path, child
+        else:
+            yield from _without(child, layers, path)
+
+
 def by_layer_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of weights that `opened_by_layer` holds at once, as stored: all that is outside of
     layers, and the largest layer."""
-    layers: dict[str, int] = {}
+    layers: dict[int, int] = {}
     outside = 0
     for name, entry in checkpoint.tensors.items():
-        if name.startswith("model.layers."):
-            index = name.split(".")[2]
-            layers[index] = layers.get(index, 0) + entry.nbytes
-        else:
+        if (layer := layer_of(name)) is None:
             outside += entry.nbytes
+        else:
+            layers[layer] = layers.get(layer, 0) + entry.nbytes
     return outside + max(layers.values(), default=0)
 
 
@@ -78,7 +89,7 @@ def reorderings(model: Any, shape: ModelShape, count: int) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
     rules = [r for r in shape.rules_of(0) if any(s.cut is Cut.NEURONS for s in r.segments(r.axis))]
     orders: list[tuple[int, dict[str, torch.Tensor]]] = []
-    for layer in model.model.layers.children():
+    for layer in model.get_decoder().layers.children():
         for own in layer.tracks.values() if hasattr(layer, "tracks") else [layer]:
             of_layer = dict[str, torch.Tensor]()
             for rule in rules:

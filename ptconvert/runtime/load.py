@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 import ptconvert
 from ptconvert.checkpoint.inventory import overruled, weights_dtype
@@ -17,7 +18,7 @@ from ptconvert.checkpoint.section import read_section, source_config
 from ptconvert.errors import CheckpointError
 from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement
-from ptconvert.modeling.model import CAUSAL_LMS
+from ptconvert.modeling.model import MODELS
 from ptconvert.models.families import TensorRule
 from ptconvert.models.shape import HEAD, TORCH_NAMES, ModelShape, rows
 
@@ -66,7 +67,7 @@ def load_rank(
     dtype = dtype or TORCH_DTYPES[weights_dtype(checkpoint, shape)]
     rules = _dense_rules(shape)
     config = AutoConfig.from_pretrained(path)
-    model_class = next(m for m in CAUSAL_LMS.values() if isinstance(config, m.config_class))
+    model_class = MODELS[shape.model_type]
     with torch.device("meta"):
         model = model_class(config, placement, communicator)
     model.to_empty(device="cpu")
@@ -98,22 +99,28 @@ def load_rank(
 def _dense_rules(shape: ModelShape) -> dict[str, TensorRule]:
     """The tensors of layers held dense, which are cut among ranks."""
     return {
-        f"model.layers.{i}.{rule.name}": rule
-        for i in range(shape.layers)
-        for rule in shape.rules_of(i)
+        shape.layer(i) + rule.name: rule for i in range(shape.layers) for rule in shape.rules_of(i)
     }
 
 
 def compute_buffers(model: Any, device: torch.device | str) -> None:
     """Fills what is computed, not stored, such as the tables of rotary embeddings, in a model that
     was made on the meta device."""
-    for module in model.modules():
+    for own, module in _by_model(model, model):
         for name in module._non_persistent_buffers_set:
             module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
         if module._non_persistent_buffers_set:
             for parameter in module.parameters(recurse=False):
                 parameter._is_hf_initialized = True  # transformers leaves such alone
-            model._init_weights(module)
+            own._init_weights(module)
+
+
+def _by_model(own: Any, module: Any) -> Iterator[tuple[Any, Any]]:
+    """All modules, each after the innermost of transformers' models that it is a part of."""
+    own = module if isinstance(module, PreTrainedModel) else own
+    yield own, module
+    for child in module.children():
+        yield from _by_model(own, child)
 
 
 def read_whole(entry: TensorEntry) -> torch.Tensor:

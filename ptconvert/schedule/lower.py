@@ -45,6 +45,11 @@ class Step:
         return ", ".join(parts)
 
     @property
+    def last_layer(self) -> int:
+        """The last layer of which the stage runs a sublayer."""
+        return max(sublayer.layer for sublayer in self.sublayers)
+
+    @property
     def launches(self) -> bool:
         """Whether an all-reduce is launched after the stage."""
         return self.bucket == self.index

@@ -203,7 +203,7 @@ def check_ranks(checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype) 
     if reason := wrong_ranks("the checkpoint", tracks, ranks, lambda n: not shape.indivisible(n)):
         raise CheckpointError(f"--ranks {ranks}: {reason}")
     longest = settings.prompt_tokens + settings.new_tokens
-    most = checkpoint.config.get("max_position_embeddings")
+    most = checkpoint.language.get("max_position_embeddings")
     if isinstance(most, int) and longest > most:
         raise CheckpointError(f"{longest} tokens are more than the model's {most} positions")
     if under_torchrun():

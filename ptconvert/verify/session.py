@@ -84,12 +84,12 @@ def run_rank(job: Job, rank: Rank) -> dict[str, Any]:
     rank.journal.write("pass", "loading")
     placement = Placement(rank.rank, rank.ranks)
     model = load_rank(job.checkpoint, placement, communicator, job.dtype, rank.device)
-    schedule = model.model.layers.schedule
+    schedule = model.get_decoder().layers.schedule
     baseline = dense_schedule(schedule.layers)
-    ids_BS = prompt(job, model.config.vocab_size)
+    ids_BS = prompt(job, model.get_input_embeddings().num_embeddings)
     counted, tokens, logits = _counted_pass(model, ids_BS, job, rank)
     profiled, transfers = _profiled_pass(model, ids_BS, job, rank)
-    model.model.layers.schedule = baseline
+    model.get_decoder().layers.schedule = baseline
     baseline_counted, _, _ = _counted_pass(model, ids_BS, job, rank, name="baseline")
     times = _timed_passes(model, {"schedule": schedule, "baseline": baseline}, ids_BS, job, rank)
     found = {
@@ -116,7 +116,7 @@ def _counted_pass(
 ) -> tuple[dict[str, Any], list[list[int]], torch.Tensor]:
     """Collectives per step from the flight recorder; greedy tokens; logits of all positions."""
     recorder = FlightRecorder(rank.backend)
-    model.model.layers.entered = lambda index: rank.journal.write("stage", index)
+    model.get_decoder().layers.entered = lambda index: rank.journal.write("stage", index)
     steps: dict[str, Any] = {}
     found: list[torch.Tensor] = []
     chosen: list[torch.Tensor] = []
@@ -136,7 +136,7 @@ def _profiled_pass(
     activities = [ProfilerActivity.CPU]
     if rank.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    stages = model.model.layers.schedule.stages
+    stages = model.get_decoder().layers.schedule.stages
     with contextlib.ExitStack() as stack, profile(activities=activities, record_shapes=True) as p:
 
         def entered(index: int) -> None:
@@ -144,13 +144,13 @@ def _profiled_pass(
             rank.journal.write("stage", index)
             stack.enter_context(record_function(f"stage {index + 1} {stages[index]}"))
 
-        model.model.layers.entered = entered
+        model.get_decoder().layers.entered = entered
         for step_name, step in greedy_steps(model, ids_BS, job.new_tokens):
             rank.journal.write("pass", f"profiled {step_name}")
             with record_function(f"step {step_name}"):
                 step()
                 stack.close()
-    model.model.layers.entered = None
+    model.get_decoder().layers.entered = None
     with tempfile.TemporaryDirectory() as directory:
         trace = Path(directory) / "trace.json"
         p.export_chrome_trace(str(trace))
@@ -169,7 +169,7 @@ def _timed_passes(
     times: dict[str, Any] = {name: {"prefill": [], "decode": []} for name in schedules}
     for repeat in range(WARM_UP + job.repeats if job.repeats else 0):
         for name, schedule in schedules.items():
-            model.model.layers.schedule = schedule
+            model.get_decoder().layers.schedule = schedule
             rank.journal.write("pass", f"timed {name} barrier")
             dist.barrier()
             seconds = []

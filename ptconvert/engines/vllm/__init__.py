@@ -26,10 +26,10 @@ def register() -> None:
 
     import ptconvert
     from ptconvert.engines.vllm.refusals import ServingConfig
-    from ptconvert.modeling.model import CAUSAL_LMS
+    from ptconvert.modeling.model import MODELS
 
     ptconvert.register()
-    for model in CAUSAL_LMS.values():
+    for model in MODELS.values():
         ModelRegistry.register_model(model.__name__, _MODEL)
         MODELS_CONFIG_MAP[model.__name__] = ServingConfig
 

@@ -52,7 +52,7 @@ class PTConvertModel(nn.Module):
             prefix=maybe_prefix(prefix, "embed_tokens"),
             disable_tp=True,
         )
-        self.serving = VLLMServing(vllm_config, shape.family.causal_lm)
+        self.serving = VLLMServing(vllm_config, shape.family.classes["AutoModelForCausalLM"])
         self.layers = served_layers(self.serving, section, shape, config, self.local_tracks)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         _split_graphs_at_boundaries(self.program, vllm_config.compilation_config)

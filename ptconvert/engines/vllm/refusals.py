@@ -7,10 +7,11 @@ from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from ptconvert.checkpoint.section import Section, read_section
+from ptconvert.checkpoint.section import Section
 from ptconvert.engines.vllm.families import SERVED
 from ptconvert.errors import ConfigError
-from ptconvert.modeling.layers import family_of
+from ptconvert.modeling.model import section_of
+from ptconvert.models.families import MODEL_TYPE_PREFIX
 from ptconvert.spec.terms import wrong_ranks
 
 
@@ -21,7 +22,7 @@ class ServingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
     def verify_and_update_config(vllm_config: Any) -> None:
         """Raises ConfigError for settings under which the model would not work."""
         config = vllm_config.model_config.hf_config
-        section = read_section(vars(config), vllm_config.model_config.model)
+        section = section_of(config, vllm_config.model_config.model)
         refused = list(_refused(vllm_config, section))
         if refused:
             raise ConfigError("; ".join(refused))
@@ -29,7 +30,7 @@ class ServingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
 
 def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    family = family_of(model.hf_config).model_type
+    family = model.hf_config.model_type.removeprefix(MODEL_TYPE_PREFIX)
     if family not in SERVED:
         yield (
             f"a converted {family} isn't served in vLLM, of converted models only "

@@ -1,0 +1,109 @@
+"""Vision-language models, which have a language model of one of the families in them, as data.
+
+The language model is converted; towers, projectors and what else lies around it come along byte
+for byte. Nothing else in the package names such a model, or where its language model lies.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from ptconvert.models.families import MODEL_TYPE_PREFIX
+
+TIED = "tie_word_embeddings"
+_TEXT = "text_config"
+_LAYER = re.compile(r"model\.(?:language_model\.)?layers\.(\d+)(?:\.|$)")
+_OF_THE_WHOLE = ("dtype", "torch_dtype", "quantization_config")
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """One of these models: its class in transformers that answers, and what lies where.
+
+    `text` is the family of its language model where its config names none. The names of the tensors
+    around begin with those of `around`. What transformers calls the beginning of a name that older
+    layouts have says `older`. Its embeddings are `tied` where its config doesn't say.
+    """
+
+    model_type: str
+    prefix: str
+    text: str
+    around: tuple[str, ...]
+    older: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    tied: bool = False
+
+    @property
+    def classes(self) -> Mapping[str, str]:
+        """Its classes in transformers, by the Auto class that opens each. One that is converted
+        opens as a causal language model too, which it is where no picture is given."""
+        whole = f"{self.prefix}ForConditionalGeneration"
+        return {
+            "AutoConfig": f"{self.prefix}Config",
+            "AutoModel": f"{self.prefix}Model",
+            "AutoModelForImageTextToText": whole,
+            "AutoModelForCausalLM": whole,
+        }
+
+
+_LLAVA: Mapping[str, str] = MappingProxyType(
+    {
+        "language_model.model.": "model.language_model.",
+        "language_model.lm_head.": "lm_head.",
+        "vision_tower.": "model.vision_tower.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    }
+)
+_PROJECTED = ("model.vision_tower.", "model.multi_modal_projector.")
+
+WRAPPERS: Mapping[str, Wrapper] = MappingProxyType(
+    {
+        w.model_type: w
+        for w in (
+            Wrapper("qwen3_5", "Qwen3_5", "qwen3_5_text", ("model.visual.", "mtp.")),
+            Wrapper("qwen3_vl", "Qwen3VL", "qwen3_vl_text", ("model.visual.",)),
+            Wrapper("mistral3", "Mistral3", "mistral", _PROJECTED, _LLAVA, tied=True),
+            Wrapper("internvl", "InternVL", "qwen2", _PROJECTED, _LLAVA, tied=True),
+            Wrapper("llava", "Llava", "llama", _PROJECTED, _LLAVA),
+        )
+    }
+)
+
+
+def wrapper_of(model_type: object) -> Wrapper | None:
+    """The wrapper of this type, dense or converted, where it is one's."""
+    return WRAPPERS.get(str(model_type).removeprefix(MODEL_TYPE_PREFIX))
+
+
+def decoder_prefix(model_type: object) -> str:
+    """What the names of the language model's tensors begin with, but that of lm_head."""
+    return "model." if wrapper_of(model_type) is None else "model.language_model."
+
+
+def embedding_name(model_type: object) -> str:
+    """What the weight of a model's embedding is called."""
+    return f"{decoder_prefix(model_type)}embed_tokens.weight"
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of the language model that a tensor or module is of, by its name."""
+    found = _LAYER.match(name)
+    return None if found is None else int(found[1])
+
+
+def is_around(name: str, model_type: object) -> bool:
+    """Whether a tensor is of what lies around the language model."""
+    return not name.startswith((decoder_prefix(model_type), "lm_head."))
+
+
+def language_config(config: Mapping[str, object]) -> Mapping[str, object]:
+    """What a config.json says of the language model, as one that has nothing around it says it."""
+    wrapper = wrapper_of(config.get("model_type"))
+    if wrapper is None:
+        return config
+    given = config.get(_TEXT)
+    text = given if isinstance(given, Mapping) else {}
+    whole = {key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None}
+    return {"model_type": wrapper.text, **text, TIED: config.get(TIED, wrapper.tied), **whole}

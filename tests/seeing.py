@@ -1,0 +1,185 @@
+"""Tiny random vision-language models of the real classes, and pictures for them.
+
+Which ids a picture's place is filled with says the processor of each, which needs torchvision for
+all but LLaVA's; its image processor, which doesn't, is what makes the pixels here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from conftest import SIZES, VARIANTS, randomised
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+PICTURE = 300  # the id of a picture's places
+_PATCH = 4
+_TEXT = {**SIZES, "vocab_size": 320, "pad_token_id": None}
+_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+_HEADS = {"num_attention_heads": 4, "patch_size": _PATCH, "image_size": 16}
+_QWEN_VISION = {
+    **{"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4},
+    **{"patch_size": _PATCH, "out_hidden_size": 32, "num_position_embeddings": 16},
+}
+_QWEN_IDS = {"image_token_id": PICTURE, "video_token_id": 301, "vision_start_token_id": 302}
+_MROPE = {
+    **{"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True},
+    "mrope_section": [2, 1, 1],
+}
+
+
+def _text(variant: str, **more: Any) -> dict[str, Any]:
+    family, settings = VARIANTS[variant]
+    config_class = getattr(transformers, f"{family}ForCausalLM").config_class
+    return {**_TEXT, **settings, **more, "model_type": config_class.model_type}
+
+
+def _llava(**text: Any) -> Any:
+    return transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **_VISION, **_HEADS},
+        text_config=_text("llama", **text),
+        image_token_index=PICTURE,
+    )
+
+
+def _mistral3(**text: Any) -> Any:
+    return transformers.Mistral3Config(
+        vision_config={"model_type": "pixtral", **_VISION, **_HEADS, "head_dim": 8},
+        text_config=_text("ministral3", **text),
+        image_token_index=PICTURE,
+        tie_word_embeddings=False,
+    )
+
+
+def _internvl(**text: Any) -> Any:
+    sizes = {**_HEADS, "patch_size": [_PATCH] * 2, "image_size": [16, 16]}
+    return transformers.InternVLConfig(
+        vision_config={"model_type": "internvl_vision", **_VISION, **sizes},
+        text_config=_text("qwen2", **text),
+        image_token_id=PICTURE,
+    )
+
+
+def _qwen3_vl(**text: Any) -> Any:
+    return transformers.Qwen3VLConfig(
+        vision_config={**_QWEN_VISION, "deepstack_visual_indexes": [0, 1]},
+        text_config={**_TEXT, "head_dim": 8, "rope_parameters": _MROPE, **text},
+        **_QWEN_IDS,
+    )
+
+
+def _qwen3_5(**text: Any) -> Any:
+    rope = {**_MROPE, "partial_rotary_factor": 0.5}
+    return transformers.Qwen3_5Config(
+        vision_config=_QWEN_VISION,
+        text_config=_text("qwen3_5_text", head_dim=16, rope_parameters=rope, **text),
+        **_QWEN_IDS,
+    )
+
+
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "llava": _llava,
+    "mistral3": _mistral3,
+    "internvl": _internvl,
+    "qwen3_vl": _qwen3_vl,
+    "qwen3_5": _qwen3_5,
+}
+_MODELS = {
+    "llava": transformers.LlavaForConditionalGeneration,
+    "mistral3": transformers.Mistral3ForConditionalGeneration,
+    "internvl": transformers.InternVLForConditionalGeneration,
+    "qwen3_vl": transformers.Qwen3VLForConditionalGeneration,
+    "qwen3_5": transformers.Qwen3_5ForConditionalGeneration,
+}
+
+
+def _image_processor(name: str) -> Any:
+    """Of pictures of 16 x 16, in patches of 4 x 4."""
+    square = {"height": 16, "width": 16}
+    if name == "llava":
+        return transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=square)
+    if name == "mistral3":
+        return transformers.PixtralImageProcessorPil(patch_size=_PATCH, size={"longest_edge": 16})
+    if name == "internvl":
+        return transformers.GotOcr2ImageProcessorPil(size=square)
+    area = {"shortest_edge": 64, "longest_edge": 1024}
+    return transformers.Qwen2VLImageProcessorPil(patch_size=_PATCH, merge_size=2, size=area)
+
+
+def seeing_model(name: str, dtype: torch.dtype = torch.float32, **text: Any) -> Any:
+    """A random one, `text` of its language model's config."""
+    torch.manual_seed(0)
+    return randomised(_MODELS[name](CONFIGS[name](**text)), dtype)
+
+
+def save(name: str, path: Path, **options: Any) -> Path:
+    """The same as a checkpoint, with a tokenizer of bytes and what makes pixels of pictures."""
+    seeing_model(name, **options).save_pretrained(path)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|endoftext|>": 0} | {c: i for i, c in enumerate(alphabet, 1)}
+    bpe = Tokenizer(models.BPE(vocabulary | {f"<{i}>": i for i in range(257, 300)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    if name == "llava":
+        processor = transformers.LlavaProcessor(
+            _image_processor(name),
+            tokenizer,
+            patch_size=_PATCH,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        )
+        processor.save_pretrained(path)
+    else:
+        _image_processor(name).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    return path
+
+
+def pictures(seed: int = 0) -> list[Image.Image]:
+    """Two, of noise."""
+    generator = np.random.default_rng(seed)
+    return [Image.fromarray(generator.integers(0, 256, (16, 16, 3), np.uint8)) for _ in range(2)]
+
+
+def looking(name: str, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+    """A model's inputs: prompts of 12 random tokens, each with a picture after the third; that of
+    the second is padded on the left."""
+    pixels: dict[str, torch.Tensor] = dict(_image_processor(name)(images, return_tensors="pt"))
+    pixels.pop("num_patches", None)
+    places = 16 if name == "llava" else 4  # one of four patches, but in LLaVA
+    generator = torch.Generator().manual_seed(1)
+    text_BS = torch.randint(1, 257, (len(images), 12), generator=generator)
+    seen_BS = torch.full((len(images), places), PICTURE)
+    ids_BS = torch.cat([text_BS[:, :3], seen_BS, text_BS[:, 3:]], dim=1)
+    keep_BS = torch.ones_like(ids_BS)
+    keep_BS[1:, :2] = 0
+    inputs = {"input_ids": ids_BS, "attention_mask": keep_BS, **pixels}
+    if "image_grid_thw" in pixels:
+        inputs["mm_token_type_ids"] = (ids_BS == PICTURE).int()
+    return inputs
+
+
+def under_todays_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors, those of LLaVA's older layout as transformers calls them now."""
+    older = {
+        "language_model.model.": "model.language_model.",
+        "language_model.lm_head.": "lm_head.",
+        "vision_tower.": "model.vision_tower.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    }
+    found = dict(tensors)
+    for begins, today in older.items():
+        for name in [name for name in found if name.startswith(begins)]:
+            found[today + name.removeprefix(begins)] = found.pop(name)
+    return found
