@@ -23,6 +23,11 @@ of `!` that is the source model, of `~k` the source model with later merges. Aft
 track goes on without the others' partials, so that the result depends on the number of tracks; with
 one track it is the source model, but for output biases, which all tracks wait for.
 
+Of a mixture of experts each track has an equal share of the neurons of every expert, and a copy of
+the router, which it asks with what it reads itself: after `.` and `^k` tracks may choose other
+experts than each other. A checkpoint may hold experts apart or fused; the result is in the layout
+of its source. Assignment by affinity moves heads there, and leaves the experts' neurons in order.
+
 | `model_type` | transformers' class | exact | approximate | weights | fused, cut piece by piece | \
 also has | in vLLM |
 | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -31,9 +31,10 @@ def register() -> None:
     """
     from transformers import AutoConfig
 
-    from ptconvert.modeling.config import register_tokenizers
+    from ptconvert.modeling.config import register_layouts, register_tokenizers
     from ptconvert.modeling.tasks import AUTO_CLASSES
 
+    register_layouts()
     register_tokenizers()
     for auto, model in AUTO_CLASSES:
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)

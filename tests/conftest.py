@@ -55,6 +55,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+HYBRID: dict[str, Any] = {
+    **{"head_dim": 8, "linear_num_key_heads": 8, "linear_num_value_heads": 16},
+    **{"linear_key_head_dim": 4, "linear_value_head_dim": 4},
+}
+EXPERTS: dict[str, Any] = {
+    **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "shared_expert_intermediate_size": 32,
+}
 # Every supported family, and the variants that take another path through the conversion.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -93,15 +101,28 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cwm": ("Cwm", {"head_dim": 8}),
     "gemma": ("Gemma", {"head_dim": 8}),
     "jais2": ("Jais2", {"head_dim": 8}),
-    "qwen3_5_text": (
-        "Qwen3_5",
+    "qwen3_5_text": ("Qwen3_5", HYBRID),
+    "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 8, "mlp_only_layers": [1]}),
+    "mixtral": (
+        "Mixtral",
+        {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
         {
-            **{"head_dim": 8, "linear_num_key_heads": 8, "linear_num_value_heads": 16},
-            **{"linear_key_head_dim": 4, "linear_value_head_dim": 4},
+            **EXPERTS,
+            **{"num_experts": None, "n_routed_experts": 4, "n_shared_experts": 2, "head_dim": 8},
+            **{"use_qk_norm": True, "attention_bias": True, "n_group": 1, "topk_group": 1},
         },
     ),
+    "qwen3_next": ("Qwen3Next", {**EXPERTS, **HYBRID, "decoder_sparse_step": 2}),
+    "qwen3_5_moe_text": ("Qwen3_5Moe", {**EXPERTS, **HYBRID}),
     "arcee": ("Arcee", {"head_dim": 8, "mlp_bias": True}),
 }
+
+# Where weights of the usual size make rounding grow to what is looked for: linear attention, and
+# experts that are chosen by it.
+SCALES = {"qwen3_next": 0.05, "qwen3_5_moe_text": 0.05}
 
 # What a script begins with that is to run as where ptconvert isn't installed.
 WITHOUT_PTCONVERT = """
@@ -123,17 +144,17 @@ def random_model(variant: str, dtype: torch.dtype = torch.float32, **overrides: 
     model_class = getattr(transformers, f"{family}ForCausalLM")
     config = model_class.config_class(**{**SIZES, **settings, **overrides})
     torch.manual_seed(0)
-    return randomised(model_class(config), dtype)
+    return randomised(model_class(config), dtype, SCALES.get(variant, 0.25))
 
 
-def randomised(model: Any, dtype: torch.dtype) -> Any:
+def randomised(model: Any, dtype: torch.dtype, scale: float = 0.25) -> Any:
     """A model with such weights."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
             else:
-                parameter.copy_(0.25 * torch.randn_like(parameter))
+                parameter.copy_(scale * torch.randn_like(parameter))
     return model.to(dtype).eval()
 
 

@@ -8,6 +8,7 @@ is a forward pass over the whole prefix. Shape suffixes: T track, B batch, S seq
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,8 @@ def sublayer_partials(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each track's partial, and the common term, of a sublayer such as a3."""
     layer = model.get_decoder().layers[int(sublayer[1:])]
+    if sublayer[0] == "m" and hasattr(layer.mlp, "experts"):
+        return mixture_partials(layer, x_TBSD)
     partials = []
     tracks = len(x_TBSD)
     for t in range(tracks):
@@ -108,6 +111,21 @@ def sublayer_partials(
     common = torch.zeros_like(partials[0]) if bias is None else bias.expand_as(partials[0])
     scale = getattr(layer, "residual_multiplier", 1.0)  # Granite's
     return scale * torch.stack(partials), scale * common
+
+
+def mixture_partials(layer: Any, x_TBSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of a mixture of experts: what it gives with the weights of all other tracks' neurons
+    of every expert, shared ones too, taken as zero. Each track routes by what it reads itself."""
+    partials, tracks = [], len(x_TBSD)
+    for t in range(tracks):
+        own = copy.deepcopy(layer.mlp)
+        outputs = [p for n, p in own.named_parameters() if "down_proj" in n]
+        for weight in outputs:  # the neurons are its last axis
+            share = weight.shape[-1] // tracks
+            weight[..., : t * share] = 0
+            weight[..., (t + 1) * share :] = 0
+        partials.append(own(layer.post_attention_layernorm(x_TBSD[t])))
+    return torch.stack(partials), torch.zeros_like(partials[0])
 
 
 def guessed(

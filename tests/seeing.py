@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from conftest import SIZES, VARIANTS, randomised
+from conftest import SCALES, SIZES, VARIANTS, randomised
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -82,12 +82,22 @@ def _qwen3_5(**text: Any) -> Any:
     )
 
 
+def _qwen3_5_moe(**text: Any) -> Any:
+    rope = {**_MROPE, "partial_rotary_factor": 0.5}
+    return transformers.Qwen3_5MoeConfig(
+        vision_config=_QWEN_VISION,
+        text_config=_text("qwen3_5_moe_text", head_dim=16, rope_parameters=rope, **text),
+        **_QWEN_IDS,
+    )
+
+
 CONFIGS: dict[str, Callable[..., Any]] = {
     "llava": _llava,
     "mistral3": _mistral3,
     "internvl": _internvl,
     "qwen3_vl": _qwen3_vl,
     "qwen3_5": _qwen3_5,
+    "qwen3_5_moe": _qwen3_5_moe,
 }
 _MODELS = {
     "llava": transformers.LlavaForConditionalGeneration,
@@ -95,6 +105,7 @@ _MODELS = {
     "internvl": transformers.InternVLForConditionalGeneration,
     "qwen3_vl": transformers.Qwen3VLForConditionalGeneration,
     "qwen3_5": transformers.Qwen3_5ForConditionalGeneration,
+    "qwen3_5_moe": transformers.Qwen3_5MoeForConditionalGeneration,
 }
 
 
@@ -114,7 +125,8 @@ def _image_processor(name: str) -> Any:
 def seeing_model(name: str, dtype: torch.dtype = torch.float32, **text: Any) -> Any:
     """A random one, `text` of its language model's config."""
     torch.manual_seed(0)
-    return randomised(_MODELS[name](CONFIGS[name](**text)), dtype)
+    scale = SCALES.get(f"{name}_text", 0.25)
+    return randomised(_MODELS[name](CONFIGS[name](**text)), dtype, scale)
 
 
 def save(name: str, path: Path, **options: Any) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,13 @@ def test_the_table_cuts_what_the_classes_do(variant: str, tracks: int, kv_heads:
         assert shapes(track) == {name: shape.share(rule, tracks) for name, rule in rules.items()}
         for kind in Kind:  # its input is divided, so that what it gives is a partial
             block = shape.block(Sublayer(layer, kind))
-            output = rules[f"{block.name}.{block.output}.weight"]
-            assert output.axis == 1
-            assert math.prod(shape.share(output, tracks)) * tracks == math.prod(shape.size(output))
+            named = re.compile(rf"{block.name}\.(.*\.)?{block.output}(\.weight)?")  # experts', too
+            outputs = [rule for name, rule in rules.items() if named.fullmatch(name)]
+            assert outputs
+            for output in outputs:
+                assert output.axis == len(output.axes) - 1
+                own = math.prod(shape.share(output, tracks))
+                assert own * tracks == math.prod(shape.size(output))
 
 
 def test_linear_attention_rounds_otherwise_token_by_token() -> None:
@@ -102,7 +107,7 @@ def test_each_block_is_called_as_the_dense_layer_calls_it(
     seen: list[list[set[str]]] = []
     for path in (source, convert(source, 2, SCHEDULES["track-2-rest"])):
         model, calls = load(path), list[set[str]]()
-        names = {b.name for b in (own_block(variant, la) for la in (FULL, LINEAR))}
+        names = {b.name for b in (own_block(variant, frozenset([la])) for la in (FULL, LINEAR))}
         for name, module in model.named_modules():
             if name.split(".")[-1] in names and ".tracks.1." not in name:
                 module.register_forward_pre_hook(
@@ -126,8 +131,8 @@ def test_packed_sequences_are_kept_apart_or_refused(
             load(path)(left_padded(1)[0], cu_seq_lens_q=torch.tensor([0, 4, 12]))
 
 
-def own_block(variant: str, kind: str) -> families.Block:
-    return families.FAMILIES[variant].block(Kind.ATTENTION, kind)
+def own_block(variant: str, layer: frozenset[str]) -> families.Block:
+    return families.FAMILIES[variant].block(Kind.ATTENTION, layer)
 
 
 @pytest.mark.parametrize("variant", ["llama", "granite"])
@@ -220,13 +225,19 @@ def test_units_that_go_where_it_makes_no_difference(
     And back again."""
     source, (ids_BS, keep_BS) = make_dense(variant), left_padded()
     shape, draw = ModelShape.from_config(read_config(source)), np.random.default_rng(0)
+    mixed = any(map(shape.is_mixture, range(6)))
 
     def order(units: int) -> NDArray[np.int32]:
         halves = np.split(np.arange(units, dtype=np.int32), 2)
-        return np.concatenate([draw.permutation(half) for half in reversed(halves)])
+        if not mixed:  # else the experts' neurons stay where they are, and all the rest with them
+            halves.reverse()
+        return np.concatenate([draw.permutation(half) for half in halves])
 
     known = Calibration(
-        {i: Assignment(order(shape.attention_units(i)), order(shape.neurons)) for i in range(6)}
+        {
+            i: Assignment(order(shape.attention_units(i)), order(shape.neuron_units(i)))
+            for i in range(6)
+        }
     )
     use, top = "use: parallel_track, depth: 2", "assignment: affinity\n"
     converted = convert(source, 2, use, top, calibration=known)
@@ -250,10 +261,10 @@ def test_affinity_takes_every_family(variant: str, make_dense: MakeDense) -> Non
     found, (before, after) = affinity.assignments(
         load(source), shape, schedule, 2, ids_NT, lambda *_: None
     )
-    assert after < before
+    assert after < before or not any(map(shape.neuron_units, found))
     for layer, order in found.items():
         assert sorted(order.kv_heads) == list(range(shape.attention_units(layer)))
-        assert sorted(order.neurons) == list(range(shape.neurons))
+        assert sorted(order.neurons) == list(range(shape.neuron_units(layer)))
 
 
 @pytest.mark.parametrize("variant", ["phi3", "granite", "apertus", "nemotron", "qwen3_5_text"])

@@ -28,7 +28,7 @@ from ptconvert.modeling.executor import OneProcess
 from ptconvert.modeling.layers import Placement, TrackConfig, layer_class
 from ptconvert.modeling.model import MODELS
 from ptconvert.models.shape import ModelShape
-from ptconvert.models.wrappers import WRAPPERS
+from ptconvert.models.wrappers import WRAPPERS, language_config
 from ptconvert.runtime.load import load_rank
 from ptconvert.spec.document import parse_spec
 
@@ -213,7 +213,7 @@ def test_the_models_own_tensors_beside_the_language_model(convert: Convert, tmp_
 
 @pytest.mark.parametrize("name", ["qwen3_5", "llava"])
 def test_tied_embeddings(name: str, convert: Convert, tmp_path: Path) -> None:
-    """Whether they are says the whole model's config, and not its language model's."""
+    """Whether they are says the whole model's config; LLaVA's language model's, too."""
     model = seeing.seeing_model(name)
     model.config.tie_word_embeddings = True
     model.tie_weights()
@@ -225,12 +225,99 @@ def test_tied_embeddings(name: str, convert: Convert, tmp_path: Path) -> None:
     assert same(undone, seeing.under_todays_names(tensors(tmp_path / "source")))
 
 
-def test_a_rank_has_what_is_around_too(convert: Convert) -> None:
-    path = convert(SOURCES["qwen3_vl"], 2, SCHEDULES["track-2-rest"])
-    model = load_rank(path, Placement(), OneProcess())
-    inputs = looking("qwen3_vl")
+def renamed(name: str, path: Path, change: Any) -> Path:
+    """A source with its tensors changed."""
+    seeing.save(name, path)
+    file = path / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    return path
+
+
+def test_older_towers_have_one_more_level_in_their_names(convert: Convert, tmp_path: Path) -> None:
+    def older(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        begins = "vision_tower.", "vision_tower.vision_model."
+        return {n.replace(*begins): t for n, t in found.items()}
+
+    source, inputs = renamed("llava", tmp_path / "source", older), looking("llava")
+    path = convert(source, 2, SCHEDULES["track-2-rest"])
+    assert any(".vision_model." in name for name in tensors(path))
+    expected = logits(convert(SOURCES["llava"], 2, SCHEDULES["track-2-rest"]), inputs)
+    assert apart(logits(path, inputs), expected, inputs) < TOLERANCE
     with torch.no_grad():
-        assert apart(model(**inputs).logits, logits(path, inputs), inputs) < TOLERANCE
+        on_a_rank = load_rank(path, Placement(), OneProcess())(**inputs).logits
+    assert apart(on_a_rank, expected, inputs) < TOLERANCE
+
+
+def test_tensors_of_any_dtype_come_along(convert: Convert, tmp_path: Path) -> None:
+    more = {"vision_tower.embeddings.position_ids": torch.arange(17)[None]}
+    more["vision_tower.scale"] = torch.ones(4).to(torch.float8_e4m3fn)
+    source = renamed("llava", tmp_path / "source", lambda found: found | more)
+    path = convert(source, 2, "use: ladder")
+    found = tensors(path)
+    for name, tensor in more.items():
+        kept = found[f"model.{name}"]
+        assert kept.dtype == tensor.dtype and torch.equal(kept.float(), tensor.float())
+
+
+def test_without_its_tower_it_is_refused(convert: Convert, tmp_path: Path) -> None:
+    def blind(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {n: t for n, t in found.items() if "visual" not in n}
+
+    with pytest.raises(CheckpointError, match=r"model\.visual\.\* is missing"):
+        convert(renamed("qwen3_5", tmp_path / "source", blind), 2, "use: ladder")
+
+
+def test_a_tower_that_was_changed_has_no_way_back(convert: Convert, tmp_path: Path) -> None:
+    path = convert(SOURCES["qwen3_5"], 2, "use: ladder")
+    file = path / "shared.safetensors"
+    found = load_file(file)
+    found["model.visual.patch_embed.proj.bias"] += 1
+    save_file(found, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="not the source's"):
+        back(path, tmp_path / "back")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_sizes_that_a_config_leaves_out(family: str) -> None:
+    """As LLaVA 1.5's does: transformers takes its config class's."""
+    given = {"model_type": "llava", "text_config": {"model_type": family}}
+    shape = ModelShape.from_config(given)
+    theirs = transformers.LlavaConfig(**given).text_config
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(theirs)
+    sizes = dict(shape.tensors())
+    own = {f"model.language_model.{n}": tuple(t.shape) for n, t in model.state_dict().items()}
+    assert own == {n: s for n, s in sizes.items() if n != "lm_head.weight"}
+    assert language_config(given)["max_position_embeddings"] == theirs.max_position_embeddings
+
+
+@pytest.mark.parametrize("word", ["whole", "text", "neither"])
+def test_who_says_that_llavas_embeddings_are_tied(word: str) -> None:
+    config = {"model_type": "llava", "text_config": {"model_type": "llama"}}
+    if word == "whole":
+        config["tie_word_embeddings"] = True  # type: ignore[assignment]
+    if word == "text":
+        config["text_config"]["tie_word_embeddings"] = True  # type: ignore[index]
+    theirs = transformers.LlavaConfig(**config).tie_word_embeddings
+    assert ModelShape.from_config(config).tied == theirs == (word != "neither")
+
+
+def test_the_dtype_of_the_whole_counts() -> None:
+    text = {"model_type": "llama", "dtype": "float32"}
+    for key in ("dtype", "torch_dtype"):
+        config = {"model_type": "llava", "text_config": text, key: "bfloat16"}
+        assert ModelShape.from_config(config).dtype == "BF16"
+    assert ModelShape.from_config({"model_type": "llava", "text_config": text}).dtype == "F32"
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_rank_has_what_is_around_too(name: str, convert: Convert) -> None:
+    path = convert(SOURCES[name], 2, SCHEDULES["track-2-rest"])
+    model = load_rank(path, Placement(), OneProcess())
+    inputs = looking(name)
+    with torch.no_grad():
+        expected = opened(path, attn_implementation="sdpa")(**inputs).logits
+        assert apart(model(**inputs).logits, expected, inputs) < TOLERANCE
 
 
 def changed(name: str, change: Any) -> dict[str, Any]:
@@ -255,7 +342,7 @@ def changed(name: str, change: Any) -> dict[str, Any]:
         (
             "llava",
             lambda c: c.update(model_type="idefics3", architectures=None),
-            "model_type 'idefics3' is not supported; .*, and around them qwen3_5, qwen3_vl",
+            "model_type 'idefics3' is not supported; .*, and around them qwen3_5, qwen3_5_moe",
         ),
         (
             "qwen3_vl",
@@ -273,6 +360,17 @@ def changed(name: str, change: Any) -> dict[str, Any]:
             lambda c: c.update(quantization_config={"quant_method": "fp8"}),
             "the weights are quantised",
         ),
+        (
+            "qwen3_5",
+            lambda c: c["text_config"].update(quantization_config={"quant_method": "fp8"}),
+            "the weights are quantised",
+        ),
+        (
+            "qwen3_5",
+            lambda c: c["text_config"].update(auto_map={"AutoModel": "x.Y"}),
+            "runs its own code",
+        ),
+        ("llava", lambda c: c.update(model_type="ptconvert_llava"), "section is gone"),
     ],
 )
 def test_refused_by_name(name: str, change: Any, said: str) -> None:

@@ -44,8 +44,10 @@ def test_all_models_are_there() -> None:
         "phi-4",
         "qwen2.5-7b",
         "qwen3-0.6b",
+        "qwen3-30b-a3b",
         "qwen3-8b",
         "qwen3.6-27b",
+        "qwen3.6-35b-a3b",
     ]
     ready = [path for path in SPECS.glob("*.yaml") if "-ranks" not in path.stem]
     assert len(ready) == 3 * len(MODELS)
@@ -55,7 +57,7 @@ def test_there_is_a_spec_of_as_many_tracks_as_ranks(specs: ModuleType) -> None:
     """For 2, 4 and 8 ranks, as far as the model's own spec goes, which one spec serves where no
     layer is held as tracks; each with nothing but its tracks changed, as examples/specs.py does."""
     expected = dict(specs.variants())
-    assert set(expected) == set(SPECS.glob("*-ranks.yaml")) and len(expected) == 30
+    assert set(expected) == set(SPECS.glob("*-ranks.yaml")) and len(expected) == 38
     for path, text in expected.items():
         assert path.read_text(encoding="utf-8") == text
         own, ranks = re.fullmatch(r"(.*)-(\d)-ranks", path.stem).groups()  # type: ignore[union-attr]

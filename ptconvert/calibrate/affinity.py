@@ -143,7 +143,7 @@ def _units(shape: ModelShape, sublayer: Sublayer, tracks: int) -> int:
     or, where there are fewer KV heads than tracks, each track's query heads with a copy of the KV
     head that they read."""
     if sublayer.kind is Kind.MLP:
-        return shape.neurons
+        return shape.neuron_units(sublayer.layer)
     units = shape.attention_units(sublayer.layer)
     return units if _moves(shape, sublayer, tracks) else tracks
 
@@ -283,10 +283,18 @@ def group_flops(shape: ModelShape, group: Iterable[tuple[Sublayer, Sublayer]]) -
     return 2.0 * shape.width * sum(pairs)
 
 
-def components(schedule: Schedule) -> Iterator[list[tuple[Sublayer, Sublayer]]]:
+def own_read(shape: ModelShape, schedule: Schedule, tracks: int) -> list[tuple[Sublayer, Sublayer]]:
+    """The pairs of sublayers of which one reads the other's partial of its own track only, less
+    those with a mixture of experts, which has no units that could change places."""
+    return [pair for pair in schedule.own_read() if all(_units(shape, s, tracks) for s in pair)]
+
+
+def components(
+    pairs: Iterable[tuple[Sublayer, Sublayer]],
+) -> Iterator[list[tuple[Sublayer, Sublayer]]]:
     """The pairs of writers and readers, in groups that share no sublayer."""
     groups: list[list[tuple[Sublayer, Sublayer]]] = []
-    for pair in dict.fromkeys(schedule.own_read()):
+    for pair in dict.fromkeys(pairs):
         touched = [g for g in groups if any(set(pair) & set(other) for other in g)]
         groups = [g for g in groups if g not in touched]
         groups.append([p for g in touched for p in g] + [pair])
@@ -305,10 +313,11 @@ def assignments(
     """The assignments of all layers held as tracks, and the share of affinity that lies between
     tracks, contiguous and so. A group's affinities of more than MEMORY_BYTES lie in files of the
     directory `scratch` meanwhile. Raises EvaluationError."""
-    sublayers = sorted({s for pair in schedule.own_read() for s in pair}, key=lambda s: s.position)
+    read = own_read(shape, schedule, tracks)
+    sublayers = sorted({s for pair in read for s in pair}, key=lambda s: s.position)
     activity = observe(model, shape, sublayers, tracks, ids_NT, progress)
     owners: Owners = {}
-    groups, shares = list(components(schedule)), []
+    groups, shares = list(components(read)), []
     for done, group in enumerate(groups):
         progress("assigning units", done, len(groups))
         large = group_bytes(shape, group, tracks) > MEMORY_BYTES
@@ -324,14 +333,14 @@ def assignments(
         for s, o in owners.items()
         if _moves(shape, s, tracks)
     }
-    mean = [float(np.mean(column)) for column in zip(*shares, strict=True)]
+    mean = [float(np.mean(column)) for column in zip(*shares, strict=True)] or [0.0, 0.0]
     return {
         layer: Assignment(
             *(
                 orders.get(Sublayer(layer, k), np.arange(size, dtype=np.int32))
                 for k, size in (
                     (Kind.ATTENTION, shape.attention_units(layer)),
-                    (Kind.MLP, shape.neurons),
+                    (Kind.MLP, shape.neuron_units(layer)),
                 )
             )
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ptconvert.calibrate.affinity import components, group_bytes, group_flops
+from ptconvert.calibrate.affinity import components, group_bytes, group_flops, own_read
 from ptconvert.calibrate.guess import BATCH_TOKENS, most_streams
 from ptconvert.calibrate.on_disk import MEMORY_BYTES
 from ptconvert.calibrate.regression import MATRICES, RIDGES, Moments, fits
@@ -40,9 +40,9 @@ def _affinity(
     plan: Plan, _wanted: str, windows: int, length: int, dtype: str, device: str
 ) -> Phase:
     shape, config = plan.shape, plan.source.config
-    groups = list(components(plan.schedule))
+    groups = list(components(own_read(shape, plan.schedule, plan.tracks)))
     largest = max((group_bytes(shape, group, plan.tracks) for group in groups), default=0)
-    pair = 4 * shape.neurons**2
+    pair = 4 * max(map(shape.neuron_units, range(shape.layers))) ** 2
     seconds, exact = (
         forward_seconds(one_layer(config, 1, device, one), one, length)
         for one in (dtype, "float32")  # the affinities' products are in fp32

@@ -23,7 +23,7 @@ class Assignment:
 
     `kv_heads` come with the query heads that read them; of linear attention they are its key heads,
     with their value heads. With fewer KV heads than tracks, heads are assigned contiguously
-    whatever it says.
+    whatever it says. There are no `neurons` of a mixture of experts.
     """
 
     kv_heads: NDArray[np.int32]
@@ -32,7 +32,7 @@ class Assignment:
 
 def contiguous(shape: ModelShape, layer: int) -> Assignment:
     """The dense model's own order."""
-    units = shape.attention_units(layer), shape.neurons
+    units = shape.attention_units(layer), shape.neuron_units(layer)
     return Assignment(*(np.arange(count, dtype=np.int32) for count in units))
 
 
@@ -80,4 +80,5 @@ def read_orders(
                 f"{checkpoint.path}: {name} must hold each number from 0 to {size[0] - 1} once"
             )
         found.setdefault(layer, {})[of] = order
-    return {layer: Assignment(**orders) for layer, orders in found.items()}
+    none = {"neurons": np.zeros(0, np.int32)}
+    return {layer: Assignment(**(none | orders)) for layer, orders in found.items()}

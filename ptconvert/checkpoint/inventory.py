@@ -12,7 +12,7 @@ from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, same_bytes
 from ptconvert.errors import CheckpointError, ConfigError
 from ptconvert.models.families import CARRIED_BUFFERS
 from ptconvert.models.shape import DTYPE_BYTES, HEAD, ModelShape, is_tied
-from ptconvert.models.wrappers import TIED, embedding_name
+from ptconvert.models.wrappers import OPTIONAL, TIED, embedding_name
 from ptconvert.shorten import few
 
 _BASE = "model."  # transformers' name of the model without lm_head in the one with it
@@ -128,16 +128,20 @@ def check_tensors(
     others = {n: t for n, t in checkpoint.tensors.items() if n not in expected and n not in orders}
     extras = [entry for entry in others.values() if _is_extra(entry, shape)]
     faults = list(_faults(checkpoint, expected))
+    for begin in shape.wrapper.around if shape.wrapper else ():
+        if begin not in OPTIONAL and not any(e.name.startswith(begin) for e in extras):
+            faults.append(f"{begin}* is missing")
     if faults == [f"{HEAD} is missing"]:
         faults = [f'{faults[0]}; if it is the embedding, write "tie_word_embeddings": true there']
     unknown = sorted(others.keys() - {e.name for e in extras})
-    if faults and (prefixed := _prefixed(checkpoint, expected, unknown)):
+    if faults and (prefixed := _prefixed(checkpoint, expected, unknown, shape)):
         raise CheckpointError(f"{checkpoint.path}: {prefixed}")
     advice = ""
+    auto = "AutoModelForImageTextToText" if shape.wrapper else "AutoModelForCausalLM"
     if unknown and not faults:
         advice = (
             "; transformers leaves out what it doesn't know, so open the model with "
-            "AutoModelForCausalLM, save_pretrained it, and convert that"
+            f"{auto}, save_pretrained it, and convert that"
         )
     faults += [f"{name} is not a tensor of {shape.model_type}" for name in unknown]
     if faults:
@@ -170,7 +174,10 @@ def _faults(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _prefixed(
-    checkpoint: Checkpoint, expected: Mapping[str, object], unknown: list[str]
+    checkpoint: Checkpoint,
+    expected: Mapping[str, object],
+    unknown: list[str],
+    shape: ModelShape,
 ) -> str | None:
     """What to say where tensors are there, but under names that transformers doesn't know."""
     missing = [name for name in expected if name not in checkpoint.tensors]
@@ -180,7 +187,8 @@ def _prefixed(
         name = unwrapped.get(tail) or next((n for n in unknown if n.endswith("." + tail)), None)
         if name is None:
             continue
-        wrappers = list(dict.fromkeys(_WRAPPERS.findall(name)))
+        own = () if shape.wrapper is None else ("language_model",)
+        wrappers = [w for w in dict.fromkeys(_WRAPPERS.findall(name)) if w not in own]
         found = "".join(f"{w}." for w in wrappers) or name.removesuffix(tail)
         left = " and ".join(_LEFT_BY[wrapper] for wrapper in wrappers)
         return (

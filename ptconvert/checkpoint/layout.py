@@ -69,7 +69,7 @@ def dense_tensors(
     `….common.o_proj_bias`. Layers without an assignment are assigned contiguously.
     """
     tracked = schedule.track_layers
-    rules = {shape.layer(i) + r.name: (i, r) for i in tracked for r in shape.rules_of(i)}
+    rules = {shape.layer(i) + r.name: (i, r) for i in tracked for r in shape.stored_of(i)}
     for name, size in shape.tensors():
         if name not in rules:
             yield DenseTensor(name, size, (Part(name, None, 0, (range(rows(size)),)),))
@@ -104,6 +104,9 @@ def _owned(
             yield range(start, stop)  # whole heads, as copies
             continue
         order = assignment.neurons if segment.cut is Cut.NEURONS else assignment.kv_heads
+        if not len(order):  # of a mixture of experts
+            yield range(start, stop)
+            continue
         unit = shape.length(segment) // len(order)
         units = order[(start - begin) // unit : (stop - begin) // unit, None]
         indices: NDArray[np.int32] = (begin + units * unit + np.arange(unit)).ravel()

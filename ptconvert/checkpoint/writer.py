@@ -147,7 +147,10 @@ def copy_moves(
         copier = _Copier(sources, targets, handles, digests)
 
         def carry_out(group: list[Move]) -> None:
-            for nbytes in copier.rows(*group) if group[0].axis == 0 else copier.columns(group):
+            inner = group[0].axis == len(sources[group[0].source].shape) - 1
+            by_rows = group[0].axis == 0 or not inner
+            rows = (nbytes for move in group for nbytes in copier.rows(move))
+            for nbytes in rows if by_rows else copier.columns(group):
                 progress(nbytes)
                 if stop.is_set():
                     return
@@ -193,13 +196,18 @@ class _Copier:
     digests: Digests
 
     def rows(self, move: Move) -> Iterator[int]:
-        """The rows of one move."""
+        """The rows of one move: what lies together at an index of its axis; of each of the axes
+        before it."""
         source, target = self.sources[move.source], self.targets[move.target]
-        row = source.row_bytes
+        before, own = source.shape[: move.axis], (source.shape[move.axis :] or (1,))[0]
+        outer = math.prod(before)
+        row = source.nbytes // (outer * own)
         buffer = memoryview(bytearray(min(BLOCK_BYTES, len(move.take) * row)))
-        for first, into, size in move.runs():
-            begin, end = first * row, (first + size) * row
-            shift = target.offset + into * row - begin
+        read, written = source.nbytes // outer, target.nbytes // outer
+        for number, (first, into, size) in itertools.product(range(outer), list(move.runs())):
+            begin = number * read + first * row
+            end = begin + size * row
+            shift = target.offset + number * written + into * row - begin
             for start in range(begin, end, BLOCK_BYTES):
                 block = buffer[: min(BLOCK_BYTES, end - start)]
                 read_into(self.handles[source.file], block, source, start)
@@ -211,11 +219,13 @@ class _Copier:
         """Columns between one wide tensor and its narrow parts, a block of rows at a time."""
         read = {m.source: self.sources[m.source] for m in group}
         write = {m.target: self.targets[m.target] for m in group}
-        rows, widest = max((e.shape for e in (*read.values(), *write.values())), key=lambda s: s[1])
+        widths = {e.name: e.shape[-1] for e in (*read.values(), *write.values())}
+        widest, one = max(widths.values()), next(iter(read.values()))
+        rows = one.count // one.shape[-1]
         itemsize = next(iter(read.values())).nbytes // next(iter(read.values())).count
         step = max(1, BLOCK_BYTES // (widest * itemsize))
         buffers = {
-            e.name: np.empty((step, e.shape[1]), f"u{itemsize}")
+            e.name: np.empty((step, widths[e.name]), f"u{itemsize}")
             for e in (*read.values(), *write.values())
         }
         for first in range(0, rows, step):

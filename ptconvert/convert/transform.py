@@ -82,8 +82,9 @@ class Plan:
     """Everything that an execution does: which tensor parts go where, and the files beside them.
 
     `config` is the result's config.json, less what is known only when all is written. `converted`
-    are the tensors of the converted checkpoint that hold the source's, in order, and `digest` what
-    they must have (going to dense). `replicas` of one must hold the same (likewise).
+    are the tensors of the converted checkpoint that hold the source's and what is around it, in
+    order, and `digest` what they must have (going to dense). `replicas` of one must hold the same
+    (likewise).
     `computed` are tensors of the result that come from no source tensor, for the compensations of
     these values.
     A plan is `complete` unless it lacks what its spec wants to be computed from a text.
@@ -171,9 +172,10 @@ def plan_conversion(
     Raises PTConvertError, one line or one per fault of the spec, before anything is written.
     """
     where = str(checkpoint.path / "config.json")
-    checkpoint = under_own_names(checkpoint, ModelShape.from_config(checkpoint.config, where))
+    shape = ModelShape.from_config(checkpoint.config, where).stored_as(checkpoint.tensors)
+    checkpoint = under_own_names(checkpoint, shape)
     replaced = overruled(checkpoint)
-    shape = ModelShape.from_config({**checkpoint.config, **replaced}, where)
+    shape = replace(shape, tied=is_tied({**checkpoint.config, **replaced}, where))
     spec = _spec_for(checkpoint, shape, spec)
     spec.check(shape)
     schedule = spec.schedule()
@@ -220,7 +222,7 @@ def plan_conversion(
         config=config,
         texts=texts,
         carried=carried_files(checkpoint.path, texts),
-        converted=tuple(part.name for t in tensors for part in t.parts),
+        converted=(*(part.name for t in tensors for part in t.parts), *_around(extras, shape)),
         computed={one.name: arrays[one.name] for one in added if one.name in arrays},
         compensations=known.values,
         complete=not spec.needs_text or (calibration is not None and not missing),
@@ -239,7 +241,7 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
         raise CheckpointError(_changed(checkpoint.path, "lm_head is not the embedding any more"))
     config = source_config(checkpoint.config, section)
     tied = is_tied(checkpoint.config, where)  # not the source's word, where its tensors overrule it
-    shape = ModelShape.from_config({**config, TIED: tied}, where)
+    shape = ModelShape.from_config({**config, TIED: tied}, where).stored_as(checkpoint.tensors)
     if reason := shape.indivisible(section.tracks):
         raise ConfigError(f"{where}: {reason}")
     assignments = read_orders(checkpoint, shape, section)
@@ -274,11 +276,16 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
         config=config,
         texts=texts,
         carried=carried_files(checkpoint.path, texts),
-        converted=tuple(part.name for t in tensors for part in t.parts),
+        converted=(*(part.name for t in tensors for part in t.parts), *_around(extras, shape)),
         to_dense=True,
         digest=section.tensors_digest,
         replicas=tuple(replicas),
     )
+
+
+def _around(extras: list[TensorEntry], shape: ModelShape) -> list[str]:
+    """The tensors of what is around a model, which the digest is of, too."""
+    return sorted(entry.name for entry in extras if entry.name.startswith(shape.around))
 
 
 def execute(

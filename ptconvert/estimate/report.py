@@ -247,8 +247,12 @@ def _each_once(shape: ModelShape) -> dict[str, Sublayer]:
     found: dict[str, Sublayer] = {}
     for layer in range(shape.layers):
         for kind, name in _NAMES.items():
-            linear = kind is Kind.ATTENTION and shape.is_linear(layer)
-            found.setdefault(f"linear {name}" if linear else name, Sublayer(layer, kind))
+            which = name
+            if kind is Kind.ATTENTION and shape.is_linear(layer):
+                which = f"linear {name}"
+            elif kind is Kind.MLP and shape.is_mixture(layer):
+                which = "experts"
+            found.setdefault(which, Sublayer(layer, kind))
     return found
 
 

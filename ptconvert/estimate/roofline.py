@@ -97,7 +97,7 @@ def sublayer_parts(
     """The parts of a sublayer's work, for one of `cut` equal shares of its heads or neurons."""
     weights = _weights(shape, sublayer, cut)
     if sublayer.kind is Kind.MLP:
-        return _mlp(shape, weights, cut, one)
+        return _mlp(shape, sublayer, cut, one)
     if shape.is_linear(sublayer.layer):
         return _linear_attention(shape, weights, cut, one)
     return _attention(shape, engine, weights, cut, one)
@@ -154,11 +154,18 @@ def _bytes(shape: ModelShape) -> int:
     return shape.bytes_per_token // shape.width
 
 
-def _weights(shape: ModelShape, sublayer: Sublayer, cut: int) -> float:
-    """Elements of a sublayer's weights on one of `cut` equal parts."""
+def _weights(
+    shape: ModelShape, sublayer: Sublayer, cut: int, experts: float | None = None
+) -> float:
+    """Elements of a sublayer's weights on one of `cut` equal parts, of so many experts only."""
     block = f"{shape.block(sublayer).name}."
-    own = (rule for rule in shape.rules_of(sublayer.layer) if rule.name.startswith(block))
-    return float(sum(math.prod(shape.share(rule, cut)) for rule in own))
+    total = 0.0
+    for rule in shape.rules_of(sublayer.layer):
+        if rule.name.startswith(block):
+            routed = experts is not None and shape.routed_share(rule) != 1.0
+            part = (experts or 0.0) / shape.experts if routed else 1.0
+            total += math.prod(shape.share(rule, cut)) * part
+    return total
 
 
 def _state(shape: ModelShape, cut: int) -> float:
@@ -206,11 +213,22 @@ def _attention(
     return projections, core
 
 
-def _mlp(shape: ModelShape, weights: float, cut: int, one: Pass) -> tuple[Part, ...]:
-    moved = one.total * (4 * shape.width + 4 * shape.neurons / cut)
+def _mlp(shape: ModelShape, sublayer: Sublayer, cut: int, one: Pass) -> tuple[Part, ...]:
+    """One MLP, or a mixture of experts: each token is multiplied with `active_experts` of them, and
+    those are read that any token goes to. With E experts and k active, and tokens that choose
+    evenly and apart from each other, of T tokens none goes to one with probability (1 - k/E)^T.
+    """
+    multiplied = read = _weights(shape, sublayer, cut)
+    neurons = shape.neurons
+    if shape.is_mixture(sublayer.layer):
+        missed = (1 - shape.active_experts / shape.experts) ** one.total
+        read = _weights(shape, sublayer, cut, shape.experts * (1 - missed))
+        multiplied = _weights(shape, sublayer, cut, shape.active_experts)
+        neurons = shape.widest_mlp
+    moved = one.total * (4 * shape.width + 4 * neurons / cut)
     size = _bytes(shape)
-    batched = _batched(weights, one) * size
-    return (Part(2 * one.total * weights, (weights + moved) * size, batched),)
+    batched = _batched(read, one) * size
+    return (Part(2 * one.total * multiplied, (read + moved) * size, batched),)
 
 
 def _batched(weights: float, one: Pass) -> float:

@@ -32,7 +32,7 @@ from ptconvert.measure.opening import schedule_of
 from ptconvert.modeling.model import MODELS
 from ptconvert.models.families import MODEL_TYPE_PREFIX
 from ptconvert.models.wrappers import decoder_prefix
-from ptconvert.runtime.load import compute_buffers, read_whole
+from ptconvert.runtime.load import compute_buffers, read_named, shape_of
 from ptconvert.schedule.presets import dense_schedule, with_only
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.shorten import without_middle
@@ -90,6 +90,7 @@ class Pieces:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> None:
         ptconvert.register()
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self.shape = shape_of(checkpoint)
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
         with torch.device("meta"):
             model = MODELS[config.model_type.removeprefix(MODEL_TYPE_PREFIX)](config)
@@ -124,7 +125,7 @@ class Pieces:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of the checkpoint, on the device."""
-        tensor = read_whole(self.checkpoint.tensors[name])
+        tensor = read_named(self.checkpoint, self.shape, name)
         return tensor.to(device=self.device, dtype=self.dtype)
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from ptconvert.checkpoint.reader import Checkpoint
-from ptconvert.checkpoint.section import SECTION, read_section, source_config
+from ptconvert.checkpoint.section import SECTION
 from ptconvert.errors import HealError
 from ptconvert.measure.opening import is_dense
 from ptconvert.models.shape import ModelShape
 from ptconvert.models.wrappers import is_around, layer_of
+from ptconvert.runtime.load import shape_of
 from ptconvert.schedule.presets import dense_schedule, with_only
 from ptconvert.schedule.schedule import Schedule
 
@@ -25,14 +26,12 @@ def check_pair(student: Checkpoint, teacher: Checkpoint) -> ModelShape:
 
     Any model of the source's shape will do: the source itself, or a better trained one.
     """
-    where = str(student.path / "config.json")
     if SECTION not in student.config:
         raise HealError(f"{student.path} isn't converted; heal starts from a converted checkpoint")
     if not is_dense(teacher):
         raise HealError(f"--teacher {teacher.path} is converted; it must be a dense checkpoint")
-    section = read_section(student.config, where)
-    shape = ModelShape.from_config(source_config(student.config, section), where)
-    other = ModelShape.from_config(teacher.config, str(teacher.path / "config.json"))
+    shape = shape_of(student)
+    other = shape_of(teacher)
     ours, theirs = dict(shape.tensors()), dict(other.tensors())
     for name in ours | theirs:
         if ours.get(name) != theirs.get(name):
@@ -103,7 +102,7 @@ def share(student: nn.Module, teacher: nn.Module) -> int:
     saved = 0
     for name, own in student.named_parameters():
         whole = theirs.get(_TRACK.sub(".", name))
-        if own.requires_grad or own.ndim != 2 or whole is None or whole.dtype != own.dtype:
+        if own.requires_grad or own.ndim < 2 or whole is None or whole.dtype != own.dtype:
             continue
         mine = own.to(whole.device)
         same = next((v for v in _slices(whole.data, own.shape) if torch.equal(v, mine)), None)

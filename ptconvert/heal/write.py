@@ -19,14 +19,17 @@ from ptconvert.errors import CheckpointError
 from ptconvert.heal.work import Tensors
 from ptconvert.models.shape import HEAD, is_tied
 from ptconvert.models.wrappers import embedding_name
-from ptconvert.runtime.load import TORCH_DTYPES
+from ptconvert.runtime.load import TORCH_DTYPES, shape_of, split_named
 
 
 def rounded(checkpoint: Checkpoint, healed: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors in the dtype in which the checkpoint holds them, one at a time: what was healed lies
     in mapped files, and all of it needn't fit in memory."""
+    shape = shape_of(checkpoint)
     for name, tensor in healed.items():
-        yield name, tensor.to(TORCH_DTYPES[checkpoint.tensors[name].dtype])
+        parts = shape.parts_of(name)
+        stored = checkpoint.tensors[name if parts is None else parts[0][0]]
+        yield name, tensor.to(TORCH_DTYPES[stored.dtype])
 
 
 def write(
@@ -52,12 +55,14 @@ def write(
                 # a copy that some tied checkpoints carry
                 embedding = embedding_name(checkpoint.config["model_type"])
                 healed = healed | {HEAD: healed[embedding]} if embedding in healed else healed
+            shape = shape_of(checkpoint)
             for name, tensor in rounded(checkpoint, healed):
-                entry = checkpoint.tensors[name]
-                assert tuple(tensor.shape) == entry.shape, name
-                copied = replace(entry, file=directory / entry.file.name)
-                data = tensor.contiguous().flatten().view(torch.uint8).numpy()
-                write_arrays({name: copied}, {name: data}, lambda _: None)
+                for stored, part in split_named(shape, name, tensor):
+                    entry = checkpoint.tensors[stored]
+                    assert tuple(part.shape) == entry.shape, stored
+                    copied = replace(entry, file=directory / entry.file.name)
+                    data = part.contiguous().flatten().view(torch.uint8).numpy()
+                    write_arrays({stored: copied}, {stored: data}, lambda _: None)
             if healed:
                 config = as_json(trained_config(checkpoint.config))
                 (directory / "config.json").write_text(config, encoding="utf-8")

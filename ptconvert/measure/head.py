@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,17 +33,18 @@ class Head:
 
 
 class _Given(nn.Module):
-    """A base model that was run already. What else one may give or hold, beside pictures, is not
-    there: None."""
+    """A base model that was run already."""
+
+    rope_deltas = None  # of pictures, of which there are none
 
     def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
         return _Ended(last_hidden_state=inputs_embeds)
 
-    def __getattr__(self, name: str) -> Any:
-        return self.__dict__.get(name)
 
-
+@dataclass
 class _Ended(BaseModelOutputWithPast):  # type: ignore[misc]
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
+    """With what some heads pass on, of experts and of pictures."""
+
+    router_logits: None = None
+    image_hidden_states: None = None
+    rope_deltas: None = None

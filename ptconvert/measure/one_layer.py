@@ -133,7 +133,7 @@ def in_a_layer(shape: ModelShape, tracks: int, length: int, number: int) -> int:
     """Bytes of one window while a layer runs with all tracks in this process: what is merged, what
     each track waits with, reads and gives; and in one track its norm in fp32 and its neurons."""
     streams = (3 * tracks + 3) * number + 2 * 4
-    return length * (streams * shape.width + 3 * number * shape.neurons // tracks)
+    return length * (streams * shape.width + 3 * number * shape.widest_mlp // tracks)
 
 
 def head_seconds(vocabulary: int, width: int, dtype: str, device: str, tokens: int) -> float:

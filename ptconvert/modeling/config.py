@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import conversion_mapping
 from transformers.models.auto import tokenization_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -27,6 +28,21 @@ def _config_class(model_type: str) -> Any:
 CONFIGS = {model_type: _config_class(model_type) for model_type in (*FAMILIES, *WRAPPERS)}
 # by name, for pickle and for a checkpoint's auto_map
 globals().update({config_class.__name__: config_class for config_class in CONFIGS.values()})
+
+
+def register_layouts() -> None:
+    """Makes transformers open converted checkpoints that hold experts apart, which it has fused in
+    memory, as it opens their sources; and save them so."""
+    for name, config_class in CONFIGS.items():
+        text = FAMILIES[WRAPPERS[name].text] if name in WRAPPERS else FAMILIES[name]
+        if not text.experts:
+            continue
+        of_source = conversion_mapping.get_checkpoint_conversion_mapping(text.model_type) or ()
+        # but what finds a language model in the checkpoint of a whole one
+        mapping = [m for m in of_source if type(m).__name__ != "PrefixChange"]
+        conversion_mapping.register_checkpoint_conversion_mapping(
+            config_class.model_type, mapping, overwrite=True
+        )
 
 
 def register_tokenizers() -> None:

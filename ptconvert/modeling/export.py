@@ -34,7 +34,7 @@ Apache-2.0.
 from __future__ import annotations
 '''
 # What importing the package does for its classes, this file's import does for its own.
-_TAIL = "\n\nregister_tokenizers()\n"
+_TAIL = "\n\nregister_layouts()\nregister_tokenizers()\n"
 
 
 def modeling_source() -> str:

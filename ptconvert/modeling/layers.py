@@ -50,7 +50,7 @@ class TrackConfig:
         heads = config.num_attention_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         for name in COUNTS.values():
-            if hasattr(config, name):
+            if getattr(config, name, None) is not None:
                 setattr(self, name, max(getattr(config, name) // tracks, 1))
 
     def __getattr__(self, name: str) -> Any:
@@ -121,11 +121,12 @@ def dense_layer(config: Any, index: int, placement: Placement) -> nn.Module:
 
 def _outputs(layer: Any, family: Family) -> Iterator[tuple[Any, str]]:
     """A layer's output projections, and what their biases are called where tracks have them in
-    common."""
+    common. (Experts have none.)"""
     for kind in Kind:
         block = family.block_of(kind, layer)
-        projection = getattr(getattr(layer, block.name), block.output)
-        yield projection, block.common_bias
+        projection = getattr(getattr(layer, block.name), block.output, None)
+        if projection is not None:
+            yield projection, block.common_bias
 
 
 class Guess(nn.Module):
@@ -199,7 +200,9 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         if assigned:
             self.assignment = nn.Module()
             linear = family.block_of(Kind.ATTENTION, self.template) is family.linear
-            units = {"kv_heads": "linear_key_heads" if linear else "kv_heads", "neurons": "neurons"}
+            units = {"kv_heads": "linear_key_heads" if linear else "kv_heads"}
+            if not hasattr(getattr(self.template, family.mlp.name), "experts"):
+                units["neurons"] = "neurons"
             for name, of in units.items():
                 order = torch.arange(getattr(config, COUNTS[of]), dtype=torch.int32)
                 self.assignment.register_buffer(name, order)

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,11 +232,13 @@ class Scheduled(PreTrainedModel):  # type: ignore[misc]
         Raises ValueError where states of layers are asked for. Where only the config asks for them,
         as its source's may, they are left out, and a warning says so.
         """
-        for flag in ("output_hidden_states", "output_attentions"):
-            if given.pop(flag, None):
+        for flag in ("output_hidden_states", "output_attentions", "output_router_logits"):
+            if given.get(flag):
                 raise ValueError(f"{flag} is not supported: {_NO_STATES}")
             if getattr(self.config, flag, False):
                 logger.warning_once(f"{flag} of config.json is left out: {_NO_STATES}")
+        if "output_router_logits" in inspect.signature(theirs).parameters:
+            given["output_router_logits"] = False  # else it goes by the config
         return theirs(self, *args, **given)
 
 

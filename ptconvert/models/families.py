@@ -8,7 +8,7 @@ its own heads. Nothing else in the package names a family, one of its tensors or
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -47,7 +47,13 @@ LINEAR_K = Axis("linear_key_heads", "linear_key_size", Cut.LINEAR_HEADS)
 LINEAR_V = Axis("linear_value_heads", "linear_value_size", Cut.LINEAR_HEADS)
 LINEAR_HEAD = Axis("linear_value_heads", None, Cut.LINEAR_HEADS)
 LINEAR_VALUE_SIZE, LINEAR_TAPS = Axis("linear_value_size"), Axis("linear_taps")
+LINEAR_GROUP = Axis("linear_key_heads", "linear_group_size", Cut.LINEAR_HEADS)
+LINEAR_GATES = Axis("linear_key_heads", "linear_gates", Cut.LINEAR_HEADS)
 N = Axis("neurons", None, Cut.NEURONS)
+E = Axis("experts")
+EXPERT_N = Axis("expert_neurons", None, Cut.NEURONS)  # of each
+SHARED_N = Axis("shared_neurons", None, Cut.NEURONS)  # of the expert that all tokens go to
+SHARED_N_IN_ALL = Axis("shared_experts_neurons", None, Cut.NEURONS)  # of several as one
 # What the counts that are divided are called in a config.json, and in the classes that read one.
 COUNTS = MappingProxyType(
     {
@@ -56,6 +62,8 @@ COUNTS = MappingProxyType(
         "linear_key_heads": "linear_num_key_heads",
         "linear_value_heads": "linear_num_value_heads",
         "neurons": "intermediate_size",
+        "expert_neurons": "moe_intermediate_size",
+        "shared_neurons": "shared_expert_intermediate_size",
     }
 )
 # And what only some families have, and isn't divided.
@@ -64,9 +72,16 @@ SIZES = MappingProxyType(
         "linear_key_size": "linear_key_head_dim",
         "linear_value_size": "linear_value_head_dim",
         "linear_taps": "linear_conv_kernel_dim",
+        "experts": "num_experts",
+        "active_experts": "num_experts_per_tok",
+        "shared_experts": "n_shared_experts",
     }
 )
-FULL, LINEAR = "full_attention", "linear_attention"  # kinds of layers, as config.json calls them
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # all mean the same
+# What a layer is, of what its family has: of its attention as config.json calls it, of its MLP.
+FULL, LINEAR = "full_attention", "linear_attention"
+DENSE, EXPERTS = "one MLP", "experts"
+Layer = frozenset[str]  # such words
 
 
 @dataclass(frozen=True)
@@ -75,8 +90,10 @@ class TensorRule:
 
     `name` is relative to the layer. `axes` are what each axis counts, several after each
     other where projections are fused into one. `when` names the config.json flag that switches the
-    tensor on, `of` the kind of layers that have it, where not all do. A tensor without an axis that
-    is cut is copied to every track; one that is `common` is no track's, and added once.
+    tensor on, `of` what layers are that have it, where not all do. A tensor without an axis that
+    is cut is copied to every track; one that is `common` is no track's, and added once. `apart` is
+    how checkpoints may hold it: each expert ({}) by itself, and each of the fused projections; or
+    just by another name.
     """
 
     name: str
@@ -84,6 +101,19 @@ class TensorRule:
     when: str | None = None
     common: bool = False
     of: str | None = None
+    apart: tuple[str, ...] = ()
+
+    def stored(self, experts: int) -> Iterator[TensorRule]:
+        """Its tensors where checkpoints hold it apart."""
+        if not self.apart:
+            yield self
+        elif "{}" not in self.apart[0]:
+            yield replace(self, name=self.apart[0], apart=())
+        else:
+            for expert in range(experts):
+                for name, segment in zip(self.apart, self.segments(self.axis), strict=True):
+                    axes = (*self.axes[1 : self.axis], segment, *self.axes[self.axis + 1 :])
+                    yield replace(self, name=name.format(expert), axes=axes, apart=())
 
     def segments(self, axis: int) -> tuple[Axis, ...]:
         """What follows each other along an axis; a scalar has no axis."""
@@ -135,9 +165,10 @@ class Family:
     `defaults` are its config class's, where a key is missing; a None means that the class can't do
     without. A null of the `nullable` keys means that the other sizes say it, and the class takes no
     other null. What sublayers add to the stream is multiplied by the config's `multiplier`, where
-    there is one. Where layers are of different kinds, config.json says which by `layer_types`, or
-    by the key `full_every` of how many one has full attention; those of linear attention have the
-    block `linear` for their attention.
+    there is one. Where layers' attention is of different kinds, config.json says which by
+    `layer_types`, or by the key `full_every` of how many one has full attention; linear attention
+    is the block `linear`. With `experts` MLPs are mixtures of them, but where config.json says by
+    one of the keys `dense` that a layer has one.
     """
 
     model_type: str
@@ -150,6 +181,8 @@ class Family:
     linear: Block | None = None
     multiplier: str | None = None
     full_every: str | None = None
+    experts: bool = False
+    dense: tuple[str, ...] = ()
     base_model: str = "Model"
     causal_lm: bool = True
     final_norm: tuple[str, ...] = ("norm.weight",)
@@ -167,8 +200,8 @@ class Family:
             classes["AutoModelForCausalLM"] = f"{self.prefix}ForCausalLM"
         return classes
 
-    def block(self, kind: Kind, layer: str | None = None) -> Block:
-        """A sublayer's module, in a layer of this kind.
+    def block(self, kind: Kind, layer: Layer = frozenset()) -> Block:
+        """A sublayer's module, in a layer that is this.
 
         Code that runs in a layer's forward asks here, and no dict: torch 2.13's dynamo keeps no
         guard on an Enum that is looked up in one, and a layer compiled for its attention would run
@@ -176,22 +209,23 @@ class Family:
         """
         if kind is Kind.MLP:
             return self.mlp
-        return self.linear if self.linear is not None and layer == LINEAR else self.attention
+        return self.linear if self.linear is not None and LINEAR in layer else self.attention
 
     def block_of(self, kind: Kind, layer: object) -> Block:
         """The same, of a layer that is there."""
         linear = self.linear is not None and hasattr(layer, self.linear.name)
-        return self.block(kind, LINEAR if linear else None)
+        return self.block(kind, frozenset([LINEAR] if linear else []))
 
     def layer_rules(
-        self, config: Mapping[str, object], layer: str | None = None
+        self, config: Mapping[str, object], layer: Layer = frozenset()
     ) -> tuple[TensorRule, ...]:
-        """The tensors that a layer of this kind has by a config."""
+        """The tensors that a layer that is this has by a config."""
         known = {**self.defaults, **config}
         return tuple(
             rule
             for rule in self.layer
-            if (rule.when is None or known.get(rule.when) is True) and rule.of in (None, layer)
+            if (rule.when is None or known.get(rule.when) is True)
+            and (rule.of is None or rule.of in layer)
         )
 
 
@@ -273,9 +307,21 @@ def _in(kind: str, *rules: TensorRule) -> tuple[TensorRule, ...]:
     return tuple(replace(rule, of=kind) for rule in rules)
 
 
-def _linear_rules() -> tuple[TensorRule, ...]:
-    """Gated DeltaNet (arXiv 2412.06464) as Qwen3.5 has it."""
+_GROUPED = (
+    TensorRule("linear_attn.in_proj_qkvz.weight", (LINEAR_GROUP, D)),
+    TensorRule("linear_attn.in_proj_ba.weight", (LINEAR_GATES, D)),
+)
+
+
+def _linear_rules(*projections: TensorRule) -> tuple[TensorRule, ...]:
+    """Gated DeltaNet (arXiv 2412.06464), by default with the projections that Qwen3.5 has."""
     qkv = (LINEAR_K, LINEAR_K, LINEAR_V)
+    apart = (
+        TensorRule("linear_attn.in_proj_qkv.weight", (qkv, D)),
+        TensorRule("linear_attn.in_proj_z.weight", (LINEAR_V, D)),
+        TensorRule("linear_attn.in_proj_b.weight", (LINEAR_HEAD, D)),
+        TensorRule("linear_attn.in_proj_a.weight", (LINEAR_HEAD, D)),
+    )
     return _in(
         LINEAR,
         TensorRule("linear_attn.dt_bias", (LINEAR_HEAD,)),
@@ -283,15 +329,77 @@ def _linear_rules() -> tuple[TensorRule, ...]:
         TensorRule("linear_attn.conv1d.weight", (qkv, ONE, LINEAR_TAPS)),
         TensorRule("linear_attn.norm.weight", (LINEAR_VALUE_SIZE,)),
         TensorRule("linear_attn.out_proj.weight", (D, LINEAR_V)),
-        TensorRule("linear_attn.in_proj_qkv.weight", (qkv, D)),
-        TensorRule("linear_attn.in_proj_z.weight", (LINEAR_V, D)),
-        TensorRule("linear_attn.in_proj_b.weight", (LINEAR_HEAD, D)),
-        TensorRule("linear_attn.in_proj_a.weight", (LINEAR_HEAD, D)),
+        *(projections or apart),
     )
+
+
+def _experts(
+    neurons: Axis, names: tuple[str, str, str], *others: TensorRule
+) -> tuple[TensorRule, ...]:
+    """A mixture of experts, each with so many neurons; `names` are what checkpoints call an
+    expert's gate, up and down projection."""
+    gate, up, down = names
+    return _in(
+        EXPERTS,
+        TensorRule("mlp.experts.gate_up_proj", (E, (neurons, neurons), D), apart=(gate, up)),
+        TensorRule("mlp.experts.down_proj", (E, D, neurons), apart=(down,)),
+        *others,
+    )
+
+
+def _projections(of: str, neurons: Axis) -> tuple[TensorRule, ...]:
+    """A gated MLP."""
+    return (
+        TensorRule(f"{of}.gate_proj.weight", (neurons, D)),
+        TensorRule(f"{of}.up_proj.weight", (neurons, D)),
+        TensorRule(f"{of}.down_proj.weight", (D, neurons)),
+    )
+
+
+_NAMES: tuple[str, str, str] = (
+    "mlp.experts.{}.gate_proj.weight",
+    "mlp.experts.{}.up_proj.weight",
+    "mlp.experts.{}.down_proj.weight",
+)
+_ROUTER = TensorRule("mlp.gate.weight", (E, D))
+_QWEN_EXPERTS = _experts(EXPERT_N, _NAMES, _ROUTER)
+_QWEN_SHARED = _in(
+    EXPERTS,
+    *_projections("mlp.shared_expert", SHARED_N),
+    TensorRule("mlp.shared_expert_gate.weight", (ONE, D)),
+)
+_DENSE_BY_STEP = ("mlp_only_layers", "decoder_sparse_step")
 
 
 def _defaults(**values: object) -> Mapping[str, object]:
     return MappingProxyType(values)
+
+
+_GATED_ATTENTION = _in(
+    FULL,
+    TensorRule("self_attn.q_proj.weight", (GATED_Q, D)),
+    *_ATTENTION[1:],
+    *_qk_norms(),
+    TensorRule("self_attn.q_proj.bias", (GATED_Q,), "attention_bias"),
+    *_ATTENTION_BIASES[1:],
+)
+_LINEAR_BLOCK = Block(
+    "linear_attn",
+    "input_layernorm",
+    "out_proj",
+    MappingProxyType({"past_key_values": "cache_params"}),
+    without=("position_embeddings", "position_ids"),
+)
+_HYBRID_DEFAULTS = _defaults(
+    num_key_value_heads=4,
+    head_dim=256,
+    linear_num_key_heads=16,
+    linear_num_value_heads=32,
+    linear_key_head_dim=128,
+    linear_value_head_dim=128,
+    linear_conv_kernel_dim=4,
+    full_attention_interval=4,
+)
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -462,37 +570,125 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             Family(
                 "qwen3_5_text",
                 "Qwen3_5",
+                (*_NORMS, *_GATED_ATTENTION, *_linear_rules(), *_MLP),
+                _HYBRID_DEFAULTS,
+                linear=_LINEAR_BLOCK,
+                full_every="full_attention_interval",
+                base_model="TextModel",
+                around=("mtp.",),
+            ),
+            Family(
+                "qwen3_moe",
+                "Qwen3Moe",
                 (
                     *_NORMS,
-                    *_in(
-                        FULL,
-                        TensorRule("self_attn.q_proj.weight", (GATED_Q, D)),
-                        *_ATTENTION[1:],
-                        *_qk_norms(),
-                        TensorRule("self_attn.q_proj.bias", (GATED_Q,), "attention_bias"),
-                        *_ATTENTION_BIASES[1:],
-                    ),
-                    *_linear_rules(),
-                    *_MLP,
+                    *_ATTENTION,
+                    *_qk_norms(),
+                    *_ATTENTION_BIASES,
+                    *_in(DENSE, *_MLP),
+                    *_QWEN_EXPERTS,
                 ),
                 _defaults(
                     num_key_value_heads=4,
-                    head_dim=256,
-                    linear_num_key_heads=16,
-                    linear_num_value_heads=32,
-                    linear_key_head_dim=128,
-                    linear_value_head_dim=128,
-                    linear_conv_kernel_dim=4,
-                    full_attention_interval=4,
+                    moe_intermediate_size=768,
+                    num_experts=128,
+                    num_experts_per_tok=8,
                 ),
-                linear=Block(
-                    "linear_attn",
-                    "input_layernorm",
-                    "out_proj",
-                    MappingProxyType({"past_key_values": "cache_params"}),
-                    without=("position_embeddings", "position_ids"),
+                experts=True,
+                dense=_DENSE_BY_STEP,
+            ),
+            Family(
+                "mixtral",
+                "Mixtral",
+                (
+                    *_NORMS,
+                    *_ATTENTION,
+                    *_experts(
+                        N,
+                        (
+                            "block_sparse_moe.experts.{}.w1.weight",
+                            "block_sparse_moe.experts.{}.w3.weight",
+                            "block_sparse_moe.experts.{}.w2.weight",
+                        ),
+                        replace(_ROUTER, apart=("block_sparse_moe.gate.weight",)),
+                    ),
                 ),
+                _defaults(num_key_value_heads=8, num_experts=8, num_experts_per_tok=2),
+                nullable=("head_dim",),
+                experts=True,
+            ),
+            Family(
+                "glm4_moe",
+                "Glm4Moe",
+                (
+                    *_NORMS,
+                    *_ATTENTION,
+                    *(replace(rule, when="use_qk_norm") for rule in _qk_norms()),
+                    *_qkv_biases("attention_bias"),
+                    *_in(DENSE, *_MLP),
+                    *_experts(
+                        EXPERT_N,
+                        _NAMES,
+                        _ROUTER,
+                        TensorRule("mlp.gate.e_score_correction_bias", (E,)),
+                        *_projections("mlp.shared_experts", SHARED_N_IN_ALL),
+                    ),
+                ),
+                _defaults(
+                    num_key_value_heads=8,
+                    moe_intermediate_size=1408,
+                    num_experts=128,
+                    n_shared_experts=1,
+                    num_experts_per_tok=8,
+                    first_k_dense_replace=1,
+                ),
+                experts=True,
+                dense=("first_k_dense_replace",),
+            ),
+            Family(
+                "qwen3_next",
+                "Qwen3Next",
+                (
+                    *_NORMS,
+                    *_GATED_ATTENTION,
+                    *_linear_rules(*_GROUPED),
+                    *_in(DENSE, *_MLP),
+                    *_QWEN_EXPERTS,
+                    *_QWEN_SHARED,
+                ),
+                _defaults(
+                    **{
+                        **_HYBRID_DEFAULTS,
+                        "num_key_value_heads": 2,
+                        "moe_intermediate_size": 512,
+                        "shared_expert_intermediate_size": 512,
+                        "num_experts": 512,
+                        "num_experts_per_tok": 10,
+                    }
+                ),
+                linear=_LINEAR_BLOCK,
                 full_every="full_attention_interval",
+                experts=True,
+                dense=_DENSE_BY_STEP,
+                around=("mtp.",),
+            ),
+            Family(
+                "qwen3_5_moe_text",
+                "Qwen3_5Moe",
+                (*_NORMS, *_GATED_ATTENTION, *_linear_rules(), *_QWEN_EXPERTS, *_QWEN_SHARED),
+                _defaults(
+                    **{
+                        **_HYBRID_DEFAULTS,
+                        "num_key_value_heads": 2,
+                        "moe_intermediate_size": 512,
+                        "shared_expert_intermediate_size": 512,
+                        "num_experts": 256,
+                        "num_experts_per_tok": 8,
+                    }
+                ),
+                linear=_LINEAR_BLOCK,
+                full_every="full_attention_interval",
+                experts=True,
                 base_model="TextModel",
                 around=("mtp.",),
             ),
@@ -511,7 +707,9 @@ def named(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-_MOE = "its layers are mixtures of experts"
+_MOE = "its mixture of experts is none that is known here"
+_LATENT = "its attention goes through a latent that all heads share (MLA), which isn't known here"
+_ROUTED_BIAS = "its experts' output biases are weighed by the router, so no track can own them"
 _POST_NORM = (
     "it norms each sublayer's output (post-norm), and a norm of a sum is not the sum of norms, "
     "so its sublayers can't be split into partials"
@@ -535,18 +733,15 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "olmo3": _ALL_HEADS,
         "olmoe": _ALL_HEADS,
         "minimax_m2": _ALL_HEADS,
-        "mixtral": _MOE,
         "qwen2_moe": _MOE,
-        "qwen3_moe": _MOE,
-        "deepseek_v2": _MOE,
-        "deepseek_v3": _MOE,
+        "deepseek_v2": _LATENT,
+        "deepseek_v3": _LATENT,
         "llama4": _MOE,
         "llama4_text": _MOE,
-        "gpt_oss": _MOE,
+        "gpt_oss": _ROUTED_BIAS,
         "jamba": _HYBRID,
         "mamba": _HYBRID,
         "mamba2": _HYBRID,
-        "qwen3_next": _MOE,
     }
 )
 

@@ -44,14 +44,20 @@ def guess_cost(
 ) -> dict[str, Any] | None:
     """What the guesses add over all tracks, with their share of the dense model's own.
 
-    FLOPs are of the projections of one token, 2 for each weight of a matrix: embeddings are looked
-    up, not multiplied.
+    FLOPs are of the projections of one token, 2 for each weight of a matrix that it is multiplied
+    with: embeddings are looked up, and of experts count those that it goes to.
     """
     if not guesses:
         return None
     added = [size for _, _, size in guess_tensors(shape, guesses, tracks)]
     dense = dict(shape.tensors())
-    matrices = [s for n, s in dense.items() if len(s) == 2 and (shape.tied or n != shape.embedding)]
+    rules = [rule for layer in range(shape.layers) for rule in shape.rules_of(layer)]
+    matrices = [
+        math.prod(shape.size(rule)) * shape.routed_share(rule)
+        for rule in rules
+        if len(rule.axes) == 2 or rule.apart
+    ]
+    matrices.append(shape.vocabulary * shape.width)  # the output head
     parameters = sum(map(math.prod, added))
     flops = 2 * sum(math.prod(s) for s in added if len(s) == 2)
     return {
@@ -60,5 +66,5 @@ def guess_cost(
         "parameters_share": parameters / sum(map(math.prod, dense.values())),
         "bytes": parameters * DTYPE_BYTES[shape.dtype or "BF16"],
         "flops_per_token": flops,
-        "flops_share": flops / (2 * sum(map(math.prod, matrices))),
+        "flops_share": flops / (2 * sum(matrices)),
     }

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
 from ptconvert.errors import ConfigError
 from ptconvert.models.families import (
     COUNTS,
+    DENSE,
+    EXPERT_COUNTS,
+    EXPERTS,
     FAMILIES,
     FULL,
     LINEAR,
@@ -18,16 +23,21 @@ from ptconvert.models.families import (
     UNSUPPORTED,
     Axis,
     Block,
+    Cut,
+    E,
     Family,
+    Layer,
     TensorRule,
 )
 from ptconvert.models.wrappers import (
+    TEXT,
     TIED,
     WRAPPERS,
     Wrapper,
     decoder_prefix,
     embedding_name,
     language_config,
+    layer_of,
     wrapper_of,
 )
 from ptconvert.schedule.stages import MAX_LAYERS, Sublayer
@@ -38,11 +48,20 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 TORCH_NAMES = {short: name for name, short in DTYPES.items()}
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 ORDER_DTYPE = "I32"  # of what a converted checkpoint holds beside weights: orders of units
-ELEMENT_BYTES = {**DTYPE_BYTES, ORDER_DTYPE: 4}
+# and of what may be carried along
+_OTHERS = {"F64": 8, "I64": 8, "U64": 8, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_FLOAT8 = dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
+ELEMENT_BYTES = {**DTYPE_BYTES, ORDER_DTYPE: 4, **_OTHERS, **_FLOAT8}
 HEAD = "lm_head.weight"
 _MAX_SIZE = 2**31
 MAX_HEADS = 65536
-_EVERYWHERE = frozenset(("heads", "kv_heads", "neurons"))  # what every family's layers have
+_EVERYWHERE = frozenset(("heads", "kv_heads", "neurons"))  # what is read for itself
+_NEEDED = {  # sizes that others are counted by
+    "experts": ("active_experts",),
+    "shared_experts_neurons": ("shared_experts",),
+    "linear_group_size": ("linear_key_size", "linear_value_size"),
+    "linear_gates": ("linear_value_heads",),
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +69,9 @@ class ModelShape:
     """Sizes of a dense decoder-only transformer; all are counts of elements.
 
     `dtype` is safetensors' name of the weights' type, None where config.json doesn't say. `kinds`
-    are those of the layers, None where all are alike, and `rules` the tensors of each. `wrapper` is
-    what the model is the language model of, where it is one.
+    say what each layer is, and `rules` what tensors such a layer has. `wrapper` is what the model
+    is the language model of, where it is one. `apart` says that a checkpoint holds each expert by
+    itself.
     """
 
     family: Family
@@ -63,14 +83,37 @@ class ModelShape:
     vocabulary: int
     tied: bool
     dtype: str | None
-    kinds: tuple[str | None, ...]
-    rules: Mapping[str | None, tuple[TensorRule, ...]]
-    wrapper: Wrapper | None = None
+    kinds: tuple[Layer, ...]
+    rules: Mapping[Layer, tuple[TensorRule, ...]]
     linear_key_heads: int = 0
     linear_value_heads: int = 0
     linear_key_size: int = 0
     linear_value_size: int = 0
     linear_taps: int = 0
+    experts: int = 0
+    active_experts: int = 0
+    expert_neurons: int = 0
+    shared_neurons: int = 0
+    shared_experts: int = 0
+    wrapper: Wrapper | None = None
+    apart: bool = False
+
+    @property
+    def shared_experts_neurons(self) -> int:
+        """Of the shared experts together."""
+        return self.shared_experts * self.expert_neurons
+
+    @property
+    def linear_group_size(self) -> int:
+        """Of a key head of linear attention its query and key, and its value heads' values and
+        gates."""
+        values = self.linear_value_heads // self.linear_key_heads * self.linear_value_size
+        return 2 * self.linear_key_size + 2 * values
+
+    @property
+    def linear_gates(self) -> int:
+        """Of a key head, two for each of its value heads."""
+        return 2 * self.linear_value_heads // self.linear_key_heads
 
     @property
     def query_width(self) -> int:
@@ -122,8 +165,33 @@ class ModelShape:
         return 2 * self.head_size
 
     def rules_of(self, layer: int) -> tuple[TensorRule, ...]:
-        """The tensors of a layer."""
+        """The tensors of a layer, as transformers has them in memory."""
         return self.rules[self.kinds[layer]]
+
+    def stored_of(self, layer: int) -> tuple[TensorRule, ...]:
+        """The tensors of a layer as the checkpoint holds them."""
+        rules = self.rules_of(layer)
+        return _apart(rules, self.experts) if self.apart else rules
+
+    def stored_as(self, names: Iterable[str]) -> ModelShape:
+        """The same, of a checkpoint that has tensors of these names."""
+        begins = {name.partition("{}")[0] for rule in self.family.layer for name in rule.apart}
+        expert = [begin for begin in begins if begin.endswith(".experts.")]
+        found = any(f"{begin}0." in name for name in names for begin in expert)
+        return replace(self, apart=found)
+
+    def parts_of(self, name: str) -> list[list[str]] | None:
+        """What a tensor of the model is called in the checkpoint: for each expert, its parts; None
+        where it is as it is called in the model."""
+        layer = layer_of(name)
+        if layer is None or not self.apart:
+            return None
+        for rule in self.rules_of(layer):
+            if rule.apart and name.endswith(f".{rule.name}"):
+                before, count = name.removesuffix(rule.name), len(rule.apart)
+                stored = [before + part.name for part in rule.stored(self.experts)]
+                return [stored[i : i + count] for i in range(0, len(stored), count)]
+        return None
 
     def block(self, sublayer: Sublayer) -> Block:
         """A sublayer's module."""
@@ -132,7 +200,31 @@ class ModelShape:
     def is_linear(self, layer: int) -> bool:
         """Whether a layer's attention is linear: it has a state of one size, and no cache of all
         tokens."""
-        return self.kinds[layer] == LINEAR
+        return LINEAR in self.kinds[layer]
+
+    def is_mixture(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        return EXPERTS in self.kinds[layer]
+
+    def neuron_units(self, layer: int) -> int:
+        """How many units of a layer's MLP can go to one track or another: neurons; none of a
+        mixture of experts, of each of which every track has an equal share in order."""
+        return 0 if self.is_mixture(layer) else self.neurons
+
+    def routed_share(self, rule: TensorRule) -> float:
+        """Which share of a tensor one token is multiplied with: of the experts those that it goes
+        to."""
+        routed = rule.is_cut and E in rule.segments(0)
+        return self.active_experts / self.experts if routed else 1.0
+
+    @property
+    def widest_mlp(self) -> int:
+        """The most neurons that a token passes in a layer's MLP."""
+        shared = self.shared_neurons + self.shared_experts_neurons
+        neurons = self.expert_neurons or self.neurons
+        mixed = self.active_experts * neurons + shared if self.experts else 0
+        dense = any(map(self.neuron_units, range(self.layers)))
+        return max(mixed, self.neurons if dense else 0)
 
     def attention_units(self, layer: int) -> int:
         """How many units of a layer's attention can go to one track or another: KV heads, or key
@@ -177,7 +269,7 @@ class ModelShape:
         """Names and shapes of all tensors; a tied lm_head is not among them."""
         yield self.embedding, (self.vocabulary, self.width)
         for i in range(self.layers):
-            for rule in self.rules_of(i):
+            for rule in self.stored_of(i):
                 yield self.layer(i) + rule.name, self.size(rule)
         for name in self.family.final_norm:
             yield self.decoder + name, (self.width,)
@@ -192,9 +284,10 @@ class ModelShape:
         linear = ""
         if self.linear_key_heads:
             linear = f", {self.linear_key_heads} heads of linear attention"
+        neurons = [f"{count} FFN neurons" for count in self._neurons.values()]
         return (
             f"{tracks} tracks don't divide {self.heads} heads, {self.kv_heads} KV heads{linear} "
-            f"and {self.neurons} FFN neurons; possible are {', '.join(map(str, fits))}"
+            f"and {' and '.join(neurons)}; possible are {', '.join(map(str, fits))}"
         )
 
     def most_tracks(self, at_most: int) -> int:
@@ -203,8 +296,15 @@ class ModelShape:
 
     def _divides(self, tracks: int) -> bool:
         kv_fits = self.kv_heads % tracks == 0 or tracks % self.kv_heads == 0
-        counts = (self.heads, self.neurons, self.linear_key_heads)
+        counts = (self.heads, self.linear_key_heads, *self._neurons.values())
         return kv_fits and all(count % tracks == 0 for count in counts)
+
+    @property
+    def _neurons(self) -> Mapping[str, int]:
+        """How many there are of each sort that is cut."""
+        segments = (s for rules in self.rules.values() for r in rules for s in r.segments(r.axis))
+        names = dict.fromkeys(s.count for s in segments if s.cut is Cut.NEURONS)
+        return {name: int(getattr(self, name)) for name in names}
 
     def spans(self, rule: TensorRule, track: int, tracks: int) -> list[tuple[int, int]]:
         """The parts [start, stop) of `rule.axis` that a track owns, one of each segment, in
@@ -253,13 +353,23 @@ class ModelShape:
             return value
 
         layers = size("num_hidden_layers", most=MAX_LAYERS)
-        kinds: tuple[str | None, ...] = (None,) * layers
+        attention: tuple[str | None, ...] = (None,) * layers
         if family.full_every is not None:
-            kinds = _kinds(config.get("layer_types"), layers, size(family.full_every), where)
-        axes = {part for r in family.layer for a in range(len(r.axes)) for part in r.segments(a)}
-        own = {name for axis in axes for name in (axis.count, axis.unit)}
-        keys = {**COUNTS, **SIZES}.items()
-        others = {name: size(key) for name, key in keys if name in own - _EVERYWHERE}
+            attention = _kinds(config.get("layer_types"), layers, size(family.full_every), where)
+        kinds = tuple(
+            frozenset(filter(None, pair))
+            for pair in zip(attention, _mlps(family, config, layers, where), strict=True)
+        )
+        rules = {kind: family.layer_rules(config, kind) for kind in dict.fromkeys(kinds)}
+        used = {rule for own in rules.values() for rule in own}
+        axes = {part for r in used for a in range(len(r.axes)) for part in r.segments(a)}
+        own = {name for axis in axes for name in (axis.count, axis.unit) if name is not None}
+        own |= {n for whole, needed in _NEEDED.items() if whole in own for n in needed}
+        given = next((key for key in EXPERT_COUNTS if config.get(key) is not None), None)
+        keys = {**COUNTS, **SIZES, **({"experts": given} if given else {})}
+        others: dict[str, Any] = {
+            name: size(key) for name, key in keys.items() if name in own - _EVERYWHERE
+        }
         heads, width = size("num_attention_heads", most=MAX_HEADS), size("hidden_size")
         head_size = size("head_dim", width // heads)
         shape = ModelShape(
@@ -268,12 +378,12 @@ class ModelShape:
             heads=heads,
             kv_heads=size("num_key_value_heads", heads, most=MAX_HEADS),
             head_size=head_size,
-            neurons=size("intermediate_size"),
+            neurons=size("intermediate_size") if "neurons" in own else 0,
             vocabulary=size("vocab_size"),
             tied=is_tied(config, where),
             dtype=config_dtype(config, where),
             kinds=kinds,
-            rules={kind: family.layer_rules(config, kind) for kind in dict.fromkeys(kinds)},
+            rules=rules,
             wrapper=wrapper,
             **others,
         )
@@ -301,6 +411,32 @@ def _kinds(given: object, layers: int, full_every: int, where: str) -> tuple[str
         f"{where}: layer_types is {_short(given)}; it must say of each of {layers} layers that it "
         f"is {FULL} or {LINEAR}"
     )
+
+
+def _mlps(
+    family: Family, config: Mapping[str, object], layers: int, where: str
+) -> Iterator[str | None]:
+    """What each layer's MLP is. Raises ConfigError."""
+
+    def given(key: str, otherwise: object) -> Any:
+        value = config.get(key) if key in family.dense else otherwise
+        return family.defaults.get(key, otherwise) if value is None else value
+
+    first, step = given("first_k_dense_replace", 0), given("decoder_sparse_step", 1)
+    dense = given("mlp_only_layers", [])
+    if type(first) is not int or type(step) is not int or step < 1 or not isinstance(dense, list):
+        raise ConfigError(
+            f"{where}: which layers have experts isn't clear: {' and '.join(family.dense)} must be "
+            "whole numbers, and mlp_only_layers a list of them"
+        )
+    for layer in range(layers):
+        sparse = layer >= first and layer not in dense and (layer + 1) % step == 0
+        yield (EXPERTS if sparse else DENSE) if family.experts else None
+
+
+@lru_cache(maxsize=64)
+def _apart(rules: tuple[TensorRule, ...], experts: int) -> tuple[TensorRule, ...]:
+    return tuple(stored for rule in rules for stored in rule.stored(experts))
 
 
 def rows(size: tuple[int, ...]) -> int:
@@ -348,18 +484,21 @@ def _refuse(config: Mapping[str, object], where: str) -> None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(f"{where}: model_type is {_short(model_type)}; it must name a family")
+    if "ptconvert" not in config and model_type.startswith(MODEL_TYPE_PREFIX):
+        raise ConfigError(f"{where}: model_type is {model_type}, but the ptconvert section is gone")
     if "ptconvert" in config:
         raise ConfigError(
             f"{where}: this checkpoint is converted already; `ptconvert transform --to-dense` "
             "gives back its source"
         )
-    if config.get("quantization_config") is not None:
+    parts = [config, *(p for p in (config.get(TEXT),) if isinstance(p, Mapping))]
+    if any(part.get("quantization_config") is not None for part in parts):
         raise ConfigError(
             f"{where}: the weights are quantised (quantization_config); convert the unquantised "
             "checkpoint and quantise the result"
         )
-    auto_map = config.get("auto_map")
-    if isinstance(auto_map, dict) and any(k.startswith("AutoModel") for k in auto_map):
+    maps = (part.get("auto_map") for part in parts)
+    if any(k.startswith("AutoModel") for m in maps if isinstance(m, dict) for k in m):
         raise ConfigError(
             f"{where}: the model runs its own code (auto_map), which may not be {model_type}'s; "
             "only transformers' own classes can be converted"
@@ -388,9 +527,9 @@ def _family(config: Mapping[str, object], wrapper: Wrapper | None, where: str) -
         raise ConfigError(
             f"{where}: {of}{model_type} can't be converted: {UNSUPPORTED[model_type]}"
         )
-    if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-        raise ConfigError(f"{where}: {of}{model_type} with experts can't be converted: MoE layers")
     family = FAMILIES.get(model_type)
+    if any(map(config.get, EXPERT_COUNTS)) and not (family and family.experts):
+        raise ConfigError(f"{where}: {of}{model_type} with experts can't be converted: MoE layers")
     if family is None:
         supported = ", ".join(f.model_type for f in FAMILIES.values() if f.causal_lm)
         around = "" if wrapper else f", and around them {', '.join(WRAPPERS)}"

@@ -14,9 +14,30 @@ from types import MappingProxyType
 from ptconvert.models.families import MODEL_TYPE_PREFIX
 
 TIED = "tie_word_embeddings"
-_TEXT = "text_config"
+TEXT = "text_config"
 _LAYER = re.compile(r"model\.(?:language_model\.)?layers\.(\d+)(?:\.|$)")
-_OF_THE_WHOLE = ("dtype", "torch_dtype", "quantization_config")
+_DTYPES = ("dtype", "torch_dtype")
+# What transformers takes a language model's sizes to be where its config names its family, but not
+# them, as in LLaVA 1.5's: its config classes' defaults.
+_SIZES: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "llama": {
+            **{"hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000},
+            **{"num_hidden_layers": 32, "num_attention_heads": 32},
+            "max_position_embeddings": 2048,
+        },
+        "mistral": {
+            **{"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 32000},
+            **{"num_hidden_layers": 32, "num_attention_heads": 32},
+            "max_position_embeddings": 131072,
+        },
+        "qwen2": {
+            **{"hidden_size": 4096, "intermediate_size": 22016, "vocab_size": 151936},
+            **{"num_hidden_layers": 32, "num_attention_heads": 32},
+            "max_position_embeddings": 32768,
+        },
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +46,8 @@ class Wrapper:
 
     `text` is the family of its language model where its config names none. The names of the tensors
     around begin with those of `around`. What transformers calls the beginning of a name that older
-    layouts have says `older`. Its embeddings are `tied` where its config doesn't say.
+    layouts have says `older`. Its embeddings are `tied` where its config doesn't say; with
+    `tied_by_text` also where its language model's does.
     """
 
     model_type: str
@@ -34,6 +56,7 @@ class Wrapper:
     around: tuple[str, ...]
     older: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     tied: bool = False
+    tied_by_text: bool = False
 
     @property
     def classes(self) -> Mapping[str, str]:
@@ -56,6 +79,7 @@ _LLAVA: Mapping[str, str] = MappingProxyType(
         "multi_modal_projector.": "model.multi_modal_projector.",
     }
 )
+OPTIONAL = ("mtp.",)  # of what is around
 _PROJECTED = ("model.vision_tower.", "model.multi_modal_projector.")
 
 WRAPPERS: Mapping[str, Wrapper] = MappingProxyType(
@@ -63,10 +87,11 @@ WRAPPERS: Mapping[str, Wrapper] = MappingProxyType(
         w.model_type: w
         for w in (
             Wrapper("qwen3_5", "Qwen3_5", "qwen3_5_text", ("model.visual.", "mtp.")),
+            Wrapper("qwen3_5_moe", "Qwen3_5Moe", "qwen3_5_moe_text", ("model.visual.", "mtp.")),
             Wrapper("qwen3_vl", "Qwen3VL", "qwen3_vl_text", ("model.visual.",)),
             Wrapper("mistral3", "Mistral3", "mistral", _PROJECTED, _LLAVA, tied=True),
             Wrapper("internvl", "InternVL", "qwen2", _PROJECTED, _LLAVA, tied=True),
-            Wrapper("llava", "Llava", "llama", _PROJECTED, _LLAVA),
+            Wrapper("llava", "Llava", "llama", _PROJECTED, _LLAVA, tied_by_text=True),
         )
     }
 )
@@ -93,6 +118,12 @@ def layer_of(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
+def by_todays_tower(name: str) -> str:
+    """A tensor's name without a level that older vision towers have in them, which transformers
+    leaves out where its class has none."""
+    return name.replace(".vision_model.", ".")
+
+
 def is_around(name: str, model_type: object) -> bool:
     """Whether a tensor is of what lies around the language model."""
     return not name.startswith((decoder_prefix(model_type), "lm_head."))
@@ -103,7 +134,15 @@ def language_config(config: Mapping[str, object]) -> Mapping[str, object]:
     wrapper = wrapper_of(config.get("model_type"))
     if wrapper is None:
         return config
-    given = config.get(_TEXT)
-    text = given if isinstance(given, Mapping) else {}
-    whole = {key: config[key] for key in _OF_THE_WHOLE if config.get(key) is not None}
-    return {"model_type": wrapper.text, **text, TIED: config.get(TIED, wrapper.tied), **whole}
+    given = config.get(TEXT)
+    text: dict[str, object] = {"model_type": wrapper.text}
+    if isinstance(given, Mapping):
+        text |= _SIZES.get(str(given.get("model_type", wrapper.text)), {})
+        text |= given
+    tied = config.get(TIED, wrapper.tied)
+    if wrapper.tied_by_text:
+        tied = tied or text.get(TIED, False)
+    dtypes = {key: config[key] for key in _DTYPES if config.get(key) is not None}
+    if dtypes:  # whose word counts
+        text = {key: value for key, value in text.items() if key not in _DTYPES}
+    return {**text, TIED: tied, **dtypes}

@@ -87,19 +87,23 @@ def reorderings(model: Any, shape: ModelShape, count: int) -> Iterator[None]:
     """Makes a model of `opened_by_layer` the same function with sums that round differently: its
     FFN neurons in another order each time. Never the first order again."""
     generator = torch.Generator().manual_seed(0)
-    rules = [r for r in shape.rules_of(0) if any(s.cut is Cut.NEURONS for s in r.segments(r.axis))]
     orders: list[tuple[int, dict[str, torch.Tensor]]] = []
-    for layer in model.get_decoder().layers.children():
+    for index, layer in enumerate(model.get_decoder().layers.children()):
         for own in layer.tracks.values() if hasattr(layer, "tracks") else [layer]:
-            of_layer = dict[str, torch.Tensor]()
-            for rule in rules:
+            known = dict[str, dict[str, torch.Tensor]]()  # by what the neurons are counted by
+            for rule in shape.rules_of(index):
+                segment = rule.segments(rule.axis)[0]
+                if segment.cut is not Cut.NEURONS:
+                    continue
                 name, tensor = rule.name.rsplit(".", 1)
                 module, segments = own.get_submodule(name), len(rule.segments(rule.axis))
                 neurons = getattr(module, tensor).shape[rule.axis] // segments
-                hook = _Reordered(tensor, rule.axis, of_layer)
+                if segment.count not in known:
+                    known[segment.count] = {}
+                    orders.append((neurons, known[segment.count]))
+                hook = _Reordered(tensor, rule.axis, known[segment.count])
                 add_hook_to_module(module, hook, append=True)
-            orders.append((neurons, of_layer))
     for _ in range(count):
-        for neurons, of_layer in orders:
-            of_layer["order"] = torch.randperm(neurons, generator=generator)
+        for neurons, order in orders:
+            order["order"] = torch.randperm(neurons, generator=generator)
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,25 @@ from transformers import AutoConfig, PreTrainedModel
 import ptconvert
 from ptconvert.checkpoint.inventory import overruled, weights_dtype
 from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint, read_into
-from ptconvert.checkpoint.section import read_section, source_config
+from ptconvert.checkpoint.section import SECTION, read_section, source_config
 from ptconvert.errors import CheckpointError
 from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement
 from ptconvert.modeling.model import MODELS
 from ptconvert.models.families import TensorRule
 from ptconvert.models.shape import HEAD, TORCH_NAMES, ModelShape, rows
+from ptconvert.models.wrappers import by_todays_tower, is_around
 
 # Of safetensors' names of what is converted.
 TORCH_DTYPES: dict[str, torch.dtype] = {s: getattr(torch, t) for s, t in TORCH_NAMES.items()}
 
 
 def shape_of(checkpoint: Checkpoint) -> ModelShape:
-    """The shape of a converted checkpoint's source. Raises ConfigError."""
-    where = str(checkpoint.path / "config.json")
-    section = read_section(checkpoint.config, where)
-    return ModelShape.from_config(source_config(checkpoint.config, section), where)
+    """The shape of a dense checkpoint, or of a converted one's source. Raises ConfigError."""
+    where, config = str(checkpoint.path / "config.json"), checkpoint.config
+    if SECTION in config:
+        config = source_config(config, read_section(config, where))
+    return ModelShape.from_config(config, where).stored_as(checkpoint.tensors)
 
 
 def rank_bytes(checkpoint: Checkpoint, placement: Placement) -> int:
@@ -75,19 +77,19 @@ def load_rank(
     for name, parameter in model.state_dict().items():
         if not parameter.is_floating_point():
             continue  # of an assignment, which nothing but `--to-dense` reads
-        entry = checkpoint.tensors.get(name)
-        if entry is None and name == HEAD and config.tie_word_embeddings:
+        if name == HEAD and name not in checkpoint.tensors and config.tie_word_embeddings:
             continue
-        if entry is None:
-            raise CheckpointError(f"{path}: {name} is missing")
-        rule = rules.get(name)
-        if rule is None or not rule.is_cut:
-            tensor = read_whole(entry)
-        else:
+
+        def part(entry: TensorEntry) -> torch.Tensor:
+            rule = rules.get(entry.name)
+            if rule is None or not rule.is_cut:
+                return read_whole(entry)
             spans = shape.spans(rule, placement.rank, placement.ranks)
-            tensor = torch.cat([read_part(entry, rule.axis, *span) for span in spans], rule.axis)
+            return torch.cat([read_part(entry, rule.axis, *span) for span in spans], rule.axis)
+
+        tensor = read_named(checkpoint, shape, name, part)
         if tensor.shape != parameter.shape:
-            raise CheckpointError(f"{path}: {name} has shape {list(entry.shape)}")
+            raise CheckpointError(f"{path}: {name} has shape {list(tensor.shape)}")
         tensors[name] = tensor.to(dtype)
     model.load_state_dict(tensors, strict=False, assign=True)
     compute_buffers(model, "cpu")
@@ -99,7 +101,7 @@ def load_rank(
 def _dense_rules(shape: ModelShape) -> dict[str, TensorRule]:
     """The tensors of layers held dense, which are cut among ranks."""
     return {
-        shape.layer(i) + rule.name: rule for i in range(shape.layers) for rule in shape.rules_of(i)
+        shape.layer(i) + rule.name: rule for i in range(shape.layers) for rule in shape.stored_of(i)
     }
 
 
@@ -110,7 +112,7 @@ def compute_buffers(model: Any, device: torch.device | str) -> None:
         for name in module._non_persistent_buffers_set:
             module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
         if module._non_persistent_buffers_set:
-            for parameter in module.parameters(recurse=False):
+            for parameter in module.parameters():  # its children's, too
                 parameter._is_hf_initialized = True  # transformers leaves such alone
             own._init_weights(module)
 
@@ -123,6 +125,51 @@ def _by_model(own: Any, module: Any) -> Iterator[tuple[Any, Any]]:
         yield from _by_model(own, child)
 
 
+def read_named(
+    checkpoint: Checkpoint,
+    shape: ModelShape,
+    name: str,
+    read: Callable[[TensorEntry], torch.Tensor] = lambda entry: read_whole(entry),
+) -> torch.Tensor:
+    """A tensor as the model has it, by what `read` gives of each that the checkpoint holds: experts
+    that are stored apart are put together. Raises CheckpointError where one is missing."""
+
+    if is_around(name, shape.model_type) and name not in checkpoint.tensors:
+        name = _older(checkpoint, shape).get(name, name)
+
+    def found(stored: str) -> torch.Tensor:
+        if stored not in checkpoint.tensors:
+            raise CheckpointError(f"{checkpoint.path}: {stored} is missing")
+        return read(checkpoint.tensors[stored])
+
+    parts = shape.parts_of(name)
+    if parts is None:
+        return found(name)
+    if len(parts) == 1 and len(parts[0]) == 1:
+        return found(parts[0][0])
+    return torch.stack([torch.cat([found(one) for one in expert]) for expert in parts])
+
+
+def _older(checkpoint: Checkpoint, shape: ModelShape) -> dict[str, str]:
+    """The tensors around a model that have older names, by today's."""
+    around = (name for name in checkpoint.tensors if is_around(name, shape.model_type))
+    return {by_todays_tower(name): name for name in around}
+
+
+def split_named(
+    shape: ModelShape, name: str, tensor: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The other way round: what a checkpoint holds of a tensor of the model, by name."""
+    parts = shape.parts_of(name)
+    if parts is None:
+        yield name, tensor
+    elif len(parts) == 1 and len(parts[0]) == 1:
+        yield parts[0][0], tensor
+    else:
+        for names, expert in zip(parts, tensor, strict=True):
+            yield from zip(names, expert.chunk(len(names)), strict=True)
+
+
 def read_whole(entry: TensorEntry) -> torch.Tensor:
     """A stored tensor."""
     whole = replace(entry, shape=(rows(entry.shape), *entry.shape[1:]))
@@ -131,12 +178,10 @@ def read_whole(entry: TensorEntry) -> torch.Tensor:
 
 def read_part(entry: TensorEntry, axis: int, start: int, stop: int) -> torch.Tensor:
     """[start, stop) of one axis of a stored tensor, reading no byte outside of it."""
-    rows, row = entry.shape[0], entry.nbytes // entry.shape[0]
-    if axis == 0:
-        first, pieces, size = start * row, 1, (stop - start) * row
-    else:
-        item = row // entry.shape[1]
-        first, pieces, size = start * item, rows, (stop - start) * item
+    pieces = math.prod(entry.shape[:axis])
+    row = entry.nbytes // pieces
+    item = row // entry.shape[axis]
+    first, size = start * item, (stop - start) * item
     buffer = bytearray(pieces * size)
     view = memoryview(buffer)
     with entry.file.open("rb") as stream:
@@ -144,4 +189,6 @@ def read_part(entry: TensorEntry, axis: int, start: int, stop: int) -> torch.Ten
             block = view[piece * size : (piece + 1) * size]
             read_into(stream.fileno(), block, entry, first + piece * row)
     shape = [stop - start if a == axis else s for a, s in enumerate(entry.shape)]
+    if entry.dtype not in TORCH_DTYPES:
+        raise CheckpointError(f"{entry.file}: {entry.name} is {entry.dtype}, which isn't read here")
     return torch.frombuffer(buffer, dtype=TORCH_DTYPES[entry.dtype]).view(shape)

@@ -1,0 +1,201 @@
+"""Mixtures of experts: how checkpoints hold them, what a track does with them, what they cost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import WITHOUT_PTCONVERT, Convert, MakeDense, load, spec_text
+from reference import reference_logits
+from safetensors.torch import save_file
+from test_modeling import SCHEDULES, TOLERANCE, difference, left_padded
+from test_transform import back, same, tensors
+
+import ptconvert.modeling.layers as layers_module
+from ptconvert.checkpoint.files import read_config
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import execute, plan_conversion
+from ptconvert.errors import ConfigError
+from ptconvert.estimate.hardware import read_engine
+from ptconvert.estimate.roofline import Pass, sublayer_parts
+from ptconvert.measure.opening import schedule_of
+from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.stages import Kind, Sublayer
+from ptconvert.spec.document import parse_spec
+
+FAMILIES = ["qwen3_moe", "mixtral", "glm4_moe", "qwen3_next", "qwen3_5_moe_text"]
+CONFIGS = Path(__file__).parents[1] / "specs" / "configs"
+
+
+def fused(source: Path, path: Path) -> Path:
+    """The same checkpoint with all experts of a layer in one tensor, as transformers has them in
+    memory."""
+    path.mkdir()
+    found = {n: t.contiguous() for n, t in load(source).state_dict().items()}
+    save_file(found, path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text((source / "config.json").read_text())
+    return path
+
+
+@pytest.mark.parametrize("tracks", [1, 2, 4, 8])
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_experts_apart_or_fused(
+    variant: str, tracks: int, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    """Checkpoints hold each expert by itself, or all in one tensor: the result is the same model,
+    in the layout that its source has, and so is what is got back."""
+    apart, (ids_BS, keep_BS) = make_dense(variant), left_padded()
+    sources = apart, fused(apart, tmp_path / "fused")
+    found = []
+    for number, source in enumerate(sources):
+        there = tensors(source)
+        assert any(".experts.0." in name for name in there) == (number == 0)
+        path = convert(source, tracks, SCHEDULES["track-2-rest"])
+        assert any(".experts.0." in name for name in tensors(path)) == (number == 0)
+        with torch.no_grad():
+            found.append(load(path)(input_ids=ids_BS, attention_mask=keep_BS).logits)
+        assert same(tensors(back(path, tmp_path / f"back-{number}")), there)
+    one, other = found
+    assert difference(one, other, keep_BS) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral"])
+def test_it_opens_without_ptconvert_and_saves_as_it_was(
+    variant: str, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    path, ids_BS = convert(make_dense(variant), 2, SCHEDULES["track-2-rest"]), left_padded(1)[0]
+    with torch.no_grad():
+        expected = load(path)(ids_BS).logits
+    script = f"""{WITHOUT_PTCONVERT}
+import torch, transformers
+options = dict(trust_remote_code=True, dtype=torch.float32, attn_implementation="eager")
+model = transformers.AutoModelForCausalLM.from_pretrained({str(path)!r}, **options).eval()
+with torch.no_grad():
+    torch.save(model(torch.tensor({ids_BS.tolist()})).logits, {str(tmp_path / "logits.pt")!r})
+model.save_pretrained({str(tmp_path / "again")!r})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    assert torch.allclose(torch.load(tmp_path / "logits.pt"), expected, atol=TOLERANCE)
+    assert same(tensors(tmp_path / "again"), tensors(path))
+
+
+def test_controls(make_dense: MakeDense, convert: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What must differ: gate and up projection in the other order, a track that routes by another's
+    stream."""
+    source, (ids_BS, keep_BS) = make_dense("qwen3_moe"), left_padded(1)
+    path = convert(source, 2, SCHEDULES["track-2-rest"])
+    schedule = str(schedule_of(open_checkpoint(path)))
+    expected = reference_logits(load(source), schedule, 2, ids_BS)
+    model = load(path)
+    with torch.no_grad():
+        assert difference(model(ids_BS).logits, expected, keep_BS) < TOLERANCE
+        experts = model.model.layers[2].tracks["1"].mlp.experts
+        halves = experts.gate_up_proj.chunk(2, 1)
+        before = experts.gate_up_proj.clone()
+        experts.gate_up_proj.copy_(torch.cat(halves[::-1], 1))
+        assert difference(model(ids_BS).logits, expected, keep_BS) > 100 * TOLERANCE
+        experts.gate_up_proj.copy_(before)
+        first: list[torch.Tensor] = []
+
+        def as_the_first(layer: Any, family: Any, kind: Kind, x: Any, context: Any) -> Any:
+            block = family.block_of(kind, layer)
+            module = getattr(layer, block.name)
+            if kind is Kind.MLP and hasattr(module, "experts"):
+                if first:  # the second track's router is told what the first's was
+                    other = first.pop()
+                    module.gate.register_forward_pre_hook(
+                        lambda *_: (other.view(-1, other.shape[-1]),), prepend=True
+                    )
+                else:
+                    first.append(x)
+            return plain(layer, family, kind, x, context)
+
+        plain = layers_module.run_normed
+        monkeypatch.setattr(layers_module, "run_normed", as_the_first)
+        assert difference(model(ids_BS).logits, expected, keep_BS) > 100 * TOLERANCE
+
+
+def test_router_logits(make_dense: MakeDense, convert: Convert) -> None:
+    """Tracks have routers each, so there are none of the model; where only the config asks for
+    them, they are left out."""
+    path, ids_BS = convert(make_dense("mixtral"), 2, SCHEDULES["track-2-rest"]), left_padded(1)[0]
+    model = load(path)
+    with pytest.raises(ValueError, match="output_router_logits is not supported"):
+        model(ids_BS, output_router_logits=True)
+    with torch.no_grad():
+        expected = model(ids_BS, labels=ids_BS)
+        model.config.output_router_logits = True
+        assert torch.equal(model(ids_BS, labels=ids_BS).loss, expected.loss)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"num_experts": 0}, "num_experts is 0"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok is None"),
+        ({"decoder_sparse_step": 0}, "which layers have experts isn't clear"),
+        ({"moe_intermediate_size": "x"}, "moe_intermediate_size is 'x'"),
+    ],
+)
+def test_what_a_config_may_not_say(changed: dict[str, Any], says: str) -> None:
+    config = {**json.loads((CONFIGS / "qwen3-30b-a3b.json").read_text()), **changed}
+    with pytest.raises(ConfigError, match=says):
+        ModelShape.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [("qwen3-30b-a3b", 30.53, 3.35), ("qwen3.6-35b-a3b", 34.66, 3.45)],
+)
+def test_parameters_in_all_and_of_one_token(name: str, total: float, active: float) -> None:
+    """In billions, as their names say, of which the embedding and the output head are 0.6 and 1."""
+    shape = ModelShape.from_config(read_config(CONFIGS / f"{name}.json"))
+    sizes = [
+        (torch.Size(shape.size(rule)).numel(), shape.routed_share(rule))
+        for layer in range(shape.layers)
+        for rule in shape.rules_of(layer)
+    ]
+    vocabulary = 2 * shape.vocabulary * shape.width
+    norm = shape.width
+    assert (sum(n for n, _ in sizes) + vocabulary + norm) / 1e9 == pytest.approx(total, abs=0.01)
+    assert (sum(n * s for n, s in sizes) + vocabulary) / 1e9 == pytest.approx(active, abs=0.01)
+
+
+def test_what_experts_take_on_paper() -> None:
+    """Of Qwen3-30B-A3B on 4 ranks: one token reads and multiplies 8 experts of 128, many read all
+    of them and multiply 8 each."""
+    shape = ModelShape.from_config(read_config(CONFIGS / "qwen3-30b-a3b.json"))
+    expert, router = 3 * 768 * 2048, 128 * 2048
+    (one,), (many,) = (
+        sublayer_parts(Sublayer(0, Kind.MLP), shape, read_engine("vllm"), 4, Pass(n, 1, 0, 1))
+        for n in (1, 4096)
+    )
+    assert one.flops == 2 * (8 * expert / 4 + router)
+    moved = 4 * 2048 + 4 * 8 * 768 / 4
+    assert one.nbytes == pytest.approx(2 * (8 * expert / 4 + router + moved))
+    assert many.flops == 4096 * one.flops
+    assert many.nbytes == pytest.approx(2 * (128 * expert / 4 + router + 4096 * moved))
+
+
+def test_a_dry_run_counts_experts(make_dense: MakeDense) -> None:
+    source = open_checkpoint(make_dense("qwen3_moe"))
+    spec = parse_spec(spec_text(2, "use: parallel_track, depth: 2"), "spec.yaml")
+    plan = plan_conversion(source, spec, source_name="source")
+    found = plan.summary()
+    assert found["tensors_in"] == len(source.tensors)
+    of_experts = [t for t in plan.targets if ".experts." in t.name]
+    whole = sum(t.nbytes for n, t in source.tensors.items() if ".experts." in n)
+    assert sum(t.nbytes for t in of_experts) == whole  # shared out, none of them twice
+
+
+def test_a_conversion_of_many_small_tensors(tmp_path: Path, make_dense: MakeDense) -> None:
+    """Each expert of each layer is a tensor of its own for each track."""
+    source = make_dense("qwen3_moe", num_experts=64)
+    spec = parse_spec(spec_text(8, "use: parallel_track, depth: 2"), "spec.yaml")
+    execute(plan_conversion(open_checkpoint(source), spec, source_name="x"), tmp_path / "made")
+    assert same(tensors(back(tmp_path / "made", tmp_path / "back")), tensors(source))
