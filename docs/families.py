@@ -25,8 +25,9 @@ one track it is the source model, but for output biases, which all tracks wait f
 
 Of a mixture of experts each track has an equal share of the neurons of every expert, and a copy of
 the router, which it asks with what it reads itself: after `.` and `^k` tracks may choose other
-experts than each other. A checkpoint may hold experts apart or fused; the result is in the layout
-of its source. Assignment by affinity moves heads there, and leaves the experts' neurons in order.
+experts than each other, and `eval --text` says how often they choose others than the source. A
+checkpoint may hold experts apart or fused; the result is in the layout of its source. Assignment by
+affinity moves heads there, and leaves the experts' neurons in order.
 
 | `model_type` | transformers' class | exact | approximate | weights | fused, cut piece by piece | \
 also has | in vLLM |

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WITHOUT_PTCONVERT, Convert, MakeDense, load, spec_text
+from click.testing import CliRunner
+from conftest import WITHOUT_PTCONVERT, Convert, MakeDense, byte_level, load, spec_text
 from reference import reference_logits
 from safetensors.torch import save_file
 from test_modeling import SCHEDULES, TOLERANCE, difference, left_padded
@@ -19,11 +22,15 @@ from test_transform import back, same, tensors
 import ptconvert.modeling.layers as layers_module
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.cli import main
 from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.errors import ConfigError
 from ptconvert.estimate.hardware import read_engine
 from ptconvert.estimate.roofline import Pass, sublayer_parts
+from ptconvert.measure import divergence
+from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.opening import schedule_of
+from ptconvert.measure.windows import Windows
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.stages import Kind, Sublayer
 from ptconvert.spec.document import parse_spec
@@ -118,6 +125,64 @@ def test_controls(make_dense: MakeDense, convert: Convert, monkeypatch: pytest.M
         plain = layers_module.run_normed
         monkeypatch.setattr(layers_module, "run_normed", as_the_first)
         assert difference(model(ids_BS).logits, expected, keep_BS) > 100 * TOLERANCE
+
+
+@torch.no_grad()
+def sets_chosen(model: Any, ids_NT: torch.Tensor) -> dict[str, list[set[int]]]:
+    """The experts of each token, window after window, by the name of the router that says so."""
+    found: dict[str, list[set[int]]] = {}
+
+    def said(name: str) -> Any:
+        def hook(_: Any, __: Any, out: tuple[torch.Tensor, ...]) -> None:
+            found.setdefault(name, []).extend(set(row) for row in out[2].tolist())
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(said(name))
+    for ids_T in ids_NT:
+        model(ids_T[None], use_cache=False)
+    return found
+
+
+def test_how_often_tokens_go_to_other_experts(make_dense: MakeDense, convert: Convert) -> None:
+    """As counted by hand, from what the routers say; and never where all tracks read the same."""
+    source, ids = make_dense("qwen3_moe"), left_padded(3, 13)[0]
+    windows = Windows(ids, 12, ids.numel())
+    batch = BatchSize(2, "cpu")
+    reference = divergence.reference(load(source), windows, batch, quiet, routes=True)
+    path = convert(source, 2, "use: parallel_track, depth: 3")
+    tokens = divergence.measure(load(path), reference, windows, batch, quiet)
+    theirs, ours = (sets_chosen(load(p), ids[:, :-1]) for p in (source, path))
+    differ = [
+        a != b
+        for name, chosen in ours.items()
+        for a, b in zip(chosen, theirs[re.sub(r"tracks\.\d\.", "", name)], strict=True)
+    ]
+    assert tokens.rerouted is not None and tokens.rerouted.shape == (3, 12)
+    assert 0 < tokens.rerouted.mean() == pytest.approx(sum(differ) / len(differ))
+    alike = divergence.measure(
+        load(convert(source, 2, "use: tensor_parallel")), reference, windows, batch, quiet
+    )
+    assert alike.rerouted is not None and not alike.rerouted.any()
+
+
+def quiet(*_: object) -> None:
+    """No progress."""
+
+
+def test_eval_says_so(make_dense: MakeDense, convert: Convert, tmp_path: Path) -> None:
+    source = byte_level(functools.partial(make_dense, "mixtral"), tmp_path / "source")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    path = convert(source, 2, "use: parallel_track, depth: 2")
+    command = ["eval", str(path), "--baseline", str(source), "--text", str(text)]
+    command += ["--window", "32", "--device", "cpu", "--cache", str(tmp_path / "cache")]
+    said = CliRunner().invoke(main, [*command, "--html", str(tmp_path / "page.html")])
+    assert said.exit_code == 0, said.output
+    assert re.search(r"other experts, of layers and tracks +\d+\.\d\d%", said.output)
+    assert "other experts than the source" in (tmp_path / "page.html").read_text()
 
 
 def test_router_logits(make_dense: MakeDense, convert: Convert) -> None:

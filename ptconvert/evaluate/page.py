@@ -117,6 +117,7 @@ def _divergence(found: Divergence) -> dict[str, Any]:
             "difference": f"{signed(whole.loss.value)}  ({between(whole.loss, signed)})",
             "KL": f"{number(whole.kl.value)}  ({between(whole.kl, number)})",
             "same first choice": f"{whole.agreement.value:.2%}",
+            **_routing(whole.rerouted),
         },
         "charts": list(_position_charts(found.by_position)),
         "positions": [
@@ -130,6 +131,13 @@ def _divergence(found: Divergence) -> dict[str, Any]:
         "block_chart": _block_chart(found.by_block),
         "blocks": [_block_cells(block) for block in found.by_block],
     }
+
+
+def _routing(found: Estimate | None) -> dict[str, str]:
+    """Of mixtures of experts only."""
+    if found is None:
+        return {}
+    return {"other experts than the source's, of layers and tracks": f"{found.value:.2%}"}
 
 
 def _with_perplexity(loss: Estimate) -> str:

@@ -223,7 +223,7 @@ def _divergence(
     batch = BatchSize(settings.batch_size, settings.device)
     progress("divergence: opening the source", 0, None)
     model = open_model(source, settings.dtype, settings.device)
-    reference = divergence.reference(model, windows, batch, progress)
+    reference = divergence.reference(model, windows, batch, progress, routes=True)
     del model
     progress("divergence: opening the converted model", 0, None)
     model = open_model(found, settings.dtype, settings.device)

@@ -117,6 +117,9 @@ def _whole_table(found: Closeness) -> Table:
     table.add_row(
         "same first choice", f"{found.agreement.value:.2%}", between(found.agreement, _share)
     )
+    if found.rerouted is not None:
+        share = f"{found.rerouted.value:.2%}"
+        table.add_row("other experts, of layers and tracks", share, between(found.rerouted, _share))
     return table
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.head import Head
 from ptconvert.measure.progress import Progress
+from ptconvert.measure.routing import by_window, rerouted, watched
 from ptconvert.measure.statistics import (
     RESAMPLES,
     Difference,
@@ -53,6 +54,8 @@ class Closeness:
     loss: Difference
     kl: Estimate  # KL(source || converted)
     agreement: Estimate  # the share of tokens for which both models' first choice is the same
+    # of mixtures of experts: the share of layers and tracks in which a token goes to others
+    rerouted: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -94,16 +97,19 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What was measured at each token: four arrays (N, T)."""
+    """What was measured at each token: arrays (N, T); the last of mixtures of experts only."""
 
     source_loss: Floats
     converted_loss: Floats
     kl: Floats
     agree: Floats
+    rerouted: Floats | None = None
 
     def closeness(self, seed: int, positions: slice = slice(None)) -> Closeness:
         """Means over the windows' positions, with intervals over windows."""
-        windows = len(self.kl)
+        windows, routed = len(self.kl), None
+        if self.rerouted is not None:
+            routed = mean_over(self.rerouted[:, positions].mean(axis=1))
         source, converted, kl, agree = (
             mean_over(values[:, positions].mean(axis=1))
             for values in (self.source_loss, self.converted_loss, self.kl, self.agree)
@@ -114,6 +120,7 @@ class Tokens:
             loss=compare(source, converted, windows, RESAMPLES, seed),
             kl=estimate(kl, windows, RESAMPLES, seed),
             agreement=estimate(agree, windows, RESAMPLES, seed),
+            rerouted=routed and estimate(routed, windows, RESAMPLES, seed),
         )
 
 
@@ -122,12 +129,14 @@ class Reference:
     """The source model's predictions, kept as final hidden states (N, T, D) on the CPU and the
     output head: the source needn't stay in memory beside the converted model.
 
-    `streams` are the residual streams (N, T, D) that enter the layers asked for.
+    `streams` are the residual streams (N, T, D) that enter the layers asked for; `routes`, where
+    asked for, the experts that tokens go to, (N, T, K), by layer that is a mixture of them.
     """
 
     hidden: torch.Tensor
     head: Any
     streams: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    routes: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -137,19 +146,25 @@ def reference(
     batch: BatchSize,
     progress: Progress,
     layers: Sequence[int] = (),
+    routes: bool = False,
 ) -> Reference:
-    """Runs the source model over the windows once; keeps the streams that enter `layers`."""
+    """Runs the source model over the windows once; keeps the streams that enter `layers`, and with
+    `routes` the experts that tokens go to."""
     hidden: list[torch.Tensor] = []
     streams: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+    found: list[Mapping[int, torch.Tensor]] = []
     run = functools.partial(model.get_decoder(), output_hidden_states=bool(layers))
     step = "divergence: source"
-    for _, given in outputs(run, model.device, windows.ids, batch, progress, step):
-        hidden.append(given.last_hidden_state.cpu())
-        for layer in layers:
-            streams[layer].append(given.hidden_states[layer].cpu())
+    with watched(model.get_decoder(), routes) as chosen:
+        for _, given in outputs(run, model.device, windows.ids, batch, progress, step):
+            hidden.append(given.last_hidden_state.cpu())
+            found.append(by_window(chosen, len(hidden[-1])))
+            for layer in layers:
+                streams[layer].append(given.hidden_states[layer].cpu())
     # each list is let go when it is joined, so that one stream at a time is there twice
     joined = {layer: torch.cat(streams.pop(layer)) for layer in layers}
-    return Reference(torch.cat(hidden), Head(model), joined)
+    routed = {layer: torch.cat([one[layer] for one in found]) for layer in found[0]}
+    return Reference(torch.cat(hidden), Head(model), joined, routed)
 
 
 @torch.inference_mode()
@@ -169,16 +184,23 @@ def measure(
     later stage (its `first_stage`). Logits are compared in fp32; the vocabularies are the same.
     """
     ids, kept = windows.ids[::every], source.hidden[::every]
+    routes = {layer: ids_NTK[::every] for layer, ids_NTK in source.routes.items()}
     head = Head(model)
     results: list[Floats] = []
+    others: list[Floats] = []
     stream = None if stream is None else stream[::every]
     decoder, device = model.get_decoder(), model.device
     step = f"divergence: {step}"
-    for rows, given in outputs(decoder, device, ids, batch, progress, step, stream):
-        hidden_BTD, target_BT = given.last_hidden_state, ids[rows, 1:].to(model.device)
-        found = by_token(_compared, source.head, kept[rows], head, hidden_BTD, target_BT)
-        results.append(torch.stack(found).cpu().double().numpy())
-    return Tokens(*np.concatenate(results, axis=1))
+    with watched(decoder, bool(routes)) as chosen:
+        for rows, given in outputs(decoder, device, ids, batch, progress, step, stream):
+            hidden_BTD, target_BT = given.last_hidden_state, ids[rows, 1:].to(model.device)
+            found = by_token(_compared, source.head, kept[rows], head, hidden_BTD, target_BT)
+            results.append(torch.stack(found).cpu().double().numpy())
+            if routes:
+                of_rows = {layer: ids_NTK[rows] for layer, ids_NTK in routes.items()}
+                others.append(rerouted(of_rows, chosen).double().numpy())
+    found_NT = Tokens(*np.concatenate(results, axis=1))
+    return replace(found_NT, rerouted=np.concatenate(others)) if others else found_NT
 
 
 def outputs(
