@@ -115,6 +115,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             **{"use_qk_norm": True, "attention_bias": True, "n_group": 1, "topk_group": 1},
         },
     ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            **EXPERTS,
+            **{"num_experts": None, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1},
+            **{"topk_group": 1, "num_key_value_heads": 8, "first_k_dense_replace": 1},
+            **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "v_head_dim": 8},
+            **{"qk_nope_head_dim": 8, "attention_bias": True, "routed_scaling_factor": 1.5},
+        },
+    ),
     "qwen3_next": ("Qwen3Next", {**EXPERTS, **HYBRID, "decoder_sparse_step": 2}),
     "qwen3_5_moe_text": ("Qwen3_5Moe", {**EXPERTS, **HYBRID}),
     "arcee": ("Arcee", {"head_dim": 8, "mlp_bias": True}),

@@ -35,7 +35,7 @@ from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.stages import Kind, Sublayer
 from ptconvert.spec.document import parse_spec
 
-FAMILIES = ["qwen3_moe", "mixtral", "glm4_moe", "qwen3_next", "qwen3_5_moe_text"]
+FAMILIES = ["qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3", "qwen3_next", "qwen3_5_moe_text"]
 CONFIGS = Path(__file__).parents[1] / "specs" / "configs"
 
 

@@ -25,6 +25,7 @@ from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
 from ptconvert.checkpoint.calibration import Assignment
 from ptconvert.measure.progress import Progress
 from ptconvert.modeling.layers import multiplied
+from ptconvert.models.families import D
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
@@ -122,7 +123,8 @@ def _inputs(shape: ModelShape, sublayer: Sublayer) -> Iterator[tuple[str, int, i
     block = shape.block(sublayer)
     for rule in shape.rules_of(sublayer.layer):
         name, tensor = rule.name.rsplit(".", 1)
-        inside, reads = name.startswith(f"{block.name}."), len(rule.axes) == 2 and rule.axis == 0
+        inside = name.startswith(f"{block.name}.")
+        reads = len(rule.axes) == 2 and rule.axis == 0 and rule.axes[1] is D  # no latent
         if inside and reads and tensor == "weight":
             for segment, begin in shape.segments(rule) if rule.is_cut else ():
                 groups = int(getattr(shape, segment.count))

@@ -193,6 +193,8 @@ def _attention(
     shape: ModelShape, engine: Engine, weights: float, cut: int, one: Pass
 ) -> tuple[Part, ...]:
     """Projections, and attention over the cache, of one of `cut` parts."""
+    if shape.kv_latent:
+        return _latent_attention(shape, weights, cut, one)
     kv_heads = max(shape.kv_heads // cut, 1)  # replicated where there are fewer than parts
     queries = shape.query_width / cut
     keys = 2 * kv_heads * shape.head_size  # and values, elements per token
@@ -211,6 +213,22 @@ def _attention(
         scores = engine.score_passes * one.total * attended * heads
     core = Part(4 * one.total * attended * queries, (read + scores + one.total * keys) * size)
     return projections, core
+
+
+def _latent_attention(shape: ModelShape, weights: float, cut: int, one: Pass) -> tuple[Part, ...]:
+    """The same of latent attention as engines serve it (DeepSeek-V2, arXiv 2405.04434, with the
+    projections out of the latent absorbed): each head attends over the latents that are cached,
+    which every part has whole, and reads them as its values.
+    """
+    heads, latent = shape.heads / cut, shape.kv_latent_rope
+    moved = one.total * (4 * shape.width + 3 * heads * shape.latent_query_size + latent)
+    size = _bytes(shape)
+    batched = _batched(weights, one) * size
+    projections = Part(2 * one.total * weights, (weights + moved) * size, batched)
+    attended = one.past + (one.tokens + 1) / 2  # the mean over the new tokens, causally
+    flops = 2 * one.total * attended * heads * (latent + shape.kv_latent)
+    read = one.sequences * (one.past + one.tokens) * latent
+    return projections, Part(flops, (read + one.total * latent) * size)
 
 
 def _mlp(shape: ModelShape, sublayer: Sublayer, cut: int, one: Pass) -> tuple[Part, ...]:
@@ -255,6 +273,8 @@ def rank_bytes(
         cut, layer = max(tracks, ranks) if as_tracks else ranks, shape.kinds.index(kind)
         if shape.is_linear(layer):
             cache = one.sequences * _state(shape, cut) * 4 / _bytes(shape)
+        elif shape.kv_latent:
+            cache = one.sequences * one.allocated * shape.kv_latent_rope
         else:
             kv_heads = max(shape.kv_heads // cut, 1)
             cache = one.sequences * one.allocated * 2 * kv_heads * shape.head_size

@@ -50,6 +50,12 @@ LINEAR_VALUE_SIZE, LINEAR_TAPS = Axis("linear_value_size"), Axis("linear_taps")
 LINEAR_GROUP = Axis("linear_key_heads", "linear_group_size", Cut.LINEAR_HEADS)
 LINEAR_GATES = Axis("linear_key_heads", "linear_gates", Cut.LINEAR_HEADS)
 N = Axis("neurons", None, Cut.NEURONS)
+# Latent attention: queries, keys and values of all heads come out of two vectors of a few channels.
+Q_LATENT, KV_LATENT = Axis("query_latent"), Axis("kv_latent")
+KV_LATENT_ROPE = Axis("kv_latent_rope")
+LATENT_Q = Axis("heads", "latent_query_size", Cut.HEADS)
+LATENT_KV = Axis("heads", "latent_kv_size", Cut.HEADS)  # a key without its position, and a value
+LATENT_V = Axis("heads", "latent_value_size", Cut.HEADS)
 E = Axis("experts")
 EXPERT_N = Axis("expert_neurons", None, Cut.NEURONS)  # of each
 SHARED_N = Axis("shared_neurons", None, Cut.NEURONS)  # of the expert that all tokens go to
@@ -72,6 +78,11 @@ SIZES = MappingProxyType(
         "linear_key_size": "linear_key_head_dim",
         "linear_value_size": "linear_value_head_dim",
         "linear_taps": "linear_conv_kernel_dim",
+        "query_latent": "q_lora_rank",
+        "kv_latent": "kv_lora_rank",
+        "rope_size": "qk_rope_head_dim",
+        "nope_size": "qk_nope_head_dim",
+        "latent_value_size": "v_head_dim",
         "experts": "num_experts",
         "active_experts": "num_experts_per_tok",
         "shared_experts": "n_shared_experts",
@@ -293,6 +304,20 @@ def _mlp_biases(when: str) -> tuple[TensorRule, ...]:
     return (TensorRule("mlp.gate_proj.bias", (N,), when), *_up_down_biases(when))
 
 
+# Multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434): the latents' projections are
+# copies, what comes out of them is each head's own
+_LATENT_ATTENTION = (
+    TensorRule("self_attn.q_a_proj.weight", (Q_LATENT, D)),
+    TensorRule("self_attn.q_a_layernorm.weight", (Q_LATENT,)),
+    TensorRule("self_attn.q_b_proj.weight", (LATENT_Q, Q_LATENT)),
+    TensorRule("self_attn.kv_a_proj_with_mqa.weight", (KV_LATENT_ROPE, D)),
+    TensorRule("self_attn.kv_a_layernorm.weight", (KV_LATENT,)),
+    TensorRule("self_attn.kv_b_proj.weight", (LATENT_KV, KV_LATENT)),
+    TensorRule("self_attn.o_proj.weight", (D, LATENT_V)),
+    TensorRule("self_attn.q_a_proj.bias", (Q_LATENT,), "attention_bias"),
+    TensorRule("self_attn.kv_a_proj_with_mqa.bias", (KV_LATENT_ROPE,), "attention_bias"),
+    *_o_bias("attention_bias"),
+)
 _LLAMA = _NORMS + _ATTENTION + _MLP
 _ATTENTION_BIASES = _qkv_biases("attention_bias") + _o_bias("attention_bias")
 _LLAMA_BIASED = _LLAMA + _ATTENTION_BIASES + _mlp_biases("mlp_bias")
@@ -367,6 +392,13 @@ _QWEN_SHARED = _in(
     EXPERTS,
     *_projections("mlp.shared_expert", SHARED_N),
     TensorRule("mlp.shared_expert_gate.weight", (ONE, D)),
+)
+_GLM_EXPERTS = _experts(
+    EXPERT_N,
+    _NAMES,
+    _ROUTER,
+    TensorRule("mlp.gate.e_score_correction_bias", (E,)),
+    *_projections("mlp.shared_experts", SHARED_N_IN_ALL),
 )
 _DENSE_BY_STEP = ("mlp_only_layers", "decoder_sparse_step")
 
@@ -626,13 +658,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     *(replace(rule, when="use_qk_norm") for rule in _qk_norms()),
                     *_qkv_biases("attention_bias"),
                     *_in(DENSE, *_MLP),
-                    *_experts(
-                        EXPERT_N,
-                        _NAMES,
-                        _ROUTER,
-                        TensorRule("mlp.gate.e_score_correction_bias", (E,)),
-                        *_projections("mlp.shared_experts", SHARED_N_IN_ALL),
-                    ),
+                    *_GLM_EXPERTS,
                 ),
                 _defaults(
                     num_key_value_heads=8,
@@ -642,6 +668,31 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     num_experts_per_tok=8,
                     first_k_dense_replace=1,
                 ),
+                experts=True,
+                dense=("first_k_dense_replace",),
+            ),
+            Family(
+                "deepseek_v3",
+                "DeepseekV3",
+                (
+                    *_NORMS,
+                    *_LATENT_ATTENTION,
+                    *_in(DENSE, *_MLP),
+                    *_GLM_EXPERTS,
+                ),
+                _defaults(
+                    q_lora_rank=1536,
+                    kv_lora_rank=512,
+                    qk_rope_head_dim=64,
+                    qk_nope_head_dim=128,
+                    v_head_dim=128,
+                    moe_intermediate_size=2048,
+                    num_experts=256,
+                    n_shared_experts=1,
+                    num_experts_per_tok=8,
+                    first_k_dense_replace=3,
+                ),
+                nullable=("head_dim",),
                 experts=True,
                 dense=("first_k_dense_replace",),
             ),
@@ -735,7 +786,6 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "minimax_m2": _ALL_HEADS,
         "qwen2_moe": _MOE,
         "deepseek_v2": _LATENT,
-        "deepseek_v3": _LATENT,
         "llama4": _MOE,
         "llama4_text": _MOE,
         "gpt_oss": _ROUTED_BIAS,

@@ -58,6 +58,9 @@ MAX_HEADS = 65536
 _EVERYWHERE = frozenset(("heads", "kv_heads", "neurons"))  # what is read for itself
 _NEEDED = {  # sizes that others are counted by
     "experts": ("active_experts",),
+    "kv_latent_rope": ("kv_latent", "rope_size"),
+    "latent_query_size": ("nope_size", "rope_size"),
+    "latent_kv_size": ("nope_size", "latent_value_size"),
     "shared_experts_neurons": ("shared_experts",),
     "linear_group_size": ("linear_key_size", "linear_value_size"),
     "linear_gates": ("linear_value_heads",),
@@ -95,8 +98,29 @@ class ModelShape:
     expert_neurons: int = 0
     shared_neurons: int = 0
     shared_experts: int = 0
+    query_latent: int = 0
+    kv_latent: int = 0
+    rope_size: int = 0
+    nope_size: int = 0
+    latent_value_size: int = 0
     wrapper: Wrapper | None = None
     apart: bool = False
+
+    @property
+    def latent_query_size(self) -> int:
+        """Of a head of latent attention: its query, with and without positions."""
+        return self.nope_size + self.rope_size
+
+    @property
+    def latent_kv_size(self) -> int:
+        """Of a head: its key without positions, and its value."""
+        return self.nope_size + self.latent_value_size
+
+    @property
+    def kv_latent_rope(self) -> int:
+        """Of what is cached for each token: the latent of keys and values, and the one key with
+        positions that all heads share."""
+        return self.kv_latent + self.rope_size
 
     @property
     def shared_experts_neurons(self) -> int:
@@ -371,12 +395,14 @@ class ModelShape:
             name: size(key) for name, key in keys.items() if name in own - _EVERYWHERE
         }
         heads, width = size("num_attention_heads", most=MAX_HEADS), size("hidden_size")
-        head_size = size("head_dim", width // heads)
+        head_size, kv_heads = size("head_dim", width // heads), heads  # of latent attention as many
+        if "kv_latent" not in own:
+            kv_heads = size("num_key_value_heads", heads, most=MAX_HEADS)
         shape = ModelShape(
             family=family,
             width=width,
             heads=heads,
-            kv_heads=size("num_key_value_heads", heads, most=MAX_HEADS),
+            kv_heads=kv_heads,
             head_size=head_size,
             neurons=size("intermediate_size") if "neurons" in own else 0,
             vocabulary=size("vocab_size"),
