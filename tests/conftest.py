@@ -111,7 +111,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "Glm4Moe",
         {
             **EXPERTS,
-            **{"num_experts": None, "n_routed_experts": 4, "n_shared_experts": 2, "head_dim": 8},
+            **{"n_routed_experts": 4, "n_shared_experts": 2, "head_dim": 8},
             **{"use_qk_norm": True, "attention_bias": True, "n_group": 1, "topk_group": 1},
         },
     ),
@@ -119,7 +119,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3",
         {
             **EXPERTS,
-            **{"num_experts": None, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1},
+            **{"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1},
             **{"topk_group": 1, "num_key_value_heads": 8, "first_k_dense_replace": 1},
             **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "v_head_dim": 8},
             **{"qk_nope_head_dim": 8, "attention_bias": True, "routed_scaling_factor": 1.5},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
-from conftest import WITHOUT_PTCONVERT, Convert, MakeDense, byte_level, load, spec_text
+from conftest import SIZES, WITHOUT_PTCONVERT, Convert, MakeDense, byte_level, load, spec_text
 from reference import reference_logits
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_modeling import SCHEDULES, TOLERANCE, difference, left_padded
 from test_transform import back, same, tensors
 
@@ -27,11 +29,18 @@ from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.errors import ConfigError
 from ptconvert.estimate.hardware import read_engine
 from ptconvert.estimate.roofline import Pass, sublayer_parts
+from ptconvert.heal.blockwise import Pieces
+from ptconvert.heal.needs import is_of_experts
+from ptconvert.heal.write import write
 from ptconvert.measure import divergence
 from ptconvert.measure.batch import BatchSize
+from ptconvert.measure.one_layer import forward_seconds, one_layer
 from ptconvert.measure.opening import schedule_of
 from ptconvert.measure.windows import Windows
+from ptconvert.modeling.executor import OneProcess
+from ptconvert.modeling.layers import Placement
 from ptconvert.models.shape import ModelShape
+from ptconvert.runtime.load import load_rank, shape_of
 from ptconvert.schedule.stages import Kind, Sublayer
 from ptconvert.spec.document import parse_spec
 
@@ -185,6 +194,101 @@ def test_eval_says_so(make_dense: MakeDense, convert: Convert, tmp_path: Path) -
     assert "other experts than the source" in (tmp_path / "page.html").read_text()
 
 
+def test_families_that_are_unknown_choose_nothing_known() -> None:
+    """`eval` compares any two models."""
+    sizes = {**SIZES, "vocab_size": 40}
+    model = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**sizes)).eval()
+    windows = Windows(left_padded(2, 9)[0] % 40, 8, 18)
+    found = divergence.reference(model, windows, BatchSize(2, "cpu"), quiet, routes=True)
+    assert not found.routes
+
+
+def test_biases_of_routers_stay_in_fp32(
+    make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    """As transformers keeps them: by what bf16 leaves of them other experts would be chosen."""
+    source = tmp_path / "source"
+    shutil.copytree(make_dense("glm4_moe", dtype=torch.bfloat16), source)
+    file = source / "model.safetensors"
+    found = load_file(file)
+    biases = [name for name in found if name.endswith("e_score_correction_bias")]
+    for name in biases:
+        found[name] = 5 + 0.01 * torch.randn(4)
+    save_file(found, file, {"format": "pt"})
+    path = convert(source, 2, SCHEDULES["track-2-rest"])
+    on_a_rank = load_rank(path, Placement(), OneProcess(), torch.bfloat16).state_dict()
+    pieces = Pieces(open_checkpoint(path), torch.bfloat16, "cpu")
+    loaded = load(path, dtype=torch.bfloat16).state_dict()
+    own = [name for name in loaded if name.endswith("e_score_correction_bias")]
+    assert len(own) > len(biases) == 5
+    for name in own:
+        for kept in (on_a_rank[name], pieces.read(name), loaded[name]):
+            assert kept.dtype == torch.float32
+            assert torch.equal(kept, found[re.sub(r"tracks\.\d\.", "", name)])
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_heads_for_further_tokens_come_along(
+    apart: bool, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    """In whatever layout they are, beside experts in the other."""
+    sources = {"qwen3_5_moe_text": "mtp.layers.0.", "glm4_moe": "model.layers.6."}
+    for variant, begins in sources.items():
+        source = fused(make_dense(variant), tmp_path / f"{variant}-{apart}")
+        if not apart:
+            shutil.rmtree(source)
+            shutil.copytree(make_dense(variant), source)
+        file = source / "model.safetensors"
+        more = "mlp.experts.0.gate_proj.weight" if apart else "mlp.experts.gate_up_proj"
+        found = load_file(file) | {f"{begins}{more}": torch.randn(8, 4)}
+        save_file(found, file, {"format": "pt"})
+        path = convert(source, 2, SCHEDULES["track-2-rest"])
+        assert torch.equal(tensors(path)[f"{begins}{more}"], found[f"{begins}{more}"])
+        assert same(tensors(back(path, tmp_path / f"back-{variant}-{apart}")), tensors(source))
+
+
+def test_experts_of_several_dtypes_are_healed(
+    make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    """Each keeps its own."""
+    source = tmp_path / "source"
+    shutil.copytree(make_dense("qwen3_moe"), source)
+    file = source / "model.safetensors"
+    one = "model.layers.0.mlp.experts.1.gate_proj.weight"
+    found = load_file(file)
+    save_file(found | {one: found[one].bfloat16()}, file, {"format": "pt"})
+    path = convert(source, 2, "use: parallel_track, depth: 2")
+    name = "model.layers.0.tracks.1.mlp.experts.gate_up_proj"
+    moved = load(path).state_dict()[name] + 1
+    write(open_checkpoint(path), {name: moved}, "card", tmp_path / "healed", False)
+    before, after = tensors(path), tensors(tmp_path / "healed")
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {
+        f"model.layers.0.tracks.1.mlp.experts.{e}.{which}_proj.weight"
+        for e in range(4)
+        for which in ("gate", "up")
+    }
+    assert all(before[n].dtype == after[n].dtype for n in before)
+
+
+def test_what_a_dry_run_says_of_adapters(make_dense: MakeDense) -> None:
+    """peft adapts linear layers, of which experts and routers have none."""
+    for variant in ("qwen3_moe", "glm4_moe", "mixtral"):
+        source = open_checkpoint(make_dense(variant))
+        shape = shape_of(source)
+        model = load(source.path)
+        linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        matrices = {n for n, t in source.tensors.items() if len(t.shape) == 2 and ".layers." in n}
+        counted = {n for n in matrices if not is_of_experts(n, shape)}
+        assert counted == {f"{n}.weight" for n in linear if ".layers." in n}
+
+
+@pytest.mark.parametrize("variant", ["glm4_moe", "qwen3_moe", "qwen3_next"])
+def test_what_is_measured_of_one_layer_is_a_mixture(variant: str, make_dense: MakeDense) -> None:
+    model = one_layer(read_config(make_dense(variant)), 2, "cpu", "float32")
+    assert all(hasattr(track.mlp, "experts") for track in model.layers[0].tracks.values())
+    assert forward_seconds(model, "float32", 8) > 0
+
+
 def test_router_logits(make_dense: MakeDense, convert: Convert) -> None:
     """Tracks have routers each, so there are none of the model; where only the config asks for
     them, they are left out."""
@@ -202,6 +306,7 @@ def test_router_logits(make_dense: MakeDense, convert: Convert) -> None:
     ("changed", "says"),
     [
         ({"num_experts": 0}, "num_experts is 0"),
+        ({"num_local_experts": 4}, "num_experts and num_local_experts differ"),
         ({"num_experts_per_tok": None}, "num_experts_per_tok is None"),
         ({"decoder_sparse_step": 0}, "which layers have experts isn't clear"),
         ({"moe_intermediate_size": "x"}, "moe_intermediate_size is 'x'"),

@@ -42,7 +42,7 @@ def _affinity(
     shape, config = plan.shape, plan.source.config
     groups = list(components(own_read(shape, plan.schedule, plan.tracks)))
     largest = max((group_bytes(shape, group, plan.tracks) for group in groups), default=0)
-    pair = 4 * max(map(shape.neuron_units, range(shape.layers))) ** 2
+    pair = 4 * max(map(shape.neuron_units, range(shape.layers))) ** 2 if groups else 0
     seconds, exact = (
         forward_seconds(one_layer(config, 1, device, one), one, length)
         for one in (dtype, "float32")  # the affinities' products are in fp32

@@ -183,8 +183,12 @@ def _prefixed(
     missing = [name for name in expected if name not in checkpoint.tensors]
     tails = {tail: name for name in missing for tail in (name, name.removeprefix(_BASE))}
     unwrapped = {_WRAPPERS.sub("", name): name for name in reversed(unknown)}
+    ends: dict[str, str] = {}
+    for one in reversed(unknown):
+        parts = one.split(".")
+        ends |= {".".join(parts[i:]): one for i in range(1, len(parts))}
     for tail, wanted in tails.items():
-        name = unwrapped.get(tail) or next((n for n in unknown if n.endswith("." + tail)), None)
+        name = unwrapped.get(tail) or ends.get(tail)
         if name is None:
             continue
         own = () if shape.wrapper is None else ("language_model",)

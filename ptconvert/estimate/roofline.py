@@ -237,12 +237,11 @@ def _mlp(shape: ModelShape, sublayer: Sublayer, cut: int, one: Pass) -> tuple[Pa
     evenly and apart from each other, of T tokens none goes to one with probability (1 - k/E)^T.
     """
     multiplied = read = _weights(shape, sublayer, cut)
-    neurons = shape.neurons
+    neurons = shape.passed_neurons(sublayer.layer)
     if shape.is_mixture(sublayer.layer):
         missed = (1 - shape.active_experts / shape.experts) ** one.total
         read = _weights(shape, sublayer, cut, shape.experts * (1 - missed))
         multiplied = _weights(shape, sublayer, cut, shape.active_experts)
-        neurons = shape.widest_mlp
     moved = one.total * (4 * shape.width + 4 * neurons / cut)
     size = _bytes(shape)
     batched = _batched(read, one) * size

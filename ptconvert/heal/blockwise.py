@@ -32,7 +32,7 @@ from ptconvert.measure.opening import schedule_of
 from ptconvert.modeling.model import MODELS
 from ptconvert.models.families import MODEL_TYPE_PREFIX
 from ptconvert.models.wrappers import decoder_prefix
-from ptconvert.runtime.load import compute_buffers, read_named, shape_of
+from ptconvert.runtime.load import compute_buffers, kept_dtype, read_named, shape_of
 from ptconvert.schedule.presets import dense_schedule, with_only
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.shorten import without_middle
@@ -126,7 +126,8 @@ class Pieces:
     def read(self, name: str) -> torch.Tensor:
         """A tensor of the checkpoint, on the device."""
         tensor = read_named(self.checkpoint, self.shape, name)
-        return tensor.to(device=self.device, dtype=self.dtype)
+        dtype = kept_dtype(self.model, name, self.dtype)
+        return tensor.to(device=self.device, dtype=dtype)
 
 
 def heal_blocks(

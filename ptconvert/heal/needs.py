@@ -30,7 +30,9 @@ from ptconvert.measure.one_layer import (
     one_layer,
     step_of,
 )
+from ptconvert.models.families import E
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ModelShape
+from ptconvert.models.wrappers import layer_of
 from ptconvert.runtime.load import shape_of
 
 T = TypeVar("T")
@@ -253,6 +255,17 @@ def _answering(pair: _Pair) -> Phase:
     )
 
 
+def is_of_experts(name: str, shape: ModelShape) -> bool:
+    """Whether a checkpoint's tensor is of routed experts, or says which tokens they get."""
+    layer = layer_of(name)
+    rules = () if layer is None or layer >= shape.layers else shape.rules_of(layer)
+    routed = [rule for rule in rules if E in rule.segments(0)]
+    stored = [part.name for rule in routed for part in rule.stored(1)]
+    begins = {one.partition(".experts.")[0] + ".experts." for one in stored if ".experts." in one}
+    exact = {one for one in stored if ".experts." not in one}
+    return any(begin in name for begin in begins) or any(name.endswith(f".{e}") for e in exact)
+
+
 def _end_to_end(pair: _Pair) -> Phase:
     shape, settings, layers = pair.shape, pair.settings, range(pair.shape.layers)
     batch, ranks = settings.batch_size, int(os.environ.get("WORLD_SIZE", "1"))
@@ -267,7 +280,9 @@ def _end_to_end(pair: _Pair) -> Phase:
         steps = pair.steps(settings.lora)
         if pair.section.assigned or pair.section.trained or settings.blockwise:
             apart = trained
-        sizes = [pair.student.tensors[name].shape for name in moves]
+        # experts and their routers are no linear layers of torch's, which peft adapts
+        linear = (name for name in moves if not is_of_experts(name, shape))
+        sizes = [pair.student.tensors[name].shape for name in linear]
         trained = sum(settings.lora * sum(size) for size in sizes if len(size) == 2)
     kept_answers = settings.top_k is not None
     frozen = still if settings.fsdp or kept_answers else apart

@@ -56,12 +56,13 @@ def write(
                 embedding = embedding_name(checkpoint.config["model_type"])
                 healed = healed | {HEAD: healed[embedding]} if embedding in healed else healed
             shape = shape_of(checkpoint)
-            for name, tensor in rounded(checkpoint, healed):
+            for name, tensor in healed.items():
                 for stored, part in split_named(shape, name, tensor):
                     entry = checkpoint.tensors[stored]
                     assert tuple(part.shape) == entry.shape, stored
                     copied = replace(entry, file=directory / entry.file.name)
-                    data = part.contiguous().flatten().view(torch.uint8).numpy()
+                    kept = part.to(TORCH_DTYPES[entry.dtype])
+                    data = kept.contiguous().flatten().view(torch.uint8).numpy()
                     write_arrays({stored: copied}, {stored: data}, lambda _: None)
             if healed:
                 config = as_json(trained_config(checkpoint.config))

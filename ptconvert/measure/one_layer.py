@@ -18,6 +18,7 @@ from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.config import converted_config
 from ptconvert.measure.divergence import loss_and_kl
 from ptconvert.measure.needs import Held, Place
+from ptconvert.models.families import FAMILIES
 from ptconvert.models.shape import ModelShape
 from ptconvert.models.wrappers import language_config
 from ptconvert.runtime.load import compute_buffers
@@ -54,13 +55,16 @@ def one_layer(config: Mapping[str, object], tracks: int, device: str, dtype: str
     cut: dict[str, object] = {**config, "num_hidden_layers": 1}
     if isinstance(kinds := config.get("layer_types"), list):
         cut["layer_types"] = kinds[:1]
+    mixture = {"first_k_dense_replace": 0, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    cut |= {key: mixture[key] for key in FAMILIES[str(config["model_type"])].dense}
     converted = converted_config(cut, spec, spec.schedule(), "one layer", Calibration(), {})
     with torch.device("meta"):
         model = AutoModel.from_config(AutoConfig.for_model(**converted)).eval()
     compute_buffers(model, device)
     model.layers.to_empty(device=device)
-    for weight in model.layers.parameters():
-        nn.init.normal_(weight, std=0.02)
+    for weight in (*model.layers.parameters(), *model.layers.buffers()):
+        if weight.is_floating_point():
+            nn.init.normal_(weight, std=0.02)
     model.layers.to(getattr(torch, dtype))
     return model.requires_grad_(False)
 
@@ -133,7 +137,8 @@ def in_a_layer(shape: ModelShape, tracks: int, length: int, number: int) -> int:
     """Bytes of one window while a layer runs with all tracks in this process: what is merged, what
     each track waits with, reads and gives; and in one track its norm in fp32 and its neurons."""
     streams = (3 * tracks + 3) * number + 2 * 4
-    return length * (streams * shape.width + 3 * number * shape.widest_mlp // tracks)
+    neurons = max(map(shape.passed_neurons, range(shape.layers)))
+    return length * (streams * shape.width + 3 * number * neurons // tracks)
 
 
 def head_seconds(vocabulary: int, width: int, dtype: str, device: str, tokens: int) -> float:

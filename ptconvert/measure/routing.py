@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ptconvert.modeling.layers import family_of
+from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX
 
 # By layer that is a mixture, the experts of each token: of each track, or one tensor.
 Chosen = dict[int, list[torch.Tensor]]
@@ -24,8 +24,10 @@ def watched(decoder: Any, wanted: bool) -> Iterator[Chosen]:
     what runs several times the last. Nothing where it isn't wanted."""
     found: Chosen = {}
     hooks = []
-    block = family_of(decoder.config).mlp.name if wanted else ""
-    for index, layer in enumerate(decoder.layers.children() if wanted else ()):
+    family = FAMILIES.get(decoder.config.model_type.removeprefix(MODEL_TYPE_PREFIX))
+    mixed = wanted and family is not None and family.experts
+    block = family.mlp.name if family else ""
+    for index, layer in enumerate(decoder.layers.children() if mixed else ()):
         held = layer.tracks.values() if hasattr(layer, "tracks") else [layer]
         mixtures = [getattr(getattr(own, block), "experts", None) for own in held]
         for track, experts in enumerate(mixtures):

@@ -178,8 +178,9 @@ class Family:
     other null. What sublayers add to the stream is multiplied by the config's `multiplier`, where
     there is one. Where layers' attention is of different kinds, config.json says which by
     `layer_types`, or by the key `full_every` of how many one has full attention; linear attention
-    is the block `linear`. With `experts` MLPs are mixtures of them, but where config.json says by
-    one of the keys `dense` that a layer has one.
+    is the block `linear`. Where one of the keys `experts` says how many there are, MLPs are
+    mixtures of them, but where one of the keys `dense` says that a layer has one. With `layer_more`
+    checkpoints hold a layer after the last, which predicts further tokens; it comes along.
     """
 
     model_type: str
@@ -192,10 +193,11 @@ class Family:
     linear: Block | None = None
     multiplier: str | None = None
     full_every: str | None = None
-    experts: bool = False
+    experts: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
     base_model: str = "Model"
     causal_lm: bool = True
+    layer_more: bool = False
     final_norm: tuple[str, ...] = ("norm.weight",)
     around: tuple[str, ...] = ()
 
@@ -626,7 +628,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     num_experts=128,
                     num_experts_per_tok=8,
                 ),
-                experts=True,
+                experts=("num_experts", "num_local_experts"),
                 dense=_DENSE_BY_STEP,
             ),
             Family(
@@ -645,9 +647,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                         replace(_ROUTER, apart=("block_sparse_moe.gate.weight",)),
                     ),
                 ),
-                _defaults(num_key_value_heads=8, num_experts=8, num_experts_per_tok=2),
+                _defaults(num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2),
                 nullable=("head_dim",),
-                experts=True,
+                experts=("num_local_experts", "num_experts"),
             ),
             Family(
                 "glm4_moe",
@@ -663,13 +665,14 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 _defaults(
                     num_key_value_heads=8,
                     moe_intermediate_size=1408,
-                    num_experts=128,
+                    n_routed_experts=128,
                     n_shared_experts=1,
                     num_experts_per_tok=8,
                     first_k_dense_replace=1,
                 ),
-                experts=True,
+                experts=("n_routed_experts", "num_local_experts"),
                 dense=("first_k_dense_replace",),
+                layer_more=True,
             ),
             Family(
                 "deepseek_v3",
@@ -687,14 +690,15 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     qk_nope_head_dim=128,
                     v_head_dim=128,
                     moe_intermediate_size=2048,
-                    num_experts=256,
+                    n_routed_experts=256,
                     n_shared_experts=1,
                     num_experts_per_tok=8,
                     first_k_dense_replace=3,
                 ),
                 nullable=("head_dim",),
-                experts=True,
+                experts=("n_routed_experts", "num_local_experts"),
                 dense=("first_k_dense_replace",),
+                layer_more=True,
             ),
             Family(
                 "qwen3_next",
@@ -719,7 +723,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ),
                 linear=_LINEAR_BLOCK,
                 full_every="full_attention_interval",
-                experts=True,
+                experts=("num_experts",),
                 dense=_DENSE_BY_STEP,
                 around=("mtp.",),
             ),
@@ -739,7 +743,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ),
                 linear=_LINEAR_BLOCK,
                 full_every="full_attention_interval",
-                experts=True,
+                experts=("num_experts",),
                 base_model="TextModel",
                 around=("mtp.",),
             ),

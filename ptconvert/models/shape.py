@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -162,7 +163,8 @@ class ModelShape:
     @property
     def around(self) -> tuple[str, ...]:
         """What the names of tensors begin with that are carried along."""
-        return (self.wrapper or self.family).around
+        more = (self.layer(self.layers),) if self.family.layer_more else ()
+        return (*(self.wrapper or self.family).around, *more)
 
     def layer(self, index: int) -> str:
         """What the names of a layer's tensors begin with."""
@@ -200,9 +202,12 @@ class ModelShape:
     def stored_as(self, names: Iterable[str]) -> ModelShape:
         """The same, of a checkpoint that has tensors of these names."""
         begins = {name.partition("{}")[0] for rule in self.family.layer for name in rule.apart}
-        expert = [begin for begin in begins if begin.endswith(".experts.")]
-        found = any(f"{begin}0." in name for name in names for begin in expert)
-        return replace(self, apart=found)
+        experts = "|".join(re.escape(b) for b in begins if b.endswith(".experts."))
+        if not experts:
+            return self
+        apart = re.compile(rf"layers\.(\d+)\.(?:tracks\.\d+\.)?(?:{experts})0\.")
+        own = (apart.search(name) for name in names if not name.startswith(self.around))
+        return replace(self, apart=any(m and int(m[1]) < self.layers for m in own))
 
     def parts_of(self, name: str) -> list[list[str]] | None:
         """What a tensor of the model is called in the checkpoint: for each expert, its parts; None
@@ -241,14 +246,12 @@ class ModelShape:
         routed = rule.is_cut and E in rule.segments(0)
         return self.active_experts / self.experts if routed else 1.0
 
-    @property
-    def widest_mlp(self) -> int:
-        """The most neurons that a token passes in a layer's MLP."""
+    def passed_neurons(self, layer: int) -> int:
+        """How many neurons a token passes in a layer's MLP."""
+        if not self.is_mixture(layer):
+            return self.neurons
         shared = self.shared_neurons + self.shared_experts_neurons
-        neurons = self.expert_neurons or self.neurons
-        mixed = self.active_experts * neurons + shared if self.experts else 0
-        dense = any(map(self.neuron_units, range(self.layers)))
-        return max(mixed, self.neurons if dense else 0)
+        return self.active_experts * (self.expert_neurons or self.neurons) + shared
 
     def attention_units(self, layer: int) -> int:
         """How many units of a layer's attention can go to one track or another: KV heads, or key
@@ -389,8 +392,12 @@ class ModelShape:
         axes = {part for r in used for a in range(len(r.axes)) for part in r.segments(a)}
         own = {name for axis in axes for name in (axis.count, axis.unit) if name is not None}
         own |= {n for whole, needed in _NEEDED.items() if whole in own for n in needed}
-        given = next((key for key in EXPERT_COUNTS if config.get(key) is not None), None)
-        keys = {**COUNTS, **SIZES, **({"experts": given} if given else {})}
+        keys = {**COUNTS, **SIZES}
+        if family.experts:
+            given = [key for key in family.experts if config.get(key) is not None]
+            if len({str(config[key]) for key in given}) > 1:
+                raise ConfigError(f"{where}: {' and '.join(given)} differ; they mean the same")
+            keys["experts"] = (given or family.experts)[0]
         others: dict[str, Any] = {
             name: size(key) for name, key in keys.items() if name in own - _EVERYWHERE
         }

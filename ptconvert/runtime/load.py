@@ -90,7 +90,7 @@ def load_rank(
         tensor = read_named(checkpoint, shape, name, part)
         if tensor.shape != parameter.shape:
             raise CheckpointError(f"{path}: {name} has shape {list(tensor.shape)}")
-        tensors[name] = tensor.to(dtype)
+        tensors[name] = tensor.to(kept_dtype(model, name, dtype))
     model.load_state_dict(tensors, strict=False, assign=True)
     compute_buffers(model, "cpu")
     if config.tie_word_embeddings and not overruled(checkpoint):
@@ -123,6 +123,13 @@ def _by_model(own: Any, module: Any) -> Iterator[tuple[Any, Any]]:
     yield own, module
     for child in module.children():
         yield from _by_model(own, child)
+
+
+def kept_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor is computed in where the model is in `dtype`: transformers keeps some in fp32,
+    such as the biases by which DeepSeek's routers choose."""
+    own = model._keep_in_fp32_modules_strict or ()
+    return torch.float32 if any(part in name for part in own) else dtype
 
 
 def read_named(
