@@ -33,7 +33,8 @@ _MROPE = {
 }
 
 
-def _text(variant: str, **more: Any) -> dict[str, Any]:
+def text_config(variant: str, **more: Any) -> dict[str, Any]:
+    """What a config says of a language model of one of VARIANTS."""
     family, settings = VARIANTS[variant]
     config_class = getattr(transformers, f"{family}ForCausalLM").config_class
     return {**_TEXT, **settings, **more, "model_type": config_class.model_type}
@@ -42,7 +43,7 @@ def _text(variant: str, **more: Any) -> dict[str, Any]:
 def _llava(**text: Any) -> Any:
     return transformers.LlavaConfig(
         vision_config={"model_type": "clip_vision_model", **_VISION, **_HEADS},
-        text_config=_text("llama", **text),
+        text_config=text_config("llama", **text),
         image_token_index=PICTURE,
     )
 
@@ -50,7 +51,7 @@ def _llava(**text: Any) -> Any:
 def _mistral3(**text: Any) -> Any:
     return transformers.Mistral3Config(
         vision_config={"model_type": "pixtral", **_VISION, **_HEADS, "head_dim": 8},
-        text_config=_text("ministral3", **text),
+        text_config=text_config("ministral3", **text),
         image_token_index=PICTURE,
         tie_word_embeddings=False,
     )
@@ -60,7 +61,7 @@ def _internvl(**text: Any) -> Any:
     sizes = {**_HEADS, "patch_size": [_PATCH] * 2, "image_size": [16, 16]}
     return transformers.InternVLConfig(
         vision_config={"model_type": "internvl_vision", **_VISION, **sizes},
-        text_config=_text("qwen2", **text),
+        text_config=text_config("qwen2", **text),
         image_token_id=PICTURE,
     )
 
@@ -77,7 +78,7 @@ def _qwen3_5(**text: Any) -> Any:
     rope = {**_MROPE, "partial_rotary_factor": 0.5}
     return transformers.Qwen3_5Config(
         vision_config=_QWEN_VISION,
-        text_config=_text("qwen3_5_text", head_dim=16, rope_parameters=rope, **text),
+        text_config=text_config("qwen3_5_text", head_dim=16, rope_parameters=rope, **text),
         **_QWEN_IDS,
     )
 
@@ -86,7 +87,7 @@ def _qwen3_5_moe(**text: Any) -> Any:
     rope = {**_MROPE, "partial_rotary_factor": 0.5}
     return transformers.Qwen3_5MoeConfig(
         vision_config=_QWEN_VISION,
-        text_config=_text("qwen3_5_moe_text", head_dim=16, rope_parameters=rope, **text),
+        text_config=text_config("qwen3_5_moe_text", head_dim=16, rope_parameters=rope, **text),
         **_QWEN_IDS,
     )
 

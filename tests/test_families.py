@@ -69,7 +69,11 @@ def test_every_family_is_tested() -> None:
 def test_the_table_cuts_what_the_classes_do(variant: str, tracks: int, kv_heads: int) -> None:
     """A dense layer and a track's layer differ where the table cuts, by as much, nowhere else."""
     config = config_of(variant, num_key_value_heads=kv_heads)
-    shape = ModelShape.from_config(config.to_dict())
+    check_table(ModelShape.from_config(config.to_dict()), config, tracks)
+
+
+def check_table(shape: ModelShape, config: Any, tracks: int) -> None:
+    """Compares a shape's rules with the classes of a language model's config."""
     for layer in range(shape.layers):
         with torch.device("meta"):
             dense = layer_class(config)(config, layer)

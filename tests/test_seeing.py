@@ -12,10 +12,10 @@ import pytest
 import seeing
 import torch
 import transformers
-from conftest import WITHOUT_PTCONVERT, Convert, load, spec_text
+from conftest import WITHOUT_PTCONVERT, Convert, load, randomised, spec_text
 from reference import reference_logits
 from safetensors.torch import load_file, save_file
-from test_families import shapes
+from test_families import check_table
 from test_modeling import SCHEDULES, TOLERANCE
 from test_transform import back, same, tensors
 
@@ -25,7 +25,7 @@ from ptconvert.convert.transform import plan_conversion
 from ptconvert.errors import CheckpointError, ConfigError
 from ptconvert.measure.opening import open_model, schedule_of
 from ptconvert.modeling.executor import OneProcess
-from ptconvert.modeling.layers import Placement, TrackConfig, layer_class
+from ptconvert.modeling.layers import Placement
 from ptconvert.modeling.model import MODELS
 from ptconvert.models.shape import ModelShape
 from ptconvert.models.wrappers import WRAPPERS, language_config
@@ -70,14 +70,7 @@ def test_every_wrapper_is_here() -> None:
 def test_the_table_cuts_what_the_classes_do(name: str, tracks: int) -> None:
     """As for the families that are there alone (tests/test_families.py)."""
     whole = seeing.CONFIGS[name]()
-    shape, config = ModelShape.from_config(whole.to_dict()), whole.text_config
-    for layer in range(shape.layers):
-        with torch.device("meta"):
-            dense = layer_class(config)(config, layer)
-            track = layer_class(config)(TrackConfig(config, tracks), layer)
-        rules = {rule.name: rule for rule in shape.rules_of(layer)}
-        assert shapes(dense) == {n: shape.size(rule) for n, rule in rules.items()}
-        assert shapes(track) == {n: shape.share(rule, tracks) for n, rule in rules.items()}
+    check_table(ModelShape.from_config(whole.to_dict()), whole.text_config, tracks)
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
@@ -209,6 +202,30 @@ def test_the_models_own_tensors_beside_the_language_model(convert: Convert, tmp_
     assert same({n: tensors(path)[n] for n in more}, more)
     open_model(open_checkpoint(path), "float32", "cpu")  # nothing of it is unexpected
     assert same(tensors(back(path, tmp_path / "back")), tensors(source))
+
+
+def test_experts_within_a_wrapper_that_may_have_others(convert: Convert, tmp_path: Path) -> None:
+    """As InternVL 3.5's largest have Qwen3's."""
+    config = seeing.CONFIGS["internvl"]().to_dict()
+    config["text_config"] = seeing.text_config("qwen3_moe")
+    whole = transformers.InternVLConfig.from_dict(config)
+    torch.manual_seed(0)
+    model = transformers.InternVLForConditionalGeneration(whole)
+    randomised(model, torch.float32).save_pretrained(tmp_path / "source")
+    source, inputs = tmp_path / "source", looking("internvl")
+    assert any(".experts.0." in name for name in tensors(source))
+    path = convert(source, 2, SCHEDULES["track-2-rest"])
+    expected = reference_logits(
+        opened(source),
+        str(schedule_of(open_checkpoint(path))),
+        2,
+        inputs["input_ids"],
+        inputs=inputs,
+    )
+    assert apart(logits(path, inputs), expected, inputs) < TOLERANCE
+    opened(path).save_pretrained(tmp_path / "again")
+    assert same(tensors(tmp_path / "again"), tensors(path))
+    assert same(tensors(back(path, tmp_path / "back")), seeing.under_todays_names(tensors(source)))
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "llava"])

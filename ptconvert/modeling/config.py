@@ -34,10 +34,10 @@ def register_layouts() -> None:
     """Makes transformers open converted checkpoints that hold experts apart, which it has fused in
     memory, as it opens their sources; and save them so."""
     for name, config_class in CONFIGS.items():
-        text = FAMILIES[WRAPPERS[name].text] if name in WRAPPERS else FAMILIES[name]
-        if not text.experts:
+        if name in FAMILIES and not FAMILIES[name].experts:
             continue
-        of_source = conversion_mapping.get_checkpoint_conversion_mapping(text.model_type) or ()
+        text = name if name in FAMILIES else "qwen3_moe"  # whose names all that are wrapped have
+        of_source = conversion_mapping.get_checkpoint_conversion_mapping(text) or ()
         # but what finds a language model in the checkpoint of a whole one
         mapping = [m for m in of_source if type(m).__name__ != "PrefixChange"]
         conversion_mapping.register_checkpoint_conversion_mapping(
