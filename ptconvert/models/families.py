@@ -434,6 +434,11 @@ _HYBRID_DEFAULTS = _defaults(
     linear_conv_kernel_dim=4,
     full_attention_interval=4,
 )
+_MIXED_DEFAULTS = {
+    **_HYBRID_DEFAULTS,
+    **{"num_key_value_heads": 2, "moe_intermediate_size": 512},
+    "shared_expert_intermediate_size": 512,
+}
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -711,16 +716,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     *_QWEN_EXPERTS,
                     *_QWEN_SHARED,
                 ),
-                _defaults(
-                    **{
-                        **_HYBRID_DEFAULTS,
-                        "num_key_value_heads": 2,
-                        "moe_intermediate_size": 512,
-                        "shared_expert_intermediate_size": 512,
-                        "num_experts": 512,
-                        "num_experts_per_tok": 10,
-                    }
-                ),
+                _defaults(**_MIXED_DEFAULTS, num_experts=512, num_experts_per_tok=10),
                 linear=_LINEAR_BLOCK,
                 full_every="full_attention_interval",
                 experts=("num_experts",),
@@ -731,16 +727,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "qwen3_5_moe_text",
                 "Qwen3_5Moe",
                 (*_NORMS, *_GATED_ATTENTION, *_linear_rules(), *_QWEN_EXPERTS, *_QWEN_SHARED),
-                _defaults(
-                    **{
-                        **_HYBRID_DEFAULTS,
-                        "num_key_value_heads": 2,
-                        "moe_intermediate_size": 512,
-                        "shared_expert_intermediate_size": 512,
-                        "num_experts": 256,
-                        "num_experts_per_tok": 8,
-                    }
-                ),
+                _defaults(**_MIXED_DEFAULTS, num_experts=256, num_experts_per_tok=8),
                 linear=_LINEAR_BLOCK,
                 full_every="full_attention_interval",
                 experts=("num_experts",),

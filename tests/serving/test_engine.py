@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import seeing
 import transformers
+from conftest import spec_text
 from engines import MIXED, greedy, make_model
 
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.engines.verify import TOLERANCE
 from ptconvert.engines.vllm.families import SERVED
+from ptconvert.spec.document import parse_spec
 
 WORDS = [f"w{i}" for i in range(94)]
 LIMIT_SECONDS = 400
@@ -64,6 +69,17 @@ def test_what_cannot_be_served_is_refused_by_name(
     with pytest.raises(ValueError, match=words[0]) as refused:
         EngineArgs(str(checkpoint), **arguments).create_engine_config()
     assert all(word in str(refused.value) for word in words)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe", "llava"])
+def test_what_sees_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    from vllm import EngineArgs
+
+    source = open_checkpoint(seeing.save(name, tmp_path / "source"))
+    spec = parse_spec(spec_text(2, "use: parallel_track, depth: 2"), "spec.yaml")
+    execute(plan_conversion(source, spec, source_name="source"), tmp_path / "model")
+    with pytest.raises(ValueError, match=f"a converted {name} isn't served in vLLM"):
+        EngineArgs(str(tmp_path / "model")).create_engine_config()
 
 
 def test_context_parallelism_is_refused(tmp_path: Path) -> None:
