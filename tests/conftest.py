@@ -190,14 +190,20 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory) -> MakeDense:
     return make
 
 
-def byte_level(make_dense: MakeDense, path: Path) -> Path:
-    """A random dense model with a tokenizer of bytes, at `path`."""
-    shutil.copytree(make_dense(vocab_size=260, max_position_embeddings=256, eos_token_id=0), path)
+def bytes_as_tokens(more: dict[str, int]) -> Tokenizer:
+    """A tokenizer of bytes, whose ids follow that of the end of a text, and more tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0} | {c: i for i, c in enumerate(alphabet, 1)}
+    vocabulary = {"<|endoftext|>": 0} | {c: i for i, c in enumerate(alphabet, 1)} | more
     bpe = Tokenizer(models.BPE(vocabulary, []))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
+def byte_level(make_dense: MakeDense, path: Path) -> Path:
+    """A random dense model with a tokenizer of bytes, at `path`."""
+    shutil.copytree(make_dense(vocab_size=260, max_position_embeddings=256, eos_token_id=0), path)
+    bpe = bytes_as_tokens({})
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
     ).save_pretrained(path)

@@ -7,15 +7,15 @@ all but LLaVA's; its image processor, which doesn't, is what makes the pixels he
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from conftest import SCALES, SIZES, VARIANTS, randomised
+from conftest import SCALES, SIZES, VARIANTS, bytes_as_tokens, randomised
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 PICTURE = 300  # the id of a picture's places
 _PATCH = 4
@@ -74,20 +74,11 @@ def _qwen3_vl(**text: Any) -> Any:
     )
 
 
-def _qwen3_5(**text: Any) -> Any:
+def _qwen3_5(config_class: Any, variant: str, **text: Any) -> Any:
     rope = {**_MROPE, "partial_rotary_factor": 0.5}
-    return transformers.Qwen3_5Config(
+    return config_class(
         vision_config=_QWEN_VISION,
-        text_config=text_config("qwen3_5_text", head_dim=16, rope_parameters=rope, **text),
-        **_QWEN_IDS,
-    )
-
-
-def _qwen3_5_moe(**text: Any) -> Any:
-    rope = {**_MROPE, "partial_rotary_factor": 0.5}
-    return transformers.Qwen3_5MoeConfig(
-        vision_config=_QWEN_VISION,
-        text_config=text_config("qwen3_5_moe_text", head_dim=16, rope_parameters=rope, **text),
+        text_config=text_config(variant, head_dim=16, rope_parameters=rope, **text),
         **_QWEN_IDS,
     )
 
@@ -97,8 +88,8 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "mistral3": _mistral3,
     "internvl": _internvl,
     "qwen3_vl": _qwen3_vl,
-    "qwen3_5": _qwen3_5,
-    "qwen3_5_moe": _qwen3_5_moe,
+    "qwen3_5": partial(_qwen3_5, transformers.Qwen3_5Config, "qwen3_5_text"),
+    "qwen3_5_moe": partial(_qwen3_5, transformers.Qwen3_5MoeConfig, "qwen3_5_moe_text"),
 }
 _MODELS = {
     "llava": transformers.LlavaForConditionalGeneration,
@@ -133,11 +124,7 @@ def seeing_model(name: str, dtype: torch.dtype = torch.float32, **text: Any) -> 
 def save(name: str, path: Path, **options: Any) -> Path:
     """The same as a checkpoint, with a tokenizer of bytes and what makes pixels of pictures."""
     seeing_model(name, **options).save_pretrained(path)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0} | {c: i for i, c in enumerate(alphabet, 1)}
-    bpe = Tokenizer(models.BPE(vocabulary | {f"<{i}>": i for i in range(257, 300)}, []))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
+    bpe = bytes_as_tokens({f"<{i}>": i for i in range(257, 300)})
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token="<|endoftext|>",

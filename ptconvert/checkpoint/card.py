@@ -9,6 +9,7 @@ import yaml
 
 from ptconvert.checkpoint.compensations import COMPENSATIONS
 from ptconvert.models.shape import ModelShape
+from ptconvert.models.wrappers import opened_by
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import Spec
@@ -48,7 +49,7 @@ def model_card(
         metadata["base_model"] = source_name
     before, after = dense_schedule(shape.layers).counts, schedule.counts
     carries = shape.bytes_per_token
-    opened_by = "AutoModelForImageTextToText" if shape.wrapper else "AutoModelForCausalLM"
+    auto = opened_by(shape.model_type)
     added = "".join(c.card(values[c.key]) for c in COMPENSATIONS if values.get(c.key))
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).rstrip()}
@@ -69,9 +70,9 @@ Open it with transformers, with ptconvert installed and imported or with `trust_
 
 ```python
 import ptconvert
-from transformers import {opened_by}
+from transformers import {auto}
 
-model = {opened_by}.from_pretrained("{name}")
+model = {auto}.from_pretrained("{name}")
 ```
 
 {_SCHEDULE}

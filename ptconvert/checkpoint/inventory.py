@@ -12,7 +12,7 @@ from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, same_bytes
 from ptconvert.errors import CheckpointError, ConfigError
 from ptconvert.models.families import CARRIED_BUFFERS
 from ptconvert.models.shape import DTYPE_BYTES, HEAD, ModelShape, is_tied
-from ptconvert.models.wrappers import OPTIONAL, TIED, embedding_name
+from ptconvert.models.wrappers import OPTIONAL, TIED, embedding_name, opened_by
 from ptconvert.shorten import few
 
 _BASE = "model."  # transformers' name of the model without lm_head in the one with it
@@ -137,11 +137,10 @@ def check_tensors(
     if faults and (prefixed := _prefixed(checkpoint, expected, unknown, shape)):
         raise CheckpointError(f"{checkpoint.path}: {prefixed}")
     advice = ""
-    auto = "AutoModelForImageTextToText" if shape.wrapper else "AutoModelForCausalLM"
     if unknown and not faults:
         advice = (
             "; transformers leaves out what it doesn't know, so open the model with "
-            f"{auto}, save_pretrained it, and convert that"
+            f"{opened_by(shape.model_type)}, save_pretrained it, and convert that"
         )
     faults += [f"{name} is not a tensor of {shape.model_type}" for name in unknown]
     if faults:

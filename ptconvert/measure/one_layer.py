@@ -55,6 +55,7 @@ def one_layer(config: Mapping[str, object], tracks: int, device: str, dtype: str
     cut: dict[str, object] = {**config, "num_hidden_layers": 1}
     if isinstance(kinds := config.get("layer_types"), list):
         cut["layer_types"] = kinds[:1]
+    # where layers differ, one of those with experts, which most are and which take longer
     mixture = {"first_k_dense_replace": 0, "decoder_sparse_step": 1, "mlp_only_layers": []}
     cut |= {key: mixture[key] for key in FAMILIES[str(config["model_type"])].dense}
     converted = converted_config(cut, spec, spec.schedule(), "one layer", Calibration(), {})

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoTokenizer
 
 import ptconvert
 from ptconvert.checkpoint.reader import Checkpoint
@@ -15,7 +16,7 @@ from ptconvert.checkpoint.section import SECTION, read_section
 from ptconvert.errors import CheckpointError, EvaluationError, first_line
 from ptconvert.modeling.model import CAUSAL_LMS
 from ptconvert.models.families import CARRIED_BUFFERS
-from ptconvert.models.wrappers import wrapper_of
+from ptconvert.models.wrappers import opened_by
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.shorten import few
@@ -34,8 +35,7 @@ def is_dense(checkpoint: Checkpoint) -> bool:
 
 def auto_class(checkpoint: Checkpoint) -> Any:
     """Which of transformers' Auto classes opens a checkpoint."""
-    around = wrapper_of(checkpoint.config.get("model_type"))
-    return AutoModelForCausalLM if around is None else AutoModelForImageTextToText
+    return getattr(transformers, opened_by(checkpoint.config.get("model_type")))
 
 
 def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:

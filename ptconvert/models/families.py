@@ -88,7 +88,8 @@ SIZES = MappingProxyType(
         "shared_experts": "n_shared_experts",
     }
 )
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # all mean the same
+# By one of these a config.json says that it is of a mixture, whatever the family.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # What a layer is, of what its family has: of its attention as config.json calls it, of its MLP.
 FULL, LINEAR = "full_attention", "linear_attention"
 DENSE, EXPERTS = "one MLP", "experts"
@@ -750,7 +751,7 @@ def named(model_type: str) -> Family:
 
 
 _MOE = "its mixture of experts is none that is known here"
-_LATENT = "its attention goes through a latent that all heads share (MLA), which isn't known here"
+_LATENT = "its attention goes through latents (MLA) that differ from those of deepseek_v3"
 _ROUTED_BIAS = "its experts' output biases are weighed by the router, so no track can own them"
 _POST_NORM = (
     "it norms each sublayer's output (post-norm), and a norm of a sum is not the sum of norms, "

@@ -102,6 +102,12 @@ def wrapper_of(model_type: object) -> Wrapper | None:
     return WRAPPERS.get(str(model_type).removeprefix(MODEL_TYPE_PREFIX))
 
 
+def opened_by(model_type: object) -> str:
+    """Which of transformers' Auto classes opens a model whole."""
+    whole = wrapper_of(model_type) is not None
+    return "AutoModelForImageTextToText" if whole else "AutoModelForCausalLM"
+
+
 def decoder_prefix(model_type: object) -> str:
     """What the names of the language model's tensors begin with, but that of lm_head."""
     return "model." if wrapper_of(model_type) is None else "model.language_model."
