@@ -101,6 +101,27 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "cwm": ("Cwm", {"head_dim": 8}),
     "gemma": ("Gemma", {"head_dim": 8}),
     "jais2": ("Jais2", {"head_dim": 8}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5, "attention_bias": True},
+    ),
+    "gemma3_text": (
+        "Gemma3",
+        {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5, "attention_bias": True},
+    ),
+    "glm4": ("Glm4", {"head_dim": 8}),
+    "exaone4": ("Exaone4", {"sliding_window": 5}),
+    "hyperclovax": (
+        "HyperCLOVAX",
+        {
+            **{"residual_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+            **{"head_dim": 8, "attention_bias": True, "mlp_bias": True},
+        },
+    ),
+    "hyperclovax-no-norms-after": (
+        "HyperCLOVAX",
+        {"head_dim": 8, "use_post_norm": False, "residual_multiplier": 0.4, "mlp_bias": True},
+    ),
     "qwen3_5_text": ("Qwen3_5", HYBRID),
     "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 8, "mlp_only_layers": [1]}),
     "mixtral": (

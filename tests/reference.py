@@ -21,16 +21,32 @@ Guesses = dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.T
 
 
 @dataclass
+class Written:
+    """What a sublayer wrote: each track's partial, and what each sees of its own before the merge,
+    both TBSD, and the output bias (BSD). `after` norms the sum with the bias, where the model has
+    such a norm."""
+
+    partial: torch.Tensor
+    seen: torch.Tensor
+    common: torch.Tensor
+    after: Any
+
+    def joins(self, weight: float) -> torch.Tensor:
+        """What joins the stream (BSD)."""
+        total_BSD = weight * self.partial.sum(0) + self.common
+        return total_BSD if self.after is None else self.after(total_BSD)
+
+
+@dataclass
 class Flight:
     """An all-reduce in flight; `left` counts the stages still to run before its merge.
 
-    `total` and `common` are BSD, `seen` (own parts and guesses) is TBSD.
+    `total` is BSD, `seen` (own parts and guesses) is TBSD.
     """
 
     left: int
     total: torch.Tensor
     seen: torch.Tensor
-    common: torch.Tensor
 
 
 @torch.no_grad()
@@ -66,14 +82,33 @@ def ended(model: Any, base_BSD: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+def norm_after(layer: Any, name: str) -> Any:
+    """What the output of a dense sublayer goes through before it joins the stream, or None."""
+    names = ("post_self_attn_layernorm", "post_norm1")
+    if name != "a":
+        names = ("post_mlp_layernorm", "post_norm2", "post_feedforward_layernorm")
+    elif hasattr(layer, "post_feedforward_layernorm"):
+        names = ("post_attention_layernorm",)
+    found = [getattr(layer, one) for one in names if hasattr(layer, one)]
+    if not found or isinstance(found[0], torch.nn.Identity):
+        return None
+    return lambda x_BSD: getattr(layer, "residual_multiplier", 1.0) * found[0](x_BSD)
+
+
 def parts(layer: Any, name: str) -> tuple[Any, Any, Any]:
     """The norm, the block and the output projection of a dense sublayer."""
+    if hasattr(layer, "post_feedforward_layernorm") and not hasattr(layer, "input_layernorm"):
+        norm = torch.nn.Identity()
+        if name == "a":
+            return norm, layer.self_attn, layer.self_attn.o_proj
+        return norm, layer.mlp, layer.mlp.down_proj
     if name == "a":
         norm = getattr(layer, "attention_layernorm", None) or layer.input_layernorm
         if hasattr(layer, "linear_attn"):
             return norm, layer.linear_attn, layer.linear_attn.out_proj
         return norm, layer.self_attn, layer.self_attn.o_proj
-    norm = getattr(layer, "feedforward_layernorm", None) or layer.post_attention_layernorm
+    before = ("feedforward_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm")
+    norm = next(getattr(layer, one) for one in before if hasattr(layer, one))
     return norm, layer.mlp, getattr(layer.mlp, "c_proj", None) or layer.mlp.down_proj
 
 
@@ -109,7 +144,9 @@ def sublayer_partials(
         partials.append(linear(own, projection.weight))
     bias = projection.bias
     common = torch.zeros_like(partials[0]) if bias is None else bias.expand_as(partials[0])
-    scale = getattr(layer, "residual_multiplier", 1.0)  # Granite's
+    scale = 1.0
+    if norm_after(layer, sublayer[0]) is None:
+        scale = getattr(layer, "residual_multiplier", 1.0)  # Granite's
     return scale * torch.stack(partials), scale * common
 
 
@@ -128,11 +165,31 @@ def mixture_partials(layer: Any, x_TBSD: torch.Tensor) -> tuple[torch.Tensor, to
     return torch.stack(partials), torch.zeros_like(partials[0])
 
 
+def written(
+    model: Any,
+    sublayer: str,
+    x_TBSD: torch.Tensor,
+    extra: dict[str, Any],
+    common_weight: float,
+    own_scale: float | None,
+) -> Written:
+    """What a sublayer writes. Of its own part of what is normed a track sees the norm, times the
+    scale, which is 1 over the root of their number if it isn't given."""
+    partial_TBSD, common_BSD = sublayer_partials(model, sublayer, x_TBSD, extra)
+    after = norm_after(model.get_decoder().layers[int(sublayer[1:])], sublayer[0])
+    seen_TBSD = partial_TBSD
+    if after is not None:
+        scale = len(x_TBSD) ** -0.5 if own_scale is None else own_scale
+        seen_TBSD = scale * torch.stack([after(partial) for partial in partial_TBSD])
+    return Written(partial_TBSD, seen_TBSD, common_weight * common_BSD, after)
+
+
 def guessed(
     model: Any, sublayer: str, x_TBSD: torch.Tensor, partial_TBSD: torch.Tensor, guesses: Guesses
 ) -> torch.Tensor:
     """What each track takes the others' partials of a sublayer to be, (T, B, S, D): V (A x + B p)
-    + b of its normed input x and its own partial p, by four tensors for each track."""
+    + b of its normed input x and what it sees of its own partial, p, by four tensors for each
+    track."""
     layer = model.get_decoder().layers[int(sublayer[1:])]
     norm, _, _ = parts(layer, sublayer[0])
     found = []
@@ -153,12 +210,13 @@ def reference_logits(
     common_weight: float = 1.0,
     guesses: Guesses | None = None,
     inputs: dict[str, torch.Tensor] | None = None,
+    own_scale: float | None = None,
 ) -> torch.Tensor:
     """Logits (B, S, vocabulary) of a dense eager-attention model under a schedule's text.
 
     `keep_BS` is 0 for padding; `inputs` are those of a model that is given more than tokens.
     `common_weight` is 1; negative controls count biases otherwise. `guesses` are by sublayer, such
-    as a3.
+    as a3; `own_scale` is that of every sublayer whose sum is normed.
     """
     keep_BS = torch.ones_like(ids_BS) if keep_BS is None else keep_BS
     positions = (keep_BS.cumsum(-1) - 1).clamp(min=0)
@@ -166,45 +224,43 @@ def reference_logits(
     base_BSD, extras, between = layer_inputs(model, inputs or tokens)
     done: list[str] = []
     whole = 0  # layers of which both sublayers were run, and all before
-    waited_TBSD = torch.zeros(tracks, *base_BSD.shape)
-    waited_guess_TBSD = torch.zeros_like(waited_TBSD)
-    waited_common = torch.zeros_like(base_BSD)
+    waited: list[Written] = []
+    nothing_TBSD = torch.zeros(tracks, *base_BSD.shape)
+    waited_guess_TBSD = nothing_TBSD
     flights: list[Flight] = []
     for word in schedule.split():
         match = re.fullmatch(r"([am0-9|]+)([!.~^])(\d*)", word)
         assert match is not None
         names, ending, lag = match[1].split("|"), match[2], int(match[3] or 0)
-        x_TBSD = base_BSD + waited_TBSD + waited_guess_TBSD + sum(f.seen for f in flights)
-        own_TBSD, common_BSD = torch.zeros_like(waited_TBSD), waited_common
+        x_TBSD = base_BSD + nothing_TBSD + sum(w.seen for w in waited)
+        x_TBSD = x_TBSD + waited_guess_TBSD + sum(f.seen for f in flights)
+        own = []
         for name in names:
             extra = extras[int(name[1:])]
-            partial_TBSD, bias_BSD = sublayer_partials(model, name, x_TBSD, extra)
-            own_TBSD = own_TBSD + partial_TBSD
+            own.append(written(model, name, x_TBSD, extra, common_weight, own_scale))
             if guesses is not None and name in guesses:
-                guess_TBSD = guessed(model, name, x_TBSD, partial_TBSD, guesses)
+                guess_TBSD = guessed(model, name, x_TBSD, own[-1].seen, guesses)
                 waited_guess_TBSD = waited_guess_TBSD + guess_TBSD
-            common_BSD = common_BSD + common_weight * bias_BSD
         for flight in flights:
             flight.left -= 1
-        pending_TBSD = waited_TBSD + own_TBSD
         if ending == ".":
-            waited_TBSD, waited_common = pending_TBSD, common_BSD
+            waited += own
         else:
             weight = 1 / tracks if deferred == "mean" else 1.0
-            sum_BSD = (weight * waited_TBSD + own_TBSD).sum(0)
-            seen = torch.zeros_like(pending_TBSD)
+            total_BSD = sum(w.joins(weight) for w in waited) + sum(w.joins(1.0) for w in own)
+            seen_TBSD = nothing_TBSD
             if ending == "^":
-                seen = pending_TBSD + waited_guess_TBSD
-            waited_guess_TBSD = torch.zeros_like(waited_guess_TBSD)
-            flights.append(Flight(lag, sum_BSD, seen, common_BSD))
-            waited_TBSD, waited_common = torch.zeros_like(own_TBSD), torch.zeros_like(base_BSD)
+                seen_TBSD = sum(w.seen for w in waited + own) + waited_guess_TBSD
+            waited_guess_TBSD = nothing_TBSD
+            flights.append(Flight(lag, total_BSD, seen_TBSD))
+            waited = []
         for flight in [f for f in flights if f.left == 0]:
-            base_BSD = base_BSD + flight.total + flight.common
+            base_BSD = base_BSD + flight.total
         flights = [f for f in flights if f.left > 0]
         done += names
         while between and len([name for name in done if int(name[1:]) <= whole]) == 2 * whole + 2:
             base_BSD = base_BSD + between.pop(0)
             whole += 1
     for flight in flights:
-        base_BSD = base_BSD + flight.total + flight.common
+        base_BSD = base_BSD + flight.total
     return ended(model, base_BSD)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from torch import nn
 from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
 from ptconvert.checkpoint.calibration import Assignment
 from ptconvert.measure.progress import Progress
-from ptconvert.modeling.layers import multiplied
-from ptconvert.models.families import D
+from ptconvert.modeling.layers import multiplied, norm_after
+from ptconvert.models.families import Block, D
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
@@ -40,13 +40,17 @@ class Activity:
 
     `written` are second moments of what the output projection reads, within each unit: (U, m, m)
     with m channels per unit. `read` are squares of the input projections' rows, `inverse` those of
-    the norm's factor: of what it divides its input by.
+    the norms' factors: of what each divides its input by, by its name.
     """
 
     written: torch.Tensor
     read: dict[str, torch.Tensor]
-    inverse: float = 0.0
+    inverse: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
+
+    def scale(self, norm: str | None) -> float:
+        """The mean square of a norm's factor; 1 where there is none."""
+        return 1.0 if norm is None else self.inverse[norm] / self.tokens
 
 
 @torch.inference_mode()
@@ -89,11 +93,15 @@ def _hooked(
         activity.written += torch.einsum("pum,pun->umn", h_PUm, h_PUm)
         activity.tokens += len(h_PUm)
 
-    def normed(norm: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        norm_P = inputs[0].float().var(-1, correction=0)
-        if not isinstance(norm, nn.LayerNorm):  # which takes the mean away first
-            norm_P = inputs[0].float().pow(2).mean(-1)
-        activity.inverse += float((1 / (norm_P + _epsilon(norm))).sum())
+    def normed(name: str) -> Any:
+        def hook(norm: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            norm_P = inputs[0].float().var(-1, correction=0)
+            if not isinstance(norm, nn.LayerNorm):  # which takes the mean away first
+                norm_P = inputs[0].float().pow(2).mean(-1)
+            inverse = float((1 / (norm_P + _epsilon(norm))).sum())
+            activity.inverse[name] = activity.inverse.get(name, 0.0) + inverse
+
+        return hook
 
     def reader(name: str) -> Any:
         def read(_: Any, __: Any, out: torch.Tensor) -> None:
@@ -102,13 +110,17 @@ def _hooked(
 
         return read
 
-    hooks = [
-        output.register_forward_pre_hook(wrote),
-        getattr(layer, block.norm).register_forward_pre_hook(normed),
-    ]
+    hooks = [output.register_forward_pre_hook(wrote)]
+    for norm in filter(None, (block.norm, _after(layer, block))):
+        hooks.append(getattr(layer, norm).register_forward_pre_hook(normed(norm)))
     for name in dict.fromkeys(name for name, *_ in _inputs(shape, sublayer)):
         hooks.append(layer.get_submodule(name).register_forward_hook(reader(name)))
     return activity, hooks
+
+
+def _after(layer: Any, block: Block) -> str | None:
+    """The norm of what joins the stream, if there is one."""
+    return None if norm_after(layer, block) is None else block.after
 
 
 def _epsilon(norm: Any) -> float:
@@ -167,10 +179,12 @@ def affinity(
     columns_DK = _columns(layers[writer[0].layer], shape, *writer)
     sublayer, activity = reader
     layer, block = layers[sublayer.layer], shape.block(sublayer)
-    gain_D = _gain(getattr(layer, block.norm))
+    gain_D = torch.ones(shape.width, device=columns_DK.device)
+    if block.norm is not None:
+        gain_D = _gain(getattr(layer, block.norm))
     units, writers = len(activity.written), len(writer[1].written)
     importance_U = _columns(layer, shape, *reader).pow(2).sum(0).view(units, -1).sum(1)
-    scale = activity.inverse / activity.tokens
+    scale = activity.scale(block.norm)
     found = torch.zeros(units, writers, device=gain_D.device)
     for name, start, stop, count in _inputs(shape, sublayer):
         rows_RD = layer.get_submodule(name).weight[start:stop].float() * gain_D
@@ -184,10 +198,14 @@ def affinity(
 
 
 def _columns(layer: Any, shape: ModelShape, sublayer: Sublayer, activity: Activity) -> torch.Tensor:
-    """What the units write, as columns (D, K) whose outer products sum to the second moments."""
+    """What the units write, as columns (D, K) whose outer products sum to the second moments. A
+    norm after it gives all tokens' outputs one size; its factor is taken for the same for all."""
     block = shape.block(sublayer)
     weight_DH = getattr(getattr(layer, block.name), block.output).weight.float()
     weight_DH = multiplied(layer, shape.family, weight_DH)
+    if (after := _after(layer, block)) is not None:
+        factor = math.sqrt(activity.scale(after))
+        weight_DH = weight_DH * (factor * _gain(getattr(layer, after)))[:, None]
     values, vectors = torch.linalg.eigh(activity.written / activity.tokens)
     roots_Umm = vectors * values.clamp(min=0).sqrt()[:, None, :]
     weight_DUm = weight_DH.view(len(weight_DH), len(roots_Umm), -1)

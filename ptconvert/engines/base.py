@@ -200,7 +200,7 @@ class ServedPass:
     def boundary(
         self,
         step: Step,
-        streams: Streams,  # noqa: ARG002 - all-reduces in flight are the engine's here
+        streams: Streams,  # all-reduces in flight are the engine's here
         local_BSD: torch.Tensor,
     ) -> torch.Tensor | None:
         # Earlier ones first: they are ready soonest, and a blocking one beside them would only
@@ -213,6 +213,9 @@ class ServedPass:
         if step.launches and not step.overlapped:
             reduced_TD = self.serving.all_reduce(local_BSD)
             merged_TD = reduced_TD if merged_TD is None else merged_TD + reduced_TD
+        for bucket in step.merges:
+            assert merged_TD is not None
+            merged_TD = streams.buckets[bucket].joins(merged_TD)  # of several: output biases
         # Zeros too, where nothing is merged: a compiler drops an operation whose result nobody
         # reads, and with it the launch.
         return merged_TD

@@ -22,6 +22,8 @@ from ptconvert.schedule.stages import Sublayer
 
 # A value of each local track: one tensor where all of them agree, else one tensor per track.
 PerTrack = list[torch.Tensor]
+# What joins the stream, from the sum over all tracks of what a sublayer gives; both BSD.
+Normed = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass  # not frozen: torch.compile can't rebuild frozen dataclasses
@@ -34,23 +36,42 @@ class Update:
     counted once, at the merge. `guesses`, per local track, stand for the partials of all other
     tracks until the merge: each track sees its own guess beside its own partial, and none is ever
     summed or merged.
+
+    Where a model norms what a sublayer gives before it joins the stream (post-norm), the sums of
+    several sublayers can't be added up before they are `normed`, each by its own. They lie one
+    after another along a first axis then (k of kBSD), in one partial for all local tracks; and what
+    each track sees of its own is apart, `own`, where it goes on with that.
     """
 
     partials: list[torch.Tensor]
     common: torch.Tensor | None = None
     guesses: PerTrack | None = None
+    own: PerTrack | None = None
+    normed: tuple[Normed, ...] = ()
 
     def __add__(self, later: Update) -> Update:
-        guesses = self.guesses
+        guesses, own = self.guesses, None
         if later.guesses is not None:
             guesses = add_per_track(guesses, later.guesses)
-        partials = add_partials(self.partials, later.partials)
-        return Update(partials, _sum_of(self.common, later.common), guesses)
+        if self.own is not None and later.own is not None:
+            own = add_per_track(self.own, later.own)
+        if self.normed:
+            (before,), (after,) = self.partials, later.partials
+            partials = [torch.cat([before.to(after.device), after])]
+        else:
+            partials = add_partials(self.partials, later.partials)
+        common = _sum_of(self.common, later.common)
+        return Update(partials, common, guesses, own, self.normed + later.normed)
+
+    @property
+    def kept(self) -> PerTrack:
+        """What each track sees of its own partial before the merge."""
+        return self.partials if self.own is None else self.own
 
     @property
     def seen(self) -> PerTrack:
-        """What each track sees of it before the merge: its own partial, and its guess."""
-        return self.partials if self.guesses is None else add_per_track(self.guesses, self.partials)
+        """What each track sees of it before the merge: of its own partial, and its guess."""
+        return self.kept if self.guesses is None else add_per_track(self.guesses, self.kept)
 
 
 @dataclass(eq=False)
@@ -64,7 +85,15 @@ class Bucket:
     shown: Update | None = None
     hidden: Update | None = None
     common: torch.Tensor | None = None
+    normed: tuple[Normed, ...] = ()
     wait: Callable[[], torch.Tensor] | None = None
+
+    def joins(self, sum_BSD: torch.Tensor) -> torch.Tensor:
+        """What joins the stream, from the all-reduce's sum."""
+        if self.normed:
+            sums = zip(self.normed, sum_BSD.unbind(0), strict=True)
+            return functools.reduce(operator.add, [norm(one_BSD) for norm, one_BSD in sums])
+        return sum_BSD if self.common is None else sum_BSD + self.common.to(sum_BSD.device)
 
     def take(self, step: Step, own: Update, waiting_weight: float) -> torch.Tensor:
         """Takes a stage's partials. Returns what this process gives to the all-reduce that is
@@ -79,10 +108,11 @@ class Bucket:
         whole = functools.reduce(operator.add, [*waited, own])
         reduced = whole
         if waiting_weight != 1.0:
+            assert not whole.normed, "a norm takes the weight away again"
             weighed = [Update([p * waiting_weight for p in update.partials]) for update in waited]
             reduced = functools.reduce(operator.add, [*weighed, own])
         self.shown = Update(whole.seen) if step.keeps_own else None
-        self.hidden, self.common = None, whole.common
+        self.hidden, self.common, self.normed = None, whole.common, whole.normed
         return functools.reduce(operator.add, reduced.partials)
 
 
@@ -124,7 +154,7 @@ class Streams:
         view: PerTrack | None = None
         for bucket in self.buckets.values():
             if bucket.wait is not None:
-                base_BSD = _sum(base_BSD, _with_common(bucket.wait(), bucket))
+                base_BSD = _sum(base_BSD, bucket.joins(bucket.wait()))
             elif bucket.shown is not None:
                 view = add_per_track(view, bucket.shown.seen)
         return [base_BSD] if view is None else add_per_track([base_BSD], view)
@@ -137,8 +167,7 @@ class Streams:
         bucket = self.buckets.setdefault(step.bucket, Bucket())
         merged_BSD = engine.boundary(step, self, bucket.take(step, own, waiting_weight))
         for index in step.merges:
-            assert merged_BSD is not None
-            merged_BSD = _with_common(merged_BSD, self.buckets.pop(index))
+            del self.buckets[index]
         self.merged = _sum_of(self.merged, merged_BSD)
 
 
@@ -146,14 +175,15 @@ class Engine(Protocol):
     """What runs sublayers and sums over ranks."""
 
     def run(self, step: Step, streams: Streams) -> Update:
-        """What the sublayers of a stage give together; guesses only where `step.keeps_own`."""
+        """What the sublayers of a stage give together; guesses, and what tracks see of their own
+        where that is apart, only where `step.keeps_own`."""
 
     def boundary(
         self, step: Step, streams: Streams, local_BSD: torch.Tensor
     ) -> torch.Tensor | None:
-        """Launches the stage's all-reduce of `local_BSD` over ranks, if it has one, and returns the
-        sum of those that are merged here, None where there is none. Where nothing is launched,
-        `local_BSD` is only what the waiting comes after."""
+        """Launches the stage's all-reduce of `local_BSD` over ranks, if it has one, and returns
+        what joins the stream of those that are merged here, None where there is none. Where nothing
+        is launched, `local_BSD` is only what the waiting comes after."""
 
 
 class Communicator(Protocol):
@@ -176,8 +206,8 @@ class OneProcess:
         return lambda: partial_BSD
 
 
-# A sublayer's Update for what each track reads, and whether with guesses: where no track goes on
-# without the others' partials, there is nothing to guess.
+# A sublayer's Update for what each track reads, and whether tracks go on with their own partials:
+# where none does without the others', there is nothing to guess.
 RunSublayer = Callable[[Sublayer, PerTrack, bool], Update]
 
 
@@ -204,9 +234,9 @@ class TorchEngine:
                 launched.wait = _already(self.communicator.all_reduce(local_BSD))
         merged_BSD: torch.Tensor | None = None
         for index in step.merges:
-            wait = streams.buckets[index].wait
-            assert wait is not None
-            merged_BSD = _sum_of(merged_BSD, wait())
+            bucket = streams.buckets[index]
+            assert bucket.wait is not None
+            merged_BSD = _sum_of(merged_BSD, bucket.joins(bucket.wait()))
         return merged_BSD
 
 
@@ -244,10 +274,6 @@ def _sum_of(earlier: torch.Tensor | None, later: torch.Tensor | None) -> torch.T
     if earlier is None or later is None:
         return later if earlier is None else earlier
     return _sum(earlier, later)
-
-
-def _with_common(sum_BSD: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-    return sum_BSD if bucket.common is None else sum_BSD + bucket.common.to(sum_BSD.device)
 
 
 def add_partials(a: list[torch.Tensor] | None, b: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import importlib
+import math
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,7 +18,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ptconvert.modeling.executor import PerTrack, Update
-from ptconvert.models.families import COUNTS, FAMILIES, MODEL_TYPE_PREFIX, Family, guesses_of
+from ptconvert.models.families import (
+    COUNTS,
+    FAMILIES,
+    MODEL_TYPE_PREFIX,
+    Block,
+    Family,
+    guesses_of,
+)
 from ptconvert.schedule.stages import Kind
 
 Context = dict[str, Any]  # the keywords that a model's forward gives its layers
@@ -59,6 +69,14 @@ class TrackConfig:
         return getattr(self._config, name)
 
 
+class Task(enum.Enum):
+    """What a layer is called for."""
+
+    RUN = "a sublayer"
+    KEEP = "the same, after which tracks go on with their own partials"
+    JOIN = "what joins the stream, from the sum of all tracks' partials of a sublayer"
+
+
 @dataclass(frozen=True)
 class Placement:
     """The part of a model that a process holds: its share of the tracks, as rank of `ranks`.
@@ -85,10 +103,15 @@ def _dense_class(of_family: Any) -> Any:
 
     class DenseLayer(of_family):  # type: ignore[misc]
         def forward(
-            self, family: Family, kind: Kind, guess: bool, x_BSD: torch.Tensor, **context: Any
-        ) -> tuple[torch.Tensor, None]:
-            assert not guess, "tracks that go on with their own partials reached a dense layer"
-            return run_block(self, family, kind, x_BSD, context), None
+            self, family: Family, kind: Kind, task: Task, x_BSD: torch.Tensor, **context: Any
+        ) -> Any:
+            after = norm_after(self, family.block_of(kind, self))
+            if task is Task.JOIN:
+                return joined(self, family, after, x_BSD)
+            assert task is Task.RUN, "tracks that go on with their own partials reached it"
+            x_BSD = apply_norm(self, family, kind, x_BSD)
+            out_BSD = run_normed(self, family, kind, x_BSD, context)
+            return (multiplied(self, family, out_BSD) if after is None else out_BSD), None
 
         @property
         def template(self) -> Any:
@@ -154,11 +177,12 @@ def guess_modules(width: int, ranks: Mapping[Kind, int]) -> nn.ModuleDict:
     return nn.ModuleDict({guesses_of(k): Guess(width, r) for k, r in ranks.items()})
 
 
-class CommonBiases(nn.Module):
-    """The output biases of a layer of tracks, such as `down_proj_bias`, each (width,)."""
+class Common(nn.Module):
+    """What all tracks of a layer know: output biases, such as `down_proj_bias`, each (width,), and
+    the norms of what joins the stream, as their layer calls them."""
 
     def forward(self, name: str) -> torch.Tensor | None:
-        """The one of this name, where there is one. Called, so that hooks which bring parameters
+        """The bias of this name, where there is one. Called, so that hooks which bring parameters
         from a disk see it; a copy, since FSDP takes parameters away after the call."""
         bias: torch.Tensor | None = getattr(self, name, None)
         return None if bias is None else bias.clone()
@@ -168,7 +192,8 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     """A layer held as tracks: each a small decoder layer of the family, with its own norms.
 
     `cache_indices` gives the local tracks' places in the KV cache; `tracks` counts all tracks.
-    `guesses` are the ranks of the sublayers' guesses, for those that have one. `assigned`: the
+    `guesses` are the ranks of the sublayers' guesses, for those that have one; `scales` what the
+    norm of a track's own partial is multiplied by, of those whose sums are normed. `assigned`: the
     layer says which units of the dense one went where, for whoever puts it together again.
     """
 
@@ -180,15 +205,24 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         cache_indices: Mapping[int, int],
         guesses: Mapping[Kind, int] = MappingProxyType({}),
         assigned: bool = False,
+        scales: Mapping[Kind, float] = MappingProxyType({}),
     ) -> None:
         super().__init__()
+        # a norm gives all partials one size, and tracks' are about as large and independent
+        self.scales = {guesses_of(k): scales.get(k, 1 / math.sqrt(tracks)) for k in Kind}
         view, family, make = TrackConfig(config, tracks), family_of(config), layer_class(config)
         self.tracks = nn.ModuleDict({str(t): make(view, index) for t in cache_indices})
-        self.common = CommonBiases()  # which all tracks know
+        self.common = Common()
         for projection, name in _outputs(self.template, family):
             if projection.bias is not None:
                 bias = nn.Parameter(torch.zeros(config.hidden_size))
                 self.common.register_parameter(name, bias)
+        for kind in Kind:
+            block = family.block_of(kind, self.template)
+            if (after := norm_after(self.template, block)) is not None:
+                self.common.add_module(str(block.after), after)
+                for track in self.tracks.values():
+                    delattr(track, str(block.after))
         for t, cache_index in cache_indices.items():
             track: Any = self.tracks[str(t)]
             attention = family.block_of(Kind.ATTENTION, track)
@@ -213,22 +247,38 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         return next(iter(self.tracks.values()))
 
     def forward(
-        self, family: Family, kind: Kind, guess: bool, *view: torch.Tensor, **context: Any
-    ) -> tuple[torch.Tensor | None, ...]:
-        """Each local track's partial of one sublayer; then, with `guess` and where the layer has
-        guesses of it, each track's guess of the others' partials; last the output bias, if any."""
-        guessed = guesses_of(kind)
+        self, family: Family, kind: Kind, task: Task, *view: torch.Tensor, **context: Any
+    ) -> Any:
+        """Each local track's partial of one sublayer; where tracks keep their own, what each sees
+        of it if that is apart, and its guess of the others' if the layer has guesses; last the
+        output bias, if any, where it isn't normed with the sum."""
         tracks: list[Any] = list(self.tracks.values())
-        partials, guesses = [], []
+        block = family.block_of(kind, tracks[0])
+        after, bias_D = norm_after(self.common, block), self.common(block.common_bias)
+        if task is Task.JOIN:
+            (sum_BSD,) = view
+            return joined(tracks[0], family, after, sum_BSD if bias_D is None else sum_BSD + bias_D)
+        guessed = guesses_of(kind)
+        partials, own, guesses = [], [], []
         for t, track in enumerate(tracks):
             x_BSD = apply_norm(track, family, kind, view[t % len(view)])
-            partials.append(run_normed(track, family, kind, x_BSD, context))
-            if guess and guessed in getattr(track, "guess", ()):
-                guesses.append(track.guess[guessed](x_BSD, partials[-1]))
-        common = self.common(family.block_of(kind, tracks[0]).common_bias)
-        if common is not None:
-            common = multiplied(self.template, family, common)
-        return (*partials, *guesses, common)
+            partial_BSD = run_normed(track, family, kind, x_BSD, context)
+            if after is None:
+                partial_BSD = multiplied(track, family, partial_BSD)
+            partials.append(partial_BSD)
+            if task is not Task.KEEP:
+                continue
+            kept_BSD = partial_BSD
+            if after is not None:
+                kept_BSD = self.scales[guessed] * joined(track, family, after, partial_BSD)
+                own.append(kept_BSD)
+            if guessed in getattr(track, "guess", ()):
+                guesses.append(track.guess[guessed](x_BSD, kept_BSD))
+        if after is not None:
+            bias_D = None  # which the norm takes, with the sum
+        elif bias_D is not None:
+            bias_D = multiplied(tracks[0], family, bias_D)
+        return (*partials, *own, *guesses, bias_D)
 
 
 def run_layer(
@@ -237,37 +287,51 @@ def run_layer(
     family: Family,
     kind: Kind,
     view: PerTrack,
-    guess: bool,
+    keep: bool,
     context: Context,
 ) -> Update:
     """One sublayer on what each track reads, in the `context` that the model's forward gave the
     layer.
 
     `tracks` are the local ones, 1 for a layer held dense, which runs once, on the stream that all
-    tracks agree on. With `guess` come the guesses, where the layer has them.
+    tracks agree on. With `keep` they go on with their own partials, and guesses of the others'.
     """
     assert len(view) in (1, tracks), "tracks that differ reached a layer held dense"
-    *found, common = layer(family, kind, guess, *view, **context)
-    return Update(found[:tracks], common, found[tracks:] or None)
+    task = Task.KEEP if keep else Task.RUN
+    *found, common = layer(family, kind, task, *view, **context)
+    partials, others = found[:tracks], found[tracks:]
+    if norm_after(getattr(layer, "common", layer), family.block_of(kind, layer.template)) is None:
+        return Update(partials, common, others or None)
+    sum_1BSD = functools.reduce(operator.add, partials)[None]
+    join = functools.partial(layer, family, kind, Task.JOIN)
+    return Update([sum_1BSD], None, others[tracks:] or None, others[:tracks] or None, (join,))
+
+
+def norm_after(held: Any, block: Block) -> Any:
+    """The norm of what a sublayer gives before it joins the stream; None where there is none.
+
+    `held` has it: a layer, or what a layer's tracks have in common.
+    """
+    found = None if block.after is None else getattr(held, block.after, None)
+    return None if isinstance(found, nn.Identity) else found
+
+
+def joined(layer: Any, family: Family, after: Any, out_BSD: torch.Tensor) -> torch.Tensor:
+    """What joins the stream of what a sublayer gives, by the norm after it."""
+    return multiplied(layer, family, after(out_BSD))
 
 
 def apply_norm(layer: Any, family: Family, kind: Kind, x_BSD: torch.Tensor) -> torch.Tensor:
     """What the attention or the MLP of one decoder layer is given for its residual stream."""
-    normed_BSD: torch.Tensor = getattr(layer, family.block_of(kind, layer).norm)(x_BSD)
+    norm = family.block_of(kind, layer).norm
+    normed_BSD: torch.Tensor = x_BSD if norm is None else getattr(layer, norm)(x_BSD)
     return normed_BSD
-
-
-def run_block(
-    layer: Any, family: Family, kind: Kind, x_BSD: torch.Tensor, context: Context
-) -> torch.Tensor:
-    """The norm and the attention or MLP of one decoder layer, without the residual connection."""
-    return run_normed(layer, family, kind, apply_norm(layer, family, kind, x_BSD), context)
 
 
 def run_normed(
     layer: Any, family: Family, kind: Kind, x_BSD: torch.Tensor, context: Context
 ) -> torch.Tensor:
-    """The same, of what the norm gave."""
+    """The attention or MLP of one decoder layer, of what its norm gave."""
     block = family.block_of(kind, layer)
     module = getattr(layer, block.name)
     if kind is Kind.MLP:
@@ -276,7 +340,7 @@ def run_normed(
         given = {block.renamed.get(k, k): v for k, v in context.items() if k not in block.without}
         found = module(hidden_states=x_BSD, **given)
     out_BSD: torch.Tensor = found[0] if isinstance(found, tuple) else found
-    return multiplied(layer, family, out_BSD)
+    return out_BSD
 
 
 def multiplied(layer: Any, family: Family, out: torch.Tensor) -> torch.Tensor:

@@ -177,7 +177,7 @@ class Pass:
         self._waiting = self._waiting[ready:]
         return self._left
 
-    def run_sublayer(self, sublayer: Sublayer, view: PerTrack, guess: bool) -> Update:
+    def run_sublayer(self, sublayer: Sublayer, view: PerTrack, keep: bool) -> Update:
         """Runs one sublayer, as the executor wants it."""
         index, layers = sublayer.layer, self.layers
         return run_layer(
@@ -186,7 +186,7 @@ class Pass:
             layers.family,
             sublayer.kind,
             view,
-            guess,
+            keep,
             self._contexts[index],
         )
 

@@ -103,8 +103,8 @@ class TensorRule:
     `name` is relative to the layer. `axes` are what each axis counts, several after each
     other where projections are fused into one. `when` names the config.json flag that switches the
     tensor on, `of` what layers are that have it, where not all do. A tensor without an axis that
-    is cut is copied to every track; one that is `common` is no track's, and added once. `apart` is
-    how checkpoints may hold it: each expert ({}) by itself, and each of the fused projections; or
+    is cut is copied to every track; one that is `common` is no track's, but known to all: an output
+    bias, which is added once, or the norm of what is merged. `apart` is how checkpoints may hold it: each expert ({}) by itself, and each of the fused projections; or
     just by another name.
     """
 
@@ -146,16 +146,18 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class Block:
-    """One of a layer's two sublayers: what the layer calls its module and the norm before it, and
-    what that module calls its output projection.
+    """One of a layer's two sublayers: what the layer calls its module and the norm before it, if
+    there is one, and what that module calls its output projection. With a norm `after` what it
+    gives is normed before it joins the stream (post-norm).
 
     It takes the keywords that a model's forward gives its layers: under other names if they are
     `renamed`, `without` some.
     """
 
     name: str
-    norm: str
+    norm: str | None
     output: str
+    after: str | None = None
     renamed: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     without: tuple[str, ...] = ()
 
@@ -244,9 +246,10 @@ class Family:
 
 
 def common_name(tensor: str) -> str:
-    """What a tensor that is common to all tracks, such as `mlp.down_proj.bias`, is called among
-    those of its layer."""
-    return "_".join(tensor.split(".")[1:])
+    """What a tensor that is common to all tracks is called among those of its layer: a norm as it
+    is, an output bias such as `mlp.down_proj.bias` without its block, `down_proj_bias`."""
+    inside = tensor.split(".")[1:]
+    return "_".join(inside) if len(inside) > 1 else tensor
 
 
 def guesses_of(kind: Kind) -> str:
@@ -278,6 +281,11 @@ _FUSED_MLP = (
     TensorRule("mlp.gate_up_proj.weight", ((N, N), D)),
     TensorRule("mlp.down_proj.weight", (D, N)),
 )
+
+
+def _norms_after(*names: str, when: str | None = None) -> tuple[TensorRule, ...]:
+    """Norms of what joins the stream, which is the same for all tracks."""
+    return tuple(TensorRule(f"{name}.weight", (D,), when, common=True) for name in names)
 
 
 def _qk_norms(q: str = "q_norm", k: str = "k_norm") -> tuple[TensorRule, ...]:
@@ -406,6 +414,14 @@ _GLM_EXPERTS = _experts(
 _DENSE_BY_STEP = ("mlp_only_layers", "decoder_sparse_step")
 
 
+# Gemma's four norms, and the blocks between them
+_GEMMA_NORMS = _norms("input_layernorm", "pre_feedforward_layernorm") + _norms_after(
+    "post_attention_layernorm", "post_feedforward_layernorm"
+)
+_GEMMA_ATTENTION = Block("self_attn", "input_layernorm", "o_proj", "post_attention_layernorm")
+_GEMMA_MLP = Block("mlp", "pre_feedforward_layernorm", "down_proj", "post_feedforward_layernorm")
+
+
 def _defaults(**values: object) -> Mapping[str, object]:
     return MappingProxyType(values)
 
@@ -422,7 +438,7 @@ _LINEAR_BLOCK = Block(
     "linear_attn",
     "input_layernorm",
     "out_proj",
-    MappingProxyType({"past_key_values": "cache_params"}),
+    renamed=MappingProxyType({"past_key_values": "cache_params"}),
     without=("position_embeddings", "position_ids"),
 )
 _HYBRID_DEFAULTS = _defaults(
@@ -608,6 +624,63 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 final_norm=_BIASED_FINAL_NORM,
             ),
             Family(
+                "gemma2",
+                "Gemma2",
+                _GEMMA_NORMS + _ATTENTION + _MLP + _ATTENTION_BIASES,
+                _defaults(num_key_value_heads=4, head_dim=256, tie_word_embeddings=True),
+                attention=_GEMMA_ATTENTION,
+                mlp=_GEMMA_MLP,
+            ),
+            Family(
+                "gemma3_text",
+                "Gemma3",
+                _GEMMA_NORMS + _ATTENTION + _qk_norms() + _MLP + _ATTENTION_BIASES,
+                _defaults(num_key_value_heads=4, head_dim=256, tie_word_embeddings=True),
+                attention=_GEMMA_ATTENTION,
+                mlp=_GEMMA_MLP,
+                base_model="TextModel",
+            ),
+            Family(
+                "glm4",
+                "Glm4",
+                (
+                    *_NORMS,
+                    *_norms_after("post_self_attn_layernorm", "post_mlp_layernorm"),
+                    *_ATTENTION,
+                    *_FUSED_MLP,
+                    *_qkv_biases("attention_bias"),
+                ),
+                _defaults(num_key_value_heads=2, head_dim=128, attention_bias=True),
+                attention=Block(
+                    "self_attn", "input_layernorm", "o_proj", "post_self_attn_layernorm"
+                ),
+                mlp=Block("mlp", "post_attention_layernorm", "down_proj", "post_mlp_layernorm"),
+            ),
+            Family(
+                "exaone4",
+                "Exaone4",
+                (
+                    *_norms_after("post_attention_layernorm", "post_feedforward_layernorm"),
+                    *_ATTENTION,
+                    *_qk_norms(),
+                    *_MLP,
+                ),
+                _defaults(num_key_value_heads=32),
+                nullable=("head_dim",),
+                attention=Block("self_attn", None, "o_proj", "post_attention_layernorm"),
+                mlp=Block("mlp", None, "down_proj", "post_feedforward_layernorm"),
+            ),
+            Family(
+                "hyperclovax",
+                "HyperCLOVAX",
+                _LLAMA_BIASED + _norms_after("post_norm1", "post_norm2", when="use_post_norm"),
+                _defaults(use_post_norm=True),
+                nullable=_SIZES,
+                attention=Block("self_attn", "input_layernorm", "o_proj", "post_norm1"),
+                mlp=Block("mlp", "post_attention_layernorm", "down_proj", "post_norm2"),
+                multiplier="residual_multiplier",
+            ),
+            Family(
                 "qwen3_5_text",
                 "Qwen3_5",
                 (*_NORMS, *_GATED_ATTENTION, *_linear_rules(), *_MLP),
@@ -753,10 +826,6 @@ def named(model_type: str) -> Family:
 _MOE = "its mixture of experts is none that is known here"
 _LATENT = "its attention goes through latents (MLA) that differ from those of deepseek_v3"
 _ROUTED_BIAS = "its experts' output biases are weighed by the router, so no track can own them"
-_POST_NORM = (
-    "it norms each sublayer's output (post-norm), and a norm of a sum is not the sum of norms, "
-    "so its sublayers can't be split into partials"
-)
 _HYBRID = "it has layers other than attention and MLP"
 _ALL_HEADS = (
     "it norms the queries and keys of all heads together, which tracks that have a few of them "
@@ -765,13 +834,6 @@ _ALL_HEADS = (
 
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
-        "gemma2": _POST_NORM,
-        "gemma3": _POST_NORM,
-        "gemma3_text": _POST_NORM,
-        "gemma4": _POST_NORM,
-        "gemma4_text": _POST_NORM,
-        "glm4": _POST_NORM,
-        "exaone4": _POST_NORM,
         "olmo2": _ALL_HEADS,
         "olmo3": _ALL_HEADS,
         "olmoe": _ALL_HEADS,
