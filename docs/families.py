@@ -29,6 +29,11 @@ experts than each other, and `eval --text` says how often they choose others tha
 checkpoint may hold experts apart or fused; the result is in the layout of its source. Assignment by
 affinity moves heads there, and leaves the experts' neurons in order.
 
+Where a model norms what a sublayer gives before it joins the stream (post-norm), the sum over tracks
+is what is normed. So `!` and `~k` are exact there too, and an all-reduce that takes several
+sublayers' partials carries each sublayer's by itself. After `.` and `^k` a track sees the norm of
+its own partial, times a scale: 1/√n, or what `scale: fitted` finds on a text.
+
 | `model_type` | transformers' class | exact | approximate | weights | fused, cut piece by piece | \
 also has | in vLLM |
 | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -84,7 +84,7 @@ def ended(model: Any, base_BSD: torch.Tensor) -> torch.Tensor:
 
 def norm_after(layer: Any, name: str) -> Any:
     """What the output of a dense sublayer goes through before it joins the stream, or None."""
-    names = ("post_self_attn_layernorm", "post_norm1")
+    names: tuple[str, ...] = ("post_self_attn_layernorm", "post_norm1")
     if name != "a":
         names = ("post_mlp_layernorm", "post_norm2", "post_feedforward_layernorm")
     elif hasattr(layer, "post_feedforward_layernorm"):
@@ -247,10 +247,13 @@ def reference_logits(
             waited += own
         else:
             weight = 1 / tracks if deferred == "mean" else 1.0
-            total_BSD = sum(w.joins(weight) for w in waited) + sum(w.joins(1.0) for w in own)
-            seen_TBSD = nothing_TBSD
+            total_BSD, seen_TBSD = torch.zeros_like(base_BSD), nothing_TBSD
+            for one, counts in [(w, weight) for w in waited] + [(w, 1.0) for w in own]:
+                total_BSD = total_BSD + one.joins(counts)
+                if ending == "^":
+                    seen_TBSD = seen_TBSD + one.seen
             if ending == "^":
-                seen_TBSD = sum(w.seen for w in waited + own) + waited_guess_TBSD
+                seen_TBSD = seen_TBSD + waited_guess_TBSD
             waited_guess_TBSD = nothing_TBSD
             flights.append(Flight(lag, total_BSD, seen_TBSD))
             waited = []

@@ -26,10 +26,12 @@ from test_transform import back, same, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ptconvert.calibrate import affinity, guess, on_disk
+from ptconvert.calibrate import affinity, on_disk
+from ptconvert.calibrate import streams as stagewise
 from ptconvert.calibrate.conversion import calibrate
-from ptconvert.calibrate.guess import _pick_rank, fit_guesses, most_streams
+from ptconvert.calibrate.guess import _pick_rank, fit_guesses
 from ptconvert.calibrate.regression import MATRICES, RIDGES, Moments, best, fits
+from ptconvert.calibrate.streams import most_streams
 from ptconvert.checkpoint.calibration import Assignment, Calibration
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.reader import open_checkpoint
@@ -435,9 +437,9 @@ def test_streams_in_flight_count_for_what_goes_to_disk(
     items = '  - {layers: 0-1, stages: "a0^3 m0. a1. m1!"}\n'
     decoder = load(convert(source, 4, items)).model
     for streams in (19, 20):
-        monkeypatch.setattr(guess, "MEMORY_BYTES", streams * 5 * 24 * 32 * 4)
-        first, *_ = guess._batches(decoder, ids_NT, None)
-        assert (first.keep is guess._here) == (streams == 20)
+        monkeypatch.setattr(stagewise, "MEMORY_BYTES", streams * 5 * 24 * 32 * 4)
+        first, *_ = stagewise.batches(decoder, ids_NT, None)
+        assert (first.keep is stagewise._here) == (streams == 20)
 
 
 @pytest.mark.parametrize("stages", ["a0. m0|a1. m1!", "a0^3 m0. a1. m1!"])
@@ -445,7 +447,7 @@ def test_of_all_windows_only_streams_are_kept(
     stages: str, make_dense: MakeDense, convert: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What 20 windows more take at most."""
-    monkeypatch.setattr(guess, "BATCH_TOKENS", 2 * 24)
+    monkeypatch.setattr(stagewise, "BATCH_TOKENS", 2 * 24)
     width, most = 32, list[int]()
     source = make_dense("llama", num_hidden_layers=2)
     model = load(convert(source, 4, f'  - {{layers: 0-1, stages: "{stages}"}}\n'))
@@ -488,14 +490,14 @@ def test_streams_on_disk_give_the_same_guesses(
     model = load(convert(make_dense("llama-biases"), 4, SCHEDULES[name]))
     ids_NT = torch.randint(3, 96, (10, 12), generator=torch.Generator().manual_seed(0))
     expected = fit_guesses(model.model, ids_NT, 4, quiet)
-    monkeypatch.setattr(guess, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(stagewise, "MEMORY_BYTES", 0)
     mapped, folders = on_disk.mapped, set[Path | None]()
 
     def seen(folder: Path | None, tensor: torch.Tensor) -> torch.Tensor:
         folders.add(folder)
         return mapped(folder, tensor)
 
-    monkeypatch.setattr(guess, "mapped", seen)
+    monkeypatch.setattr(stagewise, "mapped", seen)
     folder = tmp_path / "scratch"
     folder.mkdir()
     found = fit_guesses(model.model, ids_NT, 4, quiet, folder)

@@ -112,9 +112,9 @@ def test_turning_peer_to_peer_off_makes_nothing_faster() -> None:
                 assert slow >= fast, (ranks, nbytes)
 
 
-def _alike(fixed: float, moving: float = 0.0) -> Reduction:
-    """An all-reduce that takes as long whatever its ending."""
-    return Reduction(Transfer(fixed, moving), Transfer(fixed, moving))
+def _alike(fixed: float, moving: float = 0.0) -> list[Reduction]:
+    """All-reduces of four stages that take as long whatever their ending."""
+    return [Reduction(Transfer(fixed, moving), Transfer(fixed, moving))] * 4
 
 
 def test_an_overlapped_all_reduce_hides_under_the_stages_before_its_merge() -> None:
@@ -140,7 +140,7 @@ def test_an_overlapped_all_reduce_hides_under_the_stages_before_its_merge() -> N
 def test_each_kind_of_ending_has_its_own_all_reduce() -> None:
     """A blocking one of 2 and an overlapped one of 6, also where it is merged at once."""
     device = replace(H100.device, overlap_share=0.5, bulk_overlap_share=0.0)
-    moved = Reduction(Transfer(2.0), Transfer(6.0))
+    moved = [Reduction(Transfer(2.0), Transfer(6.0))] * 4
     found = run(Schedule.parse("a0! m0~1 a1. m1~1"), [10.0] * 4, 0.0, moved, device)
     assert [s.reduce for s in found.spans] == [(10, 12), (22, 28), None, (45, 51)]
     assert found.seconds == 40 + 2 + 3 + 6  # a1 gives 3 to the all-reduce beside it

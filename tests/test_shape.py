@@ -36,7 +36,6 @@ HYBRID: dict[str, object] = {
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"model_type": "gemma2"}, "gemma2 can't be converted: it norms each sublayer's output"),
         ({"model_type": "deepseek_v2"}, "deepseek_v2 can't be converted: its attention goes"),
         ({"model_type": "gpt_oss"}, "output biases are weighed by the router"),
         ({"model_type": "qwen2_moe"}, "its mixture of experts is none"),

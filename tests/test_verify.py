@@ -58,7 +58,7 @@ def run_many(jobs: list[Job], rank: Rank) -> dict[str, Any]:
 def expected_of(path: Path) -> Expected:
     checkpoint = open_checkpoint(path)
     schedule = read_section(checkpoint.config).schedule
-    return Expected(schedule, shape_of(checkpoint).width, torch.float32, BATCH, PROMPT, NEW)
+    return Expected(schedule, shape_of(checkpoint), torch.float32, BATCH, PROMPT, NEW)
 
 
 @pytest.mark.parametrize(("tracks", "ranks"), [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
@@ -84,7 +84,7 @@ def test_every_schedule_on_every_number_of_ranks(
             assert len(result["counted"]["prefill"]) == counts.all_reduces
             assert len(result["profiled"]["decode 1"]) == counts.all_reduces
             launched = [c["asynchronous"] for c in result["profiled"]["prefill"]]
-            assert launched == [overlapped for _, overlapped in expected.all_reduces()]
+            assert launched == [overlapped for _, overlapped, _ in expected.all_reduces()]
             assert len(result["baseline"]["prefill"]) == 2 * expected.schedule.layers
             assert len(result["transfers"]) == 2 * sum(launched)
 

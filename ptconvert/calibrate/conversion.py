@@ -13,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from ptconvert.calibrate.affinity import assignments
-from ptconvert.calibrate.guess import HELD_OUT, fit_guesses, fitted_tensors
+from ptconvert.calibrate.guess import fit_guesses, fitted_tensors
+from ptconvert.calibrate.scale import fit_scales
+from ptconvert.calibrate.streams import HELD_OUT
 from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.compensations import COMPENSATIONS
 from ptconvert.checkpoint.inventory import weights_dtype
@@ -70,6 +72,15 @@ def _assign(case: Case, wanted: str, known: Calibration) -> Found:
     return known, {"affinity_between_tracks": {"before": before, "after": after}}
 
 
+def _scale(case: Case, _wanted: str, known: Calibration) -> Found:
+    """The scales of tracks' own parts."""
+    model = case.converted(known)
+    fitted = fit_scales(model.get_decoder(), case.ids, case.progress, case.scratch)
+    scales = {f.sublayer: f.scale for f in fitted}
+    rows = [{"sublayer": str(f.sublayer), "scale": f.scale, "error": f.error} for f in fitted]
+    return replace(known, values={**known.values, "scale": scales}), {"scales": rows}
+
+
 def _guess(case: Case, rank: int, known: Calibration) -> Found:
     """The guesses of at most that rank."""
     model = case.converted(known)
@@ -95,6 +106,7 @@ class Fit:
 # By the spec's key.
 FITS = {
     "assignment": Fit(_assign, {"affinity_between_tracks": None}),
+    "scale": Fit(_scale, {"scales": []}),
     "guess": Fit(_guess, {"guesses": []}, HELD_OUT),
 }
 

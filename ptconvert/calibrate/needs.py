@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ptconvert.calibrate.affinity import components, group_bytes, group_flops, own_read
-from ptconvert.calibrate.guess import BATCH_TOKENS, most_streams
 from ptconvert.calibrate.on_disk import MEMORY_BYTES
 from ptconvert.calibrate.regression import MATRICES, RIDGES, Moments, fits
+from ptconvert.calibrate.streams import BATCH_TOKENS, most_streams
 from ptconvert.checkpoint.inventory import weights_dtype
 from ptconvert.convert.transform import Plan
 from ptconvert.measure.needs import Held, Needs, Phase, Place, spilling
@@ -23,6 +23,7 @@ from ptconvert.spec.document import Spec
 
 _TIMED_FEATURES = 512  # of the regression that is timed; its time goes with the cube
 _PASSES = 3  # of a layer while guesses are fitted: as it came, with guesses, and the dense model's
+_SCALE_PASSES = 2  # while scales are: as it came, and with them
 _COPIES = 5  # of a pair's affinity while it is computed
 
 
@@ -63,25 +64,41 @@ def _affinity(
     )
 
 
-def _guesses(plan: Plan, rank: int, windows: int, length: int, dtype: str, device: str) -> Phase:
-    shape, tracks = plan.shape, plan.tracks
-    number = DTYPE_BYTES[DTYPES[dtype]]
-    seconds = forward_seconds(one_layer(plan.source.config, tracks, device, dtype), dtype, length)
-    streams = most_streams(plan.schedule, tracks) * windows * length * shape.width * number
+def _scales(plan: Plan, _wanted: str, windows: int, length: int, dtype: str, device: str) -> Phase:
+    seconds = forward_seconds(
+        one_layer(plan.source.config, plan.tracks, device, dtype), dtype, length
+    )
+    held = _stagewise(plan, windows, length, dtype)
+    return Phase("scales", held, _SCALE_PASSES * windows * plan.shape.layers * seconds)
+
+
+def _stagewise(plan: Plan, windows: int, length: int, dtype: str) -> tuple[Held, ...]:
+    """What windows that go through a converted model stage by stage hold."""
+    shape, tracks, number = plan.shape, plan.tracks, DTYPE_BYTES[DTYPES[dtype]]
+    streams = most_streams(plan.schedule, tracks, shape.norms_sums)
+    nbytes = streams * windows * length * shape.width * number
     at_once = max(1, BATCH_TOKENS // length)
     layer = at_once * in_a_layer(shape, tracks, length, number)
+    return (
+        Held("weights, as converted", _scaled(plan, plan.nbytes, dtype), Place.DEVICE),
+        Held(f"a layer's streams, {at_once} windows", layer, Place.DEVICE),
+        spilling(f"streams, {windows} windows", nbytes, MEMORY_BYTES),
+        PROCESS,
+        Held("a conversion, for a moment", plan.nbytes, Place.DISK),
+    )
+
+
+def _guesses(plan: Plan, rank: int, windows: int, length: int, dtype: str, device: str) -> Phase:
+    shape, tracks = plan.shape, plan.tracks
+    seconds = forward_seconds(one_layer(plan.source.config, tracks, device, dtype), dtype, length)
     factors = len(RIDGES) * tracks * rank * 3 * shape.width * 8
     fitted = tracks * len(most_guesses(plan.schedule, tracks, rank, shape))
     return Phase(
         "guesses",
         (
-            Held("weights, as converted", _scaled(plan, plan.nbytes, dtype), Place.DEVICE),
             Held("one track's regression", MATRICES * (2 * shape.width) ** 2 * 8, Place.DEVICE),
             Held("the tracks' factors", factors, Place.DEVICE),
-            Held(f"a layer's streams, {at_once} windows", layer, Place.DEVICE),
-            spilling(f"streams, {windows} windows", streams, MEMORY_BYTES),
-            PROCESS,
-            Held("a conversion, for a moment", plan.nbytes, Place.DISK),
+            *_stagewise(plan, windows, length, dtype),
         ),
         _PASSES * windows * shape.layers * seconds
         + fitted * _fit_seconds(shape.width, windows * length, device),
@@ -91,6 +108,7 @@ def _guesses(plan: Plan, rank: int, windows: int, length: int, dtype: str, devic
 # By the spec's key, what computing it takes.
 PHASES: Mapping[str, Callable[[Plan, Any, int, int, str, str], Phase]] = {
     "assignment": _affinity,
+    "scale": _scales,
     "guess": _guesses,
 }
 

@@ -47,8 +47,9 @@ def model_card(
     }
     if "/" in source_name:
         metadata["base_model"] = source_name
-    before, after = dense_schedule(shape.layers).counts, schedule.counts
-    carries = shape.bytes_per_token
+    dense = dense_schedule(shape.layers)
+    before, after = dense.counts, schedule.counts
+    sent, sends = shape.bytes_all_reduced(dense), shape.bytes_all_reduced(schedule)
     auto = opened_by(shape.model_type)
     added = "".join(c.card(values[c.key]) for c in COMPENSATIONS if values.get(c.key))
     return f"""---
@@ -63,7 +64,7 @@ Made from `{source_name}` {_WITHOUT_TRAINING}
 | --- | --- | --- |
 | all-reduces per forward pass | {before.all_reduces} | {after.all_reduces} |
 | of them waited for | {before.waited_for} | {after.waited_for} |
-| bytes per token per all-reduce | {carries} | {carries} |
+| bytes all-reduced per token | {sent} | {sends} |
 
 {spec.tracks} tracks.{added}
 Open it with transformers, with ptconvert installed and imported or with `trust_remote_code=True`:

@@ -12,6 +12,7 @@ what it is as data; beside it are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -70,6 +71,13 @@ def _guesses(shape: ModelShape, _: Schedule, tracks: int, ranks: Any) -> Iterato
     return (Added(*one) for one in guess_tensors(shape, ranks, tracks))
 
 
+def _told_scales(scales: Mapping[str, float] | None) -> str:
+    """Of how many sublayers, and between what."""
+    if not scales:
+        return ""
+    return f"{len(scales)} sublayers, {min(scales.values()):.2f} to {max(scales.values()):.2f}"
+
+
 def _told_guesses(cost: Mapping[str, Any] | None) -> str:
     """What guesses add over all tracks, against the dense model."""
     if cost is None:
@@ -94,6 +102,18 @@ COMPENSATIONS = (
         entry=lambda value: value or ASSIGNMENTS[0],
         figure=lambda _shape, _tracks, value: value or ASSIGNMENTS[0],
         told=lambda figure: "" if figure in (None, ASSIGNMENTS[0]) else figure,
+    ),
+    Compensation(
+        key="scale",
+        label="scales",
+        most=lambda _shape, schedule, tracks, _: dict.fromkeys(
+            schedule.own_kept(tracks), 1 / math.sqrt(tracks)
+        ),
+        tensors=lambda *_: iter(()),
+        entry=lambda scales: {str(s): c for s, c in scales.items()} if scales else None,
+        figure=lambda _shape, _tracks, scales: {str(s): c for s, c in (scales or {}).items()},
+        told=_told_scales,
+        undecided="Scales are those that aren't fitted: the text decides.",
     ),
     Compensation(
         key="guess",

@@ -6,6 +6,8 @@
   "schedule": "a0! m0! ...", the resolved schedule's text form
   "deferred": "sum",
   "assignment": "contiguous", or "affinity": each layer of tracks then has the order of its units
+  "scale": {"a3": 0.7, ...}, what tracks multiply the norm of their own partial by, where it was
+                             fitted; not there where it wasn't
   "guess": {"a3": 64, ...},  sublayers whose tracks guess each other's partials, with the rank; not
                              there where none does
   "trained": true,           not there where the weights are still the source's, each in its place
@@ -18,6 +20,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -63,6 +66,13 @@ class Section:
         """The ranks of the tracks' guesses, by sublayer."""
         ranks: Mapping[Sublayer, int] = self.compensations.get("guess", {})
         return ranks
+
+    @property
+    def scales(self) -> Mapping[Sublayer, float]:
+        """What tracks multiply the norm of their own partial by, of the sublayers where that was
+        fitted."""
+        scales: Mapping[Sublayer, float] = self.compensations.get("scale", {})
+        return scales
 
     @property
     def waiting_weight(self) -> float:
@@ -137,22 +147,50 @@ def _assignment(given: object, _schedule: Schedule, _tracks: int, where: str) ->
     return None if given == ASSIGNMENTS[0] else str(given)
 
 
+def _scales(given: object, schedule: Schedule, tracks: int, where: str) -> Mapping[Sublayer, float]:
+    """What tracks multiply the norm of their own partial by."""
+
+    def fits(scale: object) -> bool:
+        return type(scale) in (int, float) and math.isfinite(float(str(scale)))
+
+    return _by_sublayer("scale", "a number", given, schedule, tracks, where, fits)
+
+
 def _guesses(given: object, schedule: Schedule, tracks: int, where: str) -> Mapping[Sublayer, int]:
-    """The ranks of the guesses, by sublayer, in the schedule's order."""
-    ranks = given if isinstance(given, Mapping) else {"": 0}
+    """The ranks of the guesses."""
+
+    def fits(rank: object) -> bool:
+        return type(rank) is int and 1 <= rank <= MAX_GUESS_RANK
+
+    what = f"a rank, 1 to {MAX_GUESS_RANK},"
+    return _by_sublayer("guess", what, given, schedule, tracks, where, fits)
+
+
+def _by_sublayer(
+    key: str,
+    what: str,
+    given: object,
+    schedule: Schedule,
+    tracks: int,
+    where: str,
+    fits: Callable[[object], bool],
+) -> Mapping[Sublayer, Any]:
+    """A value for each of some sublayers that go on without each other's partials, in the
+    schedule's order."""
+    values = given if isinstance(given, Mapping) else {"": None}
     own_kept = {str(s): s for s in schedule.own_kept(tracks)}
-    for name, rank in ranks.items():
-        if name not in own_kept or type(rank) is not int or not 1 <= rank <= MAX_GUESS_RANK:
-            raise ConfigError(
-                f"{where}: {SECTION}.guess must give a rank, 1 to {MAX_GUESS_RANK}, to sublayers "
-                "after which tracks go on without each other's partials"
-            )
-    return {s: ranks[name] for name, s in own_kept.items() if name in ranks}
+    if not all(name in own_kept and fits(value) for name, value in values.items()):
+        raise ConfigError(
+            f"{where}: {SECTION}.{key} must give {what} to sublayers after which tracks go on "
+            "without each other's partials"
+        )
+    return {s: values[name] for name, s in own_kept.items() if name in values}
 
 
 # What each compensation's value in the section is read as; nothing of it where there is none.
 READERS: Mapping[str, Callable[[object, Schedule, int, str], Any]] = {
     "assignment": _assignment,
+    "scale": _scales,
     "guess": _guesses,
 }
 

@@ -48,7 +48,6 @@ def show(
             read.check_layers(layers)
         schedule, tracks = read.schedule(), read.tracks
         values = compensations.most(shape, schedule, read) if shape is not None else {}
-    carries = shape.bytes_per_token if shape else None
     counts = schedule.counts
     figures: dict[str, Any] = {
         "schedule": str(schedule),
@@ -57,13 +56,14 @@ def show(
         "layers_as_tracks": sorted(schedule.track_layers),
         "all_reduces": {"before": 2 * schedule.layers, "after": counts.all_reduces},
         "waited_for": {"before": 2 * schedule.layers, "after": counts.waited_for},
-        "bytes_per_token_per_all_reduce": carries,
+        "bytes_per_token_per_all_reduce": shape and shape.bytes_per_token,
+        "bytes_per_token": shape and shape.bytes_all_reduced(schedule),
         **compensations.figures(shape, tracks, values),
         "note": fewer_ranks(tracks, schedule.track_layers),
     }
 
     def show(console: Console) -> None:
-        print_schedule(console, schedule, tracks, carries)
+        print_schedule(console, schedule, tracks, shape)
         print_compensations(console, figures, decided=spec.is_dir())
         if figures["note"]:
             console.print(figures["note"], style="dim")

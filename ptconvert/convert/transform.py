@@ -143,6 +143,7 @@ class Plan:
             "all_reduces": _counts(before, after, "all_reduces"),
             "waited_for": _counts(before, after, "waited_for"),
             "bytes_per_token_per_all_reduce": self.shape.bytes_per_token,
+            "bytes_per_token": self.shape.bytes_all_reduced(self.schedule),
             "bytes_needed": self.needed_bytes,
             **figures(self.shape, self.tracks, self.compensations),
         }

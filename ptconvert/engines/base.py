@@ -113,7 +113,7 @@ class ServedLayer(nn.Module):
 
     def norms(self, kind: Kind) -> list[Any]:
         """The norm before the attention or the MLP, for each part."""
-        norm = self.family.block(kind).norm
+        norm = str(self.family.block(kind).norm)  # those that engines serve have one
         return [getattr(part, norm) for part in self.parts.values()]
 
     def run(

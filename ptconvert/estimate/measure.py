@@ -272,7 +272,7 @@ def _overlap_share(
 
     def seconds(share: float) -> float:
         sharing = replace(device, overlap_share=share)
-        return run(schedule, stages, head, Reduction(once, once), sharing).seconds
+        return run(schedule, stages, head, [Reduction(once, once)] * len(stages), sharing).seconds
 
     shares = np.linspace(0.0, 0.99, 100)
     return float(min(shares, key=lambda share: abs(seconds(float(share)) - steps["overlapped"])))

@@ -95,7 +95,9 @@ def step(
             )
         stages.append(known[key])
     head = head_seconds(shape, hardware.device, engine, ranks, one)
-    moved = reduction(shape, hardware, engine, ranks, one)
+    carried = [shape.payloads(sublayers) for sublayers in schedule.carried]
+    of = {n: reduction(shape, hardware, engine, ranks, one, n) for n in set(carried)}
+    moved = [of[streams] for streams in carried]
     outside = vocabulary_seconds(shape, hardware, engine, ranks, one)
     return run(schedule, stages, head, moved, hardware.device, outside)
 
@@ -106,13 +108,14 @@ def _tracked(schedule: Schedule, ranks: int, tracks: int) -> frozenset[int]:
 
 
 def reduction(
-    shape: ModelShape, hardware: Hardware, engine: Engine, ranks: int, one: Pass
+    shape: ModelShape, hardware: Hardware, engine: Engine, ranks: int, one: Pass, streams: int = 1
 ) -> Reduction:
-    """One all-reduce of a pass, in the ways that the engine opens to each kind of ending."""
+    """One all-reduce of a pass, of so many streams, in the ways that the engine opens to each kind
+    of ending."""
 
     def ended(ending: str) -> Transfer:
         return all_reduce(
-            one.total * shape.bytes_per_token,
+            streams * one.total * shape.bytes_per_token,
             ranks,
             hardware.links,
             one_shot=engine.one_shot in ("all", ending),

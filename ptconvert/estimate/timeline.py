@@ -52,30 +52,31 @@ def run(
     schedule: Schedule,
     stages: Sequence[float],
     head: float,
-    reduction: Reduction,
+    reductions: Sequence[Reduction],
     device: Device,
     outside: float = 0.0,
 ) -> Timeline:
     """The timeline of a pass whose stages compute for `stages` seconds each, and its head after.
 
-    `reduction` is one all-reduce, by the kind of ending; `outside` are seconds of collectives
-    before and after the stages.
+    `reductions` are those that each stage would launch, by the kind of ending; `outside` are
+    seconds of collectives before and after the stages.
     """
     now, owed = 0.0, 0.0
-    beside = reduction.overlapped
-    blocking, overlapped = reduction.blocking.seconds, beside.seconds
-    taken = device.overlap_share * beside.fixed + device.bulk_overlap_share * beside.moving
     busy = [0.0] * device.reduces_at_once  # until when
     done: dict[int, float] = {}  # when the all-reduce of each bucket is
     spans = []
-    for step, alone in zip(schedule.program, stages, strict=True):
+    for step, alone, reduction in zip(schedule.program, stages, reductions, strict=True):
         end, transfer = now + alone + owed, None
         if step.launches:
             start = max(end, min(busy))
-            transfer = (start, start + (overlapped if step.overlapped else blocking))
+            moved = reduction.overlapped if step.overlapped else reduction.blocking
+            transfer = (start, start + moved.seconds)
             busy = [*sorted(busy)[1:], transfer[1]]
             done[step.bucket] = transfer[1]
-        owed = taken if step.launches and not step.waits else 0.0
+        owed = 0.0
+        if step.launches and not step.waits:
+            beside = reduction.overlapped
+            owed = device.overlap_share * beside.fixed + device.bulk_overlap_share * beside.moving
         ready = max([end, *(done[bucket] for bucket in step.merges)])
         spans.append(Span((now, end), transfer, ready - end))
         now = ready

@@ -204,8 +204,8 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         tracks: int,
         cache_indices: Mapping[int, int],
         guesses: Mapping[Kind, int] = MappingProxyType({}),
-        assigned: bool = False,
         scales: Mapping[Kind, float] = MappingProxyType({}),
+        assigned: bool = False,
     ) -> None:
         super().__init__()
         # a norm gives all partials one size, and tracks' are about as large and independent
@@ -221,8 +221,8 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
             block = family.block_of(kind, self.template)
             if (after := norm_after(self.template, block)) is not None:
                 self.common.add_module(str(block.after), after)
-                for track in self.tracks.values():
-                    delattr(track, str(block.after))
+                for own in self.tracks.values():
+                    delattr(own, str(block.after))
         for t, cache_index in cache_indices.items():
             track: Any = self.tracks[str(t)]
             attention = family.block_of(Kind.ATTENTION, track)

@@ -41,13 +41,14 @@ from ptconvert.modeling.layers import (
     dense_layer,
     family_of,
     modeling_module,
+    norm_after,
     run_layer,
 )
 from ptconvert.models.families import FAMILIES, own_name
 from ptconvert.models.wrappers import WRAPPERS
 from ptconvert.schedule.lower import Step
 from ptconvert.schedule.schedule import Schedule
-from ptconvert.schedule.stages import Sublayer
+from ptconvert.schedule.stages import Kind, Sublayer
 
 logger = logging.get_logger(__name__)
 WHOLE = Placement()
@@ -89,11 +90,18 @@ class Layers(nn.ModuleList):
                 local = placement.local_tracks(self.track_count)
                 places, self.local_tracks[index] = self._cache_indices(index, local), len(local)
                 guesses = {s.kind: r for s, r in section.guesses.items() if s.layer == index}
-                self.append(
-                    TrackedLayer(config, index, self.track_count, places, guesses, section.assigned)
-                )
+                scales = {s.kind: c for s, c in section.scales.items() if s.layer == index}
+                wanted = (guesses, scales, section.assigned)
+                self.append(TrackedLayer(config, index, self.track_count, places, *wanted))
             else:
                 self.append(dense_layer(config, index, placement))
+
+    @property
+    def norms_sums(self) -> bool:
+        """Whether what sublayers give is normed before it joins the stream (post-norm)."""
+        first: Any = next(self.children())
+        block = self.family.block_of(Kind.MLP, first.template)
+        return norm_after(getattr(first, "common", first), block) is not None
 
     def __iter__(self) -> Iterator[Any]:
         return super().__iter__() if self.one_pass is None else iter(self.one_pass.turns())

@@ -104,8 +104,8 @@ class TensorRule:
     other where projections are fused into one. `when` names the config.json flag that switches the
     tensor on, `of` what layers are that have it, where not all do. A tensor without an axis that
     is cut is copied to every track; one that is `common` is no track's, but known to all: an output
-    bias, which is added once, or the norm of what is merged. `apart` is how checkpoints may hold it: each expert ({}) by itself, and each of the fused projections; or
-    just by another name.
+    bias, which is added once, or the norm of what is merged. `apart` is how checkpoints may hold
+    it: each expert ({}) by itself, and each of the fused projections; or just by another name.
     """
 
     name: str

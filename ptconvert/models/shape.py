@@ -41,7 +41,8 @@ from ptconvert.models.wrappers import (
     layer_of,
     wrapper_of,
 )
-from ptconvert.schedule.stages import MAX_LAYERS, Sublayer
+from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.stages import MAX_LAYERS, Kind, Sublayer
 from ptconvert.shorten import clipped
 
 # safetensors' names of the dtypes that are converted, by torch's names and with their bytes.
@@ -260,12 +261,24 @@ class ModelShape:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one all-reduce carries for one token: the residual stream's width.
-
-        Partials that wait for the same all-reduce are summed locally first, so how many there
-        are doesn't matter. bf16 is assumed where config.json doesn't say.
-        """
+        """Bytes that one all-reduce carries for one token: the residual stream's width. bf16 is
+        assumed where config.json doesn't say."""
         return self.width * DTYPE_BYTES[self.dtype or "BF16"]
+
+    @property
+    def norms_sums(self) -> bool:
+        """Whether what a sublayer gives is normed before it joins the stream (post-norm)."""
+        after = {f"{self.family.block(kind).after}.weight" for kind in Kind}
+        return any(rule.name in after for rules in self.rules.values() for rule in rules)
+
+    def payloads(self, sublayers: int) -> int:
+        """How many streams an all-reduce carries that takes so many sublayers' partials: they are
+        summed locally first, but where each one's sum is normed for itself."""
+        return sublayers if self.norms_sums else min(sublayers, 1)
+
+    def bytes_all_reduced(self, schedule: Schedule) -> int:
+        """Bytes that all of a schedule's all-reduces carry for one token."""
+        return sum(map(self.payloads, schedule.carried)) * self.bytes_per_token
 
     @property
     def one(self) -> int:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ptconvert.checkpoint.compensations import COMPENSATIONS
 from ptconvert.measure.needs import Needs
+from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.endings import BESIDE, MARKS
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
@@ -80,20 +81,20 @@ def _legend(cells: Sequence[str] | Any, differ: bool, tracks: int) -> Iterator[T
     yield Text(one + (f"   {_DIFFER}  they differ (held per track)" if differ else ""), "dim")
 
 
-def counts_table(schedule: Schedule, bytes_per_token: int | None) -> RenderableType:
+def counts_table(schedule: Schedule, shape: ModelShape | None) -> RenderableType:
     """All-reduces of the dense model under tensor parallelism and of the schedule."""
-    before, after = dense_schedule(schedule.layers).counts, schedule.counts
+    dense = dense_schedule(schedule.layers)
+    before, after = dense.counts, schedule.counts
     rows: list[tuple[str, int, int]] = [
         ("all-reduces per forward pass", before.all_reduces, after.all_reduces),
         ("of them waited for", before.waited_for, after.waited_for),
     ]
-    if bytes_per_token is not None:
-        total = "bytes all-reduced per token"
-        each = "bytes per token per all-reduce"
-        rows.append((each, bytes_per_token, bytes_per_token))
-        rows.append(
-            (total, before.all_reduces * bytes_per_token, after.all_reduces * bytes_per_token)
-        )
+    if shape is not None:
+        if not shape.norms_sums:  # else they differ
+            each = "bytes per token per all-reduce"
+            rows.append((each, shape.bytes_per_token, shape.bytes_per_token))
+        old, new = (shape.bytes_all_reduced(s) for s in (dense, schedule))
+        rows.append(("bytes all-reduced per token", old, new))
     table = figures_table("", "tensor parallel", "this schedule", "times fewer")
     for label, old, new in rows:
         table.add_row(label, f"{old:,}", f"{new:,}", "" if old == new else f"{old / new:.1f}")
@@ -213,11 +214,11 @@ def fewer_ranks(tracks: int, tracked: Collection[int]) -> str | None:
 
 
 def print_schedule(
-    console: Console, schedule: Schedule, tracks: int, bytes_per_token: int | None
+    console: Console, schedule: Schedule, tracks: int, shape: ModelShape | None
 ) -> None:
     """Diagram, counts and text form."""
     console.print(diagram(schedule, tracks, console.width))
     console.print()
-    console.print(counts_table(schedule, bytes_per_token))
+    console.print(counts_table(schedule, shape))
     console.print()
     console.print(Text(str(schedule)), style="dim", soft_wrap=False)

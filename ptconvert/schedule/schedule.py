@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,6 +89,12 @@ class Schedule:
             all_reduces=sum(step.launches for step in self.program),
             waited_for=sum(step.waits for step in self.program),
         )
+
+    @cached_property
+    def carried(self) -> tuple[int, ...]:
+        """Of how many sublayers the all-reduce after each stage takes partials; 0 of none."""
+        taken = Counter(step.bucket for step in self.program for _ in step.sublayers)
+        return tuple(taken[i] * step.launches for i, step in enumerate(self.program))
 
     def own_read(self) -> Iterator[tuple[Sublayer, Sublayer]]:
         """Writer and reader, where a track reads its own partial without the others'."""

@@ -29,7 +29,13 @@ from ptconvert.schedule.stages import MAX_LAYERS, Stage, parse_stages
 from ptconvert.shorten import few
 from ptconvert.spec.reader import Found, choice, number, parsed, read
 from ptconvert.spec.strict_yaml import Value
-from ptconvert.spec.terms import ASSIGNMENTS, DEFERRED_RULES, MAX_GUESS_RANK, MAX_TRACKS
+from ptconvert.spec.terms import (
+    ASSIGNMENTS,
+    DEFERRED_RULES,
+    MAX_GUESS_RANK,
+    MAX_TRACKS,
+    SCALES,
+)
 
 _RANGE = re.compile(r"([0-9]{1,5})(?:\s*-\s*([0-9]{1,5}))?")
 _ONE_OF = f"one of {', '.join(presets.PRESETS)}"
@@ -129,7 +135,13 @@ class Spec:
     items: tuple[Item, ...] = field(
         metadata={"key": "schedule", "expected": "a list of `- layers: 0-3` items"}
     )
-    deferred: str = choice(*DEFERRED_RULES, default=DEFERRED_RULES[0])
+    deferred: str = choice(
+        *DEFERRED_RULES,
+        default=DEFERRED_RULES[0],
+        unfit=lambda shape: (
+            "norms what sublayers give, which undoes a mean" if shape.norms_sums else ""
+        ),
+    )
     assignment: str = choice(
         *ASSIGNMENTS,
         default=ASSIGNMENTS[0],
@@ -137,6 +149,17 @@ class Spec:
         bare=True,
         idle=" is {value}, but the tracks' streams never differ, so it can change nothing",
         says="which heads and neurons share a track. [contiguous]",
+    )
+    scale: str = choice(
+        *SCALES,
+        default=SCALES[0],
+        inside="method",
+        bare=True,
+        idle=" is {value}, but no track goes on without the others' partials",
+        unfit=lambda shape: (
+            "" if shape.norms_sums else "doesn't norm what sublayers give, so there is none"
+        ),
+        says="where sums are normed (post-norm), what of it a track's own norm is. [even: 1/√n]",
     )
     guess: int | None = number(  # the largest rank that a guess may have
         1,
@@ -200,6 +223,7 @@ class Spec:
         """Raises SpecError, all faults at once, where the spec doesn't fit a model."""
         reason = shape.indivisible(self.tracks)
         faults = [f"{self.name}:{self.lines['tracks']}: {reason}"] if reason else []
+        faults += self._unfit(shape)
         faults += self._layer_faults(shape.layers)
         if faults:
             raise SpecError(faults)
@@ -208,6 +232,16 @@ class Spec:
         """Raises SpecError, all faults at once, where the spec doesn't cover a model's layers."""
         if faults := self._layer_faults(layers):
             raise SpecError(faults)
+
+    def _unfit(self, shape: ModelShape) -> list[str]:
+        """What is chosen that a model has no use for."""
+        chosen = [(f, getattr(self, f.name)) for f in fields(self) if "unfit" in f.metadata]
+        return [
+            f"{self.name}:{self.lines[f.name]}: {f.name} is {value}, but {shape.model_type} "
+            f"{reason}; leave it out"
+            for f, value in chosen
+            if value != f.default and (reason := f.metadata["unfit"](shape))
+        ]
 
     def _layer_faults(self, layers: int) -> list[str]:
         faults = [

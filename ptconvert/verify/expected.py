@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.communicator import Event, stages_of
 from ptconvert.runtime.counters import ALL_REDUCE
 from ptconvert.runtime.launch import RankFailure, RanksFailed
@@ -27,7 +28,7 @@ class Expected:
     """What a schedule promises about the all-reduces of each step."""
 
     schedule: Schedule
-    width: int
+    model: ModelShape
     dtype: torch.dtype
     batch: int
     prompt_tokens: int
@@ -40,20 +41,25 @@ class Expected:
         names = {torch.float32: "float", torch.float16: "half"}
         return names.get(self.dtype, str(self.dtype).removeprefix("torch."))
 
-    def shape(self, step: str) -> tuple[int, int, int]:
-        """What an all-reduce of a step carries: batch, tokens, width."""
+    def shape(self, step: str, sublayers: int) -> tuple[int, ...]:
+        """What an all-reduce of so many sublayers' partials carries in a step: batch, tokens,
+        width; before them the sublayers, where each one's sum is normed for itself."""
         tokens = self.prompt_tokens if step == "prefill" else 1
-        return self.batch, tokens, self.width
+        first = (sublayers,) if self.model.norms_sums else ()
+        return *first, self.batch, tokens, self.model.width
 
     def steps(self) -> list[str]:
         """The names of a pass's steps."""
         return ["prefill", *(f"decode {i}" for i in range(1, self.new_tokens))]
 
-    def all_reduces(self) -> list[tuple[str, bool]]:
-        """Each all-reduce of a step: its stage as printed, and whether it is asynchronous."""
+    def all_reduces(self) -> list[tuple[str, bool, int]]:
+        """Each all-reduce of a step: its stage as printed, whether it is asynchronous, and of how
+        many sublayers it takes partials."""
         return [
-            (f"stage {step.index + 1} {self.schedule.stages[step.index]}", step.overlapped)
-            for step in self.schedule.program
+            (f"stage {step.index + 1} {stage}", step.overlapped, sublayers)
+            for step, stage, sublayers in zip(
+                self.schedule.program, self.schedule.stages, self.schedule.carried, strict=True
+            )
             if step.launches
         ]
 
@@ -64,18 +70,18 @@ class Expected:
         missing one shows at the end.
         """
         reduces = [c for c in seen if c["op"] == ALL_REDUCE]
-        promised = dict(self.all_reduces())
+        promised = {stage: (late, number) for stage, late, number in self.all_reduces()}
         if reduces and all(c["stage"] is not None for c in reduces):
             for number, each in enumerate(self.schedule.stages, 1):
                 stage = f"stage {number} {each}"
                 here = [c for c in reduces if f"stage {c['stage']}" == stage]
                 if len(here) != (stage in promised):
                     return f"{step}, {stage}: {len(here)} all-reduces, not {int(stage in promised)}"
-                if here and (wrong := self._wrong(here[0], step, promised[stage])):
+                if here and (wrong := self._wrong(here[0], step, *promised[stage])):
                     return f"{step}, {stage}: {wrong}"
             return None
-        for (stage, asynchronous), one in zip(promised.items(), reduces, strict=False):
-            if wrong := self._wrong(one, step, asynchronous):
+        for (stage, rest), one in zip(promised.items(), reduces, strict=False):
+            if wrong := self._wrong(one, step, *rest):
                 return f"{step}, {stage}: {wrong}"
         if len(reduces) < len(promised):
             stage = list(promised)[len(reduces)]
@@ -84,11 +90,14 @@ class Expected:
             return f"{step}: {len(reduces)} all-reduces, the schedule has {len(promised)}"
         return None
 
-    def _wrong(self, one: dict[str, Any], step: str, asynchronous: bool) -> str | None:
+    def _wrong(
+        self, one: dict[str, Any], step: str, asynchronous: bool, sublayers: int
+    ) -> str | None:
         """What is wrong with an all-reduce of a step; what isn't known of it is not compared."""
         dtype_fits = one["dtype"] in ("", self.dtype_name)
-        if tuple(one["shape"]) != self.shape(step) or not dtype_fits:
-            sent, wanted = ("x".join(map(str, s)) for s in (one["shape"], self.shape(step)))
+        shape = self.shape(step, sublayers)
+        if tuple(one["shape"]) != shape or not dtype_fits:
+            sent, wanted = ("x".join(map(str, s)) for s in (one["shape"], shape))
             return f"all-reduced {sent} {one['dtype']}, not {wanted} {self.dtype_name}"
         if one["asynchronous"] not in (None, asynchronous):
             return f"the all-reduce was {'blocking' if asynchronous else 'asynchronous'}"
@@ -134,8 +143,9 @@ def _left_schedule(events: Sequence[Event], expected: Expected) -> str | None:
     for number, (where, index, reduces) in enumerate(stages):
         schedule = _schedule_of(where, expected)
         step = "prefill" if where.endswith("prefill") else "decode"
-        shape = "x".join(map(str, expected.shape(step)))
-        promised = [f"{shape} {dtype}"] * schedule.program[int(index)].launches
+        carried = schedule.carried[int(index)]
+        shape = "x".join(map(str, expected.shape(step, carried)))
+        promised = [f"{shape} {dtype}"] * bool(carried)
         unfinished = number == len(stages) - 1 and len(reduces) < len(promised)
         if reduces != promised and not unfinished:
             sent, wanted = ", ".join(reduces) or "nothing", ", ".join(promised) or "nothing"

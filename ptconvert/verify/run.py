@@ -118,7 +118,7 @@ def verify(
     )
     expected = Expected(
         section.schedule,
-        shape.width,
+        shape,
         dtype,
         settings.batch,
         settings.prompt_tokens,
@@ -237,7 +237,7 @@ def _checks(results: list[dict[str, Any]], expected: Expected) -> list[Check]:
     checks = [*_count_checks(results, expected), *_answer_checks(results, expected)]
     overlap = _overlap(results)
     steps = len(expected.steps()) * len(results)
-    promised = sum(overlapped for _, overlapped in expected.all_reduces()) * steps
+    promised = sum(overlapped for _, overlapped, _ in expected.all_reduces()) * steps
     if promised and len(results) > 1:  # one rank has nothing to transfer
         seen = (
             f"{overlap['share']:.0%} of their transfer time ran under computation; "
