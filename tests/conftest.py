@@ -109,6 +109,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3",
         {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5, "attention_bias": True},
     ),
+    "gemma4_text": (
+        "Gemma4",
+        {
+            **{"head_dim": 8, "sliding_window": 5, "hidden_size_per_layer_input": 0},
+            **{"attention_k_eq_v": True, "num_global_key_value_heads": 2, "global_head_dim": 16},
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+        },
+    ),
+    "gemma4-values-apart": (
+        "Gemma4",
+        {"head_dim": 8, "sliding_window": 5, "hidden_size_per_layer_input": 0},
+    ),
     "glm4": ("Glm4", {"head_dim": 8}),
     "exaone4": ("Exaone4", {"sliding_window": 5}),
     "hyperclovax": (
@@ -186,6 +198,9 @@ def randomised(model: Any, dtype: torch.dtype, scale: float = 0.25) -> Any:
                 parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
             else:
                 parameter.copy_(scale * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.copy_(0.5 + torch.rand_like(buffer))
     return model.to(dtype).eval()
 
 

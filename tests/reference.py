@@ -30,11 +30,12 @@ class Written:
     seen: torch.Tensor
     common: torch.Tensor
     after: Any
+    factor: Any = 1.0  # of what follows
 
     def joins(self, weight: float) -> torch.Tensor:
         """What joins the stream (BSD)."""
         total_BSD = weight * self.partial.sum(0) + self.common
-        return total_BSD if self.after is None else self.after(total_BSD)
+        return self.factor * (total_BSD if self.after is None else self.after(total_BSD))
 
 
 @dataclass
@@ -261,6 +262,15 @@ def reference_logits(
             base_BSD = base_BSD + flight.total
         flights = [f for f in flights if f.left > 0]
         done += names
+        for layer in sorted({int(name[1:]) for name in names}):
+            factor = getattr(model.get_decoder().layers[layer], "layer_scalar", None)
+            if factor is None or not {f"a{layer}", f"m{layer}"} <= {*done}:
+                continue
+            base_BSD, waited_guess_TBSD = factor * base_BSD, factor * waited_guess_TBSD
+            for one in waited:
+                one.factor, one.seen = factor * one.factor, factor * one.seen
+            for flight in flights:
+                flight.total, flight.seen = factor * flight.total, factor * flight.seen
         while between and len([name for name in done if int(name[1:]) <= whole]) == 2 * whole + 2:
             base_BSD = base_BSD + between.pop(0)
             whole += 1

@@ -51,7 +51,10 @@ def config_of(variant: str, **changed: Any) -> Any:
         **{"intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128, "head_dim": 16},
     }
     config_class = getattr(transformers, f"{family}ForCausalLM").config_class
-    return config_class(**{**settings, **sizes, "pad_token_id": 0, **changed})
+    given = {**settings, **sizes, "pad_token_id": 0, **changed}
+    if "layer_types" in given:
+        given["layer_types"] = given["layer_types"][: given["num_hidden_layers"]]
+    return config_class(**given)
 
 
 def shapes(layer: Any) -> dict[str, tuple[int, ...]]:

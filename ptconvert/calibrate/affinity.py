@@ -134,7 +134,7 @@ def _inputs(shape: ModelShape, sublayer: Sublayer) -> Iterator[tuple[str, int, i
     divided."""
     block = shape.block(sublayer)
     for rule in shape.rules_of(sublayer.layer):
-        name, tensor = rule.name.rsplit(".", 1)
+        name, _, tensor = rule.name.rpartition(".")
         inside = name.startswith(f"{block.name}.")
         reads = len(rule.axes) == 2 and rule.axis == 0 and rule.axes[1] is D  # no latent
         if inside and reads and tensor == "weight":

@@ -139,7 +139,7 @@ def _pairs(
     own_BTD = batch.to_device(batch.updates[place].kept[t])
     y_BTD = batch.to_device(batch.wholes[place]) - own_BTD
     if behind:
-        y_BTD += batch.lacking(streams)
+        y_BTD += batch.lacking(step, streams)
     features_P2D = _features(track, step.sublayers[place], streams.view(step)[0], own_BTD)
     return features_P2D, y_BTD.flatten(0, 1)
 

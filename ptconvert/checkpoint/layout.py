@@ -84,7 +84,7 @@ def dense_tensors(
                 f"{shape.layer(layer)}tracks.{track}.{rule.name}",
                 track,
                 rule.axis,
-                tuple(_owned(shape, rule, track, tracks, assignments.get(layer))),
+                tuple(_owned(shape, layer, rule, track, tracks, assignments.get(layer))),
             )
             for track in range(tracks)
         )
@@ -92,7 +92,12 @@ def dense_tensors(
 
 
 def _owned(
-    shape: ModelShape, rule: TensorRule, track: int, tracks: int, assignment: Assignment | None
+    shape: ModelShape,
+    layer: int,
+    rule: TensorRule,
+    track: int,
+    tracks: int,
+    assignment: Assignment | None,
 ) -> Iterator[Indices]:
     """The indices of `rule.axis` that a track owns, of each segment."""
     spans = shape.spans(rule, track, tracks)
@@ -100,7 +105,8 @@ def _owned(
         yield from (range(start, stop) for start, stop in spans)
         return
     for (segment, begin), (start, stop) in zip(shape.segments(rule), spans, strict=True):
-        if segment.cut in (Cut.HEADS, Cut.KV_HEADS) and shape.kv_heads % tracks > 0:
+        heads = segment.cut in (Cut.HEADS, Cut.KV_HEADS)
+        if heads and shape.attention_units(layer) % tracks > 0:
             yield range(start, stop)  # whole heads, as copies
             continue
         order = assignment.neurons if segment.cut is Cut.NEURONS else assignment.kv_heads

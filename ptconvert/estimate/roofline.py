@@ -100,7 +100,7 @@ def sublayer_parts(
         return _mlp(shape, sublayer, cut, one)
     if shape.is_linear(sublayer.layer):
         return _linear_attention(shape, weights, cut, one)
-    return _attention(shape, engine, weights, cut, one)
+    return _attention(shape, sublayer.layer, engine, weights, cut, one)
 
 
 def guess_part(shape: ModelShape, rank: int, one: Pass) -> Part:
@@ -190,14 +190,15 @@ def _linear_attention(shape: ModelShape, weights: float, cut: int, one: Pass) ->
 
 
 def _attention(
-    shape: ModelShape, engine: Engine, weights: float, cut: int, one: Pass
+    shape: ModelShape, layer: int, engine: Engine, weights: float, cut: int, one: Pass
 ) -> tuple[Part, ...]:
     """Projections, and attention over the cache, of one of `cut` parts."""
     if shape.kv_latent:
         return _latent_attention(shape, weights, cut, one)
-    kv_heads = max(shape.kv_heads // cut, 1)  # replicated where there are fewer than parts
-    queries = shape.query_width / cut
-    keys = 2 * kv_heads * shape.head_size  # and values, elements per token
+    kv_heads, head_size = shape.kv_heads_of(layer), shape.head_size_of(layer)
+    queries = shape.heads * head_size / cut
+    # and values, elements per token; heads are replicated where there are fewer than parts
+    keys = 2 * max(kv_heads // cut, 1) * head_size
     moved = one.total * (4 * shape.width + 3 * queries + keys)  # norm, addition; in and out
     size = _bytes(shape)
     batched = _batched(weights, one) * size
@@ -205,7 +206,7 @@ def _attention(
     so_far = one.past + (one.tokens + 1) / 2  # the mean over the new tokens, causally
     attended = one.allocated if engine.cache == "allocated" else so_far
     cached = one.allocated if engine.cache == "allocated" else one.past + one.tokens
-    reads = shape.heads // shape.kv_heads if engine.kv_reads == "per query head" else 1
+    reads = shape.heads // kv_heads if engine.kv_reads == "per query head" else 1
     read = one.sequences * cached * keys * reads / engine.kv_reach
     scores = 0.0
     if one.tokens > 1:
@@ -275,8 +276,8 @@ def rank_bytes(
         elif shape.kv_latent:
             cache = one.sequences * one.allocated * shape.kv_latent_rope
         else:
-            kv_heads = max(shape.kv_heads // cut, 1)
-            cache = one.sequences * one.allocated * 2 * kv_heads * shape.head_size
+            kv_heads = max(shape.kv_heads_of(layer) // cut, 1)
+            cache = one.sequences * one.allocated * 2 * kv_heads * shape.head_size_of(layer)
         weights = sum(_weights(shape, Sublayer(layer, which), cut) for which in Kind)
         layers += count * cut // ranks * (weights + cache)
     rows = shape.vocabulary / (ranks if engine.vocabulary == "sharded" else 1)

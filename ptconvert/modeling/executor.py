@@ -63,6 +63,21 @@ class Update:
         common = _sum_of(self.common, later.common)
         return Update(partials, common, guesses, own, self.normed + later.normed)
 
+    def times(self, factor: torch.Tensor) -> Update:
+        """The same of sublayers that give so many times as much."""
+
+        def scaled(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [tensor * factor.to(tensor.device) for tensor in tensors]
+
+        return Update(
+            # what is normed has its factor afterwards
+            self.partials if self.normed else scaled(self.partials),
+            None if self.common is None else scaled([self.common])[0],
+            None if self.guesses is None else scaled(self.guesses),
+            None if self.own is None else scaled(self.own),
+            times(self.normed, factor),
+        )
+
     @property
     def kept(self) -> PerTrack:
         """What each track sees of its own partial before the merge."""
@@ -72,6 +87,19 @@ class Update:
     def seen(self) -> PerTrack:
         """What each track sees of it before the merge: of its own partial, and its guess."""
         return self.kept if self.guesses is None else add_per_track(self.guesses, self.kept)
+
+
+def times(normed: tuple[Normed, ...], factor: torch.Tensor) -> tuple[Normed, ...]:
+    """What joins the stream, so many times."""
+
+    def of(norm: Normed) -> Normed:
+        def joins(sum_BSD: torch.Tensor) -> torch.Tensor:
+            normed_BSD = norm(sum_BSD)
+            return normed_BSD * factor.to(normed_BSD.device)
+
+        return joins
+
+    return tuple(of(norm) for norm in normed)
 
 
 @dataclass(eq=False)
@@ -87,6 +115,17 @@ class Bucket:
     common: torch.Tensor | None = None
     normed: tuple[Normed, ...] = ()
     wait: Callable[[], torch.Tensor] | None = None
+
+    def scale(self, factor: torch.Tensor) -> None:
+        """Makes its sublayers give so many times as much."""
+        self.shown, self.hidden = (
+            None if update is None else update.times(factor) for update in (self.shown, self.hidden)
+        )
+        if self.common is not None:
+            self.common = self.common * factor.to(self.common.device)
+        if self.wait is not None and not self.normed:
+            self.wait = functools.partial(_waited, self.wait, factor)
+        self.normed = times(self.normed, factor)
 
     def joins(self, sum_BSD: torch.Tensor) -> torch.Tensor:
         """What joins the stream, from the all-reduce's sum."""
@@ -158,6 +197,13 @@ class Streams:
             elif bucket.shown is not None:
                 view = add_per_track(view, bucket.shown.seen)
         return [base_BSD] if view is None else add_per_track([base_BSD], view)
+
+    def scale(self, factor: torch.Tensor) -> None:
+        """Multiplies the streams, and with them what is outstanding."""
+        base_BSD = self.settled()
+        self.base = base_BSD * factor.to(base_BSD.device)
+        for bucket in self.buckets.values():
+            bucket.scale(factor)
 
     def end(self, step: Step, own: Update, engine: Engine, waiting_weight: float = 1.0) -> None:
         """Ends a stage whose sublayers gave `own`: launches and merges as its step says.
@@ -246,17 +292,27 @@ def run_program(
     engine: Engine,
     waiting_weight: float = 1.0,
     entered: Callable[[int], object] | None = None,
+    scalar: Callable[[int], torch.Tensor | None] = lambda _: None,
 ) -> None:
     """Runs steps on the streams that the steps before have left, the embedded tokens at first.
 
     `waiting_weight` is what partials that waited since an earlier stage count at the all-reduce: 1,
     which keeps a dense model's meaning, or 1/n (the Desync rule, arXiv 2501.06589). `entered` is
-    called with each stage's index as it begins.
+    called with each stage's index as it begins. `scalar` is what the stream is multiplied by after
+    a layer, if it is.
     """
     for step in program:
         if entered is not None:
             entered(step.index)
         streams.end(step, engine.run(step, streams), engine, waiting_weight)
+        for layer in step.completes:
+            if (factor := scalar(layer)) is not None:
+                streams.scale(factor)
+
+
+def _waited(wait: Callable[[], torch.Tensor], factor: torch.Tensor) -> torch.Tensor:
+    sum_BSD = wait()
+    return sum_BSD * factor.to(sum_BSD.device)
 
 
 def _already(reduced_BSD: torch.Tensor) -> Callable[[], torch.Tensor]:

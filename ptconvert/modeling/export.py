@@ -16,6 +16,7 @@ MODULES = (
     "schedule/lower.py",
     "schedule/schedule.py",
     "schedule/presets.py",
+    "models/gemma4.py",
     "models/families.py",
     "models/wrappers.py",
     "spec/terms.py",

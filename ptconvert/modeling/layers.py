@@ -45,7 +45,7 @@ def layer_class(config: Any) -> Any:
     """The class of the family's decoder layers, from transformers."""
     family = family_of(config)
     module = importlib.import_module(modeling_module(family.model_type))
-    return getattr(module, f"{family.prefix}DecoderLayer")
+    return getattr(module, f"{family.prefix}{family.decoder_layer}")
 
 
 class TrackConfig:
@@ -56,17 +56,35 @@ class TrackConfig:
     """
 
     def __init__(self, config: Any, tracks: int) -> None:
-        self._config = config
-        heads = config.num_attention_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self._config, self._tracks = config, tracks
+        differ = getattr(config, "per_layer_attributes", None) or ()  # from layer to layer
+        if "head_dim" not in differ:
+            heads = config.num_attention_heads
+            self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         for name in COUNTS.values():
-            if getattr(config, name, None) is not None:
+            if name not in differ and getattr(config, name, None) is not None:
                 setattr(self, name, max(getattr(config, name) // tracks, 1))
+
+    @property
+    def per_layer_config(self) -> PerLayer:
+        """The same of each layer, where they differ."""
+        return PerLayer(self._config, self._tracks)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_config" not in self.__dict__:
             raise AttributeError(name)  # so that copying and pickling work
         return getattr(self._config, name)
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """The configs of layers, as one track sees them."""
+
+    config: Any
+    tracks: int
+
+    def __getitem__(self, index: int) -> TrackConfig:
+        return TrackConfig(self.config.per_layer_config[index], self.tracks)
 
 
 class Task(enum.Enum):
@@ -223,6 +241,10 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
                 self.common.add_module(str(block.after), after)
                 for own in self.tracks.values():
                     delattr(own, str(block.after))
+        if family.scalar is not None:
+            self.common.register_buffer(family.scalar, getattr(self.template, family.scalar))
+            for own in self.tracks.values():
+                delattr(own, family.scalar)
         for t, cache_index in cache_indices.items():
             track: Any = self.tracks[str(t)]
             attention = family.block_of(Kind.ATTENTION, track)
@@ -237,8 +259,9 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
             units = {"kv_heads": "linear_key_heads" if linear else "kv_heads"}
             if not hasattr(getattr(self.template, family.mlp.name), "experts"):
                 units["neurons"] = "neurons"
+            own_config = config.per_layer_config[index]
             for name, of in units.items():
-                order = torch.arange(getattr(config, COUNTS[of]), dtype=torch.int32)
+                order = torch.arange(getattr(own_config, COUNTS[of]), dtype=torch.int32)
                 self.assignment.register_buffer(name, order)
 
     @property

@@ -140,8 +140,16 @@ class Layers(nn.ModuleList):
     ) -> torch.Tensor:
         """The merged stream (BSD) after some steps, from the streams before them, which go on."""
         engine = TorchEngine(run_sublayer, self.communicator)
-        run_program(program, streams, engine, self.waiting_weight, self.entered)
+        run_program(program, streams, engine, self.waiting_weight, self.entered, self.scalar)
         return streams.settled()
+
+    def scalar(self, index: int) -> torch.Tensor | None:
+        """What the stream is multiplied by after a layer; None where it isn't."""
+        if self.family.scalar is None:
+            return None
+        layer: Any = self[index]
+        scalar: torch.Tensor = getattr(getattr(layer, "common", layer), self.family.scalar)
+        return scalar
 
 
 class Pass:
@@ -206,7 +214,8 @@ class Turn:
     one_pass: Pass
     template: Any
 
-    def __call__(self, stream_BSD: torch.Tensor, **context: Any) -> torch.Tensor:
+    def __call__(self, stream_BSD: torch.Tensor, *others: Any, **context: Any) -> torch.Tensor:
+        assert all(other is None for other in others), "a layer has inputs of its own"
         return self.one_pass.take(stream_BSD, context)
 
     def __getattr__(self, name: str) -> Any:
@@ -261,7 +270,7 @@ class ScheduledModel(Scheduled):
     ) -> None:
         with _without_layers(config):
             super().__init__(config)
-        self.layers = Layers(config, section_of(config), placement, communicator)
+        give_layers(self, section_of(config), placement, communicator)
         self.post_init()
 
     def forwarded(self, theirs: Callable[..., Any], args: tuple[Any, ...], given: Any) -> Any:
@@ -331,8 +340,18 @@ class ScheduledAround(Scheduled):
         # transformers' constructor made the family's own decoder, which has all but the layers
         decoder: Any = self.get_decoder()
         decoder.__class__ = BASE_MODELS[family_of(decoder.config).model_type]
-        decoder.layers = Layers(decoder.config, section_of(config), placement, communicator)
+        give_layers(decoder, section_of(config), placement, communicator)
         self.post_init()
+
+
+def give_layers(
+    decoder: Any, section: Section, placement: Placement, communicator: Communicator | None
+) -> None:
+    """Puts the layers into a decoder that was made without any."""
+    config = decoder.config
+    decoder.layers = Layers(config, section, placement, communicator)
+    for name in family_of(config).ends:
+        setattr(decoder, name, config.num_hidden_layers)
 
 
 def section_of(config: Any, where: str = "config.json") -> Section:

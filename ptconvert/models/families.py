@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from ptconvert.models.gemma4 import gemma4_config
 from ptconvert.schedule.stages import Kind
 
 MODEL_TYPE_PREFIX = "ptconvert_"  # of a converted model's type, before its family's
@@ -49,6 +50,10 @@ LINEAR_HEAD = Axis("linear_value_heads", None, Cut.LINEAR_HEADS)
 LINEAR_VALUE_SIZE, LINEAR_TAPS = Axis("linear_value_size"), Axis("linear_taps")
 LINEAR_GROUP = Axis("linear_key_heads", "linear_group_size", Cut.LINEAR_HEADS)
 LINEAR_GATES = Axis("linear_key_heads", "linear_gates", Cut.LINEAR_HEADS)
+# Layers with full attention that have heads of their own beside those with a sliding window.
+GLOBAL_Q = Axis("heads", "global_head_size", Cut.HEADS)
+GLOBAL_KV = Axis("global_kv_heads", "global_head_size", Cut.KV_HEADS)
+GLOBAL_HEAD_SIZE = Axis("global_head_size")
 N = Axis("neurons", None, Cut.NEURONS)
 # Latent attention: queries, keys and values of all heads come out of two vectors of a few channels.
 Q_LATENT, KV_LATENT = Axis("query_latent"), Axis("kv_latent")
@@ -75,6 +80,8 @@ COUNTS = MappingProxyType(
 # And what only some families have, and isn't divided.
 SIZES = MappingProxyType(
     {
+        "global_kv_heads": "num_global_key_value_heads",
+        "global_head_size": "global_head_dim",
         "linear_key_size": "linear_key_head_dim",
         "linear_value_size": "linear_value_head_dim",
         "linear_taps": "linear_conv_kernel_dim",
@@ -91,7 +98,7 @@ SIZES = MappingProxyType(
 # By one of these a config.json says that it is of a mixture, whatever the family.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # What a layer is, of what its family has: of its attention as config.json calls it, of its MLP.
-FULL, LINEAR = "full_attention", "linear_attention"
+FULL, LINEAR, SLIDING = "full_attention", "linear_attention", "sliding_attention"
 DENSE, EXPERTS = "one MLP", "experts"
 Layer = frozenset[str]  # such words
 
@@ -102,10 +109,11 @@ class TensorRule:
 
     `name` is relative to the layer. `axes` are what each axis counts, several after each
     other where projections are fused into one. `when` names the config.json flag that switches the
-    tensor on, `of` what layers are that have it, where not all do. A tensor without an axis that
-    is cut is copied to every track; one that is `common` is no track's, but known to all: an output
-    bias, which is added once, or the norm of what is merged. `apart` is how checkpoints may hold
-    it: each expert ({}) by itself, and each of the fused projections; or just by another name.
+    tensor on, `unless` one that switches it off, `of` what layers are that have it, where not all
+    do. A tensor without an axis that is cut is copied to every track; one that is `common` is no
+    track's, but known to all: an output bias, which is added once, or the norm of what is merged.
+    `apart` is how checkpoints may hold it: each expert ({}) by itself, and each of the fused
+    projections; or just by another name.
     """
 
     name: str
@@ -114,6 +122,7 @@ class TensorRule:
     common: bool = False
     of: str | None = None
     apart: tuple[str, ...] = ()
+    unless: str | None = None
 
     def stored(self, experts: int) -> Iterator[TensorRule]:
         """Its tensors where checkpoints hold it apart."""
@@ -172,18 +181,23 @@ class Family:
     """A model family: its transformers classes, its layers, and how its config.json is read.
 
     `prefix` is what the names of its classes in transformers begin with, and `base_model` how that
-    of the class without lm_head ends. Without a `causal_lm` it has no class with one, and is only
-    ever found inside of another model (`wrappers`). Tensors whose names begin with those of
-    `around` aren't the model's, but come along.
+    of the class without lm_head ends, `decoder_layer` how that of its layers does; `ends` are
+    attributes of the first of these that say how many layers there are. Without a `causal_lm` it
+    has no class with one, and is only ever found inside of another model (`wrappers`). Tensors
+    whose names begin with those of `around` aren't the model's, but come along.
 
     `defaults` are its config class's, where a key is missing; a None means that the class can't do
     without. A null of the `nullable` keys means that the other sizes say it, and the class takes no
     other null. What sublayers add to the stream is multiplied by the config's `multiplier`, where
-    there is one. Where layers' attention is of different kinds, config.json says which by
-    `layer_types`, or by the key `full_every` of how many one has full attention; linear attention
-    is the block `linear`. Where one of the keys `experts` says how many there are, MLPs are
-    mixtures of them, but where one of the keys `dense` says that a layer has one. With `layer_more`
-    checkpoints hold a layer after the last, which predicts further tokens; it comes along.
+    there is one; and the stream after a layer by that layer's buffer `scalar`. Where layers'
+    attention is of two `kinds`, full first, config.json says which by `layer_types`, or by the key
+    `full_every` of how many one is full, or it is one of so many, and the `last_full`; linear
+    attention is the block `linear`. Where one of the keys `experts` says how many there are, MLPs
+    are mixtures of them, but where one of the keys `dense` says that a layer has one. With
+    `layer_more` checkpoints hold a layer after the last, which predicts further tokens; it comes
+    along.
+    `own_keys` gives a config.json in the keys that are read here, where others say the same. One in
+    which a key of `refused` says anything but no is refused, for that reason.
     """
 
     model_type: str
@@ -195,10 +209,17 @@ class Family:
     mlp: Block = Block("mlp", "post_attention_layernorm", "down_proj")
     linear: Block | None = None
     multiplier: str | None = None
-    full_every: str | None = None
+    scalar: str | None = None
+    kinds: tuple[str, str] = (FULL, LINEAR)
+    full_every: str | int | None = None
+    last_full: bool = False
+    own_keys: Callable[[Mapping[str, object]], Mapping[str, object]] = dict
+    refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     experts: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
     base_model: str = "Model"
+    decoder_layer: str = "DecoderLayer"
+    ends: tuple[str, ...] = ()
     causal_lm: bool = True
     layer_more: bool = False
     final_norm: tuple[str, ...] = ("norm.weight",)
@@ -241,6 +262,7 @@ class Family:
             rule
             for rule in self.layer
             if (rule.when is None or known.get(rule.when) is True)
+            and (rule.unless is None or known.get(rule.unless) is not True)
             and (rule.of is None or rule.of in layer)
         )
 
@@ -288,15 +310,17 @@ def _norms_after(*names: str, when: str | None = None) -> tuple[TensorRule, ...]
     return tuple(TensorRule(f"{name}.weight", (D,), when, common=True) for name in names)
 
 
-def _qk_norms(q: str = "q_norm", k: str = "k_norm") -> tuple[TensorRule, ...]:
-    return tuple(TensorRule(f"self_attn.{name}.weight", (HEAD_SIZE,)) for name in (q, k))
+def _qk_norms(
+    q: str = "q_norm", k: str = "k_norm", size: Axis = HEAD_SIZE
+) -> tuple[TensorRule, ...]:
+    return tuple(TensorRule(f"self_attn.{name}.weight", (size,)) for name in (q, k))
 
 
-def _qkv_biases(when: str | None) -> tuple[TensorRule, ...]:
+def _qkv_biases(when: str | None, q: Axis = Q, kv: Axis = KV) -> tuple[TensorRule, ...]:
     return (
-        TensorRule("self_attn.q_proj.bias", (Q,), when),
-        TensorRule("self_attn.k_proj.bias", (KV,), when),
-        TensorRule("self_attn.v_proj.bias", (KV,), when),
+        TensorRule("self_attn.q_proj.bias", (q,), when),
+        TensorRule("self_attn.k_proj.bias", (kv,), when),
+        TensorRule("self_attn.v_proj.bias", (kv,), when),
     )
 
 
@@ -420,6 +444,20 @@ _GEMMA_NORMS = _norms("input_layernorm", "pre_feedforward_layernorm") + _norms_a
 )
 _GEMMA_ATTENTION = Block("self_attn", "input_layernorm", "o_proj", "post_attention_layernorm")
 _GEMMA_MLP = Block("mlp", "pre_feedforward_layernorm", "down_proj", "post_feedforward_layernorm")
+
+
+# Of full attention in Gemma 4; some models have keys for values there.
+_GLOBAL_ATTENTION = _in(
+    FULL,
+    TensorRule("self_attn.q_proj.weight", (GLOBAL_Q, D)),
+    TensorRule("self_attn.k_proj.weight", (GLOBAL_KV, D)),
+    TensorRule("self_attn.v_proj.weight", (GLOBAL_KV, D), unless="attention_k_eq_v"),
+    TensorRule("self_attn.o_proj.weight", (D, GLOBAL_Q)),
+    *_qk_norms(size=GLOBAL_HEAD_SIZE),
+    *_qkv_biases("attention_bias", GLOBAL_Q, GLOBAL_KV)[:2],
+    TensorRule("self_attn.v_proj.bias", (GLOBAL_KV,), "attention_bias", unless="attention_k_eq_v"),
+    *_o_bias("attention_bias"),
+)
 
 
 def _defaults(**values: object) -> Mapping[str, object]:
@@ -639,6 +677,40 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 attention=_GEMMA_ATTENTION,
                 mlp=_GEMMA_MLP,
                 base_model="TextModel",
+            ),
+            Family(
+                "gemma4_text",
+                "Gemma4",
+                (
+                    *_GEMMA_NORMS,
+                    *_in(SLIDING, *_ATTENTION, *_qk_norms(), *_ATTENTION_BIASES),
+                    *_GLOBAL_ATTENTION,
+                    *_MLP,
+                    TensorRule("layer_scalar", (ONE,), common=True),
+                ),
+                _defaults(
+                    num_key_value_heads=4,
+                    head_dim=256,
+                    tie_word_embeddings=True,
+                    hidden_size_per_layer_input=256,
+                ),
+                attention=_GEMMA_ATTENTION,
+                mlp=_GEMMA_MLP,
+                scalar="layer_scalar",
+                kinds=(FULL, SLIDING),
+                full_every=6,
+                last_full=True,
+                base_model="TextModel",
+                decoder_layer="TextDecoderLayer",
+                ends=("first_kv_shared_layer_idx",),
+                own_keys=gemma4_config,
+                refused=MappingProxyType(
+                    {
+                        "hidden_size_per_layer_input": "its layers have inputs of their own",
+                        "num_kv_shared_layers": "its layers share keys and values",
+                        "enable_moe_block": "its layers have experts beside an MLP",
+                    }
+                ),
             ),
             Family(
                 "glm4",

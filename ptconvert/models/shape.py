@@ -90,6 +90,8 @@ class ModelShape:
     dtype: str | None
     kinds: tuple[Layer, ...]
     rules: Mapping[Layer, tuple[TensorRule, ...]]
+    global_kv_heads: int = 0
+    global_head_size: int = 0
     linear_key_heads: int = 0
     linear_value_heads: int = 0
     linear_key_size: int = 0
@@ -257,7 +259,18 @@ class ModelShape:
     def attention_units(self, layer: int) -> int:
         """How many units of a layer's attention can go to one track or another: KV heads, or key
         heads, with all that reads them."""
-        return self.linear_key_heads if self.is_linear(layer) else self.kv_heads
+        return self.linear_key_heads if self.is_linear(layer) else self.kv_heads_of(layer)
+
+    def kv_heads_of(self, layer: int) -> int:
+        """KV heads of a layer's softmax attention."""
+        return self.global_kv_heads if self._is_global(layer) else self.kv_heads
+
+    def head_size_of(self, layer: int) -> int:
+        """Channels of one of its heads."""
+        return self.global_head_size if self._is_global(layer) else self.head_size
+
+    def _is_global(self, layer: int) -> bool:
+        return bool(self.global_head_size) and FULL in self.kinds[layer]
 
     @property
     def bytes_per_token(self) -> int:
@@ -322,6 +335,8 @@ class ModelShape:
         if tracks in fits:
             return None
         linear = ""
+        if self.global_kv_heads:
+            linear = f", {self.global_kv_heads} KV heads of full attention"
         if self.linear_key_heads:
             linear = f", {self.linear_key_heads} heads of linear attention"
         neurons = [f"{count} FFN neurons" for count in self._neurons.values()]
@@ -335,7 +350,8 @@ class ModelShape:
         return max(n for n in range(1, at_most + 1) if self._divides(n))
 
     def _divides(self, tracks: int) -> bool:
-        kv_fits = self.kv_heads % tracks == 0 or tracks % self.kv_heads == 0
+        kv_heads = {self.kv_heads, self.global_kv_heads or self.kv_heads}
+        kv_fits = all(n % tracks == 0 or tracks % n == 0 for n in kv_heads)
         counts = (self.heads, self.linear_key_heads, *self._neurons.values())
         return kv_fits and all(count % tracks == 0 for count in counts)
 
@@ -380,6 +396,7 @@ class ModelShape:
         wrapper = wrapper_of(config["model_type"])
         config = language_config(config)
         family = _family(config, wrapper, where)
+        config = family.own_keys(config)
 
         def size(key: str, otherwise: int | None = None, most: int = _MAX_SIZE) -> int:
             value = config.get(key, family.defaults.get(key))
@@ -395,7 +412,9 @@ class ModelShape:
         layers = size("num_hidden_layers", most=MAX_LAYERS)
         attention: tuple[str | None, ...] = (None,) * layers
         if family.full_every is not None:
-            attention = _kinds(config.get("layer_types"), layers, size(family.full_every), where)
+            every = family.full_every
+            every = size(every) if isinstance(every, str) else every
+            attention = _kinds(family, config.get("layer_types"), layers, every, where)
         kinds = tuple(
             frozenset(filter(None, pair))
             for pair in zip(attention, _mlps(family, config, layers, where), strict=True)
@@ -433,11 +452,13 @@ class ModelShape:
             wrapper=wrapper,
             **others,
         )
-        if shape.heads % shape.kv_heads:
-            raise ConfigError(
-                f"{where}: {shape.heads} attention heads don't share {shape.kv_heads} KV heads "
-                "evenly; num_key_value_heads must divide num_attention_heads"
-            )
+        for name in ("kv_heads", "global_kv_heads"):
+            if shape.heads % (getattr(shape, name) or 1):
+                key = {**COUNTS, **SIZES}[name]
+                raise ConfigError(
+                    f"{where}: {shape.heads} attention heads don't share {getattr(shape, name)} KV "
+                    f"heads evenly; {key} must divide num_attention_heads"
+                )
         if shape.linear_key_heads and shape.linear_value_heads % shape.linear_key_heads:
             raise ConfigError(
                 f"{where}: {shape.linear_value_heads} value heads of linear attention don't share "
@@ -447,16 +468,23 @@ class ModelShape:
         return shape
 
 
-def _kinds(given: object, layers: int, full_every: int, where: str) -> tuple[str, ...]:
+def _kinds(
+    family: Family, given: object, layers: int, full_every: int, where: str
+) -> tuple[str, ...]:
     """Of which kind each layer is. Raises ConfigError."""
+    full, other = family.kinds
     if given is None:
-        return tuple(LINEAR if (i + 1) % full_every else FULL for i in range(layers))
-    if isinstance(given, list) and len(given) == layers and all(k in (FULL, LINEAR) for k in given):
-        return tuple(given)
-    raise ConfigError(
-        f"{where}: layer_types is {_short(given)}; it must say of each of {layers} layers that it "
-        f"is {FULL} or {LINEAR}"
-    )
+        given = [other if (i + 1) % full_every else full for i in range(layers)]
+    if (
+        not isinstance(given, list)
+        or len(given) != layers
+        or not all(kind in family.kinds for kind in given)
+    ):
+        raise ConfigError(
+            f"{where}: layer_types is {_short(given)}; it must say of each of {layers} layers that "
+            f"it is {full} or {other}"
+        )
+    return (*given[:-1], full if family.last_full else given[-1])
 
 
 def _mlps(
@@ -588,4 +616,11 @@ def _family(config: Mapping[str, object], wrapper: Wrapper | None, where: str) -
             f"{where}: {model_type} is the language model of another, and transformers has no "
             "class for it alone; convert the checkpoint that it is a part of"
         )
+    known = {**family.defaults, **config}
+    for key, reason in family.refused.items():
+        if known.get(key):
+            raise ConfigError(
+                f"{where}: {of}{model_type} with {key} {_short(known[key])} can't be converted: "
+                f"{reason}"
+            )
     return family

@@ -24,6 +24,7 @@ class Step:
     `overlapped`: whether an all-reduce launched here runs beside what follows.
     `keeps_own`: whether tracks go on from here with their own partials, and not the others'.
     `merges`: buckets whose sums, and whose sublayers' output biases, join the stream here.
+    `completes`: layers of which all sublayers have run now.
     """
 
     index: int
@@ -33,6 +34,7 @@ class Step:
     overlapped: bool
     keeps_own: bool
     merges: tuple[int, ...]
+    completes: tuple[int, ...]
 
     def __str__(self) -> str:
         """As the goldens have it: `2 m1 -> 5, reads 0 5, keeps its own, merges 0`; `=> 2` launches
@@ -74,6 +76,7 @@ def _steps(stages: Sequence[Stage]) -> Iterator[Step]:
     last, bucket = len(stages) - 1, -1
     until: dict[int, int] = {}  # of each bucket in flight, after which stage it is merged
     seen: set[int] = set()  # outstanding buckets with a part that its own track sees
+    begun: set[int] = set()  # layers of which one sublayer has run
     for index, stage in enumerate(stages):
         if bucket < index:
             bucket = next(i for i in range(index, last + 1) if stages[i].ending.kind.launches)
@@ -90,4 +93,10 @@ def _steps(stages: Sequence[Stage]) -> Iterator[Step]:
         for launched in merges:
             del until[launched]
         overlapped = bucket == index and kind.lagged
-        yield Step(index, stage.sublayers, reads, bucket, overlapped, keeps_own, merges)
+        completes = list[int]()
+        for layer in sorted(sublayer.layer for sublayer in stage.sublayers):
+            (completes.append if layer in begun else begun.add)(layer)
+        yield Step(
+            *(index, stage.sublayers, reads, bucket, overlapped, keeps_own, merges),
+            tuple(completes),
+        )

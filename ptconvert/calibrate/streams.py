@@ -1,0 +1,205 @@
+"""Windows that go through a converted model together, one stage at a time, for what is fitted on
+the streams there: each fit sees what those before it leave.
+
+Shapes: B windows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
+from ptconvert.modeling.executor import (
+    OneProcess,
+    PerTrack,
+    RunSublayer,
+    Streams,
+    TorchEngine,
+    Update,
+)
+from ptconvert.schedule.lower import Step
+from ptconvert.schedule.presets import dense_schedule
+from ptconvert.schedule.schedule import Schedule
+
+HELD_OUT = 5  # each such batch judges what is fitted on the others
+BATCH_TOKENS = 4096
+
+Keep = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Batch:
+    """Windows that run together: the converted model's streams, and the dense model's.
+
+    `keep` takes a tensor to where streams lie between two stages.
+    """
+
+    run: RunSublayer
+    student: Streams
+    dense: Streams
+    held_out: bool
+    device: torch.device
+    keep: Keep
+    scalar: Callable[[int], torch.Tensor | None]  # the model's, of what follows a layer
+    dense_done: int = 0  # sublayers that the dense model has run
+    updates: list[Update] = field(default_factory=list)  # of the stage at hand, if it is kept
+    wholes: list[torch.Tensor] = field(default_factory=list)  # their outputs, all tracks merged
+
+    def stage(self, step: Step) -> tuple[PerTrack, list[Update]]:
+        """What the tracks read, and what sublayers give for it without guesses."""
+        view = self._at_hand(self.student).view(step)
+        if self.updates:
+            return view, [_moved_update(update, self.to_device) for update in self.updates]
+        return view, [self.run(s, view, step.keeps_own) for s in step.sublayers]
+
+    def keep_stage(self, step: Step) -> None:
+        """Runs a stage's sublayers once for all its fits, each of which goes over all windows."""
+        _, updates = self.stage(step)
+        self.wholes = [self.keep(_whole(update)) for update in updates]
+        self.updates = [_moved_update(update, self.keep) for update in updates]
+
+    def lacking(self, step: Step, streams: Streams) -> torch.Tensor:
+        """What a track's streams lack against the dense model's, (B, T, D), after the stage that is
+        kept, if it saw all partials of this stage and all that is in flight; before what the stream
+        is multiplied by after a layer."""
+        dense_BTD = self.to_device(self.dense.settled())
+        for layer in step.completes:
+            if (factor := self.scalar(layer)) is not None:
+                dense_BTD = dense_BTD / factor
+        lacks_BTD = dense_BTD - streams.landed()[0]
+        for whole_BTD in self.wholes:
+            lacks_BTD -= self.to_device(whole_BTD)
+        return lacks_BTD
+
+    def of_track(self, track: int) -> Streams:
+        """The converted model's streams as one track reads them, at hand, and no more: the other
+        tracks' may lie on disk."""
+
+        def own(update: Update | None) -> Update | None:
+            if update is None:
+                return None
+            guesses = update.guesses
+            if guesses is not None:
+                guesses = [guesses[track % len(guesses)]]
+            return Update([update.kept[track % len(update.kept)]], update.common, guesses)
+
+        buckets = {i: replace(b, shown=own(b.shown)) for i, b in self.student.buckets.items()}
+        return self._at_hand(Streams(self.student.settled(), buckets=buckets))
+
+    def end(self, step: Step, own: Update, weight: float) -> None:
+        """Moves the converted model's streams on past a stage."""
+        student = self._at_hand(self.student)
+        student.end(step, own, self._engine, weight)
+        self._scale(step, student)
+        self.student = _moved(student, self.keep)
+        self.updates, self.wholes = [], []
+
+    def run_dense(self, dense: Schedule, count: int) -> None:
+        """Moves the dense model's stream on until so many sublayers have run."""
+        stream = self._at_hand(self.dense)
+        for step in dense.program[self.dense_done : count]:
+            stream.end(step, self._engine.run(step, stream), self._engine)
+            self._scale(step, stream)
+        self.dense, self.dense_done = _moved(stream, self.keep), count
+
+    def _scale(self, step: Step, streams: Streams) -> None:
+        for layer in step.completes:
+            if (factor := self.scalar(layer)) is not None:
+                streams.scale(factor)
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that is kept, to compute with."""
+        return tensor.to(self.device)
+
+    @property
+    def _engine(self) -> TorchEngine:
+        return TorchEngine(self.run, OneProcess())
+
+    def _at_hand(self, streams: Streams) -> Streams:
+        return _moved(streams, self.to_device)
+
+
+def batches(decoder: Any, ids_NT: torch.Tensor, scratch: Path | None) -> Iterator[Batch]:
+    """Windows of token ids in batches, each at the first stage of a converted model. `scratch` is
+    the directory for streams that memory is not to hold."""
+    layers = decoder.layers
+    streams = most_streams(layers.schedule, layers.track_count, layers.norms_sums)
+    nbytes = streams * ids_NT.numel() * decoder.get_input_embeddings().weight[0].nbytes
+    keep: Keep = _here if nbytes <= MEMORY_BYTES else functools.partial(mapped, scratch)
+    size = max(1, min(BATCH_TOKENS // ids_NT.shape[1], len(ids_NT) // HELD_OUT))
+    for number, ids_BT in enumerate(torch.split(ids_NT, size), 1):
+        stream_BTD, run = decoder.entry(input_ids=ids_BT.to(decoder.device))
+        held_out = number % HELD_OUT == 0
+        kept = keep(stream_BTD)
+        given = (run, Streams(kept), Streams(kept), held_out, decoder.device, keep)
+        yield Batch(*given, layers.scalar)
+
+
+def most_streams(schedule: Schedule, tracks: int, norms_sums: bool = False) -> int:
+    """How many streams of all windows there are at most at once, as while a stage is fitted. Where
+    sums are normed, each sublayer's is apart from what tracks see of it."""
+    most = 0
+    pending: dict[int, int] = {}  # streams of each bucket
+    for step in schedule.program:
+        kept = (tracks + 1 + norms_sums) * len(step.sublayers) if step.keeps_own else 0
+        most = max(most, 2 + kept + sum(pending.values()))
+        # of those that wait partials and guesses, of those in flight the sum and what is seen
+        sums = schedule.carried[step.bucket] if norms_sums else 0
+        waiting, flying = 2 * tracks + sums, max(sums, 1) + tracks * step.keeps_own
+        pending[step.bucket] = flying if step.launches else waiting
+        for merged in step.merges:
+            del pending[merged]
+    return most
+
+
+def dense_reaches(schedule: Schedule, index: int, given: Sequence[Batch]) -> bool:
+    """Runs the dense model up to the sublayers that stage `index` ends with; False where it never
+    has run just these."""
+    positions = [s.position for stage in schedule.stages[: index + 1] for s in stage.sublayers]
+    if max(positions) + 1 != len(positions):
+        return False
+    dense = dense_schedule(schedule.layers)
+    for batch in given:
+        batch.run_dense(dense, len(positions))
+    return True
+
+
+def _whole(update: Update) -> torch.Tensor:
+    """What joins the stream of one sublayer as if all tracks' partials were merged."""
+    partials = sum(update.partials[1:], start=update.partials[0])
+    if update.normed:
+        return update.normed[0](partials[0])
+    return partials if update.common is None else partials + update.common
+
+
+def _moved_update(update: Update, move: Keep) -> Update:
+    """An update whose tensors were moved: output biases apart, which are small."""
+    guesses, own = (
+        None if given is None else [move(tensor) for tensor in given]
+        for given in (update.guesses, update.own)
+    )
+    partials = [move(partial) for partial in update.partials]
+    return replace(update, partials=partials, guesses=guesses, own=own)
+
+
+def _moved(streams: Streams, move: Keep) -> Streams:
+    """Streams whose tensors were moved, as an update's are."""
+    buckets = {}
+    for index, bucket in streams.buckets.items():
+        shown, hidden = (
+            None if update is None else _moved_update(update, move)
+            for update in (bucket.shown, bucket.hidden)
+        )
+        wait = None if bucket.wait is None else functools.partial(move, move(bucket.wait()))
+        buckets[index] = replace(bucket, shown=shown, hidden=hidden, wait=wait)
+    return Streams(move(streams.settled()), buckets=buckets)
+
+
+def _here(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
