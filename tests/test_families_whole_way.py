@@ -31,12 +31,18 @@ def figures(*arguments: object) -> dict[str, Any]:
 
 
 # fused projections; multipliers and output biases; linear attention; LayerNorm and other names;
-# experts
-@pytest.mark.parametrize("variant", ["phi3", "granite", "qwen3_5_text", "starcoder2", "qwen3_moe"])
+# experts; sums that are normed, with a stream that is multiplied, and with no norm before
+@pytest.mark.parametrize(
+    "variant",
+    ["phi3", "granite", "qwen3_5_text", "starcoder2", "qwen3_moe", "gemma4_text", "exaone4"],
+)
 def test_the_whole_way(variant: str, make_dense: MakeDense, tmp_path: Path) -> None:
     source = byte_level(functools.partial(make_dense, variant), tmp_path / "source")
     # longer, as guesses are better on the very windows that they were fitted on than on others
-    go(source, tmp_path, 8192 if variant == "qwen3_moe" else 2048)
+    tokens, top = (8192, "") if variant == "qwen3_moe" else (2048, "")
+    if variant in ("gemma4_text", "exaone4"):
+        top = "scale: fitted\n"
+    go(source, tmp_path, tokens, top)
 
 
 # linear attention; names of an older layout
@@ -45,14 +51,14 @@ def test_the_whole_way_with_a_model_that_sees(name: str, tmp_path: Path) -> None
     go(seeing.save(name, tmp_path / "source"), tmp_path)
 
 
-def go(source: Path, tmp_path: Path, tokens: int = 2048) -> None:
+def go(source: Path, tmp_path: Path, tokens: int = 2048, top: str = "") -> None:
     text, spec = tmp_path / "text.txt", tmp_path / "spec.yaml"
     text.write_text("".join(TEXT.format(i, i * i) for i in range(400)))
     size = ("--text", text, "--windows", 32, "--window", 32, "--device", "cpu")
     cache = ("--cache", tmp_path / "cache")
     asked = ("--tracks", 2, "--max-syncs", 6, "--no-overlap")
     run("plan", source, *asked, "-o", spec, *size, *cache)
-    spec.write_text(spec.read_text() + "assignment: affinity\nguess: {rank: 8}\n")
+    spec.write_text(spec.read_text() + f"assignment: affinity\n{top}guess: {{rank: 8}}\n")
     converted = tmp_path / "converted"
     made = figures("transform", source, converted, "--spec", spec, *size)
     assert made["all_reduces"]["after"] <= 6 and made["calibration"]["guesses"]

@@ -121,7 +121,7 @@ class Pieces:
         for ids_T in ids_NT:
             stream_BTD, _ = self.model.entry(input_ids=ids_T[None].to(self.device))
             yield stream_BTD[0]
-        embedding.to("meta")
+        embedding.weight = nn.Parameter(embedding.weight.to("meta"), False)  # and no buffer
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of the checkpoint, on the device."""

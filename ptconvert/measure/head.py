@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,10 +40,9 @@ class _Given(nn.Module):
         return _Ended(last_hidden_state=inputs_embeds)
 
 
-@dataclass
 class _Ended(BaseModelOutputWithPast):  # type: ignore[misc]
-    """With what some heads pass on, of experts and of pictures."""
+    """What some heads pass on besides, of experts, of pictures, of shared keys, isn't there."""
 
-    router_logits: None = None
-    image_hidden_states: None = None
-    rope_deltas: None = None
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
