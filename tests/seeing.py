@@ -83,7 +83,29 @@ def _qwen3_5(config_class: Any, variant: str, **text: Any) -> Any:
     )
 
 
+def _gemma3(**text: Any) -> Any:
+    return transformers.Gemma3Config(
+        vision_config={"model_type": "siglip_vision_model", **_VISION, **_HEADS},
+        text_config=text_config("gemma3_text", attention_bias=False, **text),
+        mm_tokens_per_image=4,
+        image_token_id=PICTURE,
+        tie_word_embeddings=False,
+    )
+
+
+def _gemma4(**text: Any) -> Any:
+    vision = {**_VISION, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+    return transformers.Gemma4Config(
+        vision_config={**vision, "patch_size": _PATCH, "position_embedding_size": 64},
+        text_config=text_config("gemma4_text", pad_token_id=0, **text),
+        image_token_id=PICTURE,
+        tie_word_embeddings=False,
+    )
+
+
 CONFIGS: dict[str, Callable[..., Any]] = {
+    "gemma3": _gemma3,
+    "gemma4": _gemma4,
     "llava": _llava,
     "mistral3": _mistral3,
     "internvl": _internvl,
@@ -92,6 +114,8 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "qwen3_5_moe": partial(_qwen3_5, transformers.Qwen3_5MoeConfig, "qwen3_5_moe_text"),
 }
 _MODELS = {
+    "gemma3": transformers.Gemma3ForConditionalGeneration,
+    "gemma4": transformers.Gemma4ForConditionalGeneration,
     "llava": transformers.LlavaForConditionalGeneration,
     "mistral3": transformers.Mistral3ForConditionalGeneration,
     "internvl": transformers.InternVLForConditionalGeneration,
@@ -106,6 +130,10 @@ def _image_processor(name: str) -> Any:
     square = {"height": 16, "width": 16}
     if name == "llava":
         return transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=square)
+    if name == "gemma3":
+        return transformers.Gemma3ImageProcessorPil(size=square)
+    if name == "gemma4":
+        return transformers.Gemma4ImageProcessorPil(patch_size=_PATCH, max_soft_tokens=70)
     if name == "mistral3":
         return transformers.PixtralImageProcessorPil(patch_size=_PATCH, size={"longest_edge": 16})
     if name == "internvl":
@@ -156,8 +184,9 @@ def looking(name: str, images: list[Image.Image]) -> dict[str, torch.Tensor]:
     """A model's inputs: prompts of 12 random tokens, each with a picture after the third; that of
     the second is padded on the left."""
     pixels: dict[str, torch.Tensor] = dict(_image_processor(name)(images, return_tensors="pt"))
-    pixels.pop("num_patches", None)
-    places = 16 if name == "llava" else 4  # one of four patches, but in LLaVA
+    for unread in ("num_patches", "num_crops", "num_soft_tokens_per_image"):
+        pixels.pop(unread, None)
+    places = {"llava": 16, "gemma4": 64}.get(name, 4)  # one of four patches, but in these
     generator = torch.Generator().manual_seed(1)
     text_BS = torch.randint(1, 257, (len(images), 12), generator=generator)
     seen_BS = torch.full((len(images), places), PICTURE)
@@ -165,7 +194,9 @@ def looking(name: str, images: list[Image.Image]) -> dict[str, torch.Tensor]:
     keep_BS = torch.ones_like(ids_BS)
     keep_BS[1:, :2] = 0
     inputs = {"input_ids": ids_BS, "attention_mask": keep_BS, **pixels}
-    if "image_grid_thw" in pixels:
+    if name == "gemma3":
+        inputs["token_type_ids"] = (ids_BS == PICTURE).int()
+    if "image_grid_thw" in pixels or name == "gemma4":
         inputs["mm_token_type_ids"] = (ids_BS == PICTURE).int()
     return inputs
 

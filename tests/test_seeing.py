@@ -348,8 +348,8 @@ def changed(name: str, change: Any) -> dict[str, Any]:
     [
         (
             "llava",
-            lambda c: c["text_config"].update(model_type="gemma2"),
-            "llava with gemma2 can't be converted: it norms each sublayer's output",
+            lambda c: c["text_config"].update(model_type="olmo2"),
+            "llava with olmo2 can't be converted: it norms the queries",
         ),
         (
             "llava",

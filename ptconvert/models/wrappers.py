@@ -79,7 +79,8 @@ _LLAVA: Mapping[str, str] = MappingProxyType(
         "multi_modal_projector.": "model.multi_modal_projector.",
     }
 )
-OPTIONAL = ("mtp.",)  # of what is around
+_HEARS = ("model.audio_tower.", "model.embed_audio.")
+OPTIONAL = ("mtp.", *_HEARS)  # of what is around
 _PROJECTED = ("model.vision_tower.", "model.multi_modal_projector.")
 
 WRAPPERS: Mapping[str, Wrapper] = MappingProxyType(
@@ -89,6 +90,14 @@ WRAPPERS: Mapping[str, Wrapper] = MappingProxyType(
             Wrapper("qwen3_5", "Qwen3_5", "qwen3_5_text", ("model.visual.", "mtp.")),
             Wrapper("qwen3_5_moe", "Qwen3_5Moe", "qwen3_5_moe_text", ("model.visual.", "mtp.")),
             Wrapper("qwen3_vl", "Qwen3VL", "qwen3_vl_text", ("model.visual.",)),
+            Wrapper("gemma3", "Gemma3", "gemma3_text", _PROJECTED, _LLAVA, tied=True),
+            Wrapper(
+                "gemma4",
+                "Gemma4",
+                "gemma4_text",
+                ("model.vision_tower.", "model.embed_vision.", *_HEARS),
+                tied=True,
+            ),
             Wrapper("mistral3", "Mistral3", "mistral", _PROJECTED, _LLAVA, tied=True),
             Wrapper("internvl", "InternVL", "qwen2", _PROJECTED, _LLAVA, tied=True),
             Wrapper("llava", "Llava", "llama", _PROJECTED, _LLAVA, tied_by_text=True),
