@@ -35,7 +35,7 @@ from ptconvert.heal.write import write
 from ptconvert.measure import divergence
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.one_layer import forward_seconds, one_layer
-from ptconvert.measure.opening import schedule_of
+from ptconvert.measure.opening import section_of
 from ptconvert.measure.windows import Windows
 from ptconvert.modeling.executor import OneProcess
 from ptconvert.modeling.layers import Placement
@@ -105,7 +105,7 @@ def test_controls(make_dense: MakeDense, convert: Convert, monkeypatch: pytest.M
     stream."""
     source, (ids_BS, keep_BS) = make_dense("qwen3_moe"), left_padded(1)
     path = convert(source, 2, SCHEDULES["track-2-rest"])
-    schedule = str(schedule_of(open_checkpoint(path)))
+    schedule = str(section_of(open_checkpoint(path)).schedule)
     expected = reference_logits(load(source), schedule, 2, ids_BS)
     model = load(path)
     with torch.no_grad():

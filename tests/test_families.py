@@ -29,7 +29,7 @@ from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_to_dense
 from ptconvert.heal.blockwise import Pieces, blocks_of
-from ptconvert.measure.opening import schedule_of
+from ptconvert.measure.opening import section_of
 from ptconvert.modeling.config import CONFIGS
 from ptconvert.modeling.layers import TrackConfig, layer_class
 from ptconvert.modeling.model import BASE_MODELS, CAUSAL_LMS
@@ -166,7 +166,7 @@ def test_layers_that_are_read_one_at_a_time(
     pieces = Pieces(checkpoint, torch.float32, "cpu")
     with torch.no_grad():
         stream = torch.stack(list(pieces.entered(ids_BS)))
-        for block in blocks_of(schedule_of(checkpoint)):
+        for block in blocks_of(section_of(checkpoint)):
             stream = pieces.load(block.layers, block.stages)(stream)
         decoder = load(path, attn_implementation=None).get_decoder()
         expected = decoder(input_ids=ids_BS).last_hidden_state

@@ -23,6 +23,7 @@ from test_cli import run
 
 import ptconvert
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint, same_bytes
+from ptconvert.checkpoint.section import Section
 from ptconvert.cli import main
 from ptconvert.cli.heal import command_line
 from ptconvert.errors import HealError
@@ -35,7 +36,7 @@ from ptconvert.heal.models import changed_layers, freeze_but, share, trainable
 from ptconvert.heal.settings import Settings
 from ptconvert.measure import divergence
 from ptconvert.measure.batch import BatchSize
-from ptconvert.measure.opening import open_model, schedule_of
+from ptconvert.measure.opening import open_model, section_of
 from ptconvert.runtime.launch import PRELOADED
 from ptconvert.schedule.schedule import Schedule
 
@@ -207,7 +208,7 @@ def test_blocks_one_after_the_other_are_the_model(
     streams = {}
     for skipped in (None, 1):
         stream_BTD = torch.stack(list(pieces.entered(ids_BT)))
-        for number, block in enumerate(blocks_of(schedule_of(checkpoint))):
+        for number, block in enumerate(blocks_of(section_of(checkpoint))):
             loaded = pieces.load(block.layers, block.stages)
             layers = enumerate(loaded.model.layers.children())
             held = {i for i, layer in layers if not next(layer.parameters()).is_meta}
@@ -233,8 +234,15 @@ def test_blockwise_moves_one_block_only_and_helps(
 
 def test_which_layers_a_schedule_changes() -> None:
     mixed = "a0! m0! a1! m1~1 a2! m2! a3. m3! a4! m4! a5! m5!"
-    assert changed_layers(Schedule.parse(mixed)) == {1, 2, 3}
-    assert changed_layers(Schedule.parse("a0! m0! a1! m1!")) == frozenset()
+    dense, parallel = "a0! m0! a1! m1!", "a0|m0! a1|m1!"
+    assert changed_layers(as_section(mixed)) == {1, 2, 3}
+    assert changed_layers(as_section(dense)) == frozenset() != changed_layers(as_section(parallel))
+    assert changed_layers(as_section(parallel, parallel=True)) == frozenset()
+    assert changed_layers(as_section("a0|m0! a1! m1!", parallel=True)) == {1}
+
+
+def as_section(schedule: str, parallel: bool = False) -> Section:
+    return Section(Schedule.parse(schedule), 2, "sum", {}, parallel=parallel)
 
 
 def test_the_model_cards_command_shows_three_of_many_texts() -> None:
@@ -352,7 +360,7 @@ def test_teacher_and_student_share_what_is_the_same(
     student, teacher = (
         open_model(c, "float32", "cpu") for c in (checkpoint, open_checkpoint(source))
     )
-    names = trainable(dict(student.named_parameters()), "llama", "changed", schedule_of(checkpoint))
+    names = trainable(dict(student.named_parameters()), "llama", "changed", section_of(checkpoint))
     freeze_but(student, () if lora else names)
     ids = torch.arange(12).view(1, 12)
     before = student(input_ids=ids).logits
@@ -380,7 +388,7 @@ def trained(source: Path, converted: Path, work: Path, settings: Settings) -> An
     """The KL stage alone: its tensors."""
     checkpoint, teacher = open_checkpoint(converted), open_checkpoint(source)
     student = open_model(checkpoint, "float32", "cpu")
-    names = trainable(dict(student.named_parameters()), "llama", "changed", schedule_of(checkpoint))
+    names = trainable(dict(student.named_parameters()), "llama", "changed", section_of(checkpoint))
     return distill(
         student,
         open_model(teacher, "float32", "cpu"),

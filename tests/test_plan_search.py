@@ -77,21 +77,48 @@ def random_costs(segments: Sequence[Segment], seed: int) -> dict[Segment, float]
     return {s: 0.0 if s.dense else rng.choice([0.0, rng.random(), 3.0]) for s in segments}
 
 
-def test_every_mixture_of_segments_is_a_schedule_with_the_waits_of_its_parts() -> None:
-    segments = tuple(menu(2, SINGLES, (*RUNS, OWN_SEEN_LATER), 4))
+@pytest.mark.parametrize(
+    ("layers", "parallel", "among"),
+    [
+        (2, False, ["a0! m0^1 a1. m1!", "a0|m0! a1~1 m1!", "a0|a1! m0|m1!"]),
+        (4, True, ["a0|m0! a1|m1^1 a2|m2. a3|m3!", "a0|m0! a1|m1|a2|m2! a3|m3!"]),
+    ],
+)
+def test_every_mixture_of_segments_is_a_schedule_with_the_waits_of_its_parts(
+    layers: int, parallel: bool, among: list[str]
+) -> None:
+    segments = tuple(menu(layers, SINGLES, (*RUNS, OWN_SEEN_LATER), 4, parallel))
     mixtures = list(all_mixtures(segments, 0, 4))
     assert len(mixtures) == len(set(mixtures)) > 50
     for mixture in mixtures:
         schedule = together(mixture)  # which checks itself
-        assert schedule.layers == 2
+        assert schedule.layers == layers
         assert schedule.counts.waited_for == sum(s.waits for s in mixture)
-    assert "a0! m0^1 a1. m1!" in {str(together(m)) for m in mixtures}
+    assert set(among) <= {str(together(m)) for m in mixtures}
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_the_layers_that_a_segment_runs_in(parallel: bool) -> None:
+    """Before the first and from the last on the streams are the dense model's, or wholly merged."""
+    for segment in menu(4, SINGLES, (*RUNS, OWN_SEEN_LATER), 8, parallel):
+        schedule, dense = alone(segment, 4), dense_schedule(4, parallel)
+        if segment.dense:
+            continue
+        first = next(stage for stage in schedule.stages if stage not in dense.stages)
+        assert segment.layer == min(sublayer.layer for sublayer in first.sublayers)
+        merged = min(segment.merged, 4)
+        assert (
+            schedule.stages[schedule.ran.index(2 * merged) :]
+            == dense.stages[dense.ran.index(2 * merged) :]
+        )
 
 
 def test_all_reduces_that_change_nothing_are_left_out() -> None:
     assert str(alone(run(1, 2, OWN_SEEN), 2)) == "a0! m0. a1! m1!"
     chain = [run(0, 1, OWN_SEEN), run(1, 2, OWN_SEEN), run(2, 3, HIDDEN), run(3, 4, BLOCKING)]
     assert str(together(chain)) == "a0^1 m0^1 a1~1 m1!"
+    parallel = run(1, 2, OWN_SEEN, parallel=True)
+    assert str(alone(parallel, 4)) == "a0|m0! a1|m1. a2|m2! a3|m3!"
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -191,7 +218,7 @@ def test_prices_guess_runs_from_their_halves_until_they_are_measured() -> None:
 
 def literal_guess(measured: dict[Segment, float], more: float, segment: Segment) -> float:
     """What `Prices.alone` is to say, by its text."""
-    start, stop, ending, beside = segment
+    start, stop, ending, beside, _ = segment
     if segment in measured or stop - start < 3 or beside:
         return measured.get(segment, 0.0)
     parts = (run(start, stop - 1, BLOCKING), run(start + 1, stop, ending))
@@ -324,13 +351,15 @@ def test_sums_of_segments_are_the_latency_of_the_whole() -> None:
         assert added == pytest.approx(whole / dense - 1, rel=0.05)
 
 
+@pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize(("ranks", "guess"), [(8, None), (8, 64), (2, None)])
-def test_weights_of_segments_are_exact(ranks: int, guess: int | None) -> None:
+def test_weights_of_segments_are_exact(ranks: int, guess: int | None, parallel: bool) -> None:
     """Not those of the whole schedule alone: though only short runs are estimated."""
-    seconds, layers = estimated("h100-sxm", ranks, guess), 7
-    objective, dense = latency(seconds, layers, grain=1e-9), seconds(dense_schedule(layers))
-    for segment in menu(layers, objective.singles, objective.runs, 2 * layers):
-        stages = dense_schedule(layers).stages
+    seconds, layers = estimated("h100-sxm", ranks, guess), 12 if parallel else 7
+    stages = dense_schedule(layers, parallel).stages
+    objective = latency(seconds, layers, grain=1e-9, parallel=parallel)
+    dense = seconds(Schedule(stages))
+    for segment in menu(layers, objective.singles, objective.runs, len(stages), parallel):
         whole = Schedule((*stages[: segment.start], *segment.stages, *stages[segment.stop :]))
         expected = (seconds(whole) / dense - 1) / 1e-9
         assert objective.segment(segment) == pytest.approx(expected, abs=1)
@@ -370,16 +399,29 @@ def test_presets_are_found_again(
         assert [item.use for item in spec.items] == uses
 
 
+@pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_any_mixture_can_be_written_as_a_spec(seed: int) -> None:
-    segments = tuple(menu(5, SINGLES, (*RUNS, OWN_SEEN_LATER), 5))
+def test_any_mixture_can_be_written_as_a_spec(seed: int, parallel: bool) -> None:
+    segments = tuple(menu(10 if parallel else 5, SINGLES, (*RUNS, OWN_SEEN_LATER), 5, parallel))
     rng, position, chosen = random.Random(seed), 0, list[Segment]()
     while position < 10:
         chosen.append(rng.choice([s for s in segments if s.start == position]))
         position = chosen[-1].stop
     schedule = together(chosen)
-    text = spec_text(schedule, 2, [], lambda _: "")
-    assert parse_spec(text, "spec").schedule() == schedule
+    text = spec_text(schedule, 2, [], lambda _: "", parallel=parallel)
+    assert parse_spec(text, "spec").schedule(parallel) == schedule
+
+
+def test_presets_of_parallel_layers_are_found_again() -> None:
+    parts = [("tensor_parallel", {}), ("parallel_track", {"depth": 3}), ("delayed", {"delay": 2})]
+    parts += [("layer_parallel", {}), ("ladder", {})]
+    schedule = presets.join(
+        (name, presets.PRESETS[name](range(6 * i, 6 * i + 6), True, **options))
+        for i, (name, options) in enumerate(parts)
+    )
+    spec = parse_spec(spec_text(schedule, 4, [], lambda _: "", parallel=True), "spec")
+    assert spec.schedule(parallel=True) == schedule
+    assert [item.use for item in spec.items] == [name for name, _ in parts]
 
 
 def test_what_presets_cannot_say_is_written_as_stages() -> None:

@@ -25,32 +25,54 @@ from ptconvert.schedule.schedule import Schedule
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def golden() -> list[tuple[str, str, str]]:
-    """Rows of golden/presets.txt: preset with parameters, layers, schedule."""
-    lines = (GOLDEN / "presets.txt").read_text().splitlines()
+def golden(name: str) -> list[tuple[str, str, str]]:
+    """Rows of such a file: preset with parameters, layers, schedule."""
+    lines = (GOLDEN / name).read_text().splitlines()
     rows = [line.split(" | ", 2) for line in lines if line and not line.startswith("#")]
     return [(preset, layers, text) for preset, layers, text in rows]
 
 
-def schedule_of(description: str, layers: str) -> Schedule:
-    """The schedule of 12 layers: a preset in a range, tensor parallel elsewhere."""
+def schedule_of(description: str, layers: str, of: int = 12, parallel: bool = False) -> Schedule:
+    """The schedule of 12 layers, or so many: a preset in a range, tensor parallel elsewhere."""
     name, *pairs = description.split()
     arguments = {k: int(v) for k, v in (pair.split("=") for pair in pairs)}
     first, last = map(int, layers.split("-"))
     parts = []
     if first:
-        parts.append(("tensor_parallel", PRESETS["tensor_parallel"](range(first))))
-    parts.append((name, PRESETS[name](range(first, last + 1), **arguments)))
-    if last < 11:
-        parts.append(("tensor_parallel", PRESETS["tensor_parallel"](range(last + 1, 12))))
+        parts.append(("tensor_parallel", PRESETS["tensor_parallel"](range(first), parallel)))
+    parts.append((name, PRESETS[name](range(first, last + 1), parallel, **arguments)))
+    if last < of - 1:
+        rest = range(last + 1, of)
+        parts.append(("tensor_parallel", PRESETS["tensor_parallel"](rest, parallel)))
     return join(parts)
 
 
-@pytest.mark.parametrize(("preset", "layers", "text"), golden())
+@pytest.mark.parametrize(("preset", "layers", "text"), golden("presets.txt"))
 def test_presets_give_the_golden_schedules(preset: str, layers: str, text: str) -> None:
     schedule = schedule_of(preset, layers)
     assert str(schedule) == text
     assert Schedule.parse(text) == schedule
+
+
+@pytest.mark.parametrize(("preset", "layers", "text"), golden("parallel-presets.txt"))
+def test_presets_of_parallel_layers(preset: str, layers: str, text: str) -> None:
+    assert str(schedule_of(preset, layers, of=6, parallel=True)) == text
+
+
+def test_every_preset_has_a_golden_schedule() -> None:
+    for name in ("presets.txt", "parallel-presets.txt"):
+        assert {preset.split()[0] for preset, _, _ in golden(name)} == set(PRESETS)
+
+
+def test_blocks_of_parallel_layers_are_whole_ones() -> None:
+    """Between `a1!` and `m1!` their dense model has never been."""
+    schedule, dense = Schedule.parse("a0|m0! a1! m1! a2. m2!"), dense_schedule(3, parallel=True)
+    blocks = list(schedule.blocks(dense))
+    assert blocks == [range(1), range(1, 3), range(3, 5)]
+    assert len(list(schedule.blocks(dense_schedule(3)))) == 4
+    alone = [str(with_only(schedule, block, dense)) for block in blocks]
+    assert alone == [str(dense), "a0|m0! a1! m1! a2|m2!", "a0|m0! a1|m1! a2. m2!"]
+    assert dense.running(s for stage in schedule.stages[1:] for s in stage.sublayers) == range(1, 3)
 
 
 @pytest.mark.parametrize(
@@ -137,17 +159,18 @@ def test_prints_and_parses_back_to_itself(schedule: Schedule) -> None:
     assert schedule.counts.waited_for <= schedule.counts.all_reduces <= len(schedule.stages)
 
 
-@given(schedules())
-def test_blocks_cover_a_schedule_and_can_be_exchanged(schedule: Schedule) -> None:
-    blocks = list(schedule.blocks())
+@given(schedules(), st.booleans())
+def test_blocks_cover_a_schedule_and_can_be_exchanged(schedule: Schedule, parallel: bool) -> None:
+    dense = dense_schedule(schedule.layers, parallel)
+    blocks = list(schedule.blocks(dense))
     assert [i for block in blocks for i in block] == list(range(len(schedule.stages)))
     for block in blocks:
-        alone = with_only(schedule, block)
+        alone = with_only(schedule, block, dense)
         stages = schedule.stages[block.start : block.stop]
         assert alone.layers == schedule.layers
         assert str(alone).find(" ".join(map(str, stages))) >= 0
-    if all(with_only(schedule, b) == dense_schedule(schedule.layers) for b in blocks):
-        assert schedule == dense_schedule(schedule.layers)
+    if all(with_only(schedule, b, dense) == dense for b in blocks):
+        assert schedule == dense
 
 
 @given(st.text(alphabet="am0123 |!.~^x\n", max_size=40))
@@ -201,6 +224,12 @@ def test_ladder_layers(value: object, starts: str, back: object) -> None:
 def test_wrong_ladder_layers_are_refused(value: object) -> None:
     with pytest.raises(ScheduleError, match="ladder_layers is"):
         from_ladder_layers(value, 3)
+
+
+def test_ladder_layers_of_parallel_layers() -> None:
+    schedule = from_ladder_layers([1], 3, parallel=True)
+    assert str(schedule) == "a0|m0~1 a1|m1! a2|m2!"
+    assert to_ladder_layers(schedule) is None  # the authors' code knows no such layers
 
 
 def test_other_schedules_have_no_ladder_layers() -> None:

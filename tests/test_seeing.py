@@ -23,7 +23,7 @@ from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import plan_conversion
 from ptconvert.errors import CheckpointError, ConfigError
-from ptconvert.measure.opening import open_model, schedule_of
+from ptconvert.measure.opening import open_model, section_of
 from ptconvert.modeling.executor import OneProcess
 from ptconvert.modeling.layers import Placement
 from ptconvert.modeling.model import MODELS
@@ -95,7 +95,7 @@ def test_it_answers_about_a_picture_as_the_source_does(name: str, convert: Conve
 def test_tracks_see_as_the_literal_reference(name: str, tracks: int, convert: Convert) -> None:
     inputs = looking(name)
     path = convert(SOURCES[name], tracks, SCHEDULES["track-2-rest"])
-    schedule = str(schedule_of(open_checkpoint(path)))
+    schedule = str(section_of(open_checkpoint(path)).schedule)
     dense = opened(SOURCES[name])
     expected = reference_logits(dense, schedule, tracks, inputs["input_ids"], inputs=inputs)
     found = logits(path, inputs)
@@ -217,7 +217,7 @@ def test_experts_within_a_wrapper_that_may_have_others(convert: Convert, tmp_pat
     path = convert(source, 2, SCHEDULES["track-2-rest"])
     expected = reference_logits(
         opened(source),
-        str(schedule_of(open_checkpoint(path))),
+        str(section_of(open_checkpoint(path)).schedule),
         2,
         inputs["input_ids"],
         inputs=inputs,

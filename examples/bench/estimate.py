@@ -34,7 +34,6 @@ from ptconvert.estimate.hardware import Engine, Hardware, read_engine, read_hard
 from ptconvert.estimate.model import step
 from ptconvert.estimate.roofline import Pass
 from ptconvert.models.shape import ModelShape
-from ptconvert.schedule.presets import dense_schedule
 from ptconvert.spec.document import parse_spec
 
 MODEL = Path(__file__).parents[3] / "shared" / "fixtures" / "stdlib-llama" / "model"
@@ -94,7 +93,7 @@ def bench(source: Path, ranks: int, repeats: int, directory: Path) -> bool:
     """Prints the comparison; whether every time is within LIMIT of its estimate."""
     row, engine = directory / "here.yaml", read_engine("ptconvert")
     shape = replace(ModelShape.from_config(open_checkpoint(source).config), dtype="F32")
-    dense = Candidate(DENSE, dense_schedule(shape.layers), ranks)
+    dense = Candidate(DENSE, shape.dense, ranks)
     seen: dict[tuple[str, str], list[float]] = {}
     said: dict[tuple[str, str], list[float]] = {}
     for index, (name, preset) in enumerate(PRESETS.items()):

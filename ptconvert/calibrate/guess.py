@@ -81,7 +81,7 @@ def fit_guesses(
         progress("fitting guesses", step.index, guessing[-1] + 1)
         fitted = list[Fitted]()
         if step.keeps_own:
-            behind = not step.launches and dense_reaches(schedule, step.index, given)
+            behind = not step.launches and dense_reaches(decoder.layers, step.index, given)
             for batch in given:
                 batch.keep_stage(step)
             for place in range(len(step.sublayers)):

@@ -24,7 +24,6 @@ from ptconvert.modeling.executor import (
     Update,
 )
 from ptconvert.schedule.lower import Step
-from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 
 HELD_OUT = 5  # each such batch judges what is fitted on the others
@@ -47,7 +46,7 @@ class Batch:
     device: torch.device
     keep: Keep
     scalar: Callable[[int], torch.Tensor | None]  # the model's, of what follows a layer
-    dense_done: int = 0  # sublayers that the dense model has run
+    dense_done: int = 0  # stages that the dense model has run
     updates: list[Update] = field(default_factory=list)  # of the stage at hand, if it is kept
     wholes: list[torch.Tensor] = field(default_factory=list)  # their outputs, all tracks merged
 
@@ -101,7 +100,7 @@ class Batch:
         self.updates, self.wholes = [], []
 
     def run_dense(self, dense: Schedule, count: int) -> None:
-        """Moves the dense model's stream on until so many sublayers have run."""
+        """Moves the dense model's stream on until so many stages have run."""
         stream = self._at_hand(self.dense)
         for step in dense.program[self.dense_done : count]:
             stream.end(step, self._engine.run(step, stream), self._engine)
@@ -158,15 +157,15 @@ def most_streams(schedule: Schedule, tracks: int, norms_sums: bool = False) -> i
     return most
 
 
-def dense_reaches(schedule: Schedule, index: int, given: Sequence[Batch]) -> bool:
+def dense_reaches(layers: Any, index: int, given: Sequence[Batch]) -> bool:
     """Runs the dense model up to the sublayers that stage `index` ends with; False where it never
     has run just these."""
-    positions = [s.position for stage in schedule.stages[: index + 1] for s in stage.sublayers]
-    if max(positions) + 1 != len(positions):
+    dense, ended = layers.dense, layers.schedule.stages[: index + 1]
+    positions = [s.position for stage in ended for s in stage.sublayers]
+    if max(positions) + 1 != len(positions) or len(positions) not in dense.ran:
         return False
-    dense = dense_schedule(schedule.layers)
     for batch in given:
-        batch.run_dense(dense, len(positions))
+        batch.run_dense(dense, dense.ran.index(len(positions)))
     return True
 
 

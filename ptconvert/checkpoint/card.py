@@ -10,7 +10,6 @@ import yaml
 from ptconvert.checkpoint.compensations import COMPENSATIONS
 from ptconvert.models.shape import ModelShape
 from ptconvert.models.wrappers import opened_by
-from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import Spec
 
@@ -47,9 +46,8 @@ def model_card(
     }
     if "/" in source_name:
         metadata["base_model"] = source_name
-    dense = dense_schedule(shape.layers)
-    before, after = dense.counts, schedule.counts
-    sent, sends = shape.bytes_all_reduced(dense), shape.bytes_all_reduced(schedule)
+    before, after = shape.dense.counts, schedule.counts
+    sent, sends = shape.bytes_all_reduced(shape.dense), shape.bytes_all_reduced(schedule)
     auto = opened_by(shape.model_type)
     added = "".join(c.card(values[c.key]) for c in COMPENSATIONS if values.get(c.key))
     return f"""---

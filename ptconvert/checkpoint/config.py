@@ -66,7 +66,7 @@ def ladder_layers_key(spec: Spec, schedule: Schedule) -> int | list[int]:
         raise SpecError(
             [
                 f"{spec.name}:1: --ladder-layers-config: the Ladder authors' format knows only "
-                "ladder and tensor_parallel layers"
+                "ladder and tensor_parallel layers, the MLP after the attention"
             ]
         )
     return value

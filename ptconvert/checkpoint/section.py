@@ -27,8 +27,9 @@ from functools import lru_cache
 from typing import Any
 
 from ptconvert.errors import ConfigError
+from ptconvert.models.families import parallel_layers
 from ptconvert.models.wrappers import language_config
-from ptconvert.schedule.presets import from_ladder_layers
+from ptconvert.schedule.presets import dense_schedule, from_ladder_layers
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Sublayer
 from ptconvert.spec.terms import ASSIGNMENTS, DEFERRED_RULES, MAX_GUESS_RANK, MAX_TRACKS
@@ -55,6 +56,12 @@ class Section:
     compensations: Mapping[str, Any] = field(default_factory=dict)  # those that there are, by key
     trained: bool = False
     tensors_digest: object = None
+    parallel: bool = False  # whether the source's layers are, as its family has them
+
+    @property
+    def dense(self) -> Schedule:
+        """What the source model runs."""
+        return dense_schedule(self.schedule.layers, self.parallel)
 
     @property
     def assigned(self) -> bool:
@@ -87,14 +94,16 @@ def read_section(config: Mapping[str, Any], where: str = "config.json") -> Secti
     the Ladder authors' key, and is the dense model's where that is absent.
     Raises ConfigError or ScheduleError for a section that this version can't read.
     """
-    layers = language_config(config).get("num_hidden_layers")
+    language = language_config(config)
+    layers, parallel = language.get("num_hidden_layers"), parallel_layers(language)
     if type(layers) is not int:
         raise ConfigError(f"{where}: num_hidden_layers must be a whole number")
     section = config.get(SECTION)
     if section is None:
         ladder_layers = config.get("ladder_layers")
-        schedule = from_ladder_layers([] if ladder_layers is None else ladder_layers, layers)
-        return Section(schedule, 1, "sum", {})
+        chosen = [] if ladder_layers is None else ladder_layers
+        schedule = from_ladder_layers(chosen, layers, parallel)
+        return Section(schedule, 1, "sum", {}, parallel=parallel)
     if not isinstance(section, Mapping) or section.get("format") != SECTION_FORMAT:
         raise ConfigError(
             f"{where}: {SECTION} must be a section of format {SECTION_FORMAT}; convert the source "
@@ -127,6 +136,7 @@ def read_section(config: Mapping[str, Any], where: str = "config.json") -> Secti
         {key: value for key, value in found.items() if value},
         section.get("trained") is True,
         section.get("tensors_digest"),
+        parallel,
     )
 
 

@@ -258,6 +258,7 @@ def _plan(
         objective=objective,
         frontier=found,
         chosen=chosen,
+        shape=case.shape,
         wanted={
             f.name: options[f.name] for f in COMPUTED if options[f.name] not in (None, f.default)
         },
@@ -296,7 +297,7 @@ def _objective(options: dict[str, Any], shape: ModelShape) -> Objective:
         )
         return workload.batch * workload.new / found.tokens_per_second
 
-    return latency(seconds, shape.layers, options["overlap"])
+    return latency(seconds, shape.layers, options["overlap"], parallel=shape.family.parallel)
 
 
 def _closest(frontier: Frontier) -> str:

@@ -14,6 +14,7 @@ from ptconvert.checkpoint.section import Section, read_section, source_config
 from ptconvert.cli.common import model_shape, print_figures
 from ptconvert.cli.options import shared
 from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.presets import dense_schedule
 from ptconvert.spec.document import read_spec
 
 
@@ -46,16 +47,17 @@ def show(
             read.check(shape)
         elif layers is not None:
             read.check_layers(layers)
-        schedule, tracks = read.schedule(), read.tracks
+        schedule, tracks = read.schedule(shape is not None and shape.family.parallel), read.tracks
         values = compensations.most(shape, schedule, read) if shape is not None else {}
-    counts = schedule.counts
+    dense = shape.dense if shape else dense_schedule(schedule.layers)
+    before, after = dense.counts, schedule.counts
     figures: dict[str, Any] = {
         "schedule": str(schedule),
         "tracks": tracks,
         "layers": schedule.layers,
         "layers_as_tracks": sorted(schedule.track_layers),
-        "all_reduces": {"before": 2 * schedule.layers, "after": counts.all_reduces},
-        "waited_for": {"before": 2 * schedule.layers, "after": counts.waited_for},
+        "all_reduces": {"before": before.all_reduces, "after": after.all_reduces},
+        "waited_for": {"before": before.waited_for, "after": after.waited_for},
         "bytes_per_token_per_all_reduce": shape and shape.bytes_per_token,
         "bytes_per_token": shape and shape.bytes_all_reduced(schedule),
         **compensations.figures(shape, tracks, values),
@@ -63,7 +65,7 @@ def show(
     }
 
     def show(console: Console) -> None:
-        print_schedule(console, schedule, tracks, shape)
+        print_schedule(console, schedule, dense, tracks, shape)
         print_compensations(console, figures, decided=spec.is_dir())
         if figures["note"]:
             console.print(figures["note"], style="dim")

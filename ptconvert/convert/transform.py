@@ -52,7 +52,6 @@ from ptconvert.errors import CheckpointError, ConfigError, SpecError
 from ptconvert.modeling.export import modeling_source
 from ptconvert.models.shape import ModelShape, is_tied, rows
 from ptconvert.models.wrappers import TIED
-from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Counts, Schedule
 from ptconvert.spec.document import Spec, parse_spec
 
@@ -122,7 +121,7 @@ class Plan:
     def summary(self) -> dict[str, Any]:
         """The plan in figures, as `--json` prints it."""
         tracked = sorted(self.schedule.track_layers)
-        before = dense_schedule(self.shape.layers).counts
+        before = self.shape.dense.counts
         after = self.schedule.counts
         if self.to_dense:
             before, after = after, before
@@ -179,7 +178,7 @@ def plan_conversion(
     shape = replace(shape, tied=is_tied({**checkpoint.config, **replaced}, where))
     spec = _spec_for(checkpoint, shape, spec)
     spec.check(shape)
-    schedule = spec.schedule()
+    schedule = spec.schedule(shape.family.parallel)
     known = calibration or Calibration()
     known = replace(known, values={**most(shape, schedule, spec), **known.values})
     tensors = list(dense_tensors(shape, schedule, spec.tracks, known.assignments))

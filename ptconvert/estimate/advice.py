@@ -115,8 +115,16 @@ class Advice:
 
 def recipes(setting: Setting) -> list[Candidate]:
     """The ready schedules for the model, with as many tracks as ranks."""
-    layers, ranks = setting.shape.layers, setting.ranks
-    return [Candidate(r.name, r.schedule(layers), ranks, about=r.says(layers)) for r in RECIPES]
+    shape, layers = setting.shape, setting.shape.layers
+    return [
+        Candidate(
+            r.name,
+            r.schedule(layers, shape.family.parallel),
+            setting.ranks,
+            about=r.says(layers),
+        )
+        for r in RECIPES
+    ]
 
 
 def advise(rows: Sequence[Row], setting: Setting) -> Advice:

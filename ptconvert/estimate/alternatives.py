@@ -29,7 +29,6 @@ from ptconvert.estimate.collective import point_to_point
 from ptconvert.estimate.compare import Setting
 from ptconvert.estimate.model import Estimate, estimate, step
 from ptconvert.estimate.roofline import Pass, head_seconds, rank_bytes
-from ptconvert.schedule.presets import dense_schedule
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ def replicas(setting: Setting) -> Served:
     """The whole model on each rank, the requests shared out."""
     s, together = setting, _together(setting)
     workload = replace(s.workload, batch=together)
-    dense = dense_schedule(s.shape.layers)
-    one = Served.of(estimate(dense, s.shape, s.hardware, s.engine, 1, workload))
+    one = Served.of(estimate(s.shape.dense, s.shape, s.hardware, s.engine, 1, workload))
     whole = one.tokens_per_second * s.workload.batch / together
     return replace(one, tokens_per_second=whole)
 
@@ -86,7 +84,7 @@ def _together(setting: Setting) -> int:
 def _through(setting: Setting, one: Pass) -> tuple[float, float]:
     """Seconds of a pass through all stages, and those that its slowest stage computes."""
     s, layers = setting, setting.shape.layers
-    whole = step(dense_schedule(layers), s.shape, s.hardware, s.engine, 1, one).seconds
+    whole = step(s.shape.dense, s.shape, s.hardware, s.engine, 1, one).seconds
     head = head_seconds(s.shape, s.hardware.device, s.engine, 1, one)
     layer = (whole - head) / layers
     slowest = max(math.ceil(layers / s.ranks) * layer, layers // s.ranks * layer + head)

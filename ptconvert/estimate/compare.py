@@ -13,7 +13,7 @@ from ptconvert.errors import ConfigError
 from ptconvert.estimate.hardware import Engine, Hardware, Link
 from ptconvert.estimate.model import Estimate, Workload, estimate
 from ptconvert.models.shape import ModelShape
-from ptconvert.schedule.presets import dense_schedule, tensor_parallel
+from ptconvert.schedule.presets import tensor_parallel
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Sublayer
 from ptconvert.spec.terms import wrong_ranks
@@ -132,7 +132,7 @@ def compare(candidates: Sequence[Candidate], setting: Setting) -> list[Row]:
 
 
 def _rows(candidates: Sequence[Candidate], setting: Setting) -> list[Row]:
-    base = Candidate(BASELINE, dense_schedule(setting.shape.layers), setting.ranks)
+    base = Candidate(BASELINE, setting.shape.dense, setting.ranks)
     s = setting
     estimates = [
         estimate(

@@ -36,7 +36,9 @@ def evaluation_page(report: Report) -> str:
         title=f"{report.checkpoint}{against}",
         subtitle=f"ptconvert eval {__version__}: what the conversion changed, with 95% intervals",
         notes=report.notes,
-        diagram=schedule_diagram(Schedule.parse(report.schedule), report.tracks),
+        diagram=schedule_diagram(
+            Schedule.parse(report.schedule), report.tracks, report.dense_all_reduces
+        ),
         tasks=_tasks(report.rows),
         divergence=report.divergence and _divergence(report.divergence),
         settings=_settings(report.settings, bool(report.rows)),

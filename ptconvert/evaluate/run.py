@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
-from ptconvert.checkpoint.section import read_section
+from ptconvert.checkpoint.section import Section
 from ptconvert.errors import EvaluationError
 from ptconvert.evaluate import harness, metrics, tasks
 from ptconvert.evaluate.harness import GroupOfTasks, Metric, Scores, Settings, Task
@@ -20,11 +20,10 @@ from ptconvert.measure import divergence, statistics
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.cache import content_digest
 from ptconvert.measure.divergence import Divergence
-from ptconvert.measure.opening import is_dense, open_model, open_tokenizer, schedule_of
+from ptconvert.measure.opening import is_dense, open_model, open_tokenizer, section_of
 from ptconvert.measure.progress import Progress
 from ptconvert.measure.statistics import Difference, Estimate, Seed
 from ptconvert.measure.windows import Windows, windows_for
-from ptconvert.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,7 @@ class Report:
     checkpoint: str
     baseline: str | None
     schedule: str
+    dense_all_reduces: int
     tracks: int
     settings: Settings
     digests: dict[str, str]
@@ -127,7 +127,7 @@ def evaluate(
     """
     found = open_checkpoint(checkpoint)
     source = open_checkpoint(baseline) if baseline is not None else None
-    schedule, notes, windows = schedule_of(found), list[str](), None
+    section, notes, windows = section_of(found), list[str](), None
     if source is not None:
         _check_alike(source, found)
         if not is_dense(source) and is_dense(found):
@@ -171,8 +171,9 @@ def evaluate(
     return Report(
         checkpoint=names[0] if names else str(checkpoint),
         baseline=names[1] if names else str(baseline) if baseline else None,
-        schedule=str(schedule),
-        tracks=read_section(found.config).tracks,
+        schedule=str(section.schedule),
+        dense_all_reduces=section.dense.counts.all_reduces,
+        tracks=section.tracks,
         settings=settings,
         digests=digests,
         rows=tuple(rows),
@@ -233,10 +234,10 @@ def _divergence(
     blocks: tuple[divergence.Block, ...] = ()
     block_windows = 0
     if text.blocks and not is_dense(found):
-        schedule = schedule_of(found)
-        say(_blocks_cost(schedule, windows, pass_seconds))
+        section = section_of(found)
+        say(_blocks_cost(section, windows, pass_seconds))
         blocks, block_windows = divergence.by_block(
-            model, schedule, reference, windows, batch, progress, seed
+            model, section, reference, windows, batch, progress, seed
         )
     return Divergence(
         texts=tuple(path.name for path in text.paths),
@@ -251,9 +252,9 @@ def _divergence(
     )
 
 
-def _blocks_cost(schedule: Schedule, windows: Windows, pass_seconds: float) -> str:
+def _blocks_cost(section: Section, windows: Windows, pass_seconds: float) -> str:
     """What running each block alone takes, by the seconds of the whole model's pass."""
-    blocks = len(divergence.converted_blocks(schedule))
+    blocks = len(divergence.converted_blocks(section))
     each, total = divergence.block_windows(windows), len(windows.ids)
     one, all_of_them = (
         timedelta(seconds=round(s)) for s in (pass_seconds, blocks * pass_seconds * each / total)

@@ -23,18 +23,18 @@ from transformers import AutoConfig
 
 import ptconvert
 from ptconvert.checkpoint.reader import Checkpoint
+from ptconvert.checkpoint.section import Section
 from ptconvert.errors import HealError
 from ptconvert.heal.data import Data
 from ptconvert.heal.models import in_layers, put
 from ptconvert.heal.settings import Settings
 from ptconvert.heal.work import Tensors, load_tensors, save_tensors
-from ptconvert.measure.opening import schedule_of
+from ptconvert.measure.opening import section_of
 from ptconvert.modeling.model import MODELS
 from ptconvert.models.families import MODEL_TYPE_PREFIX
 from ptconvert.models.wrappers import decoder_prefix
 from ptconvert.runtime.load import compute_buffers, kept_dtype, read_named, shape_of
-from ptconvert.schedule.presets import dense_schedule, with_only
-from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.presets import with_only
 from ptconvert.shorten import without_middle
 
 Report = Callable[..., None]
@@ -53,17 +53,17 @@ class Block:
     text: str
 
 
-def blocks_of(schedule: Schedule) -> Iterator[Block]:
+def blocks_of(section: Section) -> Iterator[Block]:
     """The blocks of a schedule, those that are the dense model's too."""
-    dense = dense_schedule(schedule.layers)
-    for stages in schedule.blocks():
+    schedule, dense = section.schedule, section.dense
+    for stages in schedule.blocks(dense):
         sublayers = [s for i in stages for s in schedule.stages[i].sublayers]
-        positions, layers = [s.position for s in sublayers], [s.layer for s in sublayers]
+        layers = [s.layer for s in sublayers]
         yield Block(
             stages,
-            range(min(positions), max(positions) + 1),
+            dense.running(sublayers),
             range(min(layers), max(layers) + 1),
-            with_only(schedule, stages) != dense,
+            with_only(schedule, stages, dense) != dense,
             " ".join(str(schedule.stages[i]) for i in stages),
         )
 
@@ -154,7 +154,7 @@ def heal_blocks(
         _first_streams(pieces, ids_NS[:, :-1], work / f"stream-{which}")
         for which, ids_NS in (("train", data.train[used]), ("held-out", data.held_out.ids))
     ]
-    blocks = list(blocks_of(schedule_of(student)))
+    blocks = list(blocks_of(section_of(student)))
     changed = [block for block in blocks if block.changed]
     healed: Tensors = {}
     for block in blocks:

@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from ptconvert.checkpoint.reader import Checkpoint
-from ptconvert.checkpoint.section import SECTION
+from ptconvert.checkpoint.section import SECTION, Section
 from ptconvert.errors import HealError
+from ptconvert.measure.divergence import converted_blocks
 from ptconvert.measure.opening import is_dense
 from ptconvert.models.shape import ModelShape
 from ptconvert.models.wrappers import is_around, layer_of
 from ptconvert.runtime.load import shape_of
-from ptconvert.schedule.presets import dense_schedule, with_only
-from ptconvert.schedule.schedule import Schedule
 
 _TRACK = re.compile(r"\.tracks\.\d+\.")
 
@@ -43,15 +42,13 @@ def check_pair(student: Checkpoint, teacher: Checkpoint) -> ModelShape:
     return shape
 
 
-def changed_layers(schedule: Schedule) -> frozenset[int]:
+def changed_layers(section: Section) -> frozenset[int]:
     """The layers inside blocks of the schedule that aren't the dense model's."""
-    dense = dense_schedule(schedule.layers)
     return frozenset(
         sublayer.layer
-        for block in schedule.blocks()
-        if with_only(schedule, block) != dense
+        for block in converted_blocks(section)
         for i in block
-        for sublayer in schedule.stages[i].sublayers
+        for sublayer in section.schedule.stages[i].sublayers
     )
 
 
@@ -60,14 +57,12 @@ def in_layers(name: str, layers: Collection[int]) -> bool:
     return layer_of(name) in layers
 
 
-def trainable(
-    names: Iterable[str], model_type: object, which: str, schedule: Schedule
-) -> list[str]:
+def trainable(names: Iterable[str], model_type: object, which: str, section: Section) -> list[str]:
     """The parameters that are to move of these: `changed`, or `all`, which are the language
     model's."""
     if which == "all":
         return [name for name in names if not is_around(name, model_type)]
-    layers = changed_layers(schedule)
+    layers = changed_layers(section)
     return [name for name in names if in_layers(name, layers)]
 
 

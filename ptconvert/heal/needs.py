@@ -108,7 +108,7 @@ class _Pair:
     @property
     def blocks(self) -> list[range]:
         """The layers of each block that the blockwise stage trains."""
-        return [block.layers for block in blocks_of(self.section.schedule) if block.changed]
+        return [block.layers for block in blocks_of(self.section) if block.changed]
 
     @property
     def used(self) -> int:
@@ -270,7 +270,7 @@ def _end_to_end(pair: _Pair) -> Phase:
     shape, settings, layers = pair.shape, pair.settings, range(pair.shape.layers)
     batch, ranks = settings.batch_size, int(os.environ.get("WORLD_SIZE", "1"))
     cut = ranks if settings.fsdp else 1
-    moves = trainable(pair.numbers, pair.shape.model_type, settings.train, pair.section.schedule)
+    moves = trainable(pair.numbers, pair.shape.model_type, settings.train, pair.section)
     trained, still = sum(pair.numbers[name] for name in moves), sum(pair.numbers.values())
     apart = 0  # of what stays, as the teacher hasn't it (see models.share)
     if settings.lora is None:

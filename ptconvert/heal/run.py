@@ -39,7 +39,7 @@ from ptconvert.measure import divergence
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.cache import cache_directory, content_digest
 from ptconvert.measure.divergence import Reference
-from ptconvert.measure.opening import open_model, schedule_of, vocabulary
+from ptconvert.measure.opening import open_model, section_of, vocabulary
 
 _BLOCKS = "blocks.safetensors"  # what the blockwise stage made
 _KL = "kl.safetensors"  # and the KL stage
@@ -84,7 +84,7 @@ def check_case(case: Case, destination: Path, overwrite: bool) -> None:
     check_pair(case.student, case.teacher)
     if not (case.settings.blockwise or case.settings.kl):
         raise HealError("nothing to do: neither block by block nor end to end")
-    if case.settings.train == "changed" and not changed_layers(schedule_of(case.student)):
+    if case.settings.train == "changed" and not changed_layers(section_of(case.student)):
         raise HealError("the schedule changes no layer, so there is nothing to heal")
     if (case.settings.top_k or 0) > (size := vocabulary(case.teacher)):
         raise HealError(f"--top-k {case.settings.top_k}: the vocabulary has {size} tokens")
@@ -228,7 +228,7 @@ def _distilled(case: Case, key: Mapping[str, object], start: Tensors) -> Tensors
         [name for name, _ in student.named_parameters()],
         student.config.model_type,
         case.settings.train,
-        schedule_of(case.student),
+        section_of(case.student),
     )
     freeze_but(student, names if case.settings.lora is None else ())
     put(student, start.items())

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ptconvert.checkpoint.section import Section
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.head import Head
 from ptconvert.measure.progress import Progress
@@ -31,8 +32,7 @@ from ptconvert.measure.statistics import (
     mean_over,
 )
 from ptconvert.measure.windows import Windows
-from ptconvert.schedule.presets import dense_schedule, with_only
-from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.presets import with_only
 
 # Windows of the measurement by block: it runs the model once per block, and between blocks the
 # differences are large.
@@ -305,7 +305,7 @@ def by_position(tokens: Tokens, seed: int) -> Iterator[Bucket]:
 
 def by_block(
     model: Any,
-    schedule: Schedule,
+    section: Section,
     source: Reference,
     windows: Windows,
     batch: BatchSize,
@@ -317,13 +317,13 @@ def by_block(
     Returns the blocks that aren't dense, and on how many windows they were measured.
     """
     every = _block_step(windows)
-    converted = converted_blocks(schedule)
+    converted, schedule = converted_blocks(section), section.schedule
     each = block_windows(windows)
     blocks = []
     for number, block in enumerate(converted):
         stages = schedule.stages[block.start : block.stop]
         sublayers = [s for stage in stages for s in stage.sublayers]
-        model.get_decoder().layers.schedule = with_only(schedule, block)
+        model.get_decoder().layers.schedule = with_only(schedule, block, section.dense)
         try:
             step = f"windows of {len(converted)} blocks, each alone"
             within = _part(progress, number * each, len(converted) * each)
@@ -335,7 +335,7 @@ def by_block(
                 stages=" ".join(map(str, stages)),
                 first_layer=min(s.layer for s in sublayers),
                 last_layer=max(s.layer for s in sublayers),
-                waited_before=len(sublayers),
+                waited_before=len(section.dense.running(sublayers)),
                 waited_after=sum(schedule.program[i].waits for i in block),
                 closeness=tokens.closeness(seed),
             )
@@ -348,10 +348,10 @@ def _part(progress: Progress, before: int, total: int) -> Progress:
     return lambda step, done, _: progress(step, before + done, total)
 
 
-def converted_blocks(schedule: Schedule) -> list[range]:
+def converted_blocks(section: Section) -> list[range]:
     """The stages of each block that isn't dense."""
-    dense = dense_schedule(schedule.layers)
-    return [b for b in schedule.blocks() if with_only(schedule, b) != dense]
+    schedule, dense = section.schedule, section.dense
+    return [b for b in schedule.blocks(dense) if with_only(schedule, b, dense) != dense]
 
 
 def block_windows(windows: Windows) -> int:

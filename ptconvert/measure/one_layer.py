@@ -48,8 +48,8 @@ def one_layer(config: Mapping[str, object], tracks: int, device: str, dtype: str
     dense where that is one, in torch's dtype of that name. There is nothing else in it: streams go
     in and come out."""
     ptconvert.register()
-    use = "tensor_parallel" if tracks == 1 else "parallel_track, depth: 1"
-    text = f"format: 1\ntracks: {tracks}\nschedule:\n  - {{layers: 0-0, use: {use}}}\n"
+    stages = "a0! m0!" if tracks == 1 else "a0. m0!"
+    text = f"format: 1\ntracks: {tracks}\nschedule:\n  - {{layers: 0-0, stages: {stages}}}\n"
     spec = parse_spec(text, "one layer")
     config = language_config(config)
     cut: dict[str, object] = {**config, "num_hidden_layers": 1}

@@ -12,25 +12,23 @@ from transformers import AutoTokenizer
 
 import ptconvert
 from ptconvert.checkpoint.reader import Checkpoint
-from ptconvert.checkpoint.section import SECTION, read_section
+from ptconvert.checkpoint.section import SECTION, Section, read_section
 from ptconvert.errors import CheckpointError, EvaluationError, first_line
 from ptconvert.modeling.model import CAUSAL_LMS
 from ptconvert.models.families import CARRIED_BUFFERS
 from ptconvert.models.wrappers import opened_by
-from ptconvert.schedule.presets import dense_schedule
-from ptconvert.schedule.schedule import Schedule
 from ptconvert.shorten import few
 
 
-def schedule_of(checkpoint: Checkpoint) -> Schedule:
+def section_of(checkpoint: Checkpoint) -> Section:
     """What a checkpoint's forward pass does, converted or not. Raises ConfigError."""
-    return read_section(checkpoint.config, str(checkpoint.path / "config.json")).schedule
+    return read_section(checkpoint.config, str(checkpoint.path / "config.json"))
 
 
 def is_dense(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is a dense model's, with nothing of ptconvert or Ladder in it."""
-    schedule = schedule_of(checkpoint)
-    return SECTION not in checkpoint.config and schedule == dense_schedule(schedule.layers)
+    section = section_of(checkpoint)
+    return SECTION not in checkpoint.config and section.schedule == section.dense
 
 
 def auto_class(checkpoint: Checkpoint) -> Any:

@@ -77,7 +77,7 @@ class Layers(nn.ModuleList):
         self.communicator = OneProcess() if communicator is None else communicator
         self.entered: Callable[[int], object] | None = None
         self.first_stage: int | None = None
-        self.schedule = section.schedule
+        self.schedule, self.dense = section.schedule, section.dense
         self.track_count = section.tracks
         self.waiting_weight = section.waiting_weight
         self.family = family_of(config)
@@ -356,8 +356,9 @@ def give_layers(
 
 def section_of(config: Any, where: str = "config.json") -> Section:
     """The conversion that a model's config describes, dense or converted, as `read_section`."""
-    text = vars(config.get_text_config(decoder=True))
-    return read_section({**text, SECTION: getattr(config, SECTION, None)}, where)
+    text = config.get_text_config(decoder=True)
+    own = {"model_type": text.model_type, SECTION: getattr(config, SECTION, None)}
+    return read_section({**vars(text), **own}, where)
 
 
 @contextlib.contextmanager

@@ -195,7 +195,7 @@ class Family:
     attention is the block `linear`. Where one of the keys `experts` says how many there are, MLPs
     are mixtures of them, but where one of the keys `dense` says that a layer has one. With
     `layer_more` checkpoints hold a layer after the last, which predicts further tokens; it comes
-    along.
+    along. With `parallel` attention and MLP of a layer are side by side: both read what enters it.
     `own_keys` gives a config.json in the keys that are read here, where others say the same. One in
     which a key of `refused` says anything but no is refused, for that reason.
     """
@@ -222,6 +222,7 @@ class Family:
     ends: tuple[str, ...] = ()
     causal_lm: bool = True
     layer_more: bool = False
+    parallel: bool = False
     final_norm: tuple[str, ...] = ("norm.weight",)
     around: tuple[str, ...] = ()
 
@@ -893,6 +894,12 @@ def own_name(of_transformers: str) -> str:
 def named(model_type: str) -> Family:
     """The family of this name."""
     return FAMILIES[model_type]
+
+
+def parallel_layers(config: Mapping[str, object]) -> bool:
+    """Whether the layers of a language model, dense or converted, are parallel, by its config."""
+    family = FAMILIES.get(str(config.get("model_type")).removeprefix(MODEL_TYPE_PREFIX))
+    return family is not None and family.parallel
 
 
 _MOE = "its mixture of experts is none that is known here"

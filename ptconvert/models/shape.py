@@ -41,6 +41,7 @@ from ptconvert.models.wrappers import (
     layer_of,
     wrapper_of,
 )
+from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import MAX_LAYERS, Kind, Sublayer
 from ptconvert.shorten import clipped
@@ -182,6 +183,11 @@ class ModelShape:
     def layers(self) -> int:
         """How many there are."""
         return len(self.kinds)
+
+    @property
+    def dense(self) -> Schedule:
+        """What the model itself runs, which every other schedule is compared with."""
+        return dense_schedule(self.layers, self.family.parallel)
 
     def with_layers(self, count: int) -> ModelShape:
         """The same with so many layers, whose kinds go on as they began."""

@@ -46,7 +46,8 @@ def plan_needs(
         shape.layers * step.forward
         + head_seconds(shape.vocabulary, shape.width, dtype, device, length)
     )
-    basic = [s for s in menu(shape.layers, objective.singles, objective.runs, 2) if is_basic(s)]
+    every_one = menu(shape.layers, objective.singles, objective.runs, 2, shape.family.parallel)
+    basic = [s for s in every_one if is_basic(s)]
     weighed = sum(_layers_run(s, spacing) for s in basic)
     share = searched / count / shape.layers  # of a pass is a layer's run over what is searched on
     weighing = share * (3 * shape.layers + weighed)
@@ -118,5 +119,4 @@ def plan_needs(
 
 def _layers_run(segment: Segment, spacing: int) -> int:
     """How many layers a segment runs for until all of it is merged where a stream is held."""
-    begin = segment.start // 2 // spacing
-    return (math.ceil((segment.stop + segment.ending.lag) / 2 / spacing) - begin) * spacing
+    return (math.ceil(segment.merged / spacing) - segment.layer // spacing) * spacing

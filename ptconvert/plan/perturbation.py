@@ -12,7 +12,6 @@ Shapes: N windows, T tokens in each, D residual stream width.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +22,6 @@ from ptconvert.measure.divergence import tokens_at_once
 from ptconvert.measure.head import Head
 from ptconvert.measure.progress import Progress
 from ptconvert.plan.segments import Segment, alone
-from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 
 _SEED = 0
@@ -32,14 +30,16 @@ _SEED = 0
 class Perturbations:
     """The dense model's streams on some windows, and the gradients there.
 
-    `model` holds every layer as tracks, `streams` are those (N, T, D) that enter some layers, the
-    first among them; they and the gradients are held before each `spacing`-th layer.
+    `model` holds every layer as tracks, `dense` is what the source runs, `streams` are those
+    (N, T, D) that enter some layers, the first among them; they and the gradients are held before
+    each `spacing`-th layer.
     `layers_run` counts what was computed: layers times windows, one of a pass back as two.
     """
 
     def __init__(
         self,
         model: Any,
+        dense: Schedule,
         streams: Mapping[int, torch.Tensor],
         spacing: int,
         batch: BatchSize,
@@ -47,8 +47,7 @@ class Perturbations:
     ) -> None:
         self._decoder, self._head = model.get_decoder(), Head(model)
         self._batch, self.layers_run = batch, 0
-        self.layers = len(self._decoder.layers)
-        self._dense = dense_schedule(self.layers)
+        self._dense, self.layers = dense, dense.layers
         with torch.no_grad():
             # not as inference tensors, through which nothing can be differentiated
             self._streams = {layer: stream.clone() for layer, stream in streams.items()}
@@ -60,9 +59,10 @@ class Perturbations:
 
     def kl(self, segment: Segment) -> float:
         """KL(source || the dense model with this segment), nats per token, to second order."""
-        schedule, merged = alone(segment, self.layers), segment.stop + segment.ending.lag
-        begin = max(layer for layer in self._streams if 2 * layer <= segment.start)
-        end = min(layer for layer in self._streams if layer == self.layers or 2 * layer >= merged)
+        schedule = alone(segment, self.layers)
+        begin = max(layer for layer in self._streams if layer <= segment.layer)
+        merged = min(segment.merged, self.layers)
+        end = min(layer for layer in self._streams if layer >= merged)
         with torch.inference_mode():
             # in fp32: squares of small numbers vanish in 16 bits, and those of large ones overflow
             moved_NTD = self._run(schedule, begin, end).float() - self._streams[end].float()
@@ -137,5 +137,4 @@ class Perturbations:
 
 def _stages(schedule: Schedule, begin: int, end: int) -> range:
     """The stages that run the layers [begin, end), before which just those before them have run."""
-    done = list(itertools.accumulate((len(s.sublayers) for s in schedule.stages), initial=0))
-    return range(done.index(2 * begin), done.index(2 * end))
+    return range(schedule.ran.index(2 * begin), schedule.ran.index(2 * end))

@@ -62,29 +62,30 @@ def latency(
     layers: int,
     overlap: bool = True,
     grain: float | None = None,
+    parallel: bool = False,
 ) -> Objective:
-    """Estimated seconds of schedules, of which those of two sublayers more and less in a long run
+    """Estimated seconds of schedules, of which those of two stages more and less in a long run
     differ alike; sums of segments are rounded to `grain` of the dense model's time, by
     default a quarter of what one blocking all-reduce takes of it. Without `overlap` no all-reduce
-    runs beside computation."""
-    last = 2 * layers
-    stages = dense_schedule(layers).stages
-    dense = seconds(Schedule(stages))
+    runs beside computation. `parallel` says what layers the model has."""
+    stages = dense_schedule(layers, parallel).stages
+    dense, last = seconds(Schedule(stages)), len(stages)
     if grain is None:
-        # Side by side a layer has one all-reduce less and no tracks: that alone is what changes.
-        pair = Segment(0, 2, BLOCKING, beside=True)
+        # Side by side two stages have one all-reduce less and no tracks: that alone changes.
+        pair = Segment(0, 2, BLOCKING, True, parallel)
         one = 1 - seconds(Schedule((*pair.stages, *stages[2:]))) / dense
         grain = one / 4 if one > 1e-6 else 1e-3  # less than that is what floats leave of nothing
     known: dict[object, float] = {}
 
     def added(segment: Segment) -> float:
         # Layers are alike: where a segment stands matters only to what is in flight at the end.
-        start, stop, ending, beside = segment
+        start, stop, ending, beside, _ = segment
         key = start % 2, stop - start, ending, beside, min(last - stop, OWN_SEEN_LATER.lag)
         if key not in known:
             more = 0 if beside else max(0, stop - start - 5) // 2
-            if more:  # in a run, every two sublayers add what the two before them do
-                one, two = (added(run(start + 2 * more + n, stop, ending)) for n in (0, 2))
+            if more:  # in a run, every two stages add what the two before them do
+                shorter = (run(start + 2 * more + n, stop, ending, parallel) for n in (0, 2))
+                one, two = map(added, shorter)
                 known[key] = one + more * (one - two)
             else:
                 # With its own last all-reduce, which only a blocking one just after it would save:
@@ -123,10 +124,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The KL of one sublayer's ending in an otherwise dense model; None where the objective has no
-    use for it. `deferred` merges with the next sublayer."""
+    """The KL of one stage's ending in an otherwise dense model; None where the objective has no use
+    for it. `deferred` merges with the next stage."""
 
-    sublayer: Sublayer
+    sublayers: tuple[Sublayer, ...]
     deferred: float | None
     own_seen: float | None
     hidden: float | None
@@ -172,7 +173,8 @@ def search(
     wanted, started = None if target is None else fits, time.monotonic()
     windows = len(meter.windows.ids)
     every = searched_each(windows)
-    segments = tuple(menu(meter.layers, objective.singles, objective.runs, 2 * meter.layers))
+    longest = len(meter.dense.stages)
+    segments = tuple(menu(meter.layers, objective.singles, objective.runs, longest, meter.parallel))
     meter.progress("weighing segments", 0, None)
     choices, prices = Choices(segments, objective.segment), Prices(segments)
 
@@ -217,7 +219,7 @@ def search(
     ]
     return Frontier(
         tuple(undominated(points, lambda p: (p.weight, p.cost.kl))),
-        tuple(_sensitivities(meter.layers, prices)),
+        tuple(_sensitivities(meter.dense, meter.parallel, prices)),
         len(prices.measured),
         len(tried),
         len(range(0, windows, every)),
@@ -231,7 +233,7 @@ def searched_each(windows: int) -> int:
 
 
 def is_basic(segment: Segment) -> bool:
-    """What is weighed before any search: all but the dense sublayers and the longer runs."""
+    """What is weighed before any search: all but the dense stages and the longer runs."""
     return not segment.dense and (segment.beside or segment.length <= 2)
 
 
@@ -277,13 +279,12 @@ def _thinned(
     return [items[i] for i in sorted(chosen)]
 
 
-def _sensitivities(layers: int, prices: Prices) -> Iterable[Sensitivity]:
-    last = 2 * layers
-    for p in range(last):
-        single = {e: run(p, p + 1, e) for e in (OWN_SEEN, HIDDEN)}
-        pair = run(p, p + 2, BLOCKING) if p + 2 <= last else None
+def _sensitivities(dense: Schedule, parallel: bool, prices: Prices) -> Iterable[Sensitivity]:
+    for p, stage in enumerate(dense.stages):
+        single = {e: run(p, p + 1, e, parallel) for e in (OWN_SEEN, HIDDEN)}
+        pair = run(p, p + 2, BLOCKING, parallel) if p + 2 <= len(dense.stages) else None
         yield Sensitivity(
-            single[OWN_SEEN].stages[0].sublayers[0],
+            stage.sublayers,
             prices.measured.get(pair) if pair else None,
             *(prices.measured.get(single[e]) for e in (OWN_SEEN, HIDDEN)),
         )

@@ -14,13 +14,15 @@ from rich.text import Text
 
 from ptconvert import __version__
 from ptconvert.measure.statistics import RESAMPLES, Estimate, estimate, mean_over
-from ptconvert.plan.planner import Frontier, Objective, Point
+from ptconvert.models.shape import ModelShape
+from ptconvert.plan.planner import Frontier, Objective, Point, Sensitivity
 from ptconvert.plan.spec_text import spec_text
 from ptconvert.report.charts import Series, line_chart
 from ptconvert.report.html import render
 from ptconvert.report.html_schedule import schedule_diagram
 from ptconvert.report.numbers import between, number, signed
 from ptconvert.report.terminal import diagram, figures_table
+from ptconvert.schedule.endings import BESIDE
 from ptconvert.shorten import few
 from ptconvert.spec.document import written
 
@@ -39,6 +41,7 @@ class Planned:
     objective: Objective
     frontier: Frontier
     chosen: Point
+    shape: ModelShape  # of the source
     wanted: Mapping[str, Any] = field(default_factory=dict)  # to be computed, for the spec
 
     @property
@@ -56,7 +59,7 @@ def interval(point: Point) -> Estimate:
 def to_spec(planned: Planned) -> str:
     """The chosen schedule as a spec, with what it costs as comments."""
     p, counts = planned.chosen, planned.chosen.schedule.counts
-    before = 2 * p.schedule.layers
+    before = planned.shape.dense.counts.all_reduces
     head = [
         f"{planned.model}, planned by ptconvert {__version__} for {planned.budget}.",
         "",
@@ -74,7 +77,8 @@ def to_spec(planned: Planned) -> str:
         total = sum(alone[i] for i in layers)
         return f"{number(total)}" if total else "as the dense model"
 
-    return spec_text(p.schedule, planned.tracks, head, remark, _computed(planned))
+    parallel = planned.shape.family.parallel
+    return spec_text(p.schedule, planned.tracks, head, remark, _computed(planned), parallel)
 
 
 def _computed(planned: Planned) -> list[str]:
@@ -89,7 +93,7 @@ def _by_layer(planned: Planned) -> dict[int, float]:
     """The predicted KL of the chosen point's segments, by the layer in which each begins."""
     found = dict.fromkeys(range(planned.chosen.schedule.layers), 0.0)
     for segment, kl in planned.chosen.parts:
-        found[segment.start // 2] += kl
+        found[segment.layer] += kl
     return found
 
 
@@ -109,7 +113,7 @@ def to_json(planned: Planned) -> dict[str, Any]:
         "frontier": [_row(planned, point) for point in f.points],
         "sensitivities": [
             {
-                "sublayer": str(s.sublayer),
+                "sublayer": _name(s),
                 "deferred": s.deferred,
                 "own_seen": s.own_seen,
                 "hidden": s.hidden,
@@ -205,7 +209,7 @@ def _explained(planned: Planned) -> str:
 def plan_page(planned: Planned) -> str:
     """The frontier as one self-contained page."""
     chosen, points = planned.chosen, planned.frontier.points
-    counts, before = chosen.schedule.counts, 2 * chosen.schedule.layers
+    counts, before = chosen.schedule.counts, planned.shape.dense.counts.all_reduces
     return render(
         "plan.html",
         title=f"{planned.model} over {planned.tracks} tracks",
@@ -218,7 +222,7 @@ def plan_page(planned: Planned) -> str:
             "loss": signed(chosen.cost.loss),
             "same first choice": f"{chosen.cost.agreement:.1%}",
         },
-        diagram=schedule_diagram(chosen.schedule, planned.tracks),
+        diagram=schedule_diagram(chosen.schedule, planned.tracks, before),
         spec=to_spec(planned),
         chart=_chart(planned),
         header=[name.replace("-\n", "-") for name in _header(planned)],
@@ -264,7 +268,11 @@ def _sensitivities(planned: Planned) -> dict[str, Any]:
     series = [
         Series(
             label,
-            [(s.sublayer.position / 2, kl) for s in found if (kl := getattr(s, key) or 0.0) > 0],
+            [
+                (s.sublayers[0].position / 2, kl)
+                for s in found
+                if (kl := getattr(s, key) or 0.0) > 0
+            ],
         )
         for key, label in names
     ]
@@ -276,8 +284,12 @@ def _sensitivities(planned: Planned) -> dict[str, Any]:
             log_y=True,
         ),
         "header": ["sublayer", *(label for _, label in names)],
-        "rows": [[s.sublayer, *(_or_dash(getattr(s, key)) for key, _ in names)] for s in found],
+        "rows": [[_name(s), *(_or_dash(getattr(s, key)) for key, _ in names)] for s in found],
     }
+
+
+def _name(sensitivity: Sensitivity) -> str:
+    return BESIDE.symbol.join(map(str, sensitivity.sublayers))
 
 
 def _or_dash(value: float | None) -> str:

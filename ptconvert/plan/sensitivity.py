@@ -29,7 +29,6 @@ from ptconvert.measure.progress import Progress
 from ptconvert.plan.case import Case
 from ptconvert.plan.perturbation import Perturbations
 from ptconvert.plan.segments import Segment, alone
-from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import parse_spec
 
@@ -121,8 +120,8 @@ class Meter:
         self.source, self.tracks, self.windows = case.source, case.tracks, case.windows
         self.dtype, self.device, self.batch = case.dtype, case.device, case.batch
         self.store, self.progress = store, progress
-        self.layers = case.shape.layers
-        self.dense = dense_schedule(self.layers)
+        self.layers, self.dense = case.shape.layers, case.shape.dense
+        self.parallel = case.shape.family.parallel
         self._perturbed: dict[int, Perturbations] = {}
         self._layers_run = 0
 
@@ -169,7 +168,7 @@ class Meter:
             streams = {layer: stream[::every] for layer, stream in reference.streams.items()}
             spacing = gradient_spacing(self.layers, streams[0].nbytes)
             self._perturbed[every] = Perturbations(
-                model, streams, spacing, self.batch, self.progress
+                model, self.dense, streams, spacing, self.batch, self.progress
             )
         return self._perturbed[every]
 
@@ -178,7 +177,7 @@ class Meter:
         layer = self._departs(schedule)
         self._layers_run += (self.layers - layer) * len(self.windows.ids[::every])
         layers = model.get_decoder().layers
-        layers.schedule, layers.first_stage = schedule, 2 * layer
+        layers.schedule, layers.first_stage = schedule, self.dense.ran.index(2 * layer)
         tokens = divergence.measure(
             model,
             reference,
@@ -198,7 +197,8 @@ class Meter:
     def _departs(self, schedule: Schedule) -> int:
         """The last kept layer before which the schedule is the dense one's."""
         pairs = zip(schedule.stages, self.dense.stages, strict=False)
-        same = next((i for i, (a, b) in enumerate(pairs) if a != b), 2 * self.layers - 1)
+        last = len(self.dense.stages) - 1
+        same = self.dense.ran[next((i for i, (a, b) in enumerate(pairs) if a != b), last)]
         return max(layer for layer in self._kept if 2 * layer <= same)
 
     @cached_property

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ptconvert.plan.segments import HIDDEN
+from ptconvert.plan.segments import HIDDEN, per_layer
 from ptconvert.schedule import presets
 from ptconvert.schedule.endings import BLOCKING
 from ptconvert.schedule.schedule import Schedule
@@ -38,12 +38,13 @@ def spec_text(
     head: Sequence[str],
     remark: Callable[[range], str],
     tail: Sequence[str] = (),
+    parallel: bool = False,
 ) -> str:
     """The YAML text; `head` are comment lines above it, `remark` a comment at each range, `tail`
-    further lines below."""
+    further lines below. `parallel` says what layers the model has, which presets mean."""
     lines = [f"# {line}".rstrip() for line in head]
     lines += ["format: 1", f"tracks: {tracks}", "schedule:"]
-    for item in _items(schedule):
+    for item in _items(schedule, parallel):
         first, last = item.layers[0], item.layers[-1]
         layers = f"  - layers: {first}-{last}" if last > first else f"  - layers: {first}"
         lines.append(f"{layers:32}# {remark(item.layers)}".rstrip(" #"))
@@ -53,7 +54,7 @@ def spec_text(
             lines.append(f"    use: {item.use}")
             lines += [f"    {name}: {value}" for name, value in item.parameters]
     text = "\n".join([*lines, *tail]) + "\n"
-    assert _read(text).schedule() == schedule, "the spec doesn't say what was planned"
+    assert _read(text).schedule(parallel) == schedule, "the spec doesn't say what was planned"
     return text
 
 
@@ -62,7 +63,7 @@ def _read(text: str) -> Spec:
 
 
 @functools.cache  # it takes 10 seconds for 80 layers, and a report asks twice
-def _items(schedule: Schedule) -> tuple[_Item, ...]:
+def _items(schedule: Schedule, parallel: bool) -> tuple[_Item, ...]:
     """The items that are easiest to read, by dynamic programming from the last layer back.
 
     A ladder range turns the `!` before it into `~1`; so what comes before it must end so, and is
@@ -84,7 +85,7 @@ def _items(schedule: Schedule) -> tuple[_Item, ...]:
                     continue
                 if ladder_next:
                     stages = (*stages[:-1], replace(stages[-1], ending=BLOCKING))
-                for item in _ways(range(first, stop), stages):
+                for item in _ways(range(first, stop), stages, parallel):
                     key = (first, item.use == presets.ladder.__name__)
                     cost = item.cost + rest_cost
                     if key not in best or cost < best[key][0]:
@@ -94,33 +95,33 @@ def _items(schedule: Schedule) -> tuple[_Item, ...]:
 
 def _layer_boundaries(schedule: Schedule) -> dict[int, int]:
     """Layers before which just the layers before them have run, to the stage that begins there."""
-    cuts, run, furthest = {0: 0}, 0, -1
+    cuts, furthest = {0: 0}, -1
     for index, stage in enumerate(schedule.stages, 1):
-        run += len(stage.sublayers)
+        run = schedule.ran[index]
         furthest = max(furthest, *(s.position for s in stage.sublayers))
         if run == furthest + 1 and run % 2 == 0:
             cuts[run // 2] = index
     return cuts
 
 
-def _ways(layers: range, stages: tuple[Stage, ...]) -> Iterator[_Item]:
+def _ways(layers: range, stages: tuple[Stage, ...], parallel: bool) -> Iterator[_Item]:
     """The ways to write a range of layers: any preset that gives its stages, or the stages."""
     # desync last: what it has in common with others has a better known name.
     desync = presets.desync.__name__
     for name, preset in sorted(presets.PRESETS.items(), key=lambda found: found[0] == desync):
-        for parameters in _parameters(name, stages):
-            if preset(layers, **parameters) == stages:
+        for parameters in _parameters(name, stages, per_layer(parallel)):
+            if preset(layers, parallel, **parameters) == stages:
                 yield _Item(layers, name, tuple(parameters.items()), stages)
                 break
     yield _Item(layers, None, (), stages)
 
 
-def _parameters(preset: str, stages: tuple[Stage, ...]) -> Iterator[dict[str, int]]:
-    """The values of a preset's parameters that could give these stages."""
+def _parameters(preset: str, stages: tuple[Stage, ...], each: int) -> Iterator[dict[str, int]]:
+    """The values of a preset's parameters that could give these stages, so many for each layer."""
     reducing = (i for i, s in enumerate(stages, 1) if s.ending.kind.launches)
     reduces = next(reducing, len(stages))
     lag = stages[reduces - 1].ending.lag
-    worth = {"delay": {lag}, "every": {reduces}, "depth": {reduces // 2}, "overlap": {0, lag}}
+    worth = {"delay": {lag}, "every": {reduces}, "depth": {reduces // each}, "overlap": {0, lag}}
     names = presets.parameters(preset)
     for values in itertools.product(*(sorted(worth[name]) for name in names)):
         found = dict(zip(names, values, strict=True))

@@ -16,8 +16,9 @@ _PER_ROW = 32
 _CELL, _LEFT, _ROW = 21, 84, 74
 
 
-def schedule_diagram(schedule: Schedule, tracks: int) -> Markup:
-    """The schedule as an inline SVG with a legend and its counts in the caption."""
+def schedule_diagram(schedule: Schedule, tracks: int, before: int) -> Markup:
+    """The schedule as an inline SVG with a legend and its counts in the caption; the dense model
+    does `before` all-reduces."""
     cells = endings(schedule)
     columns = min(schedule.layers, _PER_ROW)
     rows = [range(i, min(i + columns, schedule.layers)) for i in range(0, schedule.layers, columns)]
@@ -33,7 +34,7 @@ def schedule_diagram(schedule: Schedule, tracks: int) -> Markup:
     counts = schedule.counts
     caption = (
         f"{counts.all_reduces} all-reduces per forward pass, {counts.waited_for} of them waited "
-        f"for; the dense model does {2 * schedule.layers} and waits for each."
+        f"for; the dense model does {before} and waits for each."
     )
     if tracked:
         caption += f" The line below marks the layers in which the {tracks} tracks differ."

@@ -15,7 +15,6 @@ from ptconvert.checkpoint.compensations import COMPENSATIONS
 from ptconvert.measure.needs import Needs
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.endings import BESIDE, MARKS
-from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
 
@@ -81,9 +80,8 @@ def _legend(cells: Sequence[str] | Any, differ: bool, tracks: int) -> Iterator[T
     yield Text(one + (f"   {_DIFFER}  they differ (held per track)" if differ else ""), "dim")
 
 
-def counts_table(schedule: Schedule, shape: ModelShape | None) -> RenderableType:
+def counts_table(schedule: Schedule, dense: Schedule, shape: ModelShape | None) -> RenderableType:
     """All-reduces of the dense model under tensor parallelism and of the schedule."""
-    dense = dense_schedule(schedule.layers)
     before, after = dense.counts, schedule.counts
     rows: list[tuple[str, int, int]] = [
         ("all-reduces per forward pass", before.all_reduces, after.all_reduces),
@@ -214,11 +212,11 @@ def fewer_ranks(tracks: int, tracked: Collection[int]) -> str | None:
 
 
 def print_schedule(
-    console: Console, schedule: Schedule, tracks: int, shape: ModelShape | None
+    console: Console, schedule: Schedule, dense: Schedule, tracks: int, shape: ModelShape | None
 ) -> None:
-    """Diagram, counts and text form."""
+    """Diagram, counts beside the dense model's, and text form."""
     console.print(diagram(schedule, tracks, console.width))
     console.print()
-    console.print(counts_table(schedule, shape))
+    console.print(counts_table(schedule, dense, shape))
     console.print()
     console.print(Text(str(schedule)), style="dim", soft_wrap=False)

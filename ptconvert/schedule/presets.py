@@ -1,5 +1,8 @@
 """The published architectures as functions from a range of layers to its stages.
 
+They are written in the stages of the model itself. Where its layers are `parallel`, each is one
+stage `a3|m3`; else its attention and its MLP are one each, one after the other.
+
 A range leaves nothing outstanding at its end: its last stage blocks, and lags are cut so that
 everything in flight is merged by then. So the layers around it stay as they were. The one
 exception is what `ladder` is: a property of the reader (see `join`).
@@ -21,55 +24,60 @@ from ptconvert.schedule.stages import Kind, Stage, Sublayer, parse_stages
 Stages = tuple[Stage, ...]
 
 
-def tensor_parallel(layers: range) -> Stages:
+def tensor_parallel(layers: range, parallel: bool = False) -> Stages:
     """The dense model: every sublayer is all-reduced and waited for (Megatron-LM, 1909.08053)."""
-    return parse_stages(" ".join(f"a{i}! m{i}!" for i in layers))
+    return _read(f"{stage}!" for layer in _layers(layers, parallel) for stage in layer)
 
 
-def parallel_block(layers: range) -> Stages:
+def parallel_block(layers: range, parallel: bool = False) -> Stages:
     """Attention and MLP of a layer side by side, as in GPT-J and PaLM (2204.02311)."""
-    return parse_stages(" ".join(f"a{i}|m{i}!" for i in layers))
+    return _read(f"{'|'.join(layer)}!" for layer in _layers(layers, parallel))
 
 
-def layer_parallel(layers: range) -> Stages:
+def layer_parallel(layers: range, parallel: bool = False) -> Stages:
     """Pairs of layers side by side (2502.02790); a layer left over runs alone."""
-    text = [f"a{i}|a{i + 1}! m{i}|m{i + 1}!" for i in layers[:-1:2]]
-    if len(layers) % 2:
-        text.append(f"a{layers[-1]}! m{layers[-1]}!")
-    return parse_stages(" ".join(text))
+    each = _layers(layers, parallel)
+    pairs = [each[i : i + 2] for i in range(0, len(each), 2)]
+    return _read(f"{'|'.join(stages)}!" for pair in pairs for stages in zip(*pair, strict=True))
 
 
-def sync_point_drop(layers: range) -> Stages:
+def sync_point_drop(layers: range, parallel: bool = False) -> Stages:
     """No all-reduce after attention; the MLP's carries both (SPD, 2502.20727)."""
-    return parse_stages(" ".join(f"a{i}. m{i}!" for i in layers))
+    return parallel_track(layers, parallel, depth=1)
 
 
-def ladder(layers: range) -> Stages:
+def ladder(layers: range, parallel: bool = False) -> Stages:
     """Each sublayer reads the stream without the one just before it (2501.06589)."""
-    return _merged_within(parse_stages(" ".join(f"a{i}~1 m{i}~1" for i in layers)))
+    return _merged_within(_read(f"{s}~1" for layer in _layers(layers, parallel) for s in layer))
 
 
-def delayed(layers: range, *, delay: int) -> Stages:
+def delayed(layers: range, parallel: bool = False, *, delay: int) -> Stages:
     """Every all-reduce arrives `delay` stages late; each track sees its own part at once (DTP)."""
-    return _merged_within(parse_stages(" ".join(f"a{i}^{delay} m{i}^{delay}" for i in layers)))
+    stages = (f"{s}^{delay}" for layer in _layers(layers, parallel) for s in layer)
+    return _merged_within(_read(stages))
 
 
-def desync(layers: range, *, every: int) -> Stages:
-    """One all-reduce in every `every` sublayers (Desync Residual, 2501.06589)."""
-    sublayers = [f"{kind}{i}" for i in layers for kind in "am"]
-    text = [f"{s}{'!' if n % every == 0 else '.'}" for n, s in enumerate(sublayers, 1)]
-    return _merged_within(parse_stages(" ".join(text)))
+def desync(layers: range, parallel: bool = False, *, every: int) -> Stages:
+    """One all-reduce in every `every` sublayers (Desync Residual, 2501.06589), or layers where they
+    are parallel."""
+    stages = (s for layer in _layers(layers, parallel) for s in layer)
+    text = (f"{s}{'!' if n % every == 0 else '.'}" for n, s in enumerate(stages, 1))
+    return _merged_within(_read(text))
 
 
-def parallel_track(layers: range, *, depth: int, overlap: int = 0) -> Stages:
+def parallel_track(
+    layers: range, parallel: bool = False, *, depth: int, overlap: int = 0
+) -> Stages:
     """Tracks that merge once every `depth` layers, counted from the range's first (2602.07306).
 
     With `overlap` k the merge of a block arrives k stages into the next one. A last block of
     fewer layers is merged at the range's end.
     """
-    end = f"^{overlap}" if overlap else "!"
-    text = [f"a{i}. m{i}{end if n % depth == 0 else '.'}" for n, i in enumerate(layers, 1)]
-    return _merged_within(parse_stages(" ".join(text)))
+    end, text = f"^{overlap}" if overlap else "!", list[str]()
+    for n, (*first, last) in enumerate(_layers(layers, parallel), 1):
+        text += [f"{stage}." for stage in first]
+        text.append(f"{last}{end if n % depth == 0 else '.'}")
+    return _merged_within(_read(text))
 
 
 PRESETS: Mapping[str, Callable[..., Stages]] = MappingProxyType(
@@ -91,7 +99,8 @@ PRESETS: Mapping[str, Callable[..., Stages]] = MappingProxyType(
 
 def parameters(preset: str) -> dict[str, int | None]:
     """The whole-number parameters that a preset takes: name to default, None where required."""
-    keywords = list(inspect.signature(PRESETS[preset]).parameters.values())[1:]
+    taken = inspect.signature(PRESETS[preset]).parameters.values()
+    keywords = [p for p in taken if p.kind is p.KEYWORD_ONLY]
     return {k.name: None if k.default is k.empty else k.default for k in keywords}
 
 
@@ -111,20 +120,19 @@ def join(parts: Iterable[tuple[str | None, Sequence[Stage]]]) -> Schedule:
 
 
 @functools.cache
-def dense_schedule(layers: int) -> Schedule:
+def dense_schedule(layers: int, parallel: bool = False) -> Schedule:
     """The schedule of the dense model, which every other is compared with."""
-    return Schedule(tensor_parallel(range(layers)))
+    return Schedule(tensor_parallel(range(layers), parallel))
 
 
-def with_only(schedule: Schedule, block: range) -> Schedule:
-    """The dense schedule with one of `schedule.blocks()` in place of the same sublayers."""
-    positions = [s.position for i in block for s in schedule.stages[i].sublayers]
-    dense = dense_schedule(schedule.layers).stages
-    before, after = dense[: min(positions)], dense[max(positions) + 1 :]
-    return Schedule(before + schedule.stages[block.start : block.stop] + after)
+def with_only(schedule: Schedule, block: range, dense: Schedule) -> Schedule:
+    """The dense schedule with one of `schedule.blocks(dense)` in place of the same sublayers."""
+    own = schedule.stages[block.start : block.stop]
+    replaced = dense.running(sublayer for stage in own for sublayer in stage.sublayers)
+    return Schedule(dense.stages[: replaced.start] + own + dense.stages[replaced.stop :])
 
 
-def from_ladder_layers(ladder_layers: object, layers: int) -> Schedule:
+def from_ladder_layers(ladder_layers: object, layers: int, parallel: bool = False) -> Schedule:
     """The schedule of the Ladder authors' checkpoints, from `ladder_layers` in their config.json.
 
     `ladder_layers` is an int N for the last N layers, or a list of layers; the others are dense.
@@ -142,7 +150,7 @@ def from_ladder_layers(ladder_layers: object, layers: int) -> Schedule:
             f"{layers}, or a list of layers from 0 to {layers - 1}"
         )
     presets = [ladder if i in chosen else tensor_parallel for i in range(layers)]
-    return join((p.__name__, p(range(i, i + 1))) for i, p in enumerate(presets))
+    return join((p.__name__, p(range(i, i + 1), parallel)) for i, p in enumerate(presets))
 
 
 def to_ladder_layers(schedule: Schedule) -> int | list[int] | None:
@@ -155,6 +163,15 @@ def to_ladder_layers(schedule: Schedule) -> int | list[int] | None:
     if from_ladder_layers(chosen, schedule.layers) != schedule:
         return None
     return len(chosen) if chosen == list(range(schedule.layers))[-len(chosen) :] else chosen
+
+
+def _layers(layers: range, parallel: bool) -> list[tuple[str, ...]]:
+    """What each layer runs in the dense model, stage by stage: `a3` and `m3`, or `a3|m3`."""
+    return [(f"a{i}|m{i}",) if parallel else (f"a{i}", f"m{i}") for i in layers]
+
+
+def _read(stages: Iterable[str]) -> Stages:
+    return parse_stages(" ".join(stages))
 
 
 def _merged_within(stages: Stages) -> Stages:

@@ -30,13 +30,13 @@ class Recipe:
         """How many of a model's layers stay as they are."""
         return min(max(self.least, int(layers * self.share)), layers - 1)
 
-    def schedule(self, layers: int) -> Schedule:
-        """The recipe for a model of so many layers."""
+    def schedule(self, layers: int, parallel: bool = False) -> Schedule:
+        """The recipe for a model of so many layers, which may be `parallel` (`presets`)."""
         first, rest = range(self.dense(layers)), range(self.dense(layers), layers)
         return join(
             (
-                (tensor_parallel.__name__, tensor_parallel(first)),
-                (self.preset, PRESETS[self.preset](rest, **self.arguments)),
+                (tensor_parallel.__name__, tensor_parallel(first, parallel)),
+                (self.preset, PRESETS[self.preset](rest, parallel, **self.arguments)),
             )
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -78,6 +78,11 @@ class Schedule:
         return 1 + max(s.layer for stage in self.stages for s in stage.sublayers)
 
     @cached_property
+    def ran(self) -> tuple[int, ...]:
+        """How many sublayers have run before each stage, and after the last one."""
+        return tuple(itertools.accumulate((len(s.sublayers) for s in self.stages), initial=0))
+
+    @cached_property
     def program(self) -> tuple[Step, ...]:
         """The steps that run it, one for each stage."""
         return lower(self.stages)
@@ -113,20 +118,25 @@ class Schedule:
             if tracks > 1 and step.keeps_own
         )
 
-    def blocks(self) -> Iterator[range]:
+    def running(self, sublayers: Iterable[Sublayer]) -> range:
+        """A dense model's stages that run just these sublayers."""
+        positions = [sublayer.position for sublayer in sublayers]
+        return range(self.ran.index(min(positions)), self.ran.index(max(positions) + 1))
+
+    def blocks(self, dense: Schedule) -> Iterator[range]:
         """Stages in the shortest runs that can be exchanged for the dense model's.
 
         At both ends of a run all tracks agree on one stream (nothing is pending or in flight), and
         the sublayers run so far are just those that the dense model has run at some point.
         """
-        first, run, furthest = 0, 0, -1
+        first, furthest = 0, -1
         outstanding: set[int] = set()
         for step in self.program:
-            run += len(step.sublayers)
+            run = self.ran[step.index + 1]
             furthest = max(furthest, *(sublayer.position for sublayer in step.sublayers))
             outstanding.add(step.bucket)
             outstanding.difference_update(step.merges)
-            if not outstanding and run == furthest + 1:
+            if not outstanding and run == furthest + 1 and run in dense.ran:
                 yield range(first, step.index + 1)
                 first = step.index + 1
 

@@ -64,10 +64,10 @@ class Item:
         """Where its layers stand."""
         return self.lines["layers"]
 
-    def resolve(self) -> tuple[Stage, ...]:
-        """The stages of this range."""
+    def resolve(self, parallel: bool) -> tuple[Stage, ...]:
+        """The stages of this range, of a model whose layers may be `parallel`."""
         parameters = {name: getattr(self, name) for name in presets.parameters(str(self.use))}
-        return presets.PRESETS[str(self.use)](self.layers, **parameters)
+        return presets.PRESETS[str(self.use)](self.layers, parallel, **parameters)
 
     @staticmethod
     def variant(value: Value, what: str) -> tuple[type[Item], str]:
@@ -100,7 +100,7 @@ def _read_stages(value: Value) -> tuple[Stage, ...] | None:
 class _Stages(Item):
     stages: tuple[Stage, ...] = parsed(_read_stages, 'text such as "a0! m0!"')
 
-    def resolve(self) -> tuple[Stage, ...]:
+    def resolve(self, _parallel: bool) -> tuple[Stage, ...]:
         return self.stages
 
     @staticmethod
@@ -212,10 +212,11 @@ class Spec:
         """How many layers the spec covers."""
         return max(item.layers.stop for item in self.items)
 
-    def schedule(self) -> Schedule:
-        """The schedule of all ranges together. Raises SpecError where they break a rule."""
+    def schedule(self, parallel: bool = False) -> Schedule:
+        """The schedule of all ranges together, of a model whose layers may be `parallel`: their
+        attention and MLP side by side. Raises SpecError where they break a rule."""
         try:
-            return presets.join((item.use, item.resolve()) for item in self.items)
+            return presets.join((item.use, item.resolve(parallel)) for item in self.items)
         except ScheduleError as error:
             raise SpecError([f"{self.name}:{self.items[0].line}: {error}"]) from None
 
@@ -225,6 +226,7 @@ class Spec:
         faults = [f"{self.name}:{self.lines['tracks']}: {reason}"] if reason else []
         faults += self._unfit(shape)
         faults += self._layer_faults(shape.layers)
+        faults += self.idle_faults(shape.family.parallel)
         if faults:
             raise SpecError(faults)
 
@@ -242,6 +244,17 @@ class Spec:
             for f, value in chosen
             if value != f.default and (reason := f.metadata["unfit"](shape))
         ]
+
+    def idle_faults(self, parallel: bool) -> list[str]:
+        """What it wants to be computed though no track goes on without the others' partials."""
+        if not self.wanted or self.schedule(parallel).own_kept(self.tracks):
+            return []
+        faults = [
+            (self.lines[f.name], f"{f.name}{f.metadata['idle'].format(value=value)}; leave it out")
+            for f in COMPUTED
+            if (value := self.wanted.get(f.name)) is not None
+        ]
+        return [f"{self.name}:{line}: {what}" for line, what in sorted(faults)]
 
     def _layer_faults(self, layers: int) -> list[str]:
         faults = [
@@ -285,14 +298,9 @@ def read_spec(path: Path) -> Spec:
 def parse_spec(text: str, name: str) -> Spec:
     """Reads and checks a spec's text; `name` stands in its errors. Raises SpecError."""
     spec = read(Spec, text, name, "the spec", SpecError, name=name, text=text)
-    schedule = spec.schedule()
-    if spec.wanted and not schedule.own_kept(spec.tracks):
-        faults = [
-            (spec.lines[f.name], f"{f.name}{f.metadata['idle'].format(value=value)}; leave it out")
-            for f in COMPUTED
-            if (value := spec.wanted.get(f.name)) is not None
-        ]
-        raise SpecError([f"{name}:{line}: {what}" for line, what in sorted(faults)])
+    spec.schedule()  # which checks it
+    if faults := spec.idle_faults(parallel=False):
+        raise SpecError(faults)
     return spec
 
 

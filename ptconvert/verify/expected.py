@@ -13,7 +13,6 @@ from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.communicator import Event, stages_of
 from ptconvert.runtime.counters import ALL_REDUCE
 from ptconvert.runtime.launch import RankFailure, RanksFailed
-from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 
 FP32_TOLERANCE = 1e-4
@@ -132,7 +131,7 @@ def _stage(index: str, where: str, expected: Expected) -> str:
 def _schedule_of(where: str, expected: Expected) -> Schedule:
     """The schedule that a pass of this name ran."""
     if "baseline" in where:
-        return dense_schedule(expected.schedule.layers)
+        return expected.model.dense
     return expected.schedule
 
 

@@ -27,7 +27,6 @@ from ptconvert.runtime.communicator import ProcessGroupCommunicator
 from ptconvert.runtime.counters import FlightRecorder, Profile
 from ptconvert.runtime.launch import Rank
 from ptconvert.runtime.load import load_rank, shape_of
-from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 
 WARM_UP = 1
@@ -84,8 +83,8 @@ def run_rank(job: Job, rank: Rank) -> dict[str, Any]:
     rank.journal.write("pass", "loading")
     placement = Placement(rank.rank, rank.ranks)
     model = load_rank(job.checkpoint, placement, communicator, job.dtype, rank.device)
-    schedule = model.get_decoder().layers.schedule
-    baseline = dense_schedule(schedule.layers)
+    layers = model.get_decoder().layers
+    schedule, baseline = layers.schedule, layers.dense
     ids_BS = prompt(job, model.get_input_embeddings().num_embeddings)
     counted, tokens, logits = _counted_pass(model, ids_BS, job, rank)
     profiled, transfers = _profiled_pass(model, ids_BS, job, rank)
