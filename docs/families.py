@@ -34,6 +34,9 @@ is what is normed. So `!` and `~k` are exact there too, and an all-reduce that t
 sublayers' partials carries each sublayer's by itself. After `.` and `^k` a track sees the norm of
 its own partial, times a scale: 1/√n, or what `scale: fitted` finds on a text.
 
+Attention and MLP of a layer are side by side in {parallel}: these models do one
+all-reduce a layer as they are, and [presets](architectures.md#parallel-layers) mean stages `a|m`.
+
 | `model_type` | transformers' class | exact | approximate | weights | fused, cut piece by piece | \
 also has | in vLLM |
 | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -92,7 +95,8 @@ def page() -> str:
     """The whole page."""
 
     def lines() -> Iterator[str]:
-        yield HEAD.rstrip("\n")
+        parallel = [f"`{family.model_type}`" for family in FAMILIES.values() if family.parallel]
+        yield HEAD.rstrip("\n").format(parallel=" and ".join(parallel))
         yield from map(row, FAMILIES.values())
         yield AROUND.rstrip("\n")
         yield from map(around, WRAPPERS.values())

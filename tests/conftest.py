@@ -134,6 +134,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "HyperCLOVAX",
         {"head_dim": 8, "use_post_norm": False, "residual_multiplier": 0.4, "mlp_bias": True},
     ),
+    "cohere": ("Cohere", {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.5}),
+    "cohere2": ("Cohere2", {"sliding_window": 5, "logit_scale": 0.5}),
     "qwen3_5_text": ("Qwen3_5", HYBRID),
     "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 8, "mlp_only_layers": [1]}),
     "mixtral": (

@@ -108,7 +108,10 @@ def parts(layer: Any, name: str) -> tuple[Any, Any, Any]:
         if hasattr(layer, "linear_attn"):
             return norm, layer.linear_attn, layer.linear_attn.out_proj
         return norm, layer.self_attn, layer.self_attn.o_proj
-    before = ("feedforward_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm")
+    before = (
+        *("feedforward_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm"),
+        "input_layernorm",  # where attention and MLP are side by side
+    )
     norm = next(getattr(layer, one) for one in before if hasattr(layer, one))
     return norm, layer.mlp, getattr(layer.mlp, "c_proj", None) or layer.mlp.down_proj
 

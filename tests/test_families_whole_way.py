@@ -13,7 +13,9 @@ from click.testing import CliRunner
 from conftest import MakeDense, byte_level
 from test_transform import back, same, tensors
 
+from ptconvert.checkpoint.files import read_config
 from ptconvert.cli import main
+from ptconvert.models.shape import ModelShape
 
 TEXT = "the quick brown fox jumps over the lazy dog, and {} of them count to {}.\n"
 
@@ -31,10 +33,14 @@ def figures(*arguments: object) -> dict[str, Any]:
 
 
 # fused projections; multipliers and output biases; linear attention; LayerNorm and other names;
-# experts; sums that are normed, with a stream that is multiplied, and with no norm before
+# experts; sums that are normed, with a stream that is multiplied, and with no norm before;
+# attention and MLP side by side
 @pytest.mark.parametrize(
     "variant",
-    ["phi3", "granite", "qwen3_5_text", "starcoder2", "qwen3_moe", "gemma4_text", "exaone4"],
+    [
+        *("phi3", "granite", "qwen3_5_text", "starcoder2", "qwen3_moe", "gemma4_text", "exaone4"),
+        "cohere",
+    ],
 )
 def test_the_whole_way(variant: str, make_dense: MakeDense, tmp_path: Path) -> None:
     source = byte_level(functools.partial(make_dense, variant), tmp_path / "source")
@@ -56,12 +62,14 @@ def go(source: Path, tmp_path: Path, tokens: int = 2048, top: str = "") -> None:
     text.write_text("".join(TEXT.format(i, i * i) for i in range(400)))
     size = ("--text", text, "--windows", 32, "--window", 32, "--device", "cpu")
     cache = ("--cache", tmp_path / "cache")
-    asked = ("--tracks", 2, "--max-syncs", 6, "--no-overlap")
+    half = ModelShape.from_config(read_config(source)).dense.counts.all_reduces // 2
+    asked = ("--tracks", 2, "--max-syncs", half, "--no-overlap")
     run("plan", source, *asked, "-o", spec, *size, *cache)
     spec.write_text(spec.read_text() + f"assignment: affinity\n{top}guess: {{rank: 8}}\n")
     converted = tmp_path / "converted"
     made = figures("transform", source, converted, "--spec", spec, *size)
-    assert made["all_reduces"]["after"] <= 6 and made["calibration"]["guesses"]
+    assert made["all_reduces"]["before"] == 2 * half
+    assert made["all_reduces"]["after"] <= half and made["calibration"]["guesses"]
     proved = run("verify", converted, "--ranks", 2, "--repeats", 1)
     assert "all checks hold" in proved
     undone = tensors(back(converted, tmp_path / "back"))

@@ -133,6 +133,21 @@ def test_alias_bombs_are_refused_quickly() -> None:
     assert len(faults(bomb)) == 1
 
 
+def test_presets_mean_the_stages_of_the_model_itself() -> None:
+    text = "a0|m0! a1|m1! a2|m2. a3|m3^1 a4|m4! a5|m5!"
+    assert str(parse_spec(GOOD, "s.yaml").schedule(parallel=True)) == text
+
+
+def test_what_can_change_nothing_in_parallel_layers() -> None:
+    """Where attention and MLP share an all-reduce anyway, no track goes on without the others."""
+    text = "format: 1\ntracks: 2\nassignment: affinity\nguess: {rank: 4}\nschedule:\n"
+    spec = parse_spec(text + "  - {layers: 0-1, use: sync_point_drop}\n", "s.yaml")
+    spec.check(shape(num_hidden_layers=2))
+    with pytest.raises(SpecError, match="no track goes on without") as error:
+        spec.check(shape(num_hidden_layers=2, model_type="cohere"))
+    assert [f.split(":")[1] for f in error.value.faults] == ["3", "4"]
+
+
 def test_what_does_not_fit_the_model() -> None:
     spec = parse_spec(GOOD.replace("tracks: 4", "tracks: 3"), "s.yaml")
     with pytest.raises(SpecError) as error:

@@ -43,6 +43,7 @@ HEAD_SIZE = Axis("head_size")
 ONE = Axis("one")
 Q = Axis("heads", "head_size", Cut.HEADS)
 KV = Axis("kv_heads", "head_size", Cut.KV_HEADS)
+HEAD, KV_HEAD = Axis("heads", None, Cut.HEADS), Axis("kv_heads", None, Cut.KV_HEADS)
 GATED_Q = Axis("heads", "gated_head_size", Cut.HEADS)  # a query and its gate, head by head
 LINEAR_K = Axis("linear_key_heads", "linear_key_size", Cut.LINEAR_HEADS)
 LINEAR_V = Axis("linear_value_heads", "linear_value_size", Cut.LINEAR_HEADS)
@@ -359,6 +360,8 @@ _ATTENTION_BIASES = _qkv_biases("attention_bias") + _o_bias("attention_bias")
 _LLAMA_BIASED = _LLAMA + _ATTENTION_BIASES + _mlp_biases("mlp_bias")
 _UNGATED = _ATTENTION + _UP_DOWN + _ATTENTION_BIASES + _up_down_biases("mlp_bias")
 _KV_HEADS = "num_key_value_heads"
+_COHERE = _norms("input_layernorm") + _ATTENTION + _MLP + _ATTENTION_BIASES
+_BEHIND_ONE_NORM = Block("mlp", "input_layernorm", "down_proj")
 _BIASED_FINAL_NORM = ("norm.weight", "norm.bias")
 _SIZES = (_KV_HEADS, "head_dim")
 
@@ -752,6 +755,28 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 attention=Block("self_attn", "input_layernorm", "o_proj", "post_norm1"),
                 mlp=Block("mlp", "post_attention_layernorm", "down_proj", "post_norm2"),
                 multiplier="residual_multiplier",
+            ),
+            Family(
+                "cohere",
+                "Cohere",
+                (
+                    *_COHERE,
+                    TensorRule("self_attn.q_norm.weight", (HEAD, HEAD_SIZE), "use_qk_norm"),
+                    TensorRule("self_attn.k_norm.weight", (KV_HEAD, HEAD_SIZE), "use_qk_norm"),
+                ),
+                _defaults(tie_word_embeddings=True),
+                nullable=(_KV_HEADS,),
+                mlp=_BEHIND_ONE_NORM,
+                parallel=True,
+            ),
+            Family(
+                "cohere2",
+                "Cohere2",
+                _COHERE,
+                _defaults(tie_word_embeddings=True),
+                nullable=(_KV_HEADS,),
+                mlp=_BEHIND_ONE_NORM,
+                parallel=True,
             ),
             Family(
                 "qwen3_5_text",
