@@ -91,5 +91,9 @@ def permuted(calibration: Calibration, model: object) -> None:
             linear.weight.data = linear.weight.data[rows]
             if linear.bias is not None:
                 linear.bias.data = linear.bias.data[rows]
+        for norm, rows in (("q_norm", queries), ("k_norm", keys)):
+            weight = getattr(getattr(attention, norm, None), "weight", None)
+            if weight is not None and weight.ndim == 2:  # of each head its own
+                weight.data = weight.data.flatten()[rows].view_as(weight)
         for linear, columns in ((attention.o_proj, queries), (mlp.down_proj, neurons)):
             linear.weight.data = linear.weight.data[:, columns]

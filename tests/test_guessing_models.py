@@ -14,6 +14,7 @@ from test_modeling import SCHEDULES, TOLERANCE, difference, left_padded, step_lo
 from test_verify import expected_of, job, run_many
 
 from ptconvert.checkpoint.calibration import Calibration
+from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.checkpoint.section import read_section
 from ptconvert.modeling.executor import OneProcess, Streams, TorchEngine
@@ -29,7 +30,8 @@ GUESSING = ("track-4", "sync_point_drop", "delayed-1", "delayed-3", "track-2-ove
 
 
 def calibrated(source: Path, tracks: int, name: str, convert: Convert) -> tuple[Path, Calibration]:
-    schedule = parse_spec(spec_text(tracks, SCHEDULES[name]), "s").schedule()
+    parallel = read_section(read_config(source)).parallel
+    schedule = parse_spec(spec_text(tracks, SCHEDULES[name]), "s").schedule(parallel)
     calibration = random_calibration(source, schedule, tracks)
     return convert(source, tracks, SCHEDULES[name], TOP, calibration=calibration), calibration
 
@@ -48,6 +50,14 @@ def test_matches_the_reference_in_prefill_and_decode(
     expected = reference_logits(dense, text, tracks, ids_BS, keep_BS, guesses=guesses)
     assert difference(step_logits(model, ids_BS, keep_BS, 12), expected, keep_BS) < TOLERANCE
     assert difference(step_logits(model, ids_BS, keep_BS, 7), expected, keep_BS) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["track-4", "delayed-3", "mixed"])
+def test_two_sublayers_of_a_stage_that_read_one_norm(
+    name: str, make_dense: MakeDense, convert: Convert
+) -> None:
+    """Each has guesses of its own; norms of queries and keys go with their heads."""
+    test_matches_the_reference_in_prefill_and_decode(name, 4, "cohere", make_dense, convert)
 
 
 def test_negative_controls(make_dense: MakeDense, convert: Convert) -> None:
