@@ -214,13 +214,13 @@ def reference_logits(
     common_weight: float = 1.0,
     guesses: Guesses | None = None,
     inputs: dict[str, torch.Tensor] | None = None,
-    own_scale: float | None = None,
+    own_scales: dict[str, float] | None = None,
 ) -> torch.Tensor:
     """Logits (B, S, vocabulary) of a dense eager-attention model under a schedule's text.
 
     `keep_BS` is 0 for padding; `inputs` are those of a model that is given more than tokens.
     `common_weight` is 1; negative controls count biases otherwise. `guesses` are by sublayer, such
-    as a3; `own_scale` is that of every sublayer whose sum is normed.
+    as a3, as are `own_scales` of those whose sums are normed.
     """
     keep_BS = torch.ones_like(ids_BS) if keep_BS is None else keep_BS
     positions = (keep_BS.cumsum(-1) - 1).clamp(min=0)
@@ -241,7 +241,8 @@ def reference_logits(
         own = []
         for name in names:
             extra = extras[int(name[1:])]
-            own.append(written(model, name, x_TBSD, extra, common_weight, own_scale))
+            scale = (own_scales or {}).get(name)
+            own.append(written(model, name, x_TBSD, extra, common_weight, scale))
             if guesses is not None and name in guesses:
                 guess_TBSD = guessed(model, name, x_TBSD, own[-1].seen, guesses)
                 waited_guess_TBSD = waited_guess_TBSD + guess_TBSD

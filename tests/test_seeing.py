@@ -161,7 +161,7 @@ def test_what_makes_pixels_of_pictures_comes_along(convert: Convert) -> None:
     assert torch.equal(*answers)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "llava"])
+@pytest.mark.parametrize("name", ["qwen3_5", "llava", "gemma4"])
 def test_it_opens_without_ptconvert(name: str, convert: Convert, tmp_path: Path) -> None:
     path, inputs = convert(SOURCES[name], 2, SCHEDULES["track-2-rest"]), looking(name)
     expected = logits(path, inputs)

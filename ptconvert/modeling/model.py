@@ -133,7 +133,7 @@ class Layers(nn.ModuleList):
                     "fills it so, use prompt tuning or LoRA"
                 )
             for layer in self._cache_layer_of[len(layers) :]:
-                layers.append(copy.deepcopy(layers[layer]))
+                layers.append(_copied(layers[layer]))
 
     def run(
         self, program: tuple[Step, ...], streams: Streams, run_sublayer: RunSublayer
@@ -150,6 +150,15 @@ class Layers(nn.ModuleList):
         layer: Any = self[index]
         scalar: torch.Tensor = getattr(getattr(layer, "common", layer), self.family.scalar)
         return scalar
+
+
+def _copied(layer: Any) -> Any:
+    """A layer of a cache once more; by hand, as compilers don't copy tensors deeply."""
+    copied = copy.copy(layer)
+    for name, value in vars(layer).items():
+        own = value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+        setattr(copied, name, own)
+    return copied
 
 
 class Pass:
