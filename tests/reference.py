@@ -30,12 +30,13 @@ class Written:
     seen: torch.Tensor
     common: torch.Tensor
     after: Any
-    factor: Any = 1.0  # of what follows
+    factor: torch.Tensor | float = 1.0  # of what follows
 
     def joins(self, weight: float) -> torch.Tensor:
         """What joins the stream (BSD)."""
         total_BSD = weight * self.partial.sum(0) + self.common
-        return self.factor * (total_BSD if self.after is None else self.after(total_BSD))
+        joined_BSD: torch.Tensor = total_BSD if self.after is None else self.after(total_BSD)
+        return joined_BSD * self.factor
 
 
 @dataclass

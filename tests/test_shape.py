@@ -112,6 +112,7 @@ def test_divisibility(tracks: int, fits: bool) -> None:
 @pytest.mark.parametrize("tracks", [1, 2, 4, 8])
 def test_spans_tile_each_tensor_or_repeat_it(family: str, tracks: int) -> None:
     config = {**BASE, "model_type": family, "architectures": None, "attention_bias": True}
+    config |= dict.fromkeys(FAMILIES[family].refused, 0)  # which some have by default
     if not FAMILIES[family].causal_lm:
         config = {"model_type": "qwen3_vl", "text_config": config}
     shape = ModelShape.from_config(config)

@@ -311,8 +311,9 @@ class ScheduledModel(Scheduled):
     ) -> torch.Tensor:
         """The stream (BSD) after some stages of a schedule, from that before them; nothing may be
         outstanding on either side."""
-        program = schedule.program[stages.start : stages.stop]
-        return self.layers.run(program, Streams(stream_BSD), self.runner(stream_BSD))
+        program, run = schedule.program[stages.start : stages.stop], self.runner(stream_BSD)
+        ended_BSD: torch.Tensor = self.layers.run(program, Streams(stream_BSD), run)
+        return ended_BSD
 
     def runner(self, stream_BSD: torch.Tensor, **inputs: Any) -> RunSublayer:
         """What runs one sublayer on streams shaped as `stream_BSD`, for the executor."""
