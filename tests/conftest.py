@@ -117,6 +117,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"] * 3,
         },
     ),
+    "gemma4_unified_text": (
+        "Gemma4Unified",
+        {
+            **{"head_dim": 8, "sliding_window": 5, "attention_k_eq_v": True},
+            **{"num_global_key_value_heads": 2, "global_head_dim": 16},
+        },
+    ),
     "gemma4-values-apart": (
         "Gemma4",
         {"head_dim": 8, "sliding_window": 5, "hidden_size_per_layer_input": 0},

@@ -103,9 +103,20 @@ def _gemma4(**text: Any) -> Any:
     )
 
 
+def _gemma4_unified(**text: Any) -> Any:
+    vision = {"patch_size": _PATCH, "pooling_kernel_size": 2, "mm_embed_dim": 24}
+    return transformers.Gemma4UnifiedConfig(
+        vision_config={**vision, "mm_posemb_size": 8, "output_proj_dims": 24},
+        text_config=text_config("gemma4_unified_text", pad_token_id=0, **text),
+        image_token_id=PICTURE,
+        tie_word_embeddings=False,
+    )
+
+
 CONFIGS: dict[str, Callable[..., Any]] = {
     "gemma3": _gemma3,
     "gemma4": _gemma4,
+    "gemma4_unified": _gemma4_unified,
     "llava": _llava,
     "mistral3": _mistral3,
     "internvl": _internvl,
@@ -116,6 +127,7 @@ CONFIGS: dict[str, Callable[..., Any]] = {
 _MODELS = {
     "gemma3": transformers.Gemma3ForConditionalGeneration,
     "gemma4": transformers.Gemma4ForConditionalGeneration,
+    "gemma4_unified": transformers.Gemma4UnifiedForConditionalGeneration,
     "llava": transformers.LlavaForConditionalGeneration,
     "mistral3": transformers.Mistral3ForConditionalGeneration,
     "internvl": transformers.InternVLForConditionalGeneration,
@@ -132,6 +144,8 @@ def _image_processor(name: str) -> Any:
         return transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=square)
     if name == "gemma3":
         return transformers.Gemma3ImageProcessorPil(size=square)
+    if name == "gemma4_unified":
+        return transformers.Gemma4ImageProcessorPil(patch_size=_PATCH)  # whose patches it merges
     if name == "gemma4":
         return transformers.Gemma4ImageProcessorPil(patch_size=_PATCH, max_soft_tokens=70)
     if name == "mistral3":
@@ -180,10 +194,24 @@ def pictures(seed: int = 0) -> list[Image.Image]:
     return [Image.fromarray(generator.integers(0, 256, (16, 16, 3), np.uint8)) for _ in range(2)]
 
 
+def merged_patches(images: list[Image.Image]) -> dict[str, torch.Tensor]:
+    """Pictures as Gemma 4 Unified takes them: in patches of 2 x 2 of the processor's, and where
+    each lies. (Its own processor needs torchvision.)"""
+    pixels = np.stack([np.asarray(image, np.float32) / 255 for image in images])
+    patches = pixels.reshape(len(images), 2, 8, 2, 8, 3).transpose(0, 1, 3, 2, 4, 5)
+    places = torch.tensor([[x, y] for y in range(2) for x in range(2)])
+    return {
+        "pixel_values": torch.from_numpy(patches.reshape(len(images), 4, -1).copy()),
+        "image_position_ids": places.expand(len(images), 4, 2),
+    }
+
+
 def looking(name: str, images: list[Image.Image]) -> dict[str, torch.Tensor]:
     """A model's inputs: prompts of 12 random tokens, each with a picture after the third; that of
     the second is padded on the left."""
-    pixels: dict[str, torch.Tensor] = dict(_image_processor(name)(images, return_tensors="pt"))
+    pixels = merged_patches(images)
+    if name != "gemma4_unified":
+        pixels = dict(_image_processor(name)(images, return_tensors="pt"))
     for unread in ("num_patches", "num_crops", "num_soft_tokens_per_image"):
         pixels.pop(unread, None)
     places = {"llava": 16, "gemma4": 64}.get(name, 4)  # one of four patches, but in these
@@ -196,18 +224,21 @@ def looking(name: str, images: list[Image.Image]) -> dict[str, torch.Tensor]:
     inputs = {"input_ids": ids_BS, "attention_mask": keep_BS, **pixels}
     if name == "gemma3":
         inputs["token_type_ids"] = (ids_BS == PICTURE).int()
-    if "image_grid_thw" in pixels or name == "gemma4":
+    if "image_grid_thw" in pixels or name.startswith("gemma4"):
         inputs["mm_token_type_ids"] = (ids_BS == PICTURE).int()
     return inputs
 
 
 def under_todays_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors, those of LLaVA's older layout as transformers calls them now."""
+    """A checkpoint's tensors, those of LLaVA's and Gemma 4 Unified's older layouts as transformers
+    calls them now."""
     older = {
         "language_model.model.": "model.language_model.",
         "language_model.lm_head.": "lm_head.",
         "vision_tower.": "model.vision_tower.",
         "multi_modal_projector.": "model.multi_modal_projector.",
+        "model.vision_embedder.": "model.embed_vision.",
+        "model.embed_vision.embedding_": "model.embed_vision.multimodal_embedder.embedding_",
     }
     found = dict(tensors)
     for begins, today in older.items():

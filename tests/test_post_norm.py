@@ -44,7 +44,7 @@ from ptconvert.spec.document import parse_spec
 from ptconvert.verify.expected import Expected
 
 POST_NORM = ["gemma2", "gemma3_text", "gemma4_text", "gemma4-values-apart", "glm4", "exaone4"]
-POST_NORM += ["hyperclovax"]
+POST_NORM += ["gemma4_unified_text", "hyperclovax"]
 # layers of which both sublayers wait or are in flight while what multiplies the stream comes
 CROSSING = "a0. m0. a1^3 m1. a2. m2~3 a3|m3^2 a4. m4! a5~1 m5!"
 

@@ -130,7 +130,7 @@ def test_what_is_around_comes_along_and_all_comes_back(
     source = seeing.under_todays_names(tensors(SOURCES[name]))
     path = convert(SOURCES[name], tracks, SCHEDULES["track-2-rest"])
     around = {n: t for n, t in source.items() if n.startswith(WRAPPERS[name].around)}
-    assert len(around) > 20
+    assert len(around) > (5 if name == "gemma4_unified" else 20)  # which has no tower
     converted = tensors(path)
     assert same(around, {n: converted[n] for n in around})
     assert same(tensors(back(path, tmp_path / "back")), source)

@@ -500,6 +500,37 @@ _MIXED_DEFAULTS = {
 }
 
 
+_GEMMA_DEFAULTS = _defaults(num_key_value_heads=4, head_dim=256, tie_word_embeddings=True)
+_SHARED_KEYS = MappingProxyType({"num_kv_shared_layers": "its layers share keys and values"})
+_GEMMA4 = Family(
+    "gemma4_text",
+    "Gemma4",
+    (
+        *_GEMMA_NORMS,
+        *_in(SLIDING, *_ATTENTION, *_qk_norms(), *_ATTENTION_BIASES),
+        *_GLOBAL_ATTENTION,
+        *_MLP,
+        TensorRule("layer_scalar", (ONE,), common=True),
+    ),
+    _defaults(**_GEMMA_DEFAULTS, hidden_size_per_layer_input=256),
+    attention=_GEMMA_ATTENTION,
+    mlp=_GEMMA_MLP,
+    scalar="layer_scalar",
+    kinds=(FULL, SLIDING),
+    full_every=6,
+    last_full=True,
+    base_model="TextModel",
+    decoder_layer="TextDecoderLayer",
+    ends=("first_kv_shared_layer_idx",),
+    own_keys=gemma4_config,
+    refused=MappingProxyType(
+        {
+            **_SHARED_KEYS,
+            "hidden_size_per_layer_input": "its layers have inputs of their own",
+            "enable_moe_block": "its layers have experts beside an MLP",
+        }
+    ),
+)
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         f.model_type: f
@@ -669,7 +700,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "gemma2",
                 "Gemma2",
                 _GEMMA_NORMS + _ATTENTION + _MLP + _ATTENTION_BIASES,
-                _defaults(num_key_value_heads=4, head_dim=256, tie_word_embeddings=True),
+                _GEMMA_DEFAULTS,
                 attention=_GEMMA_ATTENTION,
                 mlp=_GEMMA_MLP,
             ),
@@ -677,44 +708,18 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "gemma3_text",
                 "Gemma3",
                 _GEMMA_NORMS + _ATTENTION + _qk_norms() + _MLP + _ATTENTION_BIASES,
-                _defaults(num_key_value_heads=4, head_dim=256, tie_word_embeddings=True),
+                _GEMMA_DEFAULTS,
                 attention=_GEMMA_ATTENTION,
                 mlp=_GEMMA_MLP,
                 base_model="TextModel",
             ),
-            Family(
-                "gemma4_text",
-                "Gemma4",
-                (
-                    *_GEMMA_NORMS,
-                    *_in(SLIDING, *_ATTENTION, *_qk_norms(), *_ATTENTION_BIASES),
-                    *_GLOBAL_ATTENTION,
-                    *_MLP,
-                    TensorRule("layer_scalar", (ONE,), common=True),
-                ),
-                _defaults(
-                    num_key_value_heads=4,
-                    head_dim=256,
-                    tie_word_embeddings=True,
-                    hidden_size_per_layer_input=256,
-                ),
-                attention=_GEMMA_ATTENTION,
-                mlp=_GEMMA_MLP,
-                scalar="layer_scalar",
-                kinds=(FULL, SLIDING),
-                full_every=6,
-                last_full=True,
-                base_model="TextModel",
-                decoder_layer="TextDecoderLayer",
-                ends=("first_kv_shared_layer_idx",),
-                own_keys=gemma4_config,
-                refused=MappingProxyType(
-                    {
-                        "hidden_size_per_layer_input": "its layers have inputs of their own",
-                        "num_kv_shared_layers": "its layers share keys and values",
-                        "enable_moe_block": "its layers have experts beside an MLP",
-                    }
-                ),
+            _GEMMA4,
+            replace(
+                _GEMMA4,
+                model_type="gemma4_unified_text",
+                prefix="Gemma4Unified",
+                defaults=_GEMMA_DEFAULTS,
+                refused=_SHARED_KEYS,
             ),
             Family(
                 "glm4",

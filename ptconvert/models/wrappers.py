@@ -98,6 +98,21 @@ WRAPPERS: Mapping[str, Wrapper] = MappingProxyType(
                 ("model.vision_tower.", "model.embed_vision.", *_HEARS),
                 tied=True,
             ),
+            Wrapper(
+                "gemma4_unified",
+                "Gemma4Unified",
+                "gemma4_unified_text",
+                ("model.embed_vision.", *_HEARS),
+                MappingProxyType(
+                    {
+                        "model.vision_embedder.": "model.embed_vision.",
+                        "model.embed_vision.embedding_projection.": (
+                            "model.embed_vision.multimodal_embedder.embedding_projection."
+                        ),
+                    }
+                ),
+                tied=True,
+            ),
             Wrapper("mistral3", "Mistral3", "mistral", _PROJECTED, _LLAVA, tied=True),
             Wrapper("internvl", "InternVL", "qwen2", _PROJECTED, _LLAVA, tied=True),
             Wrapper("llava", "Llava", "llama", _PROJECTED, _LLAVA, tied_by_text=True),
