@@ -941,6 +941,12 @@ _ALL_HEADS = (
     "each can't do"
 )
 
+_HYPER = (
+    "its residual stream is several, mixed anew at each sublayer (hyper-connections), so what joins "
+    "it is no sum over tracks"
+)
+_PER_LAYER = "its layers have inputs of their own, and share keys and values"
+
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
         "olmo2": _ALL_HEADS,
@@ -952,6 +958,10 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "llama4": _MOE,
         "llama4_text": _MOE,
         "gpt_oss": _ROUTED_BIAS,
+        **dict.fromkeys(("deepseek_v4", "hy_v4"), _HYPER),
+        **dict.fromkeys(("glm5_next", "glm5_next_text"), _HYPER),
+        **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), _HYPER),
+        **dict.fromkeys(("gemma3n", "gemma3n_text"), _PER_LAYER),
         "jamba": _HYBRID,
         "mamba": _HYBRID,
         "mamba2": _HYBRID,
