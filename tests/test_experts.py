@@ -34,7 +34,6 @@ from ptconvert.heal.needs import is_of_experts
 from ptconvert.heal.write import write
 from ptconvert.measure import divergence
 from ptconvert.measure.batch import BatchSize
-from ptconvert.measure.one_layer import forward_seconds, one_layer
 from ptconvert.measure.opening import section_of
 from ptconvert.measure.windows import Windows
 from ptconvert.modeling.executor import OneProcess
@@ -280,13 +279,6 @@ def test_what_a_dry_run_says_of_adapters(make_dense: MakeDense) -> None:
         matrices = {n for n, t in source.tensors.items() if len(t.shape) == 2 and ".layers." in n}
         counted = {n for n in matrices if not is_of_experts(n, shape)}
         assert counted == {f"{n}.weight" for n in linear if ".layers." in n}
-
-
-@pytest.mark.parametrize("variant", ["glm4_moe", "qwen3_moe", "qwen3_next"])
-def test_what_is_measured_of_one_layer_is_a_mixture(variant: str, make_dense: MakeDense) -> None:
-    model = one_layer(read_config(make_dense(variant)), 2, "cpu", "float32")
-    assert all(hasattr(track.mlp, "experts") for track in model.layers[0].tracks.values())
-    assert forward_seconds(model, "float32", 8) > 0
 
 
 def test_router_logits(make_dense: MakeDense, convert: Convert) -> None:

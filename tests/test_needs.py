@@ -30,9 +30,10 @@ from ptconvert.heal.data import Data
 from ptconvert.heal.needs import heal_needs
 from ptconvert.heal.settings import Settings
 from ptconvert.measure import dtype as dtypes
+from ptconvert.measure import one_layer as one_layer_module
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.needs import Held, Needs, Phase, Place
-from ptconvert.measure.one_layer import Step, one_layer, step_of
+from ptconvert.measure.one_layer import Step, forward_seconds, one_layer, step_of
 from ptconvert.measure.windows import Windows
 from ptconvert.models.shape import ModelShape
 from ptconvert.plan import needs as planning
@@ -421,6 +422,36 @@ def test_what_calibration_refuses_its_dry_run_refuses(
 ) -> None:
     command = commands(source, convert, tmp_path)["transform"]
     assert said in run(*command, *options, "--dry-run", code=2)[1]
+
+
+KINDS = ["llama", "cohere2", "qwen3_moe", "glm4_moe", "qwen3_next", "gemma4_text", "gemma4-values-apart"]  # fmt: skip # noqa: E501
+
+
+@pytest.mark.parametrize("variant", KINDS)
+def test_what_is_measured_are_layers_of_each_kind(
+    variant: str, make_dense: MakeDense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each counts as often as the model has it; nothing else has memory."""
+    config = read_config(make_dense(variant))
+    shape = ModelShape.from_config(config)
+
+    def tensors(index: int) -> dict[str, tuple[int, ...]]:
+        return {r.name: shape.share(r, 2) for r in shape.rules_of(index) if not r.common}
+
+    model = one_layer(config, 2, "cpu", "float32")
+    for index, share in model.shares.items():
+        track = model.layers[index].tracks["0"].state_dict()
+        own = {name: tuple(tensor.shape) for name, tensor in track.items()}
+        assert own == tensors(index) or len(model.shares) > 1
+        alike = [i for i in range(shape.layers) if tensors(i) == own]
+        assert share == len(alike) / shape.layers
+    assert sum(model.shares.values()) == pytest.approx(1)
+    there = {i for i, la in enumerate(model.layers) if not next(la.parameters()).is_meta}
+    assert there == set(model.shares) and forward_seconds(model, "float32", 8) > 0
+    times = {index: 10.0**number for number, index in enumerate(model.shares)}
+    monkeypatch.setattr(one_layer_module, "_forward", lambda _, index, *__: times[index])
+    wanted = sum(share * times[index] for index, share in model.shares.items())
+    assert forward_seconds(model, "float32", 8) == pytest.approx(wanted)
 
 
 def test_a_layer_that_does_not_fit_is_one_line(

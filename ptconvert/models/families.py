@@ -942,8 +942,8 @@ _ALL_HEADS = (
 )
 
 _HYPER = (
-    "its residual stream is several, mixed anew at each sublayer (hyper-connections), so what joins "
-    "it is no sum over tracks"
+    "its residual stream is several, mixed anew at each sublayer (hyper-connections), so what "
+    "joins it is no sum over tracks"
 )
 _PER_LAYER = "its layers have inputs of their own, and share keys and values"
 
