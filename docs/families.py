@@ -27,7 +27,8 @@ Of a mixture of experts each track has an equal share of the neurons of every ex
 the router, which it asks with what it reads itself: after `.` and `^k` tracks may choose other
 experts than each other, and `eval --text` says how often they choose others than the source. A
 checkpoint may hold experts apart or fused; the result is in the layout of its source. Assignment by
-affinity moves heads there, and leaves the experts' neurons in order.
+affinity moves heads there, and leaves the experts' neurons in order. Output biases of experts
+(gpt-oss) are weighed by the router, so they are not common to all tracks: the first track has them.
 
 Where a model norms what a sublayer gives before it joins the stream (post-norm), the sum over tracks
 is what is normed. So `!` and `~k` are exact there too, and an all-reduce that takes several

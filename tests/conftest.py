@@ -167,6 +167,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             **{"qk_nope_head_dim": 8, "attention_bias": True, "routed_scaling_factor": 1.5},
         },
     ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            **{"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
+            **{"head_dim": 8, "sliding_window": 5},
+        },
+    ),
     "qwen3_next": ("Qwen3Next", {**EXPERTS, **HYBRID, "decoder_sparse_step": 2}),
     "qwen3_5_moe_text": ("Qwen3_5Moe", {**EXPERTS, **HYBRID}),
     "arcee": ("Arcee", {"head_dim": 8, "mlp_bias": True}),

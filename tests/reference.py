@@ -157,16 +157,21 @@ def sublayer_partials(
 
 def mixture_partials(layer: Any, x_TBSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of a mixture of experts: what it gives with the weights of all other tracks' neurons
-    of every expert, shared ones too, taken as zero. Each track routes by what it reads itself."""
+    of every expert, shared ones too, taken as zero. Each track routes by what it reads itself. What
+    it adds to each expert's output is of the first track alone."""
     partials, tracks = [], len(x_TBSD)
     for t in range(tracks):
         own = copy.deepcopy(layer.mlp)
-        outputs = [p for n, p in own.named_parameters() if "down_proj" in n]
-        for weight in outputs:  # the neurons are its last axis
-            share = weight.shape[-1] // tracks
-            weight[..., : t * share] = 0
-            weight[..., (t + 1) * share :] = 0
-        partials.append(own(layer.post_attention_layernorm(x_TBSD[t])))
+        for name, weight in own.named_parameters():
+            if name.endswith("down_proj_bias"):
+                weight *= t == 0
+            elif "down_proj" in name:  # neurons are its last axis, or GPT-OSS's last but one
+                in_columns = weight.mT if own.experts.is_transposed else weight
+                share = in_columns.shape[-1] // tracks
+                in_columns[..., : t * share] = 0
+                in_columns[..., (t + 1) * share :] = 0
+        out = own(layer.post_attention_layernorm(x_TBSD[t]))
+        partials.append(out[0] if isinstance(out, tuple) else out)
     return torch.stack(partials), torch.zeros_like(partials[0])
 
 

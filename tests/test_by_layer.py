@@ -67,7 +67,7 @@ def test_the_single_process_model_takes_a_layer_and_what_is_outside(llama_70b: C
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", ["llama-biases", "llama3-rope-tied"])
+@pytest.mark.parametrize("variant", ["llama-biases", "llama3-rope-tied", "gpt_oss"])
 def test_by_layer_is_the_model(
     variant: str, dtype: torch.dtype, make_dense: MakeDense, convert: Convert
 ) -> None:
@@ -76,7 +76,8 @@ def test_by_layer_is_the_model(
     with torch.inference_mode(), opened_by_layer(path, dtype, "cpu") as model:
         found = model(ids_BS).logits
         assert all(p.is_meta for p in model.model.layers.parameters())
-        expected = load(path, dtype=dtype, attn_implementation="sdpa")(ids_BS).logits
+        attention = model.config._attn_implementation
+        expected = load(path, dtype=dtype, attn_implementation=attention)(ids_BS).logits
         assert torch.equal(found, expected)
         again = [
             model(ids_BS).logits for _ in reorderings(model, shape_of(open_checkpoint(path)), 2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -79,7 +81,7 @@ def test_experts_apart_or_fused(
     assert difference(one, other, keep_BS) < TOLERANCE
 
 
-@pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral", "gpt_oss"])
 def test_it_opens_without_ptconvert_and_saves_as_it_was(
     variant: str, make_dense: MakeDense, convert: Convert, tmp_path: Path
 ) -> None:
@@ -135,6 +137,62 @@ def test_controls(make_dense: MakeDense, convert: Convert, monkeypatch: pytest.M
         assert difference(model(ids_BS).logits, expected, keep_BS) > 100 * TOLERANCE
 
 
+BIAS = "mlp.experts.down_proj_bias"  # GPT-OSS's, of each expert, which its router weighs
+
+
+@pytest.mark.parametrize("tracks", [2, 8])
+def test_an_experts_bias_is_the_first_tracks(
+    tracks: int, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    """The others have zeros, which are in no checkpoint and are no parameters, wherever the model
+    comes from."""
+    path = convert(make_dense("gpt_oss"), tracks, SCHEDULES["track-2-rest"])
+    held = {name for name in tensors(path) if name.endswith(BIAS)}
+    first = {f"model.layers.{i}.tracks.0.{BIAS}" for i in range(1, 6)}
+    assert held == first | {f"model.layers.0.{BIAS}"}
+    model = load(path)
+    assert {name for name, _ in model.named_parameters() if name.endswith(BIAS)} == held
+    model.save_pretrained(tmp_path / "saved")
+    assert same(tensors(tmp_path / "saved"), tensors(path))
+    others = (
+        *(model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))),
+        *(load(tmp_path / "saved"), load_rank(path, Placement(), OneProcess())),
+    )
+    for one in others:
+        zeros = {n: t for n, t in one.named_buffers() if n.endswith(BIAS)}
+        assert len(zeros) == 5 * (tracks - 1) and not any(t.any() for t in zeros.values())
+
+
+def test_an_experts_bias_is_learned_once(make_dense: MakeDense, convert: Convert) -> None:
+    """What training moves is the one that is counted."""
+    model = load(convert(make_dense("gpt_oss"), 2, "use: parallel_track, depth: 2")).train()
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    ids_BS = left_padded()[0]
+    model(ids_BS, labels=ids_BS).loss.backward()
+    optimizer.step()
+    experts = [t.mlp.experts for la in model.model.layers.children() for t in la.tracks.values()]
+    assert not any(own.down_proj_bias.any() for own in experts[1::2])
+    for name, tensor in model.named_parameters():
+        assert not torch.equal(tensor, before[name]), name
+
+
+def test_an_experts_bias_is_the_first_ranks(make_dense: MakeDense, convert: Convert) -> None:
+    """Of a layer held dense, which ranks cut: what the two give together is what it gives."""
+    source = make_dense("gpt_oss")
+    path, x_BSD = convert(source, 2, "use: tensor_parallel"), torch.randn(2, 7, 32)
+    whole = load(source).model.layers[0].mlp
+    cut = [
+        load_rank(path, Placement(rank, 2), OneProcess()).model.layers[0].mlp for rank in range(2)
+    ]
+    with torch.no_grad():
+        expected_BSD, (own_BSD, other_BSD) = whole(x_BSD)[0], (mlp(x_BSD)[0] for mlp in cut)
+        assert torch.allclose(own_BSD + other_BSD, expected_BSD, atol=TOLERANCE)
+        cut[1].experts.down_proj_bias = whole.experts.down_proj_bias.detach()
+        twice_BSD = own_BSD + cut[1](x_BSD)[0]
+        assert float((twice_BSD - expected_BSD).abs().max()) > 100 * TOLERANCE
+
+
 @torch.no_grad()
 def sets_chosen(model: Any, ids_NT: torch.Tensor) -> dict[str, list[set[int]]]:
     """The experts of each token, window after window, by the name of the router that says so."""
@@ -147,16 +205,19 @@ def sets_chosen(model: Any, ids_NT: torch.Tensor) -> dict[str, list[set[int]]]:
         return hook
 
     for name, module in model.named_modules():
-        if name.endswith("mlp.gate"):
+        if name.endswith(("mlp.gate", "mlp.router")):
             module.register_forward_hook(said(name))
     for ids_T in ids_NT:
         model(ids_T[None], use_cache=False)
     return found
 
 
-def test_how_often_tokens_go_to_other_experts(make_dense: MakeDense, convert: Convert) -> None:
+@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss"])
+def test_how_often_tokens_go_to_other_experts(
+    variant: str, make_dense: MakeDense, convert: Convert
+) -> None:
     """As counted by hand, from what the routers say; and never where all tracks read the same."""
-    source, ids = make_dense("qwen3_moe"), left_padded(3, 13)[0]
+    source, ids = make_dense(variant), left_padded(3, 13)[0]
     windows = Windows(ids, 12, ids.numel())
     batch = BatchSize(2, "cpu")
     reference = divergence.reference(load(source), windows, batch, quiet, routes=True)
@@ -271,7 +332,7 @@ def test_experts_of_several_dtypes_are_healed(
 
 def test_what_a_dry_run_says_of_adapters(make_dense: MakeDense) -> None:
     """peft adapts linear layers, of which experts and routers have none."""
-    for variant in ("qwen3_moe", "glm4_moe", "mixtral"):
+    for variant in ("qwen3_moe", "glm4_moe", "mixtral", "gpt_oss"):
         source = open_checkpoint(make_dense(variant))
         shape = shape_of(source)
         model = load(source.path)
@@ -281,10 +342,11 @@ def test_what_a_dry_run_says_of_adapters(make_dense: MakeDense) -> None:
         assert counted == {f"{n}.weight" for n in linear if ".layers." in n}
 
 
-def test_router_logits(make_dense: MakeDense, convert: Convert) -> None:
+@pytest.mark.parametrize("variant", ["mixtral", "gpt_oss"])
+def test_router_logits(variant: str, make_dense: MakeDense, convert: Convert) -> None:
     """Tracks have routers each, so there are none of the model; where only the config asks for
     them, they are left out."""
-    path, ids_BS = convert(make_dense("mixtral"), 2, SCHEDULES["track-2-rest"]), left_padded(1)[0]
+    path, ids_BS = convert(make_dense(variant), 2, SCHEDULES["track-2-rest"]), left_padded(1)[0]
     model = load(path)
     with pytest.raises(ValueError, match="output_router_logits is not supported"):
         model(ids_BS, output_router_logits=True)
@@ -344,8 +406,9 @@ def test_what_experts_take_on_paper() -> None:
     assert many.nbytes == pytest.approx(2 * (128 * expert / 4 + router + 4096 * moved))
 
 
-def test_a_dry_run_counts_experts(make_dense: MakeDense) -> None:
-    source = open_checkpoint(make_dense("qwen3_moe"))
+@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss"])
+def test_a_dry_run_counts_experts(variant: str, make_dense: MakeDense) -> None:
+    source = open_checkpoint(make_dense(variant))
     spec = parse_spec(spec_text(2, "use: parallel_track, depth: 2"), "spec.yaml")
     plan = plan_conversion(source, spec, source_name="source")
     found = plan.summary()

@@ -34,7 +34,7 @@ from ptconvert.modeling.config import CONFIGS
 from ptconvert.modeling.layers import TrackConfig, layer_class
 from ptconvert.modeling.model import BASE_MODELS, CAUSAL_LMS
 from ptconvert.models import families
-from ptconvert.models.families import FULL, KV, LINEAR, D, Q
+from ptconvert.models.families import FULL, KV, LINEAR, D, E, N, Q
 from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.launch import launch
 from ptconvert.schedule.stages import Kind, Sublayer
@@ -90,9 +90,15 @@ def check_table(shape: ModelShape, config: Any, tracks: int) -> None:
             outputs = [rule for name, rule in rules.items() if named.fullmatch(name)]
             assert outputs
             for output in outputs:
-                assert output.axis == len(output.axes) - 1
+                experts = getattr(getattr(dense, block.name), "experts", None)
+                assert output.axis == len(output.axes) - (2 if is_transposed(experts) else 1)
                 own = math.prod(shape.share(output, tracks))
                 assert own * tracks == math.prod(shape.size(output))
+
+
+def is_transposed(experts: Any) -> bool:
+    """Whether a module holds its weights as GPT-OSS's experts do."""
+    return bool(getattr(experts, "is_transposed", False))
 
 
 def test_linear_attention_rounds_otherwise_token_by_token() -> None:
@@ -167,8 +173,12 @@ def test_layers_that_are_read_one_at_a_time(
     with torch.no_grad():
         stream = torch.stack(list(pieces.entered(ids_BS)))
         for block in blocks_of(section_of(checkpoint)):
-            stream = pieces.load(block.layers, block.stages)(stream)
-        decoder = load(path, attn_implementation=None).get_decoder()
+            loaded = pieces.load(block.layers, block.stages)
+            held = (loaded.model.layers[index] for index in block.layers)
+            assert not any(t.is_meta for la in held for t in (*la.parameters(), *la.buffers()))
+            stream = loaded(stream)
+        attention = pieces.model.config._attn_implementation  # which not every family has as sdpa
+        decoder = load(path, attn_implementation=attention).get_decoder()
         expected = decoder(input_ids=ids_BS).last_hidden_state
         assert torch.allclose(decoder.finish(stream), expected, atol=TOLERANCE)
 
@@ -326,6 +336,10 @@ WRONG = {
     ),
     "a bias on every track": changed("starcoder2", "mlp.c_proj.bias", common=False),
     "a bias that is no track's": changed("seed_oss", "mlp.up_proj.bias", common=True),
+    "gate and up projection as two halves": changed(
+        "gpt_oss", "mlp.experts.gate_up_proj", axes=(E, D, (N, N))
+    ),
+    "an expert's bias on every track": changed("gpt_oss", "mlp.experts.down_proj_bias", once=False),
     "no multiplier": dataclasses.replace(families.FAMILIES["granite"], multiplier=None),
 }
 

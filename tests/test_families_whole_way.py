@@ -33,13 +33,13 @@ def figures(*arguments: object) -> dict[str, Any]:
 
 
 # fused projections; multipliers and output biases; linear attention; LayerNorm and other names;
-# experts; sums that are normed, with a stream that is multiplied, and with no norm before;
-# attention and MLP side by side
+# experts, without output biases and with them; sums that are normed, with a stream that is
+# multiplied, and with no norm before; attention and MLP side by side
 @pytest.mark.parametrize(
     "variant",
     [
-        *("phi3", "granite", "qwen3_5_text", "starcoder2", "qwen3_moe", "gemma4_text", "exaone4"),
-        "cohere",
+        *("phi3", "granite", "qwen3_5_text", "starcoder2", "qwen3_moe", "gpt_oss"),
+        *("gemma4_text", "exaone4", "cohere"),
     ],
 )
 def test_the_whole_way(variant: str, make_dense: MakeDense, tmp_path: Path) -> None:

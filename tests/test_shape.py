@@ -37,10 +37,10 @@ HYBRID: dict[str, object] = {
     ("changed", "says"),
     [
         ({"model_type": "deepseek_v2"}, "deepseek_v2 can't be converted: its attention goes"),
-        ({"model_type": "gpt_oss"}, "output biases are weighed by the router"),
         ({"model_type": "deepseek_v4"}, "its residual stream is several, mixed anew"),
         ({"model_type": "glm5_next"}, "hyper-connections"),
         ({"model_type": "gemma3n"}, "its layers have inputs of their own"),
+        ({"model_type": "olmo3"}, "it norms the queries and keys of all heads together"),
         ({"model_type": "qwen2_moe"}, "its mixture of experts is none"),
         ({"model_type": "gpt2"}, "'gpt2' is not supported; supported are llama, mistral"),
         ({"model_type": None}, "must name a family"),

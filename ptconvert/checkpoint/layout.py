@@ -66,7 +66,8 @@ def dense_tensors(
 
     Layers in which tracks never differ keep their tensors as they are. The others become
     `….layers.{i}.tracks.{t}.…` and, for output biases, `….layers.{i}.common.….`, such as
-    `….common.o_proj_bias`. Layers without an assignment are assigned contiguously.
+    `….common.o_proj_bias`; of what is added once there is only the first track's. Layers without an
+    assignment are assigned contiguously.
     """
     tracked = schedule.track_layers
     rules = {shape.layer(i) + r.name: (i, r) for i in tracked for r in shape.stored_of(i)}
@@ -86,7 +87,7 @@ def dense_tensors(
                 rule.axis,
                 tuple(_owned(shape, layer, rule, track, tracks, assignments.get(layer))),
             )
-            for track in range(tracks)
+            for track in range(1 if rule.once else tracks)
         )
         yield DenseTensor(name, size, parts)
 

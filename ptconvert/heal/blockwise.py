@@ -112,6 +112,7 @@ class Pieces:
                 if not name.startswith("assignment.")  # which nothing runs by
             }
             layer.load_state_dict(read, strict=False, assign=True)
+            compute_buffers(self.model, self.device, layer)
         return Loaded(self.model, self.prefix, stages)
 
     def entered(self, ids_NT: torch.Tensor) -> Iterator[torch.Tensor]:

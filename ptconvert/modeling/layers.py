@@ -150,24 +150,41 @@ def _new_dense(of_family: Any) -> Any:
 def dense_layer(config: Any, index: int, placement: Placement) -> nn.Module:
     """The family's decoder layer, or one rank's cut of it.
 
-    An output bias belongs to the partial of rank 0, so that the ranks' sum has it once.
+    An output bias belongs to the partial of rank 0, so that the ranks' sum has it once; and so do
+    those of experts.
     """
     own = config if placement.ranks == 1 else TrackConfig(config, placement.ranks)
     layer: nn.Module = _dense_class(layer_class(config))(own, index)
     if placement.rank > 0:
         for projection, _ in _outputs(layer, family_of(config)):
             projection.register_parameter("bias", None)
+        _leave_to_the_first(layer, family_of(config))
     return layer
 
 
 def _outputs(layer: Any, family: Family) -> Iterator[tuple[Any, str]]:
     """A layer's output projections, and what their biases are called where tracks have them in
-    common. (Experts have none.)"""
+    common. (Experts have none that are: see `_leave_to_the_first`.)"""
     for kind in Kind:
         block = family.block_of(kind, layer)
         projection = getattr(getattr(layer, block.name), block.output, None)
         if projection is not None:
             yield projection, block.common_bias
+
+
+def _leave_to_the_first(layer: Any, family: Family) -> None:
+    """Makes zeros of what a layer's modules add that only the first track, or rank, may add.
+
+    They are no parameters, which training would move, and no checkpoint has them: as other buffers
+    that are computed, the family's own initialisation makes them, and makes its biases zero.
+    """
+    for rule in family.layer:
+        if rule.once:
+            inside, name = rule.name.rsplit(".", 1)
+            module = layer.get_submodule(inside)
+            zeros = torch.zeros_like(getattr(module, name), requires_grad=False)
+            delattr(module, name)
+            module.register_buffer(name, zeros, persistent=False)
 
 
 class Guess(nn.Module):
@@ -251,6 +268,8 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
             getattr(track, attention.name).layer_idx = cache_index
             for projection, _ in _outputs(track, family):
                 projection.register_parameter("bias", None)
+            if t > 0:
+                _leave_to_the_first(track, family)
             if guesses:
                 track.guess = guess_modules(config.hidden_size, guesses)
         if assigned:

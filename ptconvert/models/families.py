@@ -56,6 +56,7 @@ GLOBAL_Q = Axis("heads", "global_head_size", Cut.HEADS)
 GLOBAL_KV = Axis("global_kv_heads", "global_head_size", Cut.KV_HEADS)
 GLOBAL_HEAD_SIZE = Axis("global_head_size")
 N = Axis("neurons", None, Cut.NEURONS)
+PAIRED_N = Axis("neurons", "pair", Cut.NEURONS)  # gate and up channel, neuron by neuron
 # Latent attention: queries, keys and values of all heads come out of two vectors of a few channels.
 Q_LATENT, KV_LATENT = Axis("query_latent"), Axis("kv_latent")
 KV_LATENT_ROPE = Axis("kv_latent_rope")
@@ -113,6 +114,7 @@ class TensorRule:
     tensor on, `unless` one that switches it off, `of` what layers are that have it, where not all
     do. A tensor without an axis that is cut is copied to every track; one that is `common` is no
     track's, but known to all: an output bias, which is added once, or the norm of what is merged.
+    One that is `once` is added by its own module, so the first track has it and the others zeros.
     `apart` is how checkpoints may hold it: each expert ({}) by itself, and each of the fused
     projections; or just by another name.
     """
@@ -121,6 +123,7 @@ class TensorRule:
     axes: tuple[Axis | tuple[Axis, ...], ...]
     when: str | None = None
     common: bool = False
+    once: bool = False
     of: str | None = None
     apart: tuple[str, ...] = ()
     unless: str | None = None
@@ -883,6 +886,33 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 layer_more=True,
             ),
             Family(
+                "gpt_oss",
+                "GptOss",
+                (
+                    *_NORMS,
+                    *_ATTENTION,
+                    TensorRule("self_attn.sinks", (HEAD,)),
+                    *_ATTENTION_BIASES,
+                    *_in(
+                        EXPERTS,
+                        TensorRule("mlp.experts.gate_up_proj", (E, D, PAIRED_N)),
+                        TensorRule("mlp.experts.gate_up_proj_bias", (E, PAIRED_N)),
+                        TensorRule("mlp.experts.down_proj", (E, N, D)),
+                        TensorRule("mlp.experts.down_proj_bias", (E, D), once=True),
+                        TensorRule("mlp.router.weight", (E, D)),
+                        TensorRule("mlp.router.bias", (E,)),
+                    ),
+                ),
+                _defaults(
+                    num_key_value_heads=8,
+                    head_dim=64,
+                    attention_bias=True,
+                    num_local_experts=128,
+                    num_experts_per_tok=4,
+                ),
+                experts=("num_local_experts", "num_experts"),
+            ),
+            Family(
                 "qwen3_next",
                 "Qwen3Next",
                 (
@@ -934,7 +964,6 @@ def parallel_layers(config: Mapping[str, object]) -> bool:
 
 _MOE = "its mixture of experts is none that is known here"
 _LATENT = "its attention goes through latents (MLA) that differ from those of deepseek_v3"
-_ROUTED_BIAS = "its experts' output biases are weighed by the router, so no track can own them"
 _HYBRID = "it has layers other than attention and MLP"
 _ALL_HEADS = (
     "it norms the queries and keys of all heads together, which tracks that have a few of them "
@@ -957,7 +986,6 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "deepseek_v2": _LATENT,
         "llama4": _MOE,
         "llama4_text": _MOE,
-        "gpt_oss": _ROUTED_BIAS,
         **dict.fromkeys(("deepseek_v4", "hy_v4"), _HYPER),
         **dict.fromkeys(("glm5_next", "glm5_next_text"), _HYPER),
         **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), _HYPER),

@@ -252,7 +252,7 @@ class ModelShape:
     def routed_share(self, rule: TensorRule) -> float:
         """Which share of a tensor one token is multiplied with: of the experts those that it goes
         to."""
-        routed = rule.is_cut and E in rule.segments(0)
+        routed = (rule.is_cut or rule.once) and E in rule.segments(0)
         return self.active_experts / self.experts if routed else 1.0
 
     def passed_neurons(self, layer: int) -> int:
@@ -303,6 +303,11 @@ class ModelShape:
     def one(self) -> int:
         """What a tensor of one element counts."""
         return 1
+
+    @property
+    def pair(self) -> int:
+        """Of a neuron whose gate and up channel lie side by side."""
+        return 2
 
     def length(self, axis: Axis) -> int:
         """How many elements an axis has, or its segment."""

@@ -68,14 +68,15 @@ def by_layer_bytes(checkpoint: Checkpoint) -> int:
 
 
 class _Reordered(ModelHook):  # type: ignore[misc]
-    """Puts an axis of a module's tensor into another order, once it was read."""
+    """Puts an axis of a module's tensor into another order, `unit` by unit, once it was read."""
 
-    def __init__(self, tensor: str, axis: int, orders: dict[str, torch.Tensor]) -> None:
-        self.tensor, self.axis, self.orders = tensor, axis, orders
+    def __init__(self, tensor: str, axis: int, unit: int, orders: dict[str, torch.Tensor]) -> None:
+        self.tensor, self.axis, self.unit, self.orders = tensor, axis, unit, orders
 
     def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         own = getattr(module, self.tensor)
         order, length = self.orders["order"].to(own.device), own.shape[self.axis]
+        order = (order[:, None] * self.unit + torch.arange(self.unit, device=own.device)).flatten()
         # of each of those that are fused into the tensor
         begins = torch.arange(0, length, len(order), device=own.device)
         indices = (begins[:, None] + order).flatten()
@@ -97,11 +98,12 @@ def reorderings(model: Any, shape: ModelShape, count: int) -> Iterator[None]:
                     continue
                 name, tensor = rule.name.rsplit(".", 1)
                 module, segments = own.get_submodule(name), len(rule.segments(rule.axis))
-                neurons = getattr(module, tensor).shape[rule.axis] // segments
+                unit = shape.length(segment) // getattr(shape, segment.count)
+                neurons = getattr(module, tensor).shape[rule.axis] // (segments * unit)
                 if segment.count not in known:
                     known[segment.count] = {}
                     orders.append((neurons, known[segment.count]))
-                hook = _Reordered(tensor, rule.axis, known[segment.count])
+                hook = _Reordered(tensor, rule.axis, unit, known[segment.count])
                 add_hook_to_module(module, hook, append=True)
     for _ in range(count):
         for neurons, order in orders:

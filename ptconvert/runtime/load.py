@@ -105,10 +105,10 @@ def _dense_rules(shape: ModelShape) -> dict[str, TensorRule]:
     }
 
 
-def compute_buffers(model: Any, device: torch.device | str) -> None:
+def compute_buffers(model: Any, device: torch.device | str, part: Any = None) -> None:
     """Fills what is computed, not stored, such as the tables of rotary embeddings, in a model that
-    was made on the meta device."""
-    for own, module in _by_model(model, model):
+    was made on the meta device, or in a part of it."""
+    for own, module in _by_model(model, model if part is None else part):
         for name in module._non_persistent_buffers_set:
             module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
         if module._non_persistent_buffers_set:
