@@ -374,7 +374,10 @@ def test_what_a_config_may_not_say(changed: dict[str, Any], says: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "total", "active"),
-    [("qwen3-30b-a3b", 30.53, 3.35), ("qwen3.6-35b-a3b", 34.66, 3.45)],
+    [
+        *(("qwen3-30b-a3b", 30.53, 3.35), ("qwen3.6-35b-a3b", 34.66, 3.45)),
+        ("gpt-oss-120b", 116.83, 5.13 + 0.58),  # as published, and the embedding
+    ],
 )
 def test_parameters_in_all_and_of_one_token(name: str, total: float, active: float) -> None:
     """In billions, as their names say, of which the embedding and the output head are 0.6 and 1."""

@@ -37,6 +37,7 @@ def specs() -> ModuleType:
 def test_all_models_are_there() -> None:
     assert MODELS == [
         "gemma-4-31b",
+        "gpt-oss-120b",
         "llama-3.1-70b",
         "llama-3.1-8b",
         "llama-3.2-1b",
@@ -58,7 +59,7 @@ def test_there_is_a_spec_of_as_many_tracks_as_ranks(specs: ModuleType) -> None:
     """For 2, 4 and 8 ranks, as far as the model's own spec goes, which one spec serves where no
     layer is held as tracks; each with nothing but its tracks changed, as examples/specs.py does."""
     expected = dict(specs.variants())
-    assert set(expected) == set(SPECS.glob("*-ranks.yaml")) and len(expected) == 42
+    assert set(expected) == set(SPECS.glob("*-ranks.yaml")) and len(expected) == 46
     for path, text in expected.items():
         assert path.read_text(encoding="utf-8") == text
         own, ranks = re.fullmatch(r"(.*)-(\d)-ranks", path.stem).groups()  # type: ignore[union-attr]
@@ -179,6 +180,7 @@ def parameters(shape: ModelShape) -> int:
         ("qwen3-8b", 8191),
         ("mistral-7b", 7248),
         ("gemma-4-31b", 30697),  # of 31 B, which has a tower too
+        ("gpt-oss-120b", 116829),
     ],
 )
 def test_configs_describe_the_public_models(model: str, millions: int) -> None:
