@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYERS, Convert, MakeDense, load, spec_text
+from click.testing import CliRunner
+from conftest import LAYERS, Convert, MakeDense, byte_level, load, spec_text
 from drawing import drawn_schedule
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from ptconvert.calibrate.scale import fit_scales
 from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.cli import main
 from ptconvert.convert.transform import plan_conversion
 from ptconvert.errors import CheckpointError, ConfigError, SpecError
 from ptconvert.estimate.hardware import read_engine, read_hardware
@@ -266,6 +268,15 @@ def test_what_does_not_go_together(
     with pytest.raises(SpecError, match=says) as error:
         plan_conversion(open_checkpoint(make_dense(variant)), spec, source_name="x")
     assert "\n" not in str(error.value)
+
+
+def test_plan_says_so_before_it_begins(make_dense: MakeDense, tmp_path: Path) -> None:
+    source = byte_level(make_dense, tmp_path / "source")
+    (text := tmp_path / "text.txt").write_text("some words, and others. " * 400)
+    asked = ["--tracks", "2", "--max-syncs", "6", "--text", str(text), "--scale", "fitted"]
+    done = CliRunner().invoke(main, ["plan", str(source), *asked, "-o", str(tmp_path / "s.yaml")])
+    assert done.exit_code == 2
+    assert "error: --scale fitted, but llama doesn't norm what sublayers give" in done.output
 
 
 GEMMA4: dict[str, Any] = {

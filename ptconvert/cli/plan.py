@@ -22,7 +22,7 @@ from ptconvert.cli.common import (
 from ptconvert.cli.options import F, shared
 from ptconvert.cli.progress import step_progress
 from ptconvert.errors import PlanError
-from ptconvert.spec.document import COMPUTED
+from ptconvert.spec.document import COMPUTED, unfit
 
 if TYPE_CHECKING:  # they import torch
     from ptconvert.measure.progress import Progress
@@ -208,6 +208,8 @@ def _case(
     shape = ModelShape.from_config(checkpoint.config, str(checkpoint.path / "config.json"))
     if reason := shape.indivisible(tracks):
         raise PlanError(f"--tracks {tracks}: {reason}")
+    for key, why in unfit(shape, options).items():
+        raise PlanError(f"--{key} {why}")
     if not is_dense(checkpoint):
         raise PlanError(f"{source} is converted already; plan starts from the dense checkpoint")
     objective = _objective(options, shape)

@@ -224,7 +224,8 @@ class Spec:
         """Raises SpecError, all faults at once, where the spec doesn't fit a model."""
         reason = shape.indivisible(self.tracks)
         faults = [f"{self.name}:{self.lines['tracks']}: {reason}"] if reason else []
-        faults += self._unfit(shape)
+        found = unfit(shape, {f.name: getattr(self, f.name) for f in fields(self)})
+        faults += [f"{self.name}:{self.lines[key]}: {key} is {why}" for key, why in found.items()]
         faults += self._layer_faults(shape.layers)
         faults += self.idle_faults(shape.family.parallel)
         if faults:
@@ -234,16 +235,6 @@ class Spec:
         """Raises SpecError, all faults at once, where the spec doesn't cover a model's layers."""
         if faults := self._layer_faults(layers):
             raise SpecError(faults)
-
-    def _unfit(self, shape: ModelShape) -> list[str]:
-        """What is chosen that a model has no use for."""
-        chosen = [(f, getattr(self, f.name)) for f in fields(self) if "unfit" in f.metadata]
-        return [
-            f"{self.name}:{self.lines[f.name]}: {f.name} is {value}, but {shape.model_type} "
-            f"{reason}; leave it out"
-            for f, value in chosen
-            if value != f.default and (reason := f.metadata["unfit"](shape))
-        ]
 
     def idle_faults(self, parallel: bool) -> list[str]:
         """What it wants to be computed though no track goes on without the others' partials."""
@@ -273,6 +264,16 @@ class Spec:
 
 # The fields of what is computed from a text, in the order in which it is.
 COMPUTED = tuple(f for f in fields(Spec) if "idle" in f.metadata)
+
+
+def unfit(shape: ModelShape, given: Mapping[str, Any]) -> dict[str, str]:
+    """What of the values given, by key, a model has no use for: the value, and the reason."""
+    chosen = [(f, given.get(f.name)) for f in fields(Spec) if "unfit" in f.metadata]
+    return {
+        f.name: f"{value}, but {shape.model_type} {reason}; leave it out"
+        for f, value in chosen
+        if value not in (None, f.default) and (reason := f.metadata["unfit"](shape))
+    }
 
 
 def written(wanted: Mapping[str, Any]) -> list[str]:
