@@ -19,6 +19,7 @@ from ptconvert.modeling.executor import (
     OneProcess,
     PerTrack,
     RunSublayer,
+    Scalar,
     Streams,
     TorchEngine,
     Update,
@@ -45,7 +46,7 @@ class Batch:
     held_out: bool
     device: torch.device
     keep: Keep
-    scalar: Callable[[int], torch.Tensor | None]  # the model's, of what follows a layer
+    scalar: Scalar  # the model's
     dense_done: int = 0  # stages that the dense model has run
     updates: list[Update] = field(default_factory=list)  # of the stage at hand, if it is kept
     wholes: list[torch.Tensor] = field(default_factory=list)  # their outputs, all tracks merged
@@ -95,7 +96,7 @@ class Batch:
         """Moves the converted model's streams on past a stage."""
         student = self._at_hand(self.student)
         student.end(step, own, self._engine, weight)
-        self._scale(step, student)
+        student.complete(step, self.scalar)
         self.student = _moved(student, self.keep)
         self.updates, self.wholes = [], []
 
@@ -104,13 +105,8 @@ class Batch:
         stream = self._at_hand(self.dense)
         for step in dense.program[self.dense_done : count]:
             stream.end(step, self._engine.run(step, stream), self._engine)
-            self._scale(step, stream)
+            stream.complete(step, self.scalar)
         self.dense, self.dense_done = _moved(stream, self.keep), count
-
-    def _scale(self, step: Step, streams: Streams) -> None:
-        for layer in step.completes:
-            if (factor := self.scalar(layer)) is not None:
-                streams.scale(factor)
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor that is kept, to compute with."""

@@ -24,6 +24,8 @@ from ptconvert.schedule.stages import Sublayer
 PerTrack = list[torch.Tensor]
 # What joins the stream, from the sum over all tracks of what a sublayer gives; both BSD.
 Normed = Callable[[torch.Tensor], torch.Tensor]
+# What the stream is multiplied by after a layer, by its index; None where it isn't.
+Scalar = Callable[[int], torch.Tensor | None]
 
 
 @dataclass  # not frozen: torch.compile can't rebuild frozen dataclasses
@@ -198,12 +200,15 @@ class Streams:
                 view = add_per_track(view, bucket.shown.seen)
         return [base_BSD] if view is None else add_per_track([base_BSD], view)
 
-    def scale(self, factor: torch.Tensor) -> None:
-        """Multiplies the streams, and with them what is outstanding."""
-        base_BSD = self.settled()
-        self.base = base_BSD * factor.to(base_BSD.device)
-        for bucket in self.buckets.values():
-            bucket.scale(factor)
+    def complete(self, step: Step, scalar: Scalar) -> None:
+        """Multiplies the streams, and with them what is outstanding, by what follows the layers
+        that are complete with a stage."""
+        for layer in step.completes:
+            if (factor := scalar(layer)) is not None:
+                base_BSD = self.settled()
+                self.base = base_BSD * factor.to(base_BSD.device)
+                for bucket in self.buckets.values():
+                    bucket.scale(factor)
 
     def end(self, step: Step, own: Update, engine: Engine, waiting_weight: float = 1.0) -> None:
         """Ends a stage whose sublayers gave `own`: launches and merges as its step says.
@@ -292,7 +297,7 @@ def run_program(
     engine: Engine,
     waiting_weight: float = 1.0,
     entered: Callable[[int], object] | None = None,
-    scalar: Callable[[int], torch.Tensor | None] = lambda _: None,
+    scalar: Scalar = lambda _: None,
 ) -> None:
     """Runs steps on the streams that the steps before have left, the embedded tokens at first.
 
@@ -305,9 +310,7 @@ def run_program(
         if entered is not None:
             entered(step.index)
         streams.end(step, engine.run(step, streams), engine, waiting_weight)
-        for layer in step.completes:
-            if (factor := scalar(layer)) is not None:
-                streams.scale(factor)
+        streams.complete(step, scalar)
 
 
 def _waited(wait: Callable[[], torch.Tensor], factor: torch.Tensor) -> torch.Tensor:
