@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from reference import reference_logits
 from test_modeling import TOLERANCE, difference, left_padded
 from test_random_schedules import logits_on_a_rank
-from test_wrappers import WRAPPERS, process_group, trained
+from test_wrappers import WRAPPERS, check_wrapped, trained
 
 import ptconvert.modeling.layers as layers_module
 from ptconvert.calibrate.scale import fit_scales
@@ -161,18 +161,7 @@ def test_wrapped_layers_give_the_same(
     wrapper: str, make_dense: MakeDense, convert: Convert
 ) -> None:
     """What norms a sum is a layer that may be sharded, compiled, or run again for gradients."""
-    path = convert(make_dense("gemma4_text"), 4, f'stages: "{CROSSING}"')
-    plain, model = load(path).train(), load(path).train()
-    expected, gradients = trained(plain)
-    assert all(float(g.abs().sum()) > 0 for g in gradients)
-    with process_group():
-        for index, layer in enumerate(model.model.layers):
-            model.model.layers[index] = WRAPPERS[wrapper](layer)
-        found, theirs = trained(model)
-    assert float((found - expected).abs().max()) < TOLERANCE
-    if wrapper != "FSDP1":  # it flattens parameters
-        for a, b in zip(gradients, theirs, strict=True):
-            assert torch.allclose(a, b, atol=1e-4)
+    check_wrapped(wrapper, convert(make_dense("gemma4_text"), 4, f'stages: "{CROSSING}"'))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
