@@ -282,7 +282,7 @@ def test_every_recipe_suits_ranks_that_divide_the_model() -> None:
             "--ranks 8: 8 ranks don't divide 28 heads, 4 KV heads and 18944 FFN neurons; possible "
             "are 1, 2, 4",
         ),
-        (("qwen2.5-8b", "--hardware", "h100-sxm"), "nor one of gpt-oss-120b, "),
+        (("qwen2.5-8b", "--hardware", "h100-sxm"), "nor one of gemma-4-31b, "),
         (("nowhere.yaml", "--model", "qwen3-8b", "--hardware", "h100-sxm"), "no such file"),
         (("nowhere.yaml", "--hardware", "h100-sxm"), "a spec file needs --model SRC"),
     ],
