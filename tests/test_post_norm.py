@@ -288,9 +288,13 @@ GEMMA4: dict[str, Any] = {
         ({"num_global_key_value_heads": 3}, "num_global_key_value_heads must divide"),
         ({"layer_types": ["linear_attention"] * 60}, "it is full_attention or sliding_attention"),
         (
-            {"per_layer_config": {"5": {"head_dim": 512}, "11": {"head_dim": 256}}},
-            "global_head_dim",
+            {"per_layer_config": {"5": {"head_dim": 512}, "11": {"head_dim": 64}}},
+            "per_layer_config",
         ),
+        ({"per_layer_config": {"0": {"head_dim": 512}}}, "config.json: per_layer_config must give"),
+        ({"per_layer_config": {"5": {"intermediate_size": 8}}}, "per_layer_config must give"),
+        ({"per_layer_config": [1]}, "per_layer_config must give"),
+        ({"per_layer_config": {"5": 3}}, "per_layer_config must give"),
     ],
 )
 def test_what_of_gemma4_is_refused(changed: dict[str, Any], says: str) -> None:
@@ -317,6 +321,13 @@ def test_heads_of_full_attention_by_either_way_of_saying_it(tmp_path: Path) -> N
     assert ModelShape.from_config(by_layer) == published
     assert [i for i in range(60) if published.head_size_of(i) == 512] == [*range(5, 60, 6)]
     assert {published.kv_heads_of(i) for i in range(5, 60, 6)} == {4}
+    others = {f"{i:02}": {"head_dim": 256, "num_key_value_heads": 16} for i in range(60)}
+    spelt_out = {**by_layer, "per_layer_config": {**others, **by_layer["per_layer_config"]}}
+    assert ModelShape.from_config(spelt_out) == published
+    nothing: list[object] = [None, {}]
+    for none in nothing:  # all layers alike, as transformers has it
+        alike = ModelShape.from_config({**by_layer, "per_layer_config": none})
+        assert {alike.head_size_of(i) for i in range(60)} == {256}
     apart = ModelShape.from_config({**GEMMA4, "attention_k_eq_v": False})
     assert {apart.kv_heads_of(i) for i in range(60)} == {16}
     assert published.most_tracks(64) == 32 and published.indivisible(3)

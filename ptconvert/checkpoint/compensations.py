@@ -48,7 +48,8 @@ class Compensation:
     - `entry(value)`: what stands in the section; None where it is left out
     - `figure(shape, tracks, value)`: what it is and costs, as plain data; `told(figure)`: in words,
       none where there is nothing to tell; `card(value)`: a sentence for the model card
-    - `undecided`: what to say of figures before a text has decided, where it decides about them
+    - `undecided`: what to say of figures before a text has decided, where it decides about them;
+      `yet`: what they are until then, in a word or two
     """
 
     key: str
@@ -60,6 +61,7 @@ class Compensation:
     told: Callable[[Any], str]
     card: Callable[[Any], str] = lambda _: ""
     undecided: str = ""
+    yet: str = "at most"
 
 
 def _orders(shape: ModelShape, schedule: Schedule, _: int, __: Any) -> Iterator[Added]:
@@ -114,6 +116,7 @@ COMPENSATIONS = (
         figure=lambda _shape, _tracks, scales: {str(s): c for s, c in (scales or {}).items()},
         told=_told_scales,
         undecided="Scales are those that aren't fitted: the text decides.",
+        yet="not fitted yet",
     ),
     Compensation(
         key="guess",

@@ -80,8 +80,8 @@ def transform(
     The rewrite is streamed, so memory stays small whatever the model's size; DST appears whole or
     not at all. Without --spec, SRC must have ladder_layers in its config.json.
 
-    A spec with `assignment: affinity` or `guess` has something to compute from a --text; that runs
-    the whole model, on --device and in --dtype.
+    A spec with `assignment: affinity`, `scale: fitted` or `guess` has something to compute from a
+    --text; that runs the whole model, on --device and in --dtype.
     """
     from ptconvert.checkpoint.atomic import check_apart, check_destination
     from ptconvert.checkpoint.reader import open_checkpoint

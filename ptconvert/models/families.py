@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from ptconvert.models.gemma4 import gemma4_config
+from ptconvert.models.gemma4 import FULL_EVERY, gemma4_config
 from ptconvert.schedule.stages import Kind
 
 MODEL_TYPE_PREFIX = "ptconvert_"  # of a converted model's type, before its family's
@@ -520,7 +520,7 @@ _GEMMA4 = Family(
     mlp=_GEMMA_MLP,
     scalar="layer_scalar",
     kinds=(FULL, SLIDING),
-    full_every=6,
+    full_every=FULL_EVERY,
     last_full=True,
     base_model="TextModel",
     decoder_layer="TextDecoderLayer",
@@ -750,7 +750,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     *_MLP,
                 ),
                 _defaults(num_key_value_heads=32),
-                nullable=("head_dim",),
                 attention=Block("self_attn", None, "o_proj", "post_attention_layernorm"),
                 mlp=Block("mlp", None, "down_proj", "post_feedforward_layernorm"),
             ),

@@ -407,7 +407,10 @@ class ModelShape:
         wrapper = wrapper_of(config["model_type"])
         config = language_config(config)
         family = _family(config, wrapper, where)
-        config = family.own_keys(config)
+        try:
+            config = family.own_keys(config)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
 
         def size(key: str, otherwise: int | None = None, most: int = _MAX_SIZE) -> int:
             value = config.get(key, family.defaults.get(key))

@@ -181,7 +181,7 @@ def print_compensations(console: Console, figures: Mapping[str, Any], decided: b
     """What a model's compensations are and add to it; `decided` once a text has."""
     for row in COMPENSATIONS:
         if told := row.told(figures[row.key]):
-            at_most = ", at most" if row.undecided and not decided else ""
+            at_most = f", {row.yet}" if row.undecided and not decided else ""
             console.print(f"{row.label}{at_most}: {told}", soft_wrap=True)
 
 
