@@ -30,8 +30,8 @@ checkpoint may hold experts apart or fused; the result is in the layout of its s
 affinity moves heads there, and leaves the experts' neurons in order. Output biases of experts
 (gpt-oss) are weighed by the router, so they are not common to all tracks: the first track has them.
 
-Where a model norms what a sublayer gives before it joins the stream (post-norm), the sum over tracks
-is what is normed. So `!` and `~k` are exact there too, and an all-reduce that takes several
+Where a model norms what a sublayer gives before it joins the stream (post-norm), the sum over
+tracks is what is normed. So `!` and `~k` are exact there too, and an all-reduce that takes several
 sublayers' partials carries each sublayer's by itself. After `.` and `^k` a track sees the norm of
 its own partial, times a scale: 1/√n, or what `scale: fitted` finds on a text.
 
