@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from ptconvert.checkpoint.reader import BLOCK_BYTES, TensorEntry, blocks, read_into
 from ptconvert.models.shape import ELEMENT_BYTES
 
-# Places along an axis, in order: all that lie between two (step 1), or one by one.
+# Places along an axis, in order: all that lie between two (step 1), or one by one; in a tensor of
+# experts (an index of its first axis each) these of every one, or a row for each.
 Indices = range | NDArray[np.int32]
 THREADS = 2
 
@@ -46,8 +47,8 @@ class Target:
 class Move:
     """A part of a source tensor that becomes a part of a target tensor.
 
-    The rows (axis 0) or columns (axis 1) `take` of the source become those at `put` of the target,
-    one by one; the other axis is taken whole.
+    What lies at `take` along the source's axis comes to `put` along the target's, one by one; the
+    other axes are taken whole.
     """
 
     source: str
@@ -56,15 +57,32 @@ class Move:
     take: Indices
     put: Indices
 
-    def runs(self) -> Iterator[tuple[int, int, int]]:
-        """(first in source, first in target, how many) of what lies together in both."""
+    @property
+    def groups(self) -> int:
+        """Into how many of its first axis' indices the source is divided, each with places of its
+        own; 1 where all have the same."""
+        return max(len(np.atleast_2d(places)) for places in (self.take, self.put))
+
+    def runs(self, group: int) -> Iterator[tuple[int, int, int]]:
+        """(first in source, first in target, how many) of what lies together in both, in a
+        group."""
         if isinstance(self.take, range) and isinstance(self.put, range):
             yield self.take.start, self.put.start, len(self.take)
             return
-        take, put = np.asarray(self.take), np.asarray(self.put)
+        take, put = (np.asarray(of_group(places, group)) for places in (self.take, self.put))
         breaks = np.flatnonzero((np.diff(take) != 1) | (np.diff(put) != 1)) + 1
         for start, stop in itertools.pairwise([0, *breaks.tolist(), len(take)]):
             yield int(take[start]), int(put[start]), stop - start
+
+
+def length(places: Indices) -> int:
+    """How many places there are along the axis."""
+    return len(places) if isinstance(places, range) else places.shape[-1]
+
+
+def of_group(places: Indices, group: int) -> Indices:
+    """Those of one group, such as an expert."""
+    return places if isinstance(places, range) or places.ndim == 1 else places[group]
 
 
 class Digests:
@@ -202,9 +220,10 @@ class _Copier:
         before, own = source.shape[: move.axis], (source.shape[move.axis :] or (1,))[0]
         outer = math.prod(before)
         row = source.nbytes // (outer * own)
-        buffer = memoryview(bytearray(min(BLOCK_BYTES, len(move.take) * row)))
-        read, written = source.nbytes // outer, target.nbytes // outer
-        for number, (first, into, size) in itertools.product(range(outer), list(move.runs())):
+        buffer = memoryview(bytearray(min(BLOCK_BYTES, length(move.take) * row)))
+        read, written, each = source.nbytes // outer, target.nbytes // outer, outer // move.groups
+        runs = ((n, run) for n in range(outer) for run in move.runs(n // each))
+        for number, (first, into, size) in runs:
             begin = number * read + first * row
             end = begin + size * row
             shift = target.offset + number * written + into * row - begin
@@ -216,28 +235,26 @@ class _Copier:
                 yield len(block)
 
     def columns(self, group: list[Move]) -> Iterator[int]:
-        """Columns between one wide tensor and its narrow parts, a block of rows at a time."""
+        """Columns between one wide tensor and its narrow parts, a block of rows at a time; the rows
+        of a block are in one group."""
         read = {m.source: self.sources[m.source] for m in group}
         write = {m.target: self.targets[m.target] for m in group}
         widths = {e.name: e.shape[-1] for e in (*read.values(), *write.values())}
         widest, one = max(widths.values()), next(iter(read.values()))
-        rows = one.count // one.shape[-1]
-        itemsize = next(iter(read.values())).nbytes // next(iter(read.values())).count
-        step = max(1, BLOCK_BYTES // (widest * itemsize))
-        buffers = {
-            e.name: np.empty((step, widths[e.name]), f"u{itemsize}")
-            for e in (*read.values(), *write.values())
-        }
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
+        rows = one.count // one.shape[-1] // (groups := max(m.groups for m in group))
+        itemsize = one.nbytes // one.count
+        step = min(rows, max(1, BLOCK_BYTES // (widest * itemsize)))
+        buffers = {name: np.empty((step, width), f"u{itemsize}") for name, width in widths.items()}
+        for number, start in itertools.product(range(groups), range(0, rows, step)):
+            count, first = min(step, rows - start), number * rows + start
             for name, source in read.items():
                 block = buffers[name][:count]
-                start = first * block.shape[1] * itemsize
-                read_into(self.handles[source.file], block.data.cast("B"), source, start)
+                offset = first * block.shape[1] * itemsize
+                read_into(self.handles[source.file], block.data.cast("B"), source, offset)
                 self.digests.update(name, None, block.data.cast("B"))
             for move in group:
-                part = buffers[move.source][:count, _selector(move.take)]
-                buffers[move.target][:count, _selector(move.put)] = part
+                take, put = (_selector(of_group(i, number)) for i in (move.take, move.put))
+                buffers[move.target][:count, put] = buffers[move.source][:count, take]
             for name, target in write.items():
                 block = buffers[name][:count]
                 offset = target.offset + first * block.shape[1] * itemsize

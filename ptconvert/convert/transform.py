@@ -47,7 +47,15 @@ from ptconvert.checkpoint.section import (
     source_config,
     with_digest,
 )
-from ptconvert.checkpoint.writer import Digests, Move, Target, copy_moves, lay_out, write_arrays
+from ptconvert.checkpoint.writer import (
+    Digests,
+    Move,
+    Target,
+    copy_moves,
+    lay_out,
+    length,
+    write_arrays,
+)
 from ptconvert.errors import CheckpointError, ConfigError, SpecError
 from ptconvert.modeling.export import modeling_source
 from ptconvert.models.shape import ModelShape, is_tied, rows
@@ -189,7 +197,7 @@ def plan_conversion(
         for part in tensor.parts:
             stem = SHARED if part.track is None else track_stem(part.track, spec.tracks)
             targets.append(Target(part.name, stem, dtype, tensor.part_shape(part)))
-            put = range(len(part.indices))
+            put = range(length(part.indices))
             moves.append(Move(tensor.name, part.name, part.axis, part.indices, put))
     # After the weights: where a config names no dtype, the first tensor of all says it.
     _copy(extras, SHARED, targets, moves)
@@ -256,11 +264,11 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
         targets.append(Target(tensor.name, "model", part_dtype(checkpoint, tensor), tensor.shape))
         for part, repeated in _repeated(tensor):
             indices = part.indices
-            if sum(length for *_, length in repeated) < len(indices):
-                take = range(len(indices))  # what others have too: it is the same
+            if sum(same for *_, same in repeated) < (whole := length(indices)):
+                take = range(whole)  # what others have too: it is the same
                 moves.append(Move(part.name, tensor.name, part.axis, take, indices))
-            for original, there, here, length in repeated:
-                part_of_it = None if length == len(indices) else (there, here, length)
+            for original, there, here, same in repeated:
+                part_of_it = None if same == whole else (there, here, same)
                 assert part_of_it is None or part.axis == 0
                 replicas.append(Replica(original.name, part.name, part_of_it))
     _copy(extras, "model", targets, moves)
@@ -424,16 +432,18 @@ def _repeated(tensor: DenseTensor) -> Iterator[tuple[Part, list[tuple[Part, int,
     """Each part, with its pieces that an earlier one has too: that part, where the piece begins
     there and here, and its length. All others share the axis."""
     first: dict[object, tuple[Part, int]] = {}
-    covered = np.zeros(rows(tensor.shape[tensor.parts[0].axis :]), np.int32)
+    pieces = [piece for part in tensor.parts for piece in part.pieces]
+    groups = max(len(np.atleast_2d(piece)) for piece in pieces)
+    covered = np.zeros((groups, rows(tensor.shape[tensor.parts[0].axis :])), np.int32)
     for part in tensor.parts:
         repeated, begin = [], 0
         for piece in part.pieces:
             key = piece if isinstance(piece, range) else piece.tobytes()
             original, there = first.setdefault(key, (part, begin))
             if original is part:
-                covered[np.asarray(piece)] += 1
+                covered[np.arange(groups)[:, None], np.atleast_2d(piece)] += 1
             else:
-                repeated.append((original, there, begin, len(piece)))
-            begin += len(piece)
+                repeated.append((original, there, begin, length(piece)))
+            begin += length(piece)
         yield part, repeated
     assert (covered == 1).all(), f"{tensor.name}: parts leave a gap or overlap"
