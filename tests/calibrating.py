@@ -24,10 +24,12 @@ def random_assignments(shape: ModelShape, schedule: Schedule) -> dict[int, Assig
     draw = np.random.default_rng(0)
     return {
         layer: Assignment(
-            *(
-                draw.permutation(n).astype(np.int32)
-                for n in (shape.attention_units(layer), shape.neurons)
-            )
+            **{
+                of: draw.permuted(
+                    np.broadcast_to(np.arange(size[-1], dtype=np.int32), size), axis=-1
+                )
+                for of, size in shape.orders_of(layer).items()
+            }
         )
         for layer in schedule.track_layers
     }

@@ -152,7 +152,7 @@ def test_units_that_read_each_other_are_found(make_dense: MakeDense) -> None:
     """Planted: two groups of units, hidden by a permutation, with nothing between them."""
     shape = shape_at(make_dense("llama"))
     draw = np.random.default_rng(1)
-    a, b = Sublayer(0, Kind.MLP), Sublayer(1, Kind.MLP)
+    a, b = (affinity.Units(Sublayer(i, Kind.MLP), "neurons") for i in (0, 1))
     groups = {s: draw.permutation(np.arange(48) % 2) for s in (a, b)}
     found = (groups[a][:, None] == groups[b][None, :]) * draw.random((48, 48))
     owners, before, after = affinity.assign(shape, {(a, b): found.astype(np.float32)}, 2)
@@ -166,7 +166,7 @@ def test_what_is_lost_is_what_the_model_loses(make_dense: MakeDense) -> None:
     source = make_dense("llama")
     model, shape = load(source), shape_at(source)
     ids_NT = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
-    a, b = Sublayer(1, Kind.MLP), Sublayer(2, Kind.MLP)
+    a, b = (affinity.Units(Sublayer(i, Kind.MLP), "neurons") for i in (1, 2))
     seen = affinity.observe(model, shape, [a, b], 4, ids_NT, quiet)
     found = affinity.affinity(model, shape, (a, seen[a]), (b, seen[b]))
     caught: dict[str, torch.Tensor] = {}
@@ -207,8 +207,9 @@ def test_a_kv_head_on_several_tracks_is_a_unit_of_each(make_dense: MakeDense) ->
             Sublayer(0, Kind.MLP),
             Sublayer(1, Kind.ATTENTION),
         ]
-        seen = affinity.observe(model, shape, sublayers, 4, ids_NT, quiet)
-        pairs = [(w, r) for w, r in schedule.own_read() if w in sublayers and r in sublayers]
+        every = [units for s in sublayers for units in affinity.units_of(shape, s)]
+        seen = affinity.observe(model, shape, every, 4, ids_NT, quiet)
+        pairs = [p for p in affinity.own_read(shape, schedule) if set(p) <= set(every)]
         found.append(
             [affinity.affinity(model, shape, (w, seen[w]), (r, seen[r])) for w, r in pairs]
         )

@@ -9,9 +9,10 @@ width.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
-from ptconvert.checkpoint.calibration import Assignment
+from ptconvert.checkpoint.calibration import Assignment, contiguous, in_order
 from ptconvert.measure.progress import Progress
 from ptconvert.modeling.layers import multiplied, norm_after
-from ptconvert.models.families import Block, D
+from ptconvert.models.families import ORDERS, Block, D, TensorRule
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
@@ -34,19 +35,67 @@ PASSES = 10
 CHUNK = 256  # units that are assigned together: the time goes with the cube
 
 
+@dataclass(frozen=True)
+class Units:
+    """The units of a sublayer that go to tracks by an order of their own, `of` which is what an
+    assignment calls it: neurons, KV heads with their query heads, or, where there are fewer KV
+    heads than tracks, each track's query heads with a copy of the KV head that they read."""
+
+    sublayer: Sublayer
+    of: str
+
+    @property
+    def layer(self) -> int:
+        """Whose they are."""
+        return self.sublayer.layer
+
+    @property
+    def are_heads(self) -> bool:
+        """Whether they are attention's."""
+        return self.sublayer.kind is Kind.ATTENTION
+
+    def size(self, shape: ModelShape, tracks: int) -> tuple[int, ...]:
+        """How many there are; of experts (experts, neurons), as a track has its share of each."""
+        return shape.orders_of(self.layer)[self.of] if self.move(shape, tracks) else (tracks,)
+
+    def move(self, shape: ModelShape, tracks: int) -> bool:
+        """Whether they can change places."""
+        return not self.are_heads or shape.attention_units(self.layer) % tracks == 0
+
+
+def units_of(shape: ModelShape, sublayer: Sublayer) -> list[Units]:
+    """What of a sublayer goes to tracks: of a mixture its experts' neurons, and the shared ones."""
+    found = [Units(sublayer, of) for of in shape.orders_of(sublayer.layer)]
+    return [units for units in found if units.are_heads == (units.of == "kv_heads")]
+
+
 @dataclass
 class Activity:
-    """Sums over P tokens of a sublayer of the dense model.
+    """Sums over P tokens of units of the dense model that read and write by the same tensors: of a
+    sublayer's, or of one expert's.
 
-    `written` are second moments of what the output projection reads, within each unit: (U, m, m)
-    with m channels per unit. `read` are squares of the input projections' rows, `inverse` those of
-    the norms' factors: of what each divides its input by, by its name.
+    `written` are second moments of what the output projection reads, within each unit, times what
+    its output is weighed with: (U, m, m) with m channels per unit. `read` are squares of the input
+    projections' rows, by name, over the `passed` of the `tokens`, which come to these units;
+    `inverse` those of the norms' factors: of what each divides its input by, by its name.
     """
 
     written: torch.Tensor
     read: dict[str, torch.Tensor]
     inverse: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
+    passed: int = 0
+
+    def add_read(self, name: str, out: torch.Tensor) -> None:
+        """What an input projection gives (..., R)."""
+        self.read[name] += out.float().flatten(0, -2).pow(2).sum(0)
+
+    def add_written(self, h: torch.Tensor) -> None:
+        """What an output projection takes (..., U * m), as it is weighed."""
+        units, channels, _ = self.written.shape
+        h_PUm = h.float().reshape(-1, units, channels)
+        self.written += torch.einsum("pum,pun->umn", h_PUm, h_PUm)
+        self.passed += len(h_PUm)
 
     def scale(self, norm: str | None) -> float:
         """The mean square of a norm's factor; 1 where there is none."""
@@ -57,16 +106,16 @@ class Activity:
 def observe(
     model: Any,
     shape: ModelShape,
-    sublayers: Sequence[Sublayer],
+    every: Sequence[Units],
     tracks: int,
     ids_NT: torch.Tensor,
     progress: Progress,
-) -> dict[Sublayer, Activity]:
-    """One pass of the dense model over windows of token ids."""
+) -> dict[Units, list[Activity]]:
+    """One pass of the dense model over windows of token ids; of experts, each one's activity."""
     found, hooks = {}, []
-    for sublayer in sublayers:
-        activity, placed = _hooked(model, shape, sublayer, _units(shape, sublayer, tracks))
-        found[sublayer] = activity
+    for units in every:
+        activities, placed = _hooked(model, shape, units, tracks)
+        found[units] = activities
         hooks += placed
     try:
         for done, ids_T in enumerate(ids_NT):
@@ -79,43 +128,108 @@ def observe(
 
 
 def _hooked(
-    model: Any, shape: ModelShape, sublayer: Sublayer, units: int
-) -> tuple[Activity, list[Any]]:
-    """The sums of a sublayer of so many units, and the hooks that fill them."""
-    layer = model.get_decoder().layers[sublayer.layer]
-    block = shape.block(sublayer)
-    output = getattr(getattr(layer, block.name), block.output)
-    channels = output.in_features // units
-    activity = Activity(torch.zeros(units, channels, channels, device=model.device), {})
-
-    def wrote(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        h_PUm = inputs[0].float().reshape(-1, units, channels)
-        activity.written += torch.einsum("pum,pun->umn", h_PUm, h_PUm)
-        activity.tokens += len(h_PUm)
+    model: Any, shape: ModelShape, units: Units, tracks: int
+) -> tuple[list[Activity], list[Any]]:
+    """The sums of units, and the hooks that fill them."""
+    layer = model.get_decoder().layers[units.layer]
+    block, output, size = (
+        shape.block(units.sublayer),
+        _output(shape, units),
+        units.size(shape, tracks),
+    )
+    channels = shape.size(output)[output.axis] // size[-1]
+    inputs = dict.fromkeys(rule for rule, *_ in _inputs(shape, units))
+    inverse = dict[str, float]()
+    activities = [
+        Activity(
+            torch.zeros(size[-1], channels, channels, device=model.device),
+            {r.name: torch.zeros(shape.size(r)[r.axis], device=model.device) for r in inputs},
+            inverse,
+        )
+        for _ in range(math.prod(size[:-1]))
+    ]
 
     def normed(name: str) -> Any:
         def hook(norm: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             norm_P = inputs[0].float().var(-1, correction=0)
             if not isinstance(norm, nn.LayerNorm):  # which takes the mean away first
                 norm_P = inputs[0].float().pow(2).mean(-1)
-            inverse = float((1 / (norm_P + _epsilon(norm))).sum())
-            activity.inverse[name] = activity.inverse.get(name, 0.0) + inverse
+            inverse[name] = inverse.get(name, 0.0) + float((1 / (norm_P + _epsilon(norm))).sum())
 
         return hook
 
-    def reader(name: str) -> Any:
-        def read(_: Any, __: Any, out: torch.Tensor) -> None:
-            rows_R = out.float().flatten(0, -2).pow(2).sum(0)
-            activity.read[name] = activity.read.get(name, 0) + rows_R
+    def count(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        for activity in activities:
+            activity.tokens += inputs[0].shape[:-1].numel()
 
-        return read
-
-    hooks = [output.register_forward_pre_hook(wrote)]
+    writer = layer.get_submodule(_module(output))
+    hooks = [writer.register_forward_pre_hook(count)]
     for norm in filter(None, (block.norm, _after(layer, block))):
         hooks.append(getattr(layer, norm).register_forward_pre_hook(normed(norm)))
-    for name in dict.fromkeys(name for name, *_ in _inputs(shape, sublayer)):
-        hooks.append(layer.get_submodule(name).register_forward_hook(reader(name)))
-    return activity, hooks
+    if output.is_of_experts:
+        (rule,) = inputs
+        hooks.append(writer.register_forward_pre_hook(_routed(layer, rule, activities)))
+        return activities, hooks
+    (activity,) = activities
+    for rule in inputs:
+
+        def read(_: Any, __: Any, out: torch.Tensor, name: str = rule.name) -> None:
+            activity.add_read(name, out)
+
+        hooks.append(layer.get_submodule(_module(rule)).register_forward_hook(read))
+    if units.of == "shared_neurons":
+        return activities, hooks + _weighed(layer, shape, units, activity)
+
+    def wrote(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        activity.add_written(inputs[0])
+
+    return activities, [*hooks, writer.register_forward_pre_hook(wrote)]
+
+
+def _routed(layer: Any, reads: TensorRule, activities: Sequence[Activity]) -> Any:
+    """A hook before a module of experts. All they do is one function of fused tensors, in which no
+    hook could see what neurons give; so each expert's are computed again, by transformers' own
+    gate, from what is given to the module."""
+
+    def hook(experts: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        x_PD, chosen_PK, weights_PK = (given.flatten(0, -2) for given in inputs)
+        for expert, activity in enumerate(activities):
+            tokens, places = torch.where(chosen_PK == expert)
+            if len(tokens):
+                out_PR = nn.functional.linear(x_PD[tokens], _rows(layer, reads, expert))
+                activity.add_read(reads.name, out_PR)
+                h_PN = experts._apply_gate(out_PR)
+                activity.add_written(h_PN * weights_PK[tokens, places, None])
+
+    return hook
+
+
+def _weighed(layer: Any, shape: ModelShape, units: Units, activity: Activity) -> list[Any]:
+    """Hooks for experts that all tokens go to. What each token weighs their output with is read off
+    what the whole mixture gives beyond the routed experts, whatever a family makes it of."""
+    seen: dict[str, torch.Tensor] = {}
+    routed, shared = (_output(shape, Units(units.sublayer, of)) for of in ("neurons", units.of))
+
+    def keep(name: str) -> Any:
+        def hook(_: Any, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+            seen[name] = out.float().flatten(0, -2).clone()  # sums may be taken in place
+            seen[f"into {name}"] = inputs[0].flatten(0, -2)
+
+        return hook
+
+    def whole(_: Any, __: Any, out: torch.Tensor) -> None:
+        out_PD = seen["shared"]
+        rest_PD = out.float().flatten(0, -2) - seen["routed"]
+        weights_P = (rest_PD * out_PD).sum(-1) / out_PD.pow(2).sum(-1).clamp(min=1e-20)
+        activity.add_written(seen["into shared"].float() * weights_P[:, None])
+        seen.clear()
+
+    modules = {"routed": _module(routed), "shared": _module(shared)}
+    hooks = [
+        layer.get_submodule(m).register_forward_hook(keep(name)) for name, m in modules.items()
+    ]
+    block = getattr(layer, shape.block(units.sublayer).name)
+    return [*hooks, block.register_forward_hook(whole)]
 
 
 def _after(layer: Any, block: Block) -> str | None:
@@ -128,19 +242,38 @@ def _epsilon(norm: Any) -> float:
     return float(epsilon)
 
 
-def _inputs(shape: ModelShape, sublayer: Sublayer) -> Iterator[tuple[str, int, int, int]]:
-    """What reads a sublayer's input: each projection by its name in the layer, the rows
-    [start, stop) of it that are one of those fused into it, and in how many groups these are
-    divided."""
-    block = shape.block(sublayer)
-    for rule in shape.rules_of(sublayer.layer):
-        name, _, tensor = rule.name.rpartition(".")
-        inside = name.startswith(f"{block.name}.")
-        reads = len(rule.axes) == 2 and rule.axis == 0 and rule.axes[1] is D  # no latent
-        if inside and reads and tensor == "weight":
-            for segment, begin in shape.segments(rule) if rule.is_cut else ():
-                groups = int(getattr(shape, segment.count))
-                yield name, begin, begin + shape.length(segment), groups
+def _rules(shape: ModelShape, units: Units) -> Iterator[tuple[TensorRule, bool]]:
+    """The matrices of which each unit has its own rows or columns, and whether these write."""
+    output = shape.block(units.sublayer).output
+    for rule in shape.rules_of(units.layer):
+        cut = rule.segments(rule.axis)[0].cut if rule.is_cut else None
+        if cut is not None and ORDERS[cut] == units.of and D in rule.axes:  # reads no latent
+            yield rule, rule.name.removesuffix(".weight").endswith(f".{output}")
+
+
+def _output(shape: ModelShape, units: Units) -> TensorRule:
+    """What units write with."""
+    return next(rule for rule, writes in _rules(shape, units) if writes)
+
+
+def _inputs(shape: ModelShape, units: Units) -> Iterator[tuple[TensorRule, int, int, int]]:
+    """What units read with: each projection, the rows [start, stop) of it (of each expert's) that
+    are one of those fused into it, and in how many groups these are divided."""
+    for rule, writes in _rules(shape, units):
+        for segment, begin in () if writes else shape.segments(rule):
+            yield rule, begin, begin + shape.length(segment), int(getattr(shape, segment.count))
+
+
+def _module(rule: TensorRule) -> str:
+    """Whose tensor it is, in a layer."""
+    return rule.name.rpartition(".")[0]
+
+
+def _rows(layer: Any, rule: TensorRule, expert: int) -> torch.Tensor:
+    """A matrix of a layer, or an expert's, as what is cut of it by width (R, D)."""
+    tensor: torch.Tensor = layer.get_parameter(rule.name)
+    matrix = tensor[expert] if rule.is_of_experts else tensor
+    return matrix if rule.axes[-1] == D else matrix.mT
 
 
 def _gain(norm: Any) -> torch.Tensor:
@@ -152,68 +285,78 @@ def _gain(norm: Any) -> torch.Tensor:
     return (both_D / 2 * sign_D).float()
 
 
-def _units(shape: ModelShape, sublayer: Sublayer, tracks: int) -> int:
-    """How many units of a sublayer go to one track each: neurons, KV heads with their query heads,
-    or, where there are fewer KV heads than tracks, each track's query heads with a copy of the KV
-    head that they read."""
-    if sublayer.kind is Kind.MLP:
-        return shape.neuron_units(sublayer.layer)
-    units = shape.attention_units(sublayer.layer)
-    return units if _moves(shape, sublayer, tracks) else tracks
-
-
-def _moves(shape: ModelShape, sublayer: Sublayer, tracks: int) -> bool:
-    """Whether a sublayer's units can change places."""
-    return sublayer.kind is Kind.MLP or shape.attention_units(sublayer.layer) % tracks == 0
-
-
 @torch.inference_mode()
 def affinity(
     model: Any,
     shape: ModelShape,
-    writer: tuple[Sublayer, Activity],
-    reader: tuple[Sublayer, Activity],
+    writer: tuple[Units, Sequence[Activity]],
+    reader: tuple[Units, Sequence[Activity]],
 ) -> torch.Tensor:
-    """The affinity of each writing unit and each reading unit, (U, U)."""
+    """The affinity of each writing unit and each reading unit, (U, U), expert after expert."""
     layers = model.get_decoder().layers
-    columns_DK = _columns(layers[writer[0].layer], shape, *writer)
-    sublayer, activity = reader
-    layer, block = layers[sublayer.layer], shape.block(sublayer)
-    gain_D = torch.ones(shape.width, device=columns_DK.device)
-    if block.norm is not None:
-        gain_D = _gain(getattr(layer, block.norm))
-    units, writers = len(activity.written), len(writer[1].written)
-    importance_U = _columns(layer, shape, *reader).pow(2).sum(0).view(units, -1).sum(1)
-    scale = activity.scale(block.norm)
-    found = torch.zeros(units, writers, device=gain_D.device)
-    for name, start, stop, count in _inputs(shape, sublayer):
-        rows_RD = layer.get_submodule(name).weight[start:stop].float() * gain_D
+    (writes, wrote), (reads, read) = writer, reader
+    layer = layers[reads.layer]
+    importances = [
+        _columns(layer, shape, reads, expert, own).pow(2).sum(0).view(len(own.written), -1).sum(1)
+        for expert, own in enumerate(read)
+    ]
+    found = []
+    for number, own in enumerate(wrote):
+        columns_DK = _columns(layers[writes.layer], shape, writes, number, own)
+        columns_DUm = columns_DK.view(len(columns_DK), len(own.written), -1)
+        shares = (_shares(layer, shape, reads, e, a, columns_DUm) for e, a in enumerate(read))
+        lost = [i_U[:, None] * share for i_U, share in zip(importances, shares, strict=True)]
+        found.append(torch.cat(lost).T.cpu())
+    return torch.cat(found)
+
+
+def _shares(
+    layer: Any,
+    shape: ModelShape,
+    reader: Units,
+    expert: int,
+    activity: Activity,
+    columns_DUm: torch.Tensor,
+) -> torch.Tensor:
+    """What the writing units put into each reading unit's inputs, as a share of what these are,
+    (reading U, writing U)."""
+    norm = shape.block(reader.sublayer).norm
+    gain_D = 1.0 if norm is None else _gain(getattr(layer, norm))
+    units, writers = len(activity.written), columns_DUm.shape[1]
+    found = torch.zeros(units, writers, device=columns_DUm.device)
+    for rule, start, stop, count in _inputs(shape, reader):
+        rows_RD = _rows(layer, rule, expert)[start:stop].float() * gain_D
         groups = min(units, count)  # fewer KV heads than units, it may be
-        energy_G = activity.read[name][start:stop].view(groups, -1).sum(1) / activity.tokens
-        put_GK = (rows_RD @ columns_DK).pow(2).view(groups, len(rows_RD) // groups, -1).sum(1)
+        energy_G = activity.read[rule.name][start:stop].view(groups, -1).sum(1)
+        energy_G = energy_G / max(activity.passed, 1)
+        put_GK = (rows_RD @ columns_DUm.flatten(1)).pow(2)
+        put_GK = put_GK.view(groups, len(rows_RD) // groups, -1).sum(1)
         share_GU = put_GK.view(groups, writers, -1).sum(2) / energy_G.clamp(min=1e-20)[:, None]
         # units that read the same KV head have a copy of its rows each
-        found += scale * importance_U[:, None] * share_GU.repeat_interleave(units // groups, 0)
-    return found.T.cpu()
+        found += share_GU.repeat_interleave(units // groups, 0)
+    return activity.scale(norm) * found
 
 
-def _columns(layer: Any, shape: ModelShape, sublayer: Sublayer, activity: Activity) -> torch.Tensor:
+def _columns(
+    layer: Any, shape: ModelShape, units: Units, expert: int, activity: Activity
+) -> torch.Tensor:
     """What the units write, as columns (D, K) whose outer products sum to the second moments. A
     norm after it gives all tokens' outputs one size; its factor is taken for the same for all."""
-    block = shape.block(sublayer)
-    weight_DH = getattr(getattr(layer, block.name), block.output).weight.float()
+    block = shape.block(units.sublayer)
+    weight_DH = _rows(layer, _output(shape, units), expert).mT.float()
     weight_DH = multiplied(layer, shape.family, weight_DH)
     if (after := _after(layer, block)) is not None:
         factor = math.sqrt(activity.scale(after))
         weight_DH = weight_DH * (factor * _gain(getattr(layer, after)))[:, None]
     values, vectors = torch.linalg.eigh(activity.written / activity.tokens)
     roots_Umm = vectors * values.clamp(min=0).sqrt()[:, None, :]
-    weight_DUm = weight_DH.view(len(weight_DH), len(roots_Umm), -1)
+    weight_DUm = weight_DH.reshape(len(weight_DH), len(roots_Umm), -1)
     return torch.einsum("dum,umn->dun", weight_DUm, roots_Umm).flatten(1)
 
 
-Affinities = Mapping[tuple[Sublayer, Sublayer], NDArray[np.float32]]
-Owners = dict[Sublayer, NDArray[np.int64]]  # the track of each unit
+Pair = tuple[Units, Units]  # a writer and a reader
+Affinities = Mapping[Pair, NDArray[np.float32]]
+Owners = dict[Units, NDArray[np.int64]]  # the track of each, expert after expert
 
 
 def assign(
@@ -222,26 +365,36 @@ def assign(
     """Balanced owners of all units in the affinities, and the share of affinity between tracks,
     before (contiguous) and after.
 
-    Each sublayer in turn is assigned best for the others as they are, until nothing changes.
+    Each sublayer in turn is assigned best for the others as they are, until nothing changes; of
+    experts each keeps its balance.
     """
-    sublayers = sorted({s for pair in affinities for s in pair}, key=lambda s: s.position)
-    owners: Owners = {}
-    for sublayer in sublayers:
-        units = _units(shape, sublayer, tracks)
-        owners[sublayer] = np.arange(units) * tracks // units
+    every = _all_units(affinities)
+    sizes = {units: units.size(shape, tracks) for units in every}
+    owners: Owners = {
+        units: (in_order(size).astype(np.int64) * tracks // size[-1]).ravel()
+        for units, size in sizes.items()
+    }
     before = lost(affinities, owners)
     generator = np.random.default_rng(0)
     for _ in range(passes):
         changed = False
-        for sublayer in sublayers:
-            if _moves(shape, sublayer, tracks):
-                kept = _kept(sublayer, affinities, owners, tracks)
-                new = _reassigned(kept, owners[sublayer], generator)
-                changed |= not np.array_equal(new, owners[sublayer])
-                owners[sublayer] = new
+        for units in every:
+            if units.move(shape, tracks):
+                kept, each = _kept(units, affinities, owners, tracks), sizes[units][-1]
+                kept, own = kept.reshape(-1, each, tracks), owners[units].reshape(-1, each)
+                apart = [_reassigned(*one, generator) for one in zip(kept, own, strict=True)]
+                new = np.concatenate(apart)
+                changed |= not np.array_equal(new, owners[units])
+                owners[units] = new
         if not changed:
             break
     return owners, before, lost(affinities, owners)
+
+
+def _all_units(pairs: Iterable[Pair]) -> list[Units]:
+    """The units in some pairs, in the order of the model."""
+    found = {units for pair in pairs for units in pair}
+    return sorted(found, key=lambda units: (units.sublayer.position, units.of))
 
 
 def lost(affinities: Affinities, owners: Owners) -> float:
@@ -254,15 +407,13 @@ def lost(affinities: Affinities, owners: Owners) -> float:
     return between / total if total else 0.0
 
 
-def _kept(
-    sublayer: Sublayer, affinities: Affinities, owners: Owners, tracks: int
-) -> NDArray[np.float64]:
-    """The affinity that each unit of a sublayer has with what each track owns, (U, n)."""
-    kept = np.zeros((len(owners[sublayer]), tracks))
+def _kept(units: Units, affinities: Affinities, owners: Owners, tracks: int) -> NDArray[np.float64]:
+    """The affinity that each of some units has with what each track owns, (U, n)."""
+    kept = np.zeros((len(owners[units]), tracks))
     for (writer, reader), found in affinities.items():
-        if sublayer == writer:
+        if units == writer:
             kept += found @ np.eye(tracks)[owners[reader]]
-        elif sublayer == reader:
+        elif units == reader:
             kept += found.T @ np.eye(tracks)[owners[writer]]
     return kept
 
@@ -282,38 +433,64 @@ def _reassigned(
     return new
 
 
-def group_bytes(shape: ModelShape, group: Iterable[tuple[Sublayer, Sublayer]], tracks: int) -> int:
+def pair_numbers(shape: ModelShape, pair: Pair, tracks: int) -> int:
+    """How many affinities a pair has."""
+    return math.prod(math.prod(units.size(shape, tracks)) for units in pair)
+
+
+def product_numbers(shape: ModelShape, pair: Pair) -> int:
+    """How many numbers come at once where they are computed: of one projection, of one expert."""
+    writer, reader = pair
+    return _columns_of(shape, writer) * max(
+        (stop - start for _, start, stop, _ in _inputs(shape, reader)), default=0
+    )
+
+
+def group_bytes(shape: ModelShape, group: Iterable[Pair], tracks: int) -> int:
     """What the affinities of a group take."""
-    return sum(4 * math.prod(_units(shape, s, tracks) for s in pair) for pair in group)
+    return sum(4 * pair_numbers(shape, pair, tracks) for pair in group)
 
 
-def group_flops(shape: ModelShape, group: Iterable[tuple[Sublayer, Sublayer]]) -> float:
+def group_flops(shape: ModelShape, group: Iterable[Pair]) -> float:
     """What the affinities of a group take: of each pair the reader's rows times the writer's
-    columns."""
+    columns, of all experts."""
 
-    def columns(writer: Sublayer) -> int:
-        block = shape.block(writer)
-        output = f"{block.name}.{block.output}.weight"
-        return next(shape.size(r)[1] for r in shape.rules_of(writer.layer) if r.name == output)
+    def experts(units: Units) -> int:
+        return math.prod(shape.orders_of(units.layer)[units.of][:-1])
 
-    def rows(reader: Sublayer) -> int:
+    def rows(reader: Units) -> int:
         return sum(stop - start for _, start, stop, _ in _inputs(shape, reader))
 
-    pairs = [rows(reader) * columns(writer) for writer, reader in group]
+    pairs = [experts(w) * _columns_of(shape, w) * experts(r) * rows(r) for w, r in group]
     return 2.0 * shape.width * sum(pairs)
 
 
-def own_read(shape: ModelShape, schedule: Schedule, tracks: int) -> list[tuple[Sublayer, Sublayer]]:
-    """The pairs of sublayers of which one reads the other's partial of its own track only, less
-    those with a mixture of experts, which has no units that could change places."""
-    return [pair for pair in schedule.own_read() if all(_units(shape, s, tracks) for s in pair)]
+def _columns_of(shape: ModelShape, writer: Units) -> int:
+    output = _output(shape, writer)
+    return shape.size(output)[output.axis]
+
+
+def own_read(shape: ModelShape, schedule: Schedule) -> list[Pair]:
+    """The pairs of units of which one reads the other's partial of its own track only. With
+    experts' neurons only attention is paired: with an MLP's, or other experts', they would have as
+    many affinities as the square of all of them."""
+    pairs = [
+        (writer, reader)
+        for sublayers in schedule.own_read()
+        for writer, reader in itertools.product(*(units_of(shape, s) for s in sublayers))
+    ]
+
+    def many(units: Units) -> bool:
+        return len(shape.orders_of(units.layer)[units.of]) > 1
+
+    return [p for p in pairs if not any(map(many, p)) or any(units.are_heads for units in p)]
 
 
 def components(
-    pairs: Iterable[tuple[Sublayer, Sublayer]],
-) -> Iterator[list[tuple[Sublayer, Sublayer]]]:
+    pairs: Iterable[Pair],
+) -> Iterator[list[Pair]]:
     """The pairs of writers and readers, in groups that share no sublayer."""
-    groups: list[list[tuple[Sublayer, Sublayer]]] = []
+    groups: list[list[Pair]] = []
     for pair in dict.fromkeys(pairs):
         touched = [g for g in groups if any(set(pair) & set(other) for other in g)]
         groups = [g for g in groups if g not in touched]
@@ -333,36 +510,28 @@ def assignments(
     """The assignments of all layers held as tracks, and the share of affinity that lies between
     tracks, contiguous and so. A group's affinities of more than MEMORY_BYTES lie in files of the
     directory `scratch` meanwhile. Raises EvaluationError."""
-    read = own_read(shape, schedule, tracks)
-    sublayers = sorted({s for pair in read for s in pair}, key=lambda s: s.position)
-    activity = observe(model, shape, sublayers, tracks, ids_NT, progress)
+    read = own_read(shape, schedule)
+    activity = observe(model, shape, _all_units(read), tracks, ids_NT, progress)
     owners: Owners = {}
     groups, shares = list(components(read)), []
     for done, group in enumerate(groups):
         progress("assigning units", done, len(groups))
         large = group_bytes(shape, group, tracks) > MEMORY_BYTES
-        found = dict[tuple[Sublayer, Sublayer], NDArray[np.float32]]()
+        found = dict[Pair, NDArray[np.float32]]()
         for writer, reader in group:
             one = affinity(model, shape, (writer, activity[writer]), (reader, activity[reader]))
             found[writer, reader] = (mapped(scratch, one) if large else one).numpy()
         own, before, after = assign(shape, found, tracks)
         owners.update(own)
         shares.append((before, after))
-    orders = {
-        s: np.argsort(o, kind="stable").astype(np.int32)
-        for s, o in owners.items()
-        if _moves(shape, s, tracks)
-    }
+    orders = dict[int, dict[str, NDArray[np.int32]]]()
+    for units, tracks_of in owners.items():
+        if units.move(shape, tracks):
+            apart = tracks_of.reshape(units.size(shape, tracks))
+            order = np.argsort(apart, kind="stable").astype(np.int32)
+            orders.setdefault(units.layer, {})[units.of] = order
     mean = [float(np.mean(column)) for column in zip(*shares, strict=True)] or [0.0, 0.0]
     return {
-        layer: Assignment(
-            *(
-                orders.get(Sublayer(layer, k), np.arange(size, dtype=np.int32))
-                for k, size in (
-                    (Kind.ATTENTION, shape.attention_units(layer)),
-                    (Kind.MLP, shape.neuron_units(layer)),
-                )
-            )
-        )
+        layer: replace(contiguous(shape, layer), **orders.get(layer, {}))
         for layer in schedule.track_layers
     }, (mean[0], mean[1])

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from ptconvert.calibrate.affinity import components, group_bytes, group_flops, own_read
+from ptconvert.calibrate.affinity import (
+    components,
+    group_bytes,
+    group_flops,
+    own_read,
+    pair_numbers,
+    product_numbers,
+)
 from ptconvert.calibrate.on_disk import MEMORY_BYTES
 from ptconvert.calibrate.regression import MATRICES, RIDGES, Moments, fits
 from ptconvert.calibrate.streams import BATCH_TOKENS, most_streams
@@ -41,9 +48,12 @@ def _affinity(
     plan: Plan, _wanted: str, windows: int, length: int, dtype: str, device: str
 ) -> Phase:
     shape, config = plan.shape, plan.source.config
-    groups = list(components(own_read(shape, plan.schedule, plan.tracks)))
+    pairs = own_read(shape, plan.schedule)
+    groups = list(components(pairs))
     largest = max((group_bytes(shape, group, plan.tracks) for group in groups), default=0)
-    pair = 4 * max(map(shape.neuron_units, range(shape.layers))) ** 2 if groups else 0
+    product = max((product_numbers(shape, pair) for pair in pairs), default=0)
+    pair = max((pair_numbers(shape, pair, plan.tracks) for pair in pairs), default=0)
+    mixtures = sum(map(shape.is_mixture, range(shape.layers)))  # whose experts run twice
     seconds, exact = (
         forward_seconds(one_layer(config, 1, device, one), one, length)
         for one in (dtype, "float32")  # the affinities' products are in fp32
@@ -54,12 +64,12 @@ def _affinity(
         "affinity",
         (
             Held("weights", _scaled(plan, plan.source.nbytes, dtype), Place.DEVICE),
-            Held("one pair's affinity", _COPIES * pair, Place.DEVICE),
+            Held("one pair's affinity", _COPIES * 4 * product, Place.DEVICE),
             spilling("all pairs of a run", largest, MEMORY_BYTES),
-            Held("a pair in fp64", 2 * pair, Place.MEMORY),
+            Held("a pair in fp64", 8 * pair, Place.MEMORY),
             PROCESS,
         ),
-        windows * shape.layers * seconds
+        windows * (shape.layers + mixtures) * seconds
         + sum(group_flops(shape, group) for group in groups) / rate,
     )
 

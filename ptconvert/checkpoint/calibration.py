@@ -23,17 +23,23 @@ class Assignment:
 
     `kv_heads` come with the query heads that read them; of linear attention they are its key heads,
     with their value heads. With fewer KV heads than tracks, heads are assigned contiguously
-    whatever it says. There are no `neurons` of a mixture of experts.
+    whatever it says. Of a mixture `neurons` are each expert's own (experts, neurons), and
+    `shared_neurons` those of the experts that all tokens go to, taken as one.
     """
 
     kv_heads: NDArray[np.int32]
     neurons: NDArray[np.int32]
+    shared_neurons: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+
+
+def in_order(size: tuple[int, ...]) -> NDArray[np.int32]:
+    """The dense model's own order of units; of each expert's (experts, neurons)."""
+    return np.broadcast_to(np.arange(size[-1], dtype=np.int32), size)
 
 
 def contiguous(shape: ModelShape, layer: int) -> Assignment:
     """The dense model's own order."""
-    units = shape.attention_units(layer), shape.neuron_units(layer)
-    return Assignment(*(np.arange(count, dtype=np.int32) for count in units))
+    return Assignment(**{of: in_order(size) for of, size in shape.orders_of(layer).items()})
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,12 @@ def read_orders(
         entry = checkpoint.tensors.get(name)
         order = np.zeros(0, np.int32)
         if entry is not None and (entry.shape, entry.dtype) == (size, ORDER_DTYPE):
-            order = np.frombuffer(read_tensor(entry), np.int32)
-        if not np.array_equal(np.sort(order), np.arange(size[0])):
+            order = np.frombuffer(read_tensor(entry), np.int32).reshape(size)
+        if not np.array_equal(np.sort(order), in_order(size)):
+            each = " for each expert" if len(size) > 1 else ""
             raise CheckpointError(
-                f"{checkpoint.path}: {name} must hold each number from 0 to {size[0] - 1} once"
+                f"{checkpoint.path}: {name} must hold each number from 0 to {size[-1] - 1} once"
+                f"{each}"
             )
         found.setdefault(layer, {})[of] = order
-    none = {"neurons": np.zeros(0, np.int32)}
-    return {layer: Assignment(**(none | orders)) for layer, orders in found.items()}
+    return {layer: Assignment(**orders) for layer, orders in found.items()}

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ptconvert.checkpoint.calibration import Assignment
-from ptconvert.checkpoint.writer import Indices, Target
-from ptconvert.models.families import Cut, TensorRule, common_name
+from ptconvert.checkpoint.writer import Indices, Target, length
+from ptconvert.models.families import ORDERS, Cut, TensorRule, common_name
 from ptconvert.models.shape import ModelShape, rows
 from ptconvert.schedule.schedule import Schedule
 
@@ -23,6 +22,7 @@ class Part:
     """A tensor of the converted checkpoint: what lies at some indices of the dense tensor's `axis`.
 
     They are in `pieces`, one after the other, where several projections are fused into the tensor.
+    In each expert's share of the tensor they are others where pieces have a row for each.
     `track` owns it; None where it is shared by all.
     """
 
@@ -36,7 +36,7 @@ class Part:
         """The indices of all pieces."""
         if len(self.pieces) == 1:
             return self.pieces[0]
-        return np.concatenate([np.asarray(piece, np.int32) for piece in self.pieces])
+        return np.concatenate([np.asarray(piece, np.int32) for piece in self.pieces], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class DenseTensor:
 
     def part_shape(self, part: Part) -> tuple[int, ...]:
         """The shape of one part."""
-        size = len(part.indices)
+        size = sum(map(length, part.pieces))
         return tuple(size if axis == part.axis else s for axis, s in enumerate(self.shape))
 
 
@@ -110,14 +110,14 @@ def _owned(
         if heads and shape.attention_units(layer) % tracks > 0:
             yield range(start, stop)  # whole heads, as copies
             continue
-        order = assignment.neurons if segment.cut is Cut.NEURONS else assignment.kv_heads
-        if not len(order):  # of a mixture of experts
-            yield range(start, stop)
-            continue
-        unit = shape.length(segment) // len(order)
-        units = order[(start - begin) // unit : (stop - begin) // unit, None]
-        indices: NDArray[np.int32] = (begin + units * unit + np.arange(unit)).ravel()
-        yield indices.astype(np.int32)
+        assert segment.cut is not None, f"{rule.name} has a segment that isn't cut beside others"
+        order = getattr(assignment, ORDERS[segment.cut])
+        if rule.expert is not None:
+            order = order[rule.expert]
+        unit = shape.length(segment) // order.shape[-1]
+        units = order[..., (start - begin) // unit : (stop - begin) // unit, None]
+        indices = begin + units * unit + np.arange(unit)
+        yield indices.reshape(*order.shape[:-1], -1).astype(np.int32)
 
 
 def place(tensors: Iterable[Target], shard_bytes: int) -> tuple[Target, ...]:

@@ -22,6 +22,8 @@ from ptconvert.models.families import (
     COUNTS,
     FAMILIES,
     MODEL_TYPE_PREFIX,
+    NEURONS,
+    ORDERS,
     Block,
     Family,
     guesses_of,
@@ -275,12 +277,11 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         if assigned:
             self.assignment = nn.Module()
             linear = family.block_of(Kind.ATTENTION, self.template) is family.linear
-            units = {"kv_heads": "linear_key_heads" if linear else "kv_heads"}
-            if not hasattr(getattr(self.template, family.mlp.name), "experts"):
-                units["neurons"] = "neurons"
-            own_config = config.per_layer_config[index]
-            for name, of in units.items():
-                order = torch.arange(getattr(own_config, COUNTS[of]), dtype=torch.int32)
+            count = COUNTS["linear_key_heads" if linear else "kv_heads"]
+            heads = getattr(config.per_layer_config[index], count)
+            sizes = {"kv_heads": (heads,), **_neurons(self.template, family, tracks)}
+            for name, size in sizes.items():
+                order = torch.arange(size[-1], dtype=torch.int32).expand(size).clone()
                 self.assignment.register_buffer(name, order)
 
     @property
@@ -321,6 +322,22 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         elif bias_D is not None:
             bias_D = multiplied(tracks[0], family, bias_D)
         return (*partials, *own, *guesses, bias_D)
+
+
+def _neurons(track: Any, family: Family, tracks: int) -> dict[str, tuple[int, ...]]:
+    """How many neurons a layer has on all tracks, by what an assignment calls their order: of
+    experts (experts, neurons)."""
+    found: dict[str, tuple[int, ...]] = {}
+    tensors = dict(track.named_parameters())
+    for rule in family.layer:
+        cut = rule.segments(rule.axis)[0].cut if rule.axes else None
+        if cut in NEURONS and rule.name in tensors:
+            size = tensors[rule.name].shape
+            own = size[rule.axis] // len(rule.segments(rule.axis))
+            found[ORDERS[cut]] = (
+                (*size[:1], own * tracks) if rule.is_of_experts else (own * tracks,)
+            )
+    return found
 
 
 def run_layer(

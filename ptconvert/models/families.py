@@ -26,6 +26,20 @@ class Cut(enum.Enum):
     KV_HEADS = "KV heads"
     LINEAR_HEADS = "linear attention's key heads, with their value heads"
     NEURONS = "FFN neurons"
+    SHARED_NEURONS = "neurons of the experts that all tokens go to"
+
+
+# By what is cut, what an assignment calls the order in which it goes to tracks.
+ORDERS = MappingProxyType(
+    {
+        Cut.HEADS: "kv_heads",
+        Cut.KV_HEADS: "kv_heads",
+        Cut.LINEAR_HEADS: "kv_heads",
+        Cut.NEURONS: "neurons",
+        Cut.SHARED_NEURONS: "shared_neurons",
+    }
+)
+NEURONS = (Cut.NEURONS, Cut.SHARED_NEURONS)
 
 
 @dataclass(frozen=True)
@@ -65,8 +79,8 @@ LATENT_KV = Axis("heads", "latent_kv_size", Cut.HEADS)  # a key without its posi
 LATENT_V = Axis("heads", "latent_value_size", Cut.HEADS)
 E = Axis("experts")
 EXPERT_N = Axis("expert_neurons", None, Cut.NEURONS)  # of each
-SHARED_N = Axis("shared_neurons", None, Cut.NEURONS)  # of the expert that all tokens go to
-SHARED_N_IN_ALL = Axis("shared_experts_neurons", None, Cut.NEURONS)  # of several as one
+SHARED_N = Axis("shared_neurons", None, Cut.SHARED_NEURONS)
+SHARED_N_IN_ALL = Axis("shared_experts_neurons", None, Cut.SHARED_NEURONS)  # of several as one
 # What the counts that are divided are called in a config.json, and in the classes that read one.
 COUNTS = MappingProxyType(
     {
@@ -116,7 +130,7 @@ class TensorRule:
     track's, but known to all: an output bias, which is added once, or the norm of what is merged.
     One that is `once` is added by its own module, so the first track has it and the others zeros.
     `apart` is how checkpoints may hold it: each expert ({}) by itself, and each of the fused
-    projections; or just by another name.
+    projections; or just by another name. What is one `expert`'s by itself says whose.
     """
 
     name: str
@@ -127,6 +141,7 @@ class TensorRule:
     of: str | None = None
     apart: tuple[str, ...] = ()
     unless: str | None = None
+    expert: int | None = None
 
     def stored(self, experts: int) -> Iterator[TensorRule]:
         """Its tensors where checkpoints hold it apart."""
@@ -138,7 +153,8 @@ class TensorRule:
             for expert in range(experts):
                 for name, segment in zip(self.apart, self.segments(self.axis), strict=True):
                     axes = (*self.axes[1 : self.axis], segment, *self.axes[self.axis + 1 :])
-                    yield replace(self, name=name.format(expert), axes=axes, apart=())
+                    own = replace(self, name=name.format(expert), axes=axes, apart=())
+                    yield replace(own, expert=expert)
 
     def segments(self, axis: int) -> tuple[Axis, ...]:
         """What follows each other along an axis; a scalar has no axis."""
@@ -155,6 +171,11 @@ class TensorRule:
     def is_cut(self) -> bool:
         """Whether each track has its own share, and no copy."""
         return any(segment.cut for segment in self.segments(self.axis))
+
+    @property
+    def is_of_experts(self) -> bool:
+        """Whether each expert has its own share of it."""
+        return self.is_cut and E in self.segments(0)
 
 
 @dataclass(frozen=True)

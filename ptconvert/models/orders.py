@@ -13,8 +13,5 @@ def order_tensors(
 ) -> Iterator[tuple[int, str, str, tuple[int, ...]]]:
     """Layer, field of Assignment, name and shape of each tensor that holds an assignment."""
     for layer in sorted(schedule.track_layers):
-        units = {"kv_heads": shape.attention_units(layer), "neurons": shape.neuron_units(layer)}
-        for of, size in units.items():
-            if not size:
-                continue
-            yield layer, of, f"{shape.layer(layer)}assignment.{of}", (size,)
+        for of, size in shape.orders_of(layer).items():
+            yield layer, of, f"{shape.layer(layer)}assignment.{of}", size

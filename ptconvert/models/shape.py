@@ -20,12 +20,12 @@ from ptconvert.models.families import (
     FULL,
     LINEAR,
     MODEL_TYPE_PREFIX,
+    NEURONS,
+    ORDERS,
     SIZES,
     UNSUPPORTED,
     Axis,
     Block,
-    Cut,
-    E,
     Family,
     Layer,
     TensorRule,
@@ -244,15 +244,21 @@ class ModelShape:
         """Whether a layer's MLP is a mixture of experts."""
         return EXPERTS in self.kinds[layer]
 
-    def neuron_units(self, layer: int) -> int:
-        """How many units of a layer's MLP can go to one track or another: neurons; none of a
-        mixture of experts, of each of which every track has an equal share in order."""
-        return 0 if self.is_mixture(layer) else self.neurons
+    def orders_of(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """What of a layer can go to one track or another, by what an assignment calls its order:
+        how many units; of experts (experts, neurons), as each one's neurons are shared out."""
+        found: dict[str, tuple[int, ...]] = {"kv_heads": (self.attention_units(layer),)}
+        for rule in self.rules_of(layer):
+            experts = (self.experts,) if rule.is_of_experts else ()
+            for segment in rule.segments(rule.axis):
+                if segment.cut in NEURONS:
+                    found[ORDERS[segment.cut]] = (*experts, int(getattr(self, segment.count)))
+        return found
 
     def routed_share(self, rule: TensorRule) -> float:
         """Which share of a tensor one token is multiplied with: of the experts those that it goes
         to."""
-        routed = (rule.is_cut or rule.once) and E in rule.segments(0)
+        routed = rule.is_of_experts or (rule.once and E in rule.segments(0))
         return self.active_experts / self.experts if routed else 1.0
 
     def passed_neurons(self, layer: int) -> int:
@@ -370,7 +376,7 @@ class ModelShape:
     def _neurons(self) -> Mapping[str, int]:
         """How many there are of each sort that is cut."""
         segments = (s for rules in self.rules.values() for r in rules for s in r.segments(r.axis))
-        names = dict.fromkeys(s.count for s in segments if s.cut is Cut.NEURONS)
+        names = dict.fromkeys(s.count for s in segments if s.cut in NEURONS)
         return {name: int(getattr(self, name)) for name in names}
 
     def spans(self, rule: TensorRule, track: int, tracks: int) -> list[tuple[int, int]]:

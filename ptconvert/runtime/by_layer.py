@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import ptconvert
 from ptconvert.checkpoint.reader import Checkpoint
-from ptconvert.models.families import Cut
+from ptconvert.models.families import NEURONS
 from ptconvert.models.shape import ModelShape
 from ptconvert.models.wrappers import layer_of
 
@@ -94,7 +94,7 @@ def reorderings(model: Any, shape: ModelShape, count: int) -> Iterator[None]:
             known = dict[str, dict[str, torch.Tensor]]()  # by what the neurons are counted by
             for rule in shape.rules_of(index):
                 segment = rule.segments(rule.axis)[0]
-                if segment.cut is not Cut.NEURONS:
+                if segment.cut not in NEURONS:
                     continue
                 name, tensor = rule.name.rsplit(".", 1)
                 module, segments = own.get_submodule(name), len(rule.segments(rule.axis))
