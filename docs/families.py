@@ -26,9 +26,11 @@ one track it is the source model, but for output biases, which all tracks wait f
 Of a mixture of experts each track has an equal share of the neurons of every expert, and a copy of
 the router, which it asks with what it reads itself: after `.` and `^k` tracks may choose other
 experts than each other, and `eval --text` says how often they choose others than the source. A
-checkpoint may hold experts apart or fused; the result is in the layout of its source. Assignment by
-affinity moves heads there, and leaves the experts' neurons in order. Output biases of experts
-(gpt-oss) are weighed by the router, so they are not common to all tracks: the first track has them.
+checkpoint may hold experts apart or fused; the result is in the layout of its source. With
+assignment by affinity each expert's neurons go to tracks by an order of their own, as many to each,
+and so do those of shared experts; the router stays.
+Output biases of experts (gpt-oss) are weighed by the router, so they are not common to all tracks:
+the first track has them.
 
 Where a model norms what a sublayer gives before it joins the stream (post-norm), the sum over
 tracks is what is normed. So `!` and `~k` are exact there too, and an all-reduce that takes several

@@ -177,6 +177,11 @@ class TensorRule:
         """Whether each expert has its own share of it."""
         return self.is_cut and E in self.segments(0)
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether a token passes it only of the experts that it goes to."""
+        return (self.is_cut or self.once) and E in self.segments(0)
+
 
 @dataclass(frozen=True)
 class Block:

@@ -258,8 +258,7 @@ class ModelShape:
     def routed_share(self, rule: TensorRule) -> float:
         """Which share of a tensor one token is multiplied with: of the experts those that it goes
         to."""
-        routed = rule.is_of_experts or (rule.once and E in rule.segments(0))
-        return self.active_experts / self.experts if routed else 1.0
+        return self.active_experts / self.experts if rule.is_routed else 1.0
 
     def passed_neurons(self, layer: int) -> int:
         """How many neurons a token passes in a layer's MLP."""
