@@ -85,7 +85,7 @@ def permuted(mlp: Any, order: Assignment) -> None:
 def test_an_order_is_the_source_with_its_neurons_moved(
     variant: str, tracks: int, make_dense: MakeDense, convert: Convert, tmp_path: Path
 ) -> None:
-    """Each expert's for itself; to the bit, and so under any schedule."""
+    """Each expert's for itself; to the bit, in either layout, and so under any schedule."""
     source, (ids_BS, keep_BS) = make_dense(variant), left_padded()
     known = orders(source, DEFERRED, tracks)
     moved = load(source)
@@ -96,6 +96,9 @@ def test_an_order_is_the_source_with_its_neurons_moved(
     by_hand = convert(tmp_path / "moved", tracks, DEFERRED)
     found = {n: t for n, t in tensors(path).items() if ".assignment." not in n}
     assert same(found, tensors(by_hand))
+    source_fused = fused(source, tmp_path / "fused")
+    path_fused = convert(source_fused, tracks, DEFERRED, AFFINITY, calibration=known)
+    assert same(load(path_fused).state_dict(), load(path).state_dict())
     with torch.no_grad():
         ours, theirs, in_order = (
             load(p)(input_ids=ids_BS, attention_mask=keep_BS).logits
@@ -246,6 +249,22 @@ def test_neurons_and_heads_that_belong_together_are_found(
             assert (halves_of == halves_of[:, :, :1]).all()
             sides |= {tuple(side) for side in halves_of[:, :, 0].tolist()}
     assert sides in ({(0, 1)}, {(1, 0)})
+
+
+def test_each_expert_keeps_its_balance(make_dense: MakeDense) -> None:
+    """Where all neurons of one would rather be on the first track, and of another on the second."""
+    shape = shape_at(make_dense("qwen3_moe"))
+    heads, neurons = (
+        affinity.Units(Sublayer(0, kind), of)
+        for kind, of in ((Kind.ATTENTION, "kv_heads"), (Kind.MLP, "neurons"))
+    )
+    found = np.random.default_rng(0).random((4, 4, 32)).astype(np.float32)  # heads, experts, own
+    found[:2, :2] += 5
+    found[2:, 2:] += 5
+    owners, before, after = affinity.assign(shape, {(heads, neurons): found.reshape(4, -1)}, 2)
+    assert after < before
+    assert (owners[neurons].reshape(4, 32).sum(1) == 16).all()
+    assert owners[neurons].reshape(4, 2, 16).sum(2).tolist() != [[0, 16]] * 4  # they moved
 
 
 def test_pairs_with_experts_are_with_attention(make_dense: MakeDense) -> None:
