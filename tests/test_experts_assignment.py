@@ -297,3 +297,33 @@ def test_a_dry_run_counts_them(make_dense: MakeDense, monkeypatch: pytest.Monkey
     assert held["all pairs of a run"] == 4 * heads * experts * neurons
     assert held["one pair's affinity"] == 5 * 4 * 48 * channels  # of the one layer that has an MLP
     assert phase.seconds == pytest.approx(4 * (6 + 5))  # five layers' experts run twice
+
+
+def test_activities_of_experts_with_biases(make_dense: MakeDense) -> None:
+    """GPT-OSS's, whose gate and up channels lie side by side: what a neuron writes is what the
+    output loses without it."""
+    model, shape = load(make_dense("gpt_oss")), shape_at(make_dense("gpt_oss"))
+    (units,) = affinity.units_of(shape, Sublayer(3, Kind.MLP))
+    ids_NT = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
+    inputs: list[torch.Tensor] = []
+    mlp = model.model.layers[3].mlp
+    hook = mlp.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    seen = affinity.observe(model, shape, [units], 2, ids_NT, quiet)[units]
+    hook.remove()
+    x_NTD = torch.cat(inputs).clone()
+
+    def out() -> torch.Tensor:
+        found = mlp(x_NTD)
+        whole: torch.Tensor = found[0] if isinstance(found, tuple) else found
+        return whole
+
+    with torch.no_grad():
+        whole = out()
+        for expert, activity in enumerate(seen):
+            kept = mlp.experts.down_proj[expert, 5].clone()
+            mlp.experts.down_proj[expert, 5] = 0
+            lost = (whole - out()).pow(2).sum()
+            mlp.experts.down_proj[expert, 5] = kept
+            wrote = activity.written[5, 0, 0] * kept.pow(2).sum()
+            torch.testing.assert_close(wrote, lost, rtol=1e-3, atol=1e-9)
+            assert activity.passed < activity.tokens == 64

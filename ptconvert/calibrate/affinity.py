@@ -190,13 +190,15 @@ def _routed(layer: Any, reads: TensorRule, activities: Sequence[Activity]) -> An
     """A hook before a module of experts. All they do is one function of fused tensors, in which no
     hook could see what neurons give; so each expert's are computed again, by transformers' own
     gate, from what is given to the module."""
+    biases_ER = dict(layer.named_parameters()).get(f"{reads.name}_bias")  # as transformers names it
 
     def hook(experts: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         x_PD, chosen_PK, weights_PK = (given.flatten(0, -2) for given in inputs)
         for expert, activity in enumerate(activities):
             tokens, places = torch.where(chosen_PK == expert)
+            bias_R = None if biases_ER is None else biases_ER[expert]
             if len(tokens):
-                out_PR = nn.functional.linear(x_PD[tokens], _rows(layer, reads, expert))
+                out_PR = nn.functional.linear(x_PD[tokens], _rows(layer, reads, expert), bias_R)
                 activity.add_read(reads.name, out_PR)
                 h_PN = experts._apply_gate(out_PR)
                 activity.add_written(h_PN * weights_PK[tokens, places, None])

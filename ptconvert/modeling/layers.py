@@ -332,8 +332,11 @@ def _neurons(track: Any, family: Family, tracks: int) -> dict[str, tuple[int, ..
     for rule in family.layer:
         cut = rule.segments(rule.axis)[0].cut if rule.axes else None
         if cut in NEURONS and rule.name in tensors:
+            segments = rule.segments(rule.axis)
+            if any(segment.unit is not None for segment in segments):
+                continue  # counts more than neurons; another counts them
             size = tensors[rule.name].shape
-            own = size[rule.axis] // len(rule.segments(rule.axis))
+            own = size[rule.axis] // len(segments)
             found[ORDERS[cut]] = (
                 (*size[:1], own * tracks) if rule.is_of_experts else (own * tracks,)
             )

@@ -530,6 +530,7 @@ _MIXED_DEFAULTS = {
 
 
 _GEMMA_DEFAULTS = _defaults(num_key_value_heads=4, head_dim=256, tie_word_embeddings=True)
+_GEMMA4_DEFAULTS = _defaults(**_GEMMA_DEFAULTS, num_global_key_value_heads=4, global_head_dim=256)
 _SHARED_KEYS = MappingProxyType({"num_kv_shared_layers": "its layers share keys and values"})
 _GEMMA4 = Family(
     "gemma4_text",
@@ -541,7 +542,7 @@ _GEMMA4 = Family(
         *_MLP,
         TensorRule("layer_scalar", (ONE,), common=True),
     ),
-    _defaults(**_GEMMA_DEFAULTS, hidden_size_per_layer_input=256),
+    _defaults(**_GEMMA4_DEFAULTS, hidden_size_per_layer_input=256),
     attention=_GEMMA_ATTENTION,
     mlp=_GEMMA_MLP,
     scalar="layer_scalar",
@@ -747,7 +748,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 _GEMMA4,
                 model_type="gemma4_unified_text",
                 prefix="Gemma4Unified",
-                defaults=_GEMMA_DEFAULTS,
+                defaults=_GEMMA4_DEFAULTS,
                 refused=_SHARED_KEYS,
             ),
             Family(
