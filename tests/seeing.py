@@ -237,10 +237,12 @@ def under_todays_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
         "language_model.lm_head.": "lm_head.",
         "vision_tower.": "model.vision_tower.",
         "multi_modal_projector.": "model.multi_modal_projector.",
-        "model.vision_embedder.": "model.embed_vision.",
-        "model.embed_vision.embedding_": "model.embed_vision.multimodal_embedder.embedding_",
     }
     found = dict(tensors)
+    if any(name.startswith("model.vision_embedder.") for name in found):
+        older["model.vision_embedder."] = "model.embed_vision."
+        within = "model.embed_vision.multimodal_embedder.embedding_"
+        older["model.embed_vision.embedding_"] = within
     for begins, today in older.items():
         for name in [name for name in found if name.startswith(begins)]:
             found[today + name.removeprefix(begins)] = found.pop(name)
