@@ -31,7 +31,7 @@ _TRACK = re.compile(r"\.tracks\.(\d+)\.")
 RENAMED = {
     **{
         re.compile(rf"^(model\.layers\.\d+)\.{re.escape(bias)}$"): rf"\1.common.{common_name(bias)}"
-        for bias in sorted({r.name for f in FAMILIES.values() for r in f.layer if r.common})
+        for bias in sorted({r.name for f in FAMILIES.values() for r in f.layer if r.is_common_bias})
     },
     re.compile(r"^(model\.layers\.\d+)\.tracks\."): r"\1.parts.",
     re.compile(r"^(model\.layers\.\d+)\.(?!parts\.|common\.|assignment\.)"): rf"\1.parts.{WHOLE}.",

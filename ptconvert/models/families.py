@@ -178,6 +178,11 @@ class TensorRule:
         return self.is_cut and E in self.segments(0)
 
     @property
+    def is_common_bias(self) -> bool:
+        """Whether it is an output bias that all tracks know: of what they know, no norm."""
+        return self.common and self.name.endswith(".bias")
+
+    @property
     def is_routed(self) -> bool:
         """Whether a token passes it only of the experts that it goes to."""
         return (self.is_cut or self.once) and E in self.segments(0)
