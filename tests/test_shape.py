@@ -133,7 +133,7 @@ def test_query_heads_stay_with_their_kv_head() -> None:
         for t in range(tracks):
             (queries,) = shape.spans(rules["self_attn.q_proj.weight"], t, tracks)
             (keys,) = shape.spans(rules["self_attn.k_proj.weight"], t, tracks)
-            group = shape.query_width // shape.kv_heads
+            group = shape.heads * shape.head_size // shape.kv_heads
             wanted = queries[0] // group, (queries[1] - 1) // group
             assert (keys[0] // shape.head_size, (keys[1] - 1) // shape.head_size) == wanted
 

@@ -17,7 +17,6 @@ Memory, beside the model's, for n tracks:
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +25,13 @@ from typing import Any
 import torch
 
 from ptconvert.calibrate.regression import Affine, Fit, Moments, best, fits
-from ptconvert.calibrate.streams import Batch, batches, dense_reaches
+from ptconvert.calibrate.streams import Batch, dense_reaches, fitted_by_stage
 from ptconvert.measure.progress import Progress
 from ptconvert.modeling.executor import PerTrack, Update
 from ptconvert.modeling.layers import apply_norm
 from ptconvert.models.families import Family, guesses_of
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.lower import Step
-from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Sublayer
 
 NEARLY_ALL = 0.95  # of the gain of the largest rank, for which a smaller one is taken
@@ -72,29 +70,17 @@ def fit_guesses(
     what it would repair is merged while it is in flight.) `rank` is the largest; `scratch` is the
     directory for streams that memory is not to hold. Raises EvaluationError.
     """
-    schedule: Schedule = decoder.layers.schedule
-    program = schedule.program
-    guessing = [step.index for step in program if step.keeps_own]
-    given = list(batches(decoder, ids_NT, scratch))
-    found = []
-    for step in program[: guessing[-1] + 1]:
-        progress("fitting guesses", step.index, guessing[-1] + 1)
-        fitted = list[Fitted]()
-        if step.keeps_own:
-            behind = not step.launches and dense_reaches(decoder.layers, step.index, given)
-            for batch in given:
-                batch.keep_stage(step)
-            for place in range(len(step.sublayers)):
-                lacks = behind and place == len(step.sublayers) - 1
-                fitted.append(_fit_sublayer(decoder, step, place, given, lacks, rank))
-        for batch in given:
-            view, updates = batch.stage(step)
-            for f, update in zip(fitted, updates, strict=bool(fitted)):
-                _add_guesses(decoder, f, view, update)
-            total = functools.reduce(operator.add, updates)
-            batch.end(step, total, decoder.layers.waiting_weight)
-        found += fitted
-    return found
+
+    def fit(step: Step, given: Sequence[Batch]) -> list[Fitted]:
+        behind = not step.launches and dense_reaches(decoder.layers, step.index, given)
+        last = len(step.sublayers) - 1
+        return [
+            _fit_sublayer(decoder, step, place, given, behind and place == last, rank)
+            for place in range(last + 1)
+        ]
+
+    use = functools.partial(_add_guesses, decoder)
+    return fitted_by_stage(decoder, ids_NT, "guesses", progress, scratch, fit, use)
 
 
 def _fit_sublayer(

@@ -7,18 +7,16 @@ c = <whole, own> / <own, own> errs least, squared. Shapes: B windows, T tokens, 
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ptconvert.calibrate.streams import Batch, batches
+from ptconvert.calibrate.streams import Batch, fitted_by_stage
 from ptconvert.measure.progress import Progress
-from ptconvert.modeling.executor import PerTrack
+from ptconvert.modeling.executor import PerTrack, Update
 from ptconvert.models.families import guesses_of
 from ptconvert.schedule.lower import Step
 from ptconvert.schedule.stages import Sublayer
@@ -42,26 +40,14 @@ def fit_scales(
     sublayer after sublayer, each on the streams that those before it leave. `scratch` is the
     directory for streams that memory is not to hold. Raises EvaluationError.
     """
-    program = decoder.layers.schedule.program
-    keeping = [step.index for step in program if step.keeps_own]
-    given = list(batches(decoder, ids_NT, scratch))
-    found = []
-    for step in program[: keeping[-1] + 1]:
-        progress("fitting scales", step.index, keeping[-1] + 1)
-        fitted = list[Scaled]()
-        if step.keeps_own:
-            for batch in given:
-                batch.keep_stage(step)
-            places = range(len(step.sublayers))
-            fitted = [_fit(decoder, step, place, given) for place in places]
-        for batch in given:
-            _, updates = batch.stage(step)
-            for f, (place, update) in zip(fitted, enumerate(updates), strict=bool(fitted)):
-                updates[place] = replace(update, own=_rescaled(decoder, f, update.kept))
-            total = functools.reduce(operator.add, updates)
-            batch.end(step, total, decoder.layers.waiting_weight)
-        found += fitted
-    return found
+
+    def fit(step: Step, given: Sequence[Batch]) -> list[Scaled]:
+        return [_fit(decoder, step, place, given) for place in range(len(step.sublayers))]
+
+    def use(fitted: Scaled, _: PerTrack, update: Update) -> None:
+        update.own = _rescaled(decoder, fitted, update.kept)
+
+    return fitted_by_stage(decoder, ids_NT, "scales", progress, scratch, fit, use)
 
 
 def _fit(decoder: Any, step: Step, place: int, given: Sequence[Batch]) -> Scaled:

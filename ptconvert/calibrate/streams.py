@@ -7,14 +7,16 @@ Shapes: B windows, T tokens, D width.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
+from ptconvert.measure.progress import Progress
 from ptconvert.modeling.executor import (
     OneProcess,
     PerTrack,
@@ -31,6 +33,7 @@ HELD_OUT = 5  # each such batch judges what is fitted on the others
 BATCH_TOKENS = 4096
 
 Keep = Callable[[torch.Tensor], torch.Tensor]
+T = TypeVar("T")
 
 
 @dataclass
@@ -118,6 +121,41 @@ class Batch:
 
     def _at_hand(self, streams: Streams) -> Streams:
         return _moved(streams, self.to_device)
+
+
+def fitted_by_stage(
+    decoder: Any,
+    ids_NT: torch.Tensor,
+    what: str,
+    progress: Progress,
+    scratch: Path | None,
+    fit: Callable[[Step, Sequence[Batch]], list[T]],
+    use: Callable[[T, PerTrack, Update], None],
+) -> list[T]:
+    """What is fitted on windows of token ids after each stage from which tracks go on with their
+    own partials, one thing for each of its sublayers, in order.
+
+    `fit` is given batches that keep the stage; `use` puts what was fitted, of what tracks read,
+    into a sublayer's update, for the stages that follow. `scratch` is as for `batches`.
+    """
+    program = decoder.layers.schedule.program
+    last = max(step.index for step in program if step.keeps_own)
+    given, found = list(batches(decoder, ids_NT, scratch)), list[T]()
+    for step in program[: last + 1]:
+        progress(f"fitting {what}", step.index, last + 1)
+        fitted = list[T]()
+        if step.keeps_own:
+            for batch in given:
+                batch.keep_stage(step)
+            fitted = fit(step, given)
+        for batch in given:
+            view, updates = batch.stage(step)
+            for one, update in zip(fitted, updates, strict=bool(fitted)):
+                use(one, view, update)
+            total = functools.reduce(operator.add, updates)
+            batch.end(step, total, decoder.layers.waiting_weight)
+        found += fitted
+    return found
 
 
 def batches(decoder: Any, ids_NT: torch.Tensor, scratch: Path | None) -> Iterator[Batch]:

@@ -69,12 +69,12 @@ class Update:
         """The same of sublayers that give so many times as much."""
 
         def scaled(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-            return [tensor * factor.to(tensor.device) for tensor in tensors]
+            return [_times(tensor, factor) for tensor in tensors]
 
         return Update(
             # what is normed has its factor afterwards
             self.partials if self.normed else scaled(self.partials),
-            None if self.common is None else scaled([self.common])[0],
+            None if self.common is None else _times(self.common, factor),
             None if self.guesses is None else scaled(self.guesses),
             None if self.own is None else scaled(self.own),
             times(self.normed, factor),
@@ -95,11 +95,7 @@ def times(normed: tuple[Normed, ...], factor: torch.Tensor) -> tuple[Normed, ...
     """What joins the stream, so many times."""
 
     def of(norm: Normed) -> Normed:
-        def joins(sum_BSD: torch.Tensor) -> torch.Tensor:
-            normed_BSD = norm(sum_BSD)
-            return normed_BSD * factor.to(normed_BSD.device)
-
-        return joins
+        return lambda sum_BSD: _times(norm(sum_BSD), factor)
 
     return tuple(of(norm) for norm in normed)
 
@@ -124,7 +120,7 @@ class Bucket:
             None if update is None else update.times(factor) for update in (self.shown, self.hidden)
         )
         if self.common is not None:
-            self.common = self.common * factor.to(self.common.device)
+            self.common = _times(self.common, factor)
         if self.wait is not None and not self.normed:
             self.wait = functools.partial(_waited, self.wait, factor)
         self.normed = times(self.normed, factor)
@@ -205,8 +201,7 @@ class Streams:
         that are complete with a stage."""
         for layer in step.completes:
             if (factor := scalar(layer)) is not None:
-                base_BSD = self.settled()
-                self.base = base_BSD * factor.to(base_BSD.device)
+                self.base = _times(self.settled(), factor)
                 for bucket in self.buckets.values():
                     bucket.scale(factor)
 
@@ -314,8 +309,12 @@ def run_program(
 
 
 def _waited(wait: Callable[[], torch.Tensor], factor: torch.Tensor) -> torch.Tensor:
-    sum_BSD = wait()
-    return sum_BSD * factor.to(sum_BSD.device)
+    return _times(wait(), factor)
+
+
+def _times(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """The product, on the tensor's device."""
+    return tensor * factor.to(tensor.device)
 
 
 def _already(reduced_BSD: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -8,11 +8,11 @@ its own heads. Nothing else in the package names a family, one of its tensors or
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from ptconvert.models.gemma4 import FULL_EVERY, gemma4_config
+from ptconvert.models.gemma4 import gemma4_config
 from ptconvert.schedule.stages import Kind
 
 MODEL_TYPE_PREFIX = "ptconvert_"  # of a converted model's type, before its family's
@@ -231,8 +231,9 @@ class Family:
     are mixtures of them, but where one of the keys `dense` says that a layer has one. With
     `layer_more` checkpoints hold a layer after the last, which predicts further tokens; it comes
     along. With `parallel` attention and MLP of a layer are side by side: both read what enters it.
-    `own_keys` gives a config.json in the keys that are read here, where others say the same. One in
-    which a key of `refused` says anything but no is refused, for that reason.
+    `own_keys` gives a config.json in the keys that are read here, where others say the same, by it
+    and the layers with full attention, of those with two kinds. One in which a key of `refused`
+    says anything but no is refused, for that reason.
     """
 
     model_type: str
@@ -248,7 +249,9 @@ class Family:
     kinds: tuple[str, str] = (FULL, LINEAR)
     full_every: str | int | None = None
     last_full: bool = False
-    own_keys: Callable[[Mapping[str, object]], Mapping[str, object]] = dict
+    own_keys: Callable[[Mapping[str, object], Sequence[int]], Mapping[str, object]] = (
+        lambda config, _: config
+    )
     refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     experts: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
@@ -552,7 +555,7 @@ _GEMMA4 = Family(
     mlp=_GEMMA_MLP,
     scalar="layer_scalar",
     kinds=(FULL, SLIDING),
-    full_every=FULL_EVERY,
+    full_every=6,
     last_full=True,
     base_model="TextModel",
     decoder_layer="TextDecoderLayer",

@@ -145,11 +145,6 @@ class ModelShape:
         return 2 * self.linear_value_heads // self.linear_key_heads
 
     @property
-    def query_width(self) -> int:
-        """Channels of all query heads."""
-        return self.heads * self.head_size
-
-    @property
     def kv_width(self) -> int:
         """Channels of all keys, and of all values."""
         return self.kv_heads * self.head_size
@@ -412,10 +407,6 @@ class ModelShape:
         wrapper = wrapper_of(config["model_type"])
         config = language_config(config)
         family = _family(config, wrapper, where)
-        try:
-            config = family.own_keys(config)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
 
         def size(key: str, otherwise: int | None = None, most: int = _MAX_SIZE) -> int:
             value = config.get(key, family.defaults.get(key))
@@ -434,6 +425,10 @@ class ModelShape:
             every = family.full_every
             every = size(every) if isinstance(every, str) else every
             attention = _kinds(family, config.get("layer_types"), layers, every, where)
+        try:
+            config = family.own_keys(config, [i for i in range(layers) if attention[i] == FULL])
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
         kinds = tuple(
             frozenset(filter(None, pair))
             for pair in zip(attention, _mlps(family, config, layers, where), strict=True)
