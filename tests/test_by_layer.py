@@ -73,7 +73,8 @@ def test_by_layer_is_the_model(
 ) -> None:
     path = convert(make_dense(variant), 4, SCHEDULES["mixed"])
     ids_BS, _ = left_padded()
-    with torch.inference_mode(), opened_by_layer(path, dtype, "cpu") as model:
+    model = opened_by_layer(path, dtype, "cpu")
+    with torch.inference_mode():
         found = model(ids_BS).logits
         assert all(p.is_meta for p in model.model.layers.parameters())
         attention = model.config._attn_implementation

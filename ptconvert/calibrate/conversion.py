@@ -26,6 +26,7 @@ from ptconvert.measure.opening import open_model
 from ptconvert.measure.progress import Progress
 from ptconvert.measure.windows import DEFAULT_LENGTH, Windows, positions, windows_for
 from ptconvert.models.shape import DTYPE_BYTES, TORCH_NAMES, ModelShape
+from ptconvert.runtime.load import shape_of
 from ptconvert.spec.document import Spec
 
 DEFAULT_TOKENS = 65536
@@ -182,7 +183,7 @@ def calibrate(
     `calibration_dtype`). Raises PTConvertError.
     """
     _check_windows(spec, len(windows.ids), windows.length)
-    shape = ModelShape.from_config(source.config, str(source.path / "config.json"))
+    shape = shape_of(source)
     ids_NT = windows.ids[:, :-1]
     dtype = calibration_dtype(source, shape, dtype, device)
     case = Case(source, spec, shape, ids_NT, dtype, device, scratch, progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -11,7 +11,7 @@ from ptconvert.checkpoint.layout import DenseTensor
 from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, same_bytes
 from ptconvert.errors import CheckpointError, ConfigError
 from ptconvert.models.families import CARRIED_BUFFERS
-from ptconvert.models.shape import DTYPE_BYTES, HEAD, ModelShape, is_tied
+from ptconvert.models.shape import DTYPE_BYTES, ELEMENT_BYTES, HEAD, ModelShape, is_tied
 from ptconvert.models.wrappers import OPTIONAL, TIED, embedding_name, opened_by
 from ptconvert.shorten import few
 
@@ -118,16 +118,18 @@ def check_tensors(
     checkpoint: Checkpoint,
     expected: Mapping[str, tuple[int, ...]],
     shape: ModelShape,
+    quantised: Set[str] = frozenset(),
     orders: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> list[TensorEntry]:
-    """The tensors to carry along as they are, beside the expected ones. `orders` were checked.
+    """The tensors to carry along as they are, beside the expected ones. Of these the `quantised`
+    may be of any dtype; `orders` were checked.
 
     Raises CheckpointError for tensors missing, unexpected, or of another shape than config.json
     says, or of a dtype that can't be converted.
     """
     others = {n: t for n, t in checkpoint.tensors.items() if n not in expected and n not in orders}
     extras = [entry for entry in others.values() if _is_extra(entry, shape)]
-    faults = list(_faults(checkpoint, expected))
+    faults = list(_faults(checkpoint, expected, quantised))
     for begin in shape.wrapper.around if shape.wrapper else ():
         if begin not in OPTIONAL and not any(e.name.startswith(begin) for e in extras):
             faults.append(f"{begin}* is missing")
@@ -161,14 +163,16 @@ def _is_extra(entry: TensorEntry, shape: ModelShape) -> bool:
     return (tied or buffer) and entry.dtype in DTYPE_BYTES
 
 
-def _faults(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+def _faults(
+    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], quantised: Set[str]
+) -> Iterator[str]:
     for name, size in expected.items():
         entry = checkpoint.tensors.get(name)
         if entry is None:
             yield f"{name} is missing"
         elif entry.shape != size:
             yield f"{name} has shape {list(entry.shape)}, not {list(size)}"
-        elif entry.dtype not in DTYPE_BYTES:
+        elif entry.dtype not in (ELEMENT_BYTES if name in quantised else DTYPE_BYTES):
             yield f"{name} is {entry.dtype}, not {' or '.join(DTYPE_BYTES)}"
 
 

@@ -23,13 +23,15 @@ class Part:
 
     They are in `pieces`, one after the other, where several projections are fused into the tensor.
     In each expert's share of the tensor they are others where pieces have a row for each.
-    `track` owns it; None where it is shared by all.
+    `track` owns it; None where it is shared by all. With `values` it holds these, and nothing of
+    the dense tensor's.
     """
 
     name: str
     track: int | None
     axis: int
     pieces: tuple[Indices, ...]
+    values: tuple[int, ...] | None = None
 
     @property
     def indices(self) -> Indices:
@@ -44,11 +46,14 @@ class DenseTensor:
     """A tensor of the dense checkpoint, and the parts that hold it in the converted one.
 
     Pieces that cover the same indices are copies of each other; the others share the axis out.
+    One of what a `quantised` weight is kept as may be of any dtype; with `values` it holds these.
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    quantised: bool = False
+    values: tuple[int, ...] | None = None
 
     def part_shape(self, part: Part) -> tuple[int, ...]:
         """The shape of one part."""
@@ -71,25 +76,39 @@ def dense_tensors(
     """
     tracked = schedule.track_layers
     rules = {shape.layer(i) + r.name: (i, r) for i in tracked for r in shape.stored_of(i)}
+    quantised = {
+        (shape.layer(layer) if layer is not None else "") + rule.name
+        for layer, kept in shape.quantised.items()
+        for rule in kept
+        if rule.kept is not None
+    }
     for name, size in shape.tensors():
         if name not in rules:
-            yield DenseTensor(name, size, (Part(name, None, 0, (range(rows(size)),)),))
+            kept = name in quantised
+            yield DenseTensor(name, size, (Part(name, None, 0, (range(rows(size)),)),), kept)
             continue
         layer, rule = rules[name]
         if rule.common:
             common = f"{shape.layer(layer)}common.{common_name(rule.name)}"
             yield DenseTensor(name, size, (Part(common, None, 0, (range(rows(size)),)),))
             continue
+        begins = [f"{shape.layer(layer)}tracks.{t}." for t in range(1 if rule.once else tracks)]
+        if rule.told is not None:
+            told = tuple(shape.told(rule, tracks))
+            own = (range(len(told)),)
+            parts = tuple(Part(b + rule.name, t, 0, own, told) for t, b in enumerate(begins))
+            yield DenseTensor(name, size, parts, True, tuple(shape.told(rule, 1)))
+            continue
         parts = tuple(
             Part(
-                f"{shape.layer(layer)}tracks.{track}.{rule.name}",
+                before + rule.name,
                 track,
                 rule.axis,
                 tuple(_owned(shape, layer, rule, track, tracks, assignments.get(layer))),
             )
-            for track in range(1 if rule.once else tracks)
+            for track, before in enumerate(begins)
         )
-        yield DenseTensor(name, size, parts)
+        yield DenseTensor(name, size, parts, rule.kept is not None)
 
 
 def _owned(
@@ -105,18 +124,19 @@ def _owned(
     if assignment is None or not rule.is_cut:
         yield from (range(start, stop) for start, stop in spans)
         return
-    for (segment, begin), (start, stop) in zip(shape.segments(rule), spans, strict=True):
+    for (segment, begin), span in zip(shape.segments(rule), spans, strict=True):
         heads = segment.cut in (Cut.HEADS, Cut.KV_HEADS)
         if heads and shape.attention_units(layer) % tracks > 0:
-            yield range(start, stop)  # whole heads, as copies
+            yield range(*span)  # whole heads, as copies
             continue
         assert segment.cut is not None, f"{rule.name} has a segment that isn't cut beside others"
         order = getattr(assignment, ORDERS[segment.cut])
         if rule.expert is not None:
             order = order[rule.expert]
-        unit = shape.length(segment) // order.shape[-1]
-        units = order[..., (start - begin) // unit : (stop - begin) // unit, None]
-        indices = begin + units * unit + np.arange(unit)
+        unit = shape.length(segment) // order.shape[-1] // rule.per
+        start, stop = (place - begin // rule.per for place in span)
+        units = order[..., start // unit : stop // unit, None]
+        indices = begin // rule.per + units * unit + np.arange(unit)
         yield indices.reshape(*order.shape[:-1], -1).astype(np.int32)
 
 

@@ -27,6 +27,7 @@ from ptconvert.models.shape import ELEMENT_BYTES
 # experts (an index of its first axis each) these of every one, or a row for each.
 Indices = range | NDArray[np.int32]
 THREADS = 2
+_MAX_ITEM = 64  # bytes of what moves as one column
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,8 @@ def copy_moves(
         copier = _Copier(sources, targets, handles, digests)
 
         def carry_out(group: list[Move]) -> None:
-            inner = group[0].axis == len(sources[group[0].source].shape) - 1
-            by_rows = group[0].axis == 0 or not inner
+            axis, source = group[0].axis, sources[group[0].source]
+            by_rows = axis == 0 or source.nbytes > _MAX_ITEM * math.prod(source.shape[: axis + 1])
             rows = (nbytes for move in group for nbytes in copier.rows(move))
             for nbytes in rows if by_rows else copier.columns(group):
                 progress(nbytes)
@@ -236,31 +237,38 @@ class _Copier:
 
     def columns(self, group: list[Move]) -> Iterator[int]:
         """Columns between one wide tensor and its narrow parts, a block of rows at a time; the rows
-        of a block are in one group."""
+        of a block are in one group. A column has what lies behind its axis, of a row."""
+        axis = group[0].axis
         read = {m.source: self.sources[m.source] for m in group}
         write = {m.target: self.targets[m.target] for m in group}
-        widths = {e.name: e.shape[-1] for e in (*read.values(), *write.values())}
+        widths = {e.name: e.shape[axis] for e in (*read.values(), *write.values())}
         widest, one = max(widths.values()), next(iter(read.values()))
-        rows = one.count // one.shape[-1] // (groups := max(m.groups for m in group))
-        itemsize = one.nbytes // one.count
+        rows = math.prod(one.shape[:axis]) // (groups := max(m.groups for m in group))
+        itemsize = one.nbytes // math.prod(one.shape[: axis + 1])
+        kind = f"u{itemsize}" if itemsize in (1, 2, 4, 8) else f"V{itemsize}"
         step = min(rows, max(1, BLOCK_BYTES // (widest * itemsize)))
-        buffers = {name: np.empty((step, width), f"u{itemsize}") for name, width in widths.items()}
+        buffers = {name: np.empty((step, width), kind) for name, width in widths.items()}
         for number, start in itertools.product(range(groups), range(0, rows, step)):
             count, first = min(step, rows - start), number * rows + start
             for name, source in read.items():
                 block = buffers[name][:count]
                 offset = first * block.shape[1] * itemsize
-                read_into(self.handles[source.file], block.data.cast("B"), source, offset)
-                self.digests.update(name, None, block.data.cast("B"))
+                read_into(self.handles[source.file], _bytes(block), source, offset)
+                self.digests.update(name, None, _bytes(block))
             for move in group:
                 take, put = (_selector(of_group(i, number)) for i in (move.take, move.put))
                 buffers[move.target][:count, put] = buffers[move.source][:count, take]
             for name, target in write.items():
                 block = buffers[name][:count]
                 offset = target.offset + first * block.shape[1] * itemsize
-                self.digests.update(None, name, block.data.cast("B"))
-                _write(self.handles[target.file], block.data.cast("B"), offset)
+                self.digests.update(None, name, _bytes(block))
+                _write(self.handles[target.file], _bytes(block), offset)
                 yield block.nbytes
+
+
+def _bytes(block: NDArray[Any]) -> memoryview:
+    """An array's own bytes, whatever its elements."""
+    return block.view(np.uint8).data.cast("B")
 
 
 def _selector(indices: Indices) -> slice | NDArray[np.int32]:

@@ -38,6 +38,13 @@ from ptconvert.checkpoint.inventory import (
     weights_dtype,
 )
 from ptconvert.checkpoint.layout import SHARED, DenseTensor, Part, dense_tensors, place, track_stem
+from ptconvert.checkpoint.quantised import (
+    as_stored,
+    check_undoable,
+    check_values,
+    converted_quantization,
+    with_quantised,
+)
 from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, same_bytes
 from ptconvert.checkpoint.section import (
     MODELING_FILE,
@@ -92,8 +99,8 @@ class Plan:
     are the tensors of the converted checkpoint that hold the source's and what is around it, in
     order, and `digest` what they must have (going to dense). `replicas` of one must hold the same
     (likewise).
-    `computed` are tensors of the result that come from no source tensor, for the compensations of
-    these values.
+    `computed` are tensors of the result that come from no source tensor: of quantised weights what
+    says how large they are, and what the compensations of these values need.
     A plan is `complete` unless it lacks what its spec wants to be computed from a text.
     """
 
@@ -187,16 +194,26 @@ def plan_conversion(
     spec = _spec_for(checkpoint, shape, spec)
     spec.check(shape)
     schedule = spec.schedule(shape.family.parallel)
+    shape = with_quantised(shape, checkpoint)
+    if reason := shape.misaligned(spec.tracks, schedule.track_layers):
+        raise SpecError([f"{spec.name}:{spec.lines['tracks']}: {reason}"])
+    check_undoable(shape, checkpoint, spec.tracks, schedule.track_layers)
     known = calibration or Calibration()
     known = replace(known, values={**most(shape, schedule, spec), **known.values})
     tensors = list(dense_tensors(shape, schedule, spec.tracks, known.assignments))
-    extras = check_tensors(checkpoint, {t.name: t.shape for t in tensors}, shape)
+    quantised = {t.name for t in tensors if t.quantised}
+    extras = check_tensors(checkpoint, {t.name: t.shape for t in tensors}, shape, quantised)
     targets, moves = list[Target](), list[Move]()
+    told: dict[str, NDArray[Any]] = {}
     for tensor in tensors:
-        dtype = checkpoint.tensors[tensor.name].dtype
+        entry = checkpoint.tensors[tensor.name]
+        check_values(entry, tensor.values)
         for part in tensor.parts:
             stem = SHARED if part.track is None else track_stem(part.track, spec.tracks)
-            targets.append(Target(part.name, stem, dtype, tensor.part_shape(part)))
+            targets.append(Target(part.name, stem, entry.dtype, tensor.part_shape(part)))
+            if part.values is not None:
+                told[part.name] = as_stored(part.values, entry.dtype)
+                continue
             put = range(length(part.indices))
             moves.append(Move(tensor.name, part.name, part.axis, part.indices, put))
     # After the weights: where a config names no dtype, the first tensor of all says it.
@@ -209,6 +226,7 @@ def plan_conversion(
     arrays: dict[str, NDArray[Any]] = order_values(shape, schedule, known) | dict(known.tensors)
     missing = [one.name for one in added if one.name not in arrays]
     placed = place(targets, shard_bytes)
+    replaced |= converted_quantization(checkpoint.config, shape, spec.tracks, schedule.track_layers)
     config = converted_config(checkpoint.config, spec, schedule, source_name, known, replaced)
     if ladder_layers_config:
         config["ladder_layers"] = ladder_layers_key(spec, schedule)
@@ -231,7 +249,7 @@ def plan_conversion(
         texts=texts,
         carried=carried_files(checkpoint.path, texts),
         converted=(*(part.name for t in tensors for part in t.parts), *_around(extras, shape)),
-        computed={one.name: arrays[one.name] for one in added if one.name in arrays},
+        computed=told | {one.name: arrays[one.name] for one in added if one.name in arrays},
         compensations=known.values,
         complete=not spec.needs_text or (calibration is not None and not missing),
     )
@@ -252,16 +270,26 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
     shape = ModelShape.from_config({**config, TIED: tied}, where).stored_as(checkpoint.tensors)
     if reason := shape.indivisible(section.tracks):
         raise ConfigError(f"{where}: {reason}")
+    tracked = section.schedule.track_layers
+    shape = with_quantised(shape, checkpoint, section.tracks, tracked)
     assignments = read_orders(checkpoint, shape, section)
     tensors = list(dense_tensors(shape, section.schedule, section.tracks, assignments))
     converted = {part.name: t.part_shape(part) for t in tensors for part in t.parts}
     added = added_tensors(shape, section.schedule, section.tracks, section.compensations)
     converted |= {a.name: a.shape for a in added if a.dtype is None}  # and stay behind
     checked = {a.name: a.shape for a in added if a.dtype is not None}
-    extras = check_tensors(checkpoint, converted, shape, checked)
+    quantised = {part.name for t in tensors if t.quantised for part in t.parts}
+    extras = check_tensors(checkpoint, converted, shape, quantised, checked)
     targets, moves, replicas = list[Target](), list[Move](), list[Replica]()
+    arrays: dict[str, NDArray[Any]] = {}
     for tensor in tensors:
-        targets.append(Target(tensor.name, "model", part_dtype(checkpoint, tensor), tensor.shape))
+        dtype = part_dtype(checkpoint, tensor)
+        targets.append(Target(tensor.name, "model", dtype, tensor.shape))
+        if tensor.values is not None:
+            arrays[tensor.name] = as_stored(tensor.values, dtype)
+            for part in tensor.parts:
+                check_values(checkpoint.tensors[part.name], part.values)
+            continue
         for part, repeated in _repeated(tensor):
             indices = part.indices
             if sum(same for *_, same in repeated) < (whole := length(indices)):
@@ -288,6 +316,7 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
         to_dense=True,
         digest=section.tensors_digest,
         replicas=tuple(replicas),
+        computed=arrays,
     )
 
 

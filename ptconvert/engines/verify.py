@@ -26,7 +26,8 @@ def single_process(
     that the engine gave so far: its first choice, and the log-probability of the engine's."""
     answers_BN = torch.tensor([tokens for tokens, _ in answers])
     whole = torch.cat([ids_BS, answers_BN[:, :-1]], dim=1)
-    with opened_by_layer(path, dtype, "cpu") as model, torch.inference_mode():
+    model = opened_by_layer(path, dtype, "cpu")
+    with torch.inference_mode():
         logits_BNV = model(whole).logits[:, ids_BS.shape[1] - 1 :]
     log_BNV = logits_BNV.float().log_softmax(-1)
     chosen_BN = log_BNV.gather(2, answers_BN[:, :, None])[:, :, 0]

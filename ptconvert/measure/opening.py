@@ -16,7 +16,9 @@ from ptconvert.checkpoint.section import SECTION, Section, read_section
 from ptconvert.errors import CheckpointError, EvaluationError, first_line
 from ptconvert.modeling.model import CAUSAL_LMS
 from ptconvert.models.families import CARRIED_BUFFERS
+from ptconvert.models.quantised import quantization_of
 from ptconvert.models.wrappers import opened_by
+from ptconvert.runtime.load import open_dequantised
 from ptconvert.shorten import few
 
 
@@ -41,12 +43,15 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
 
     `dtype` is torch's name of one, or `auto` for the one stored. A converted checkpoint and one
     with the Ladder authors' `ladder_layers` open with their schedule, any other as transformers
-    opens it. Raises CheckpointError.
+    opens it. On the CPU quantised weights are dequantised, as few quantisers have kernels for it;
+    elsewhere they are their own quantiser's. Raises CheckpointError.
     """
     ptconvert.register()
     opened = auto_class(checkpoint)
     if not is_dense(checkpoint) and SECTION not in checkpoint.config:
         opened = CAUSAL_LMS["llama"]
+    if device == "cpu" and quantization_of(checkpoint.config) is not None:
+        return open_dequantised(checkpoint, None if dtype == "auto" else getattr(torch, dtype))
     try:
         model, loading = opened.from_pretrained(
             checkpoint.path, dtype=dtype, local_files_only=True, output_loading_info=True
@@ -56,7 +61,14 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
         raise EvaluationError(
             f"{checkpoint.path}: {checkpoint.nbytes / 1e9:.1f} GB of weights don't fit on {device}"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,
+        RuntimeError,
+        StrictDataclassError,
+    ) as error:
         raise CheckpointError(f"{checkpoint.path}: {first_line(error)}") from error
     # transformers fills what is missing with random numbers.
     for what in ("missing", "unexpected", "mismatched"):

@@ -52,7 +52,7 @@ class Axis:
     cut: Cut | None = None
 
 
-D = Axis("width")
+D, V = Axis("width"), Axis("vocabulary")
 HEAD_SIZE = Axis("head_size")
 ONE = Axis("one")
 Q = Axis("heads", "head_size", Cut.HEADS)
@@ -131,6 +131,10 @@ class TensorRule:
     One that is `once` is added by its own module, so the first track has it and the others zeros.
     `apart` is how checkpoints may hold it: each expert ({}) by itself, and each of the fused
     projections; or just by another name. What is one `expert`'s by itself says whose.
+
+    What a quantised weight is kept as (`models.quantised`) has the `kept` size, and one of its
+    indices along the axis that is cut stands for `per` of the weight's. `told` is what it says of
+    the weight that it is a part of, and so isn't cut but said anew of each part.
     """
 
     name: str
@@ -142,6 +146,9 @@ class TensorRule:
     apart: tuple[str, ...] = ()
     unless: str | None = None
     expert: int | None = None
+    kept: tuple[int, ...] | None = None
+    per: int = 1
+    told: str | None = None
 
     def stored(self, experts: int) -> Iterator[TensorRule]:
         """Its tensors where checkpoints hold it apart."""

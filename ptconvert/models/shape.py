@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -26,10 +26,13 @@ from ptconvert.models.families import (
     UNSUPPORTED,
     Axis,
     Block,
+    D,
     Family,
     Layer,
     TensorRule,
+    V,
 )
+from ptconvert.models.quantised import QUANTIZATION, Role, check_method
 from ptconvert.models.wrappers import (
     TEXT,
     TIED,
@@ -77,7 +80,8 @@ class ModelShape:
     `dtype` is safetensors' name of the weights' type, None where config.json doesn't say. `kinds`
     say what each layer is, and `rules` what tensors such a layer has. `wrapper` is what the model
     is the language model of, where it is one. `apart` says that a checkpoint holds each expert by
-    itself.
+    itself. `quantised` are the tensors that it holds of each layer with quantised weights, None of
+    lm_head.
     """
 
     family: Family
@@ -110,6 +114,7 @@ class ModelShape:
     latent_value_size: int = 0
     wrapper: Wrapper | None = None
     apart: bool = False
+    quantised: Mapping[int | None, tuple[TensorRule, ...]] = field(default_factory=dict)
 
     @property
     def latent_query_size(self) -> int:
@@ -200,8 +205,17 @@ class ModelShape:
 
     def stored_of(self, layer: int) -> tuple[TensorRule, ...]:
         """The tensors of a layer as the checkpoint holds them."""
+        return self.quantised.get(layer) or self.unquantised_of(layer)
+
+    def unquantised_of(self, layer: int) -> tuple[TensorRule, ...]:
+        """The same, each weight as one tensor."""
         rules = self.rules_of(layer)
         return _apart(rules, self.experts) if self.apart else rules
+
+    @property
+    def stored_head(self) -> tuple[TensorRule, ...]:
+        """The tensors of lm_head as the checkpoint holds them."""
+        return self.quantised.get(None) or (TensorRule(HEAD, (V, D)),)
 
     def stored_as(self, names: Iterable[str]) -> ModelShape:
         """The same, of a checkpoint that has tensors of these names."""
@@ -241,14 +255,22 @@ class ModelShape:
 
     def orders_of(self, layer: int) -> dict[str, tuple[int, ...]]:
         """What of a layer can go to one track or another, by what an assignment calls its order:
-        how many units; of experts (experts, neurons), as each one's neurons are shared out."""
+        how many units; of experts (experts, neurons), as each one's neurons are shared out. Those
+        that quantised weights keep together are one unit."""
         found: dict[str, tuple[int, ...]] = {"kv_heads": (self.attention_units(layer),)}
         for rule in self.rules_of(layer):
             experts = (self.experts,) if rule.is_of_experts else ()
             for segment in rule.segments(rule.axis):
                 if segment.cut in NEURONS:
                     found[ORDERS[segment.cut]] = (*experts, int(getattr(self, segment.count)))
-        return found
+        together = dict.fromkeys(found, 1)
+        for rule in self.quantised.get(layer, ()):
+            for segment in rule.segments(rule.axis) if rule.per > 1 else ():
+                assert segment.cut is not None
+                of = ORDERS[segment.cut]
+                of_unit = self.length(segment) // found[of][-1]
+                together[of] = math.lcm(together[of], rule.per // math.gcd(rule.per, of_unit))
+        return {of: (*size[:-1], size[-1] // together[of]) for of, size in found.items()}
 
     def routed_share(self, rule: TensorRule) -> float:
         """Which share of a tensor one token is multiplied with: of the experts those that it goes
@@ -322,7 +344,17 @@ class ModelShape:
 
     def size(self, rule: TensorRule) -> tuple[int, ...]:
         """The shape of a layer's tensor."""
+        if rule.kept is not None:
+            return rule.kept
         return tuple(sum(map(self.length, rule.segments(axis))) for axis in range(len(rule.axes)))
+
+    def told(self, rule: TensorRule, tracks: int) -> Sequence[int]:
+        """What a tensor says that describes a quantised weight: of a track's share of it."""
+        size = [sum(map(self.length, rule.segments(axis))) for axis in range(len(rule.axes))]
+        size[rule.axis] = sum(stop - start for start, stop in self.cuts(rule, 0, tracks))
+        if rule.told == Role.SHAPE.value:
+            return size
+        return [place // rule.per for place in range(*size)]
 
     @property
     def largest_layer(self) -> int:
@@ -338,7 +370,7 @@ class ModelShape:
         for name in self.family.final_norm:
             yield self.decoder + name, (self.width,)
         if not self.tied:
-            yield HEAD, (self.vocabulary, self.width)
+            yield from ((rule.name, self.size(rule)) for rule in self.stored_head)
 
     def indivisible(self, tracks: int) -> str | None:
         """Why `tracks` can't share this model evenly, and what would do; None if they can."""
@@ -373,15 +405,43 @@ class ModelShape:
         names = dict.fromkeys(s.count for s in segments if s.cut in NEURONS)
         return {name: int(getattr(self, name)) for name in names}
 
+    def misaligned(self, tracks: int, layers: Iterable[int]) -> str | None:
+        """Why the quantised weights of some layers can't be cut into `tracks`, and what would do;
+        None if they can. Nothing is quantised anew, so what has one scale, or lies in one integer,
+        stays together."""
+        rules = (r for layer in layers for r in self.quantised.get(layer, ()) if r.per > 1)
+        distinct = {(rule.axes, rule.per): rule for rule in rules}.values()
+
+        def fault(n: int) -> tuple[TensorRule, int] | None:
+            owned = ((r, stop - start) for r in distinct for start, stop in self.cuts(r, 0, n))
+            return next((one for one in owned if n > 1 and one[1] % one[0].per), None)
+
+        found = fault(tracks)
+        if found is None:
+            return None
+        rule, own = found
+        fits = [n for n in range(1, self.heads + 1) if self._divides(n) and fault(n) is None]
+        return (
+            f"{tracks} tracks don't divide the quantised weights: {rule.name} has one number for "
+            f"each {rule.per} of {own * tracks}, and a track would own {own} of these; possible "
+            f"are {', '.join(map(str, fits))}"
+        )
+
     def spans(self, rule: TensorRule, track: int, tracks: int) -> list[tuple[int, int]]:
         """The parts [start, stop) of `rule.axis` that a track owns, one of each segment, in
-        elements.
+        elements."""
+        if not rule.is_cut:
+            return [(0, rows(self.size(rule)))]
+        cuts = self.cuts(rule, track, tracks)
+        return [(start // rule.per, math.ceil(stop / rule.per)) for start, stop in cuts]
+
+    def cuts(self, rule: TensorRule, track: int, tracks: int) -> list[tuple[int, int]]:
+        """The same in elements of the weight, where it is quantised and a tensor has one for
+        several.
 
         Heads and neurons are assigned contiguously. With fewer KV heads than tracks, the tracks
         whose query heads share a KV head each own that whole head.
         """
-        if not rule.is_cut:
-            return [(0, rows(self.size(rule)))]
         found = []
         for segment, begin in self.segments(rule):
             count = int(getattr(self, segment.count))
@@ -392,6 +452,8 @@ class ModelShape:
 
     def share(self, rule: TensorRule, tracks: int) -> tuple[int, ...]:
         """The shape of one track's part of a layer's tensor."""
+        if rule.told is not None:
+            return (len(self.told(rule, tracks)),)
         own = sum(stop - start for start, stop in self.spans(rule, 0, tracks))
         return tuple(
             own if axis == rule.axis else size for axis, size in enumerate(self.size(rule))
@@ -580,11 +642,9 @@ def _refuse(config: Mapping[str, object], where: str) -> None:
             "gives back its source"
         )
     parts = [config, *(p for p in (config.get(TEXT),) if isinstance(p, Mapping))]
-    if any(part.get("quantization_config") is not None for part in parts):
-        raise ConfigError(
-            f"{where}: the weights are quantised (quantization_config); convert the unquantised "
-            "checkpoint and quantise the result"
-        )
+    for part in parts:
+        if part.get(QUANTIZATION) is not None:
+            check_method(part[QUANTIZATION], where)
     maps = (part.get("auto_map") for part in parts)
     if any(k.startswith("AutoModel") for m in maps if isinstance(m, dict) for k in m):
         raise ConfigError(

@@ -9,6 +9,7 @@ from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.windows import Windows
 from ptconvert.models.shape import ModelShape
+from ptconvert.runtime.load import shape_of
 
 
 @dataclass(frozen=True)
@@ -28,4 +29,4 @@ class Case:
     @cached_property
     def shape(self) -> ModelShape:
         """The source's sizes. Raises ConfigError."""
-        return ModelShape.from_config(self.source.config, str(self.source.path / "config.json"))
+        return shape_of(self.source)

@@ -2,56 +2,81 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.hooks import ModelHook, add_hook_to_module, attach_align_device_hook
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import ptconvert
-from ptconvert.checkpoint.reader import Checkpoint
+from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.models.families import NEURONS
 from ptconvert.models.shape import ModelShape
-from ptconvert.models.wrappers import layer_of
+from ptconvert.models.wrappers import layer_of, opened_by
+from ptconvert.runtime.load import filled, kept_dtype, read_named, shape_of
 
 
-@contextmanager
-def opened_by_layer(path: Path, dtype: torch.dtype, device: torch.device | str) -> Iterator[Any]:
+def opened_by_layer(path: Path, dtype: torch.dtype, device: torch.device | str) -> Any:
     """A converted checkpoint's model with all its tracks, in eval mode, on one device.
 
-    Its layers are read from their files each time they are called and let go again (accelerate's
-    offloading to disk), so that it takes the memory of `by_layer_bytes`.
+    The parameters of its layers are read from their files each time that they are called and let go
+    again (accelerate's hooks), so that it takes the memory of `by_layer_bytes`. Quantised weights
+    are dequantised.
     """
     ptconvert.register()
-    transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(path)
+    checkpoint = open_checkpoint(path)
+    shape = shape_of(checkpoint)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    layers = {id(layer) for layer in model.get_decoder().layers.children()}
-    places = {
-        name: "disk" if id(module) in layers else str(device)
-        for name, module in _without(model, layers)
-    }
-    with tempfile.TemporaryDirectory(prefix="ptconvert-offload-") as folder:
-        yield AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map=places, offload_folder=folder
-        ).eval()
+        config = transformers.AutoConfig.from_pretrained(path)
+        model = getattr(transformers, opened_by(config.model_type)).from_config(config).eval()
+        for parameter_name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(kept_dtype(model, parameter_name, dtype))
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = {names[id(layer)]: layer for layer in model.get_decoder().layers.children()}
+    of_layers = {f"{name}.{n}" for name, m in layers.items() for n, _ in m.named_parameters()}
+    filled(model, checkpoint, shape, dtype, without=of_layers)
+    for name, layer in layers.items():
+        read = _Read(model, checkpoint, shape, dtype, of_layers)
+        attach_align_device_hook(layer, torch.device(device), True, read, module_name=name)
+    for module in _without(model, set(map(id, layers.values()))):
+        module.to(device)
+    return model
 
 
-def _without(module: nn.Module, layers: set[int], name: str = "") -> Iterator[tuple[str, Any]]:
-    """The layers, by name, and the largest modules that have none of them."""
-    for child_name, child in module.named_children():
-        path = f"{name}.{child_name}".removeprefix(".")
-        if id(child) in layers or not any(id(m) in layers for m in child.modules()):
-            yield path, child
-        else:
-            yield from _without(child, layers, path)
+@dataclass(frozen=True)
+class _Read(Mapping[str, torch.Tensor]):
+    """The tensors of a checkpoint's model by their names, each read whenever it is asked for."""
+
+    model: Any
+    checkpoint: Checkpoint
+    shape: ModelShape
+    dtype: torch.dtype
+    names: Set[str]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        found = read_named(self.checkpoint, self.shape, name)
+        return found.to(kept_dtype(self.model, name, self.dtype))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _without(module: nn.Module, layers: set[int]) -> Iterator[nn.Module]:
+    """The largest modules that have none of some layers in them."""
+    for child in module.children():
+        if not any(id(m) in layers for m in child.modules()):
+            yield child
+        elif id(child) not in layers:
+            yield from _without(child, layers)
 
 
 def by_layer_bytes(checkpoint: Checkpoint) -> int:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 import ptconvert
-from ptconvert.checkpoint.inventory import overruled, weights_dtype
+from ptconvert.checkpoint.inventory import overruled, under_own_names, weights_dtype
+from ptconvert.checkpoint.quantised import with_quantised
 from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint, read_into
 from ptconvert.checkpoint.section import SECTION, read_section, source_config
 from ptconvert.errors import CheckpointError
@@ -20,19 +22,31 @@ from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement
 from ptconvert.modeling.model import MODELS
 from ptconvert.models.families import TensorRule
+from ptconvert.models.quantised import beginning, in_place_of, quantization_of
 from ptconvert.models.shape import HEAD, TORCH_NAMES, ModelShape, rows
-from ptconvert.models.wrappers import by_todays_tower, is_around
+from ptconvert.models.wrappers import by_todays_tower, is_around, opened_by
+from ptconvert.runtime.dequantise import dequantised
 
 # Of safetensors' names of what is converted.
 TORCH_DTYPES: dict[str, torch.dtype] = {s: getattr(torch, t) for s, t in TORCH_NAMES.items()}
+# Beside them, of what weights are quantised as.
+_QUANTISED_DTYPES = {
+    **{"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 
 def shape_of(checkpoint: Checkpoint) -> ModelShape:
     """The shape of a dense checkpoint, or of a converted one's source. Raises ConfigError."""
     where, config = str(checkpoint.path / "config.json"), checkpoint.config
+    tracks, tracked = 1, frozenset[int]()
     if SECTION in config:
-        config = source_config(config, read_section(config, where))
-    return ModelShape.from_config(config, where).stored_as(checkpoint.tensors)
+        section = read_section(config, where)
+        config, tracks = source_config(config, section), section.tracks
+        tracked = section.schedule.track_layers
+    shape = ModelShape.from_config(config, where).stored_as(checkpoint.tensors)
+    return with_quantised(shape, checkpoint, tracks, tracked)
 
 
 def rank_bytes(checkpoint: Checkpoint, placement: Placement) -> int:
@@ -69,33 +83,65 @@ def load_rank(
     dtype = dtype or TORCH_DTYPES[weights_dtype(checkpoint, shape)]
     rules = _dense_rules(shape)
     config = AutoConfig.from_pretrained(path)
-    model_class = MODELS[shape.model_type]
     with torch.device("meta"):
-        model = model_class(config, placement, communicator)
-    model.to_empty(device="cpu")
+        model = MODELS[shape.model_type](config, placement, communicator)
+
+    def part(entry: TensorEntry) -> torch.Tensor:
+        rule = rules.get(entry.name)
+        if rule is None or not rule.is_cut:
+            return read_whole(entry)
+        if rule.told is not None:
+            return torch.tensor(shape.told(rule, placement.ranks))
+        spans = shape.spans(rule, placement.rank, placement.ranks)
+        return torch.cat([read_part(entry, rule.axis, *span) for span in spans], rule.axis)
+
+    return filled(model, checkpoint, shape, dtype, part).to(device).eval()
+
+
+def open_dequantised(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
+    """A checkpoint's model in eval mode on the CPU, its quantised weights as ordinary ones.
+
+    `dtype` is as for `load_rank`. Raises CheckpointError.
+    """
+    shape = shape_of(checkpoint)
+    own = under_own_names(checkpoint, shape) if SECTION not in checkpoint.config else checkpoint
+    config = AutoConfig.from_pretrained(checkpoint.path)
+    with torch.device("meta"):
+        model = getattr(transformers, opened_by(checkpoint.config["model_type"])).from_config(
+            config
+        )
+    return filled(model, own, shape, dtype or TORCH_DTYPES[weights_dtype(own, shape)]).eval()
+
+
+def filled(
+    model: Any,
+    checkpoint: Checkpoint,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    read: Callable[[TensorEntry], torch.Tensor] = lambda entry: read_whole(entry),
+    without: Container[str] = (),
+) -> Any:
+    """A model that was made on the meta device, with its tensors on the CPU, but those it is to be
+    `without`: what `read` gives of each. Quantised weights are dequantised. Raises
+    CheckpointError."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.state_dict().items():
-        if not parameter.is_floating_point():
-            continue  # of an assignment, which nothing but `--to-dense` reads
-        if name == HEAD and name not in checkpoint.tensors and config.tie_word_embeddings:
+        if name in without:
             continue
-
-        def part(entry: TensorEntry) -> torch.Tensor:
-            rule = rules.get(entry.name)
-            if rule is None or not rule.is_cut:
-                return read_whole(entry)
-            spans = shape.spans(rule, placement.rank, placement.ranks)
-            return torch.cat([read_part(entry, rule.axis, *span) for span in spans], rule.axis)
-
-        tensor = read_named(checkpoint, shape, name, part)
+        if not parameter.is_floating_point():  # of an assignment: only `--to-dense` reads it
+            tensors[name] = torch.zeros_like(parameter, device="cpu")
+            continue
+        if name == HEAD and name not in checkpoint.tensors and model.config.tie_word_embeddings:
+            continue
+        tensor = read_named(checkpoint, shape, name, read)
         if tensor.shape != parameter.shape:
-            raise CheckpointError(f"{path}: {name} has shape {list(tensor.shape)}")
+            raise CheckpointError(f"{checkpoint.path}: {name} has shape {list(tensor.shape)}")
         tensors[name] = tensor.to(kept_dtype(model, name, dtype))
     model.load_state_dict(tensors, strict=False, assign=True)
     compute_buffers(model, "cpu")
-    if config.tie_word_embeddings and not overruled(checkpoint):
+    if model.config.tie_word_embeddings and not overruled(checkpoint):
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    return model.to(device).eval()
+    return model
 
 
 def _dense_rules(shape: ModelShape) -> dict[str, TensorRule]:
@@ -139,12 +185,17 @@ def read_named(
     read: Callable[[TensorEntry], torch.Tensor] = lambda entry: read_whole(entry),
 ) -> torch.Tensor:
     """A tensor as the model has it, by what `read` gives of each that the checkpoint holds: experts
-    that are stored apart are put together. Raises CheckpointError where one is missing."""
+    that are stored apart are put together, quantised weights are dequantised. Raises
+    CheckpointError where one is missing."""
 
     if is_around(name, shape.model_type) and name not in checkpoint.tensors:
         name = _older(checkpoint, shape).get(name, name)
 
     def found(stored: str) -> torch.Tensor:
+        if kept := in_place_of(stored, checkpoint.tensors):
+            before = beginning(stored, checkpoint.tensors)
+            tensors = {end: read(checkpoint.tensors[before + end]) for end in kept}
+            return dequantised(tensors, quantization_of(checkpoint.config) or {})
         if stored not in checkpoint.tensors:
             raise CheckpointError(f"{checkpoint.path}: {stored} is missing")
         return read(checkpoint.tensors[stored])
@@ -196,6 +247,7 @@ def read_part(entry: TensorEntry, axis: int, start: int, stop: int) -> torch.Ten
             block = view[piece * size : (piece + 1) * size]
             read_into(stream.fileno(), block, entry, first + piece * row)
     shape = [stop - start if a == axis else s for a, s in enumerate(entry.shape)]
-    if entry.dtype not in TORCH_DTYPES:
+    dtype = TORCH_DTYPES.get(entry.dtype) or _QUANTISED_DTYPES.get(entry.dtype)
+    if dtype is None:
         raise CheckpointError(f"{entry.file}: {entry.name} is {entry.dtype}, which isn't read here")
-    return torch.frombuffer(buffer, dtype=TORCH_DTYPES[entry.dtype]).view(shape)
+    return torch.frombuffer(buffer, dtype=dtype).view(shape)

@@ -192,7 +192,8 @@ def _against_one_process(
     """The largest difference to the single-process model, fed the tokens that the ranks chose."""
     full = torch.cat([ids_BS, torch.tensor(tokens)[:, :-1]], dim=1).to(device)
     noise = 0.0
-    with opened_by_layer(job.checkpoint, job.dtype, device) as model, torch.inference_mode():
+    model = opened_by_layer(job.checkpoint, job.dtype, device)
+    with torch.inference_mode():
         expected = model(full).logits.float().cpu()
         if job.dtype != torch.float32:
             for _ in reorderings(model, shape_of(open_checkpoint(job.checkpoint)), 4):

@@ -1,0 +1,330 @@
+"""Quantised weights, as data: which tensors a linear's weight is kept as, and what cutting it means
+for each of them.
+
+A quantised linear is the same linear with more tensors: packed values, scales, zero points, indices
+of groups. Their axes are the weight's own, in some order, and how many of the weight's elements one
+of theirs stands for follows from their shapes: 8 where int32 hold four bits each, the group where
+there is a scale for each. So nothing here depends on a family, and little on a format: one that
+calls its tensors otherwise is a few rows more.
+"""
+
+from __future__ import annotations
+
+import enum
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from ptconvert.errors import ConfigError
+from ptconvert.models.families import ONE, TensorRule
+from ptconvert.models.wrappers import TEXT
+from ptconvert.shorten import clipped
+
+QUANTIZATION = "quantization_config"
+_OUT, _IN = 0, 1  # axes of a linear's weight
+
+
+class Role(enum.Enum):
+    """What a tensor in a weight's place holds."""
+
+    VALUES = "the quantised values"
+    SCALES = "what the values of a group, block or row have in common: scales, zero points"
+    GROUPS = "of each input, its group's index"
+    SHAPE = "the weight's shape"
+    SCALAR = "one number"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor in a weight's place: what it holds, along which of the weight's axes its own run,
+    one after the other, and along which of these an integer may hold several values."""
+
+    role: Role
+    axes: tuple[int, ...] = ()
+    packed: tuple[int, ...] = ()
+
+
+# By what takes the place of `weight` in a linear's names.
+_LINEAR: Mapping[str, Kept] = MappingProxyType(
+    {
+        # compressed-tensors, transformers' fp8 and ModelOpt
+        "weight": Kept(Role.VALUES, (_OUT, _IN), (_IN,)),
+        "weight_packed": Kept(Role.VALUES, (_OUT, _IN), (_IN,)),
+        "weight_scale": Kept(Role.SCALES, (_OUT, _IN)),
+        "weight_scale_inv": Kept(Role.SCALES, (_OUT, _IN)),
+        "weight_zero_point": Kept(Role.SCALES, (_OUT, _IN), (_OUT,)),
+        "weight_g_idx": Kept(Role.GROUPS, (_IN,)),
+        "weight_shape": Kept(Role.SHAPE, (_OUT, _IN)),
+        "weight_global_scale": Kept(Role.SCALAR),
+        "weight_scale_2": Kept(Role.SCALAR),
+        "input_scale": Kept(Role.SCALAR),
+        "input_zero_point": Kept(Role.SCALAR),
+        "input_global_scale": Kept(Role.SCALAR),
+        "input_scale_ub": Kept(Role.SCALAR),
+        "output_scale": Kept(Role.SCALAR),
+        "output_zero_point": Kept(Role.SCALAR),
+        "k_scale": Kept(Role.SCALAR),
+        "v_scale": Kept(Role.SCALAR),
+        # GPTQ, AWQ and AutoRound
+        "qweight": Kept(Role.VALUES, (_IN, _OUT), (_IN, _OUT)),
+        "qzeros": Kept(Role.SCALES, (_IN, _OUT), (_OUT,)),
+        "scales": Kept(Role.SCALES, (_IN, _OUT)),
+        "g_idx": Kept(Role.GROUPS, (_IN,)),
+    }
+)
+# By what is put behind the name of all experts' weights (E, inputs, outputs): MXFP4 of gpt-oss, a
+# group's values along an axis of their own.
+_EXPERTS: Mapping[str, Kept] = MappingProxyType(
+    {"_blocks": Kept(Role.VALUES, (0, 2, 1)), "_scales": Kept(Role.SCALES, (0, 2, 1))}
+)
+# Scales of what is cached, beside attention's linears.
+CACHE_SCALES = tuple(f"self_attn.{name}_scale" for name in ("q", "k", "v", "kv"))
+_PACKINGS = frozenset((2, 4, 8, 16))  # values in an integer
+
+_READ = (
+    "compressed-tensors",
+    "fp8",
+    "fbgemm_fp8",
+    "gptq",
+    "awq",
+    "auto-round",
+    "modelopt",
+    "mxfp4",
+)
+_UNITS = ("group_size", "q_group_size", "block_structure", "weight_block_size")
+# Of methods whose quantization_config needn't say it.
+_IMPLIED: Mapping[object, frozenset[int]] = MappingProxyType(
+    {"mxfp4": frozenset((32,)), "modelopt": frozenset((16,))}
+)
+_INSTEAD = "convert the unquantised checkpoint, and quantise the result"
+
+
+def check_method(quantization: Any, where: str) -> None:
+    """Raises ConfigError for weights that are kept in a way that can't be cut."""
+    given = quantization if isinstance(quantization, Mapping) else {}
+    what, method = f"{where}: {QUANTIZATION}", given.get("quant_method")
+    if method not in _READ:
+        raise ConfigError(
+            f"{what}: what {clipped(repr(method), 60)} has quantised can't be cut; supported are "
+            f"{', '.join(_READ)}; {_INSTEAD}"
+        )
+    sparsity = given.get("sparsity_config")
+    if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
+        raise ConfigError(f"{what}: weights kept sparse can't be cut; {_INSTEAD}")
+    if given.get("transform_config"):
+        raise ConfigError(
+            f"{what}: its transform_config mixes what all heads or neurons give, which tracks that "
+            f"have a few of them each can't do; {_INSTEAD}"
+        )
+
+
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The quantization_config of a config.json, which may be its language model's; None where
+    nothing is quantised."""
+    parts = (config, config.get(TEXT))
+    given = (p[QUANTIZATION] for p in parts if isinstance(p, Mapping) and p.get(QUANTIZATION))
+    return next(given, None)
+
+
+def unit_sizes(quantization: Any) -> frozenset[int]:
+    """Sizes of the groups and blocks that a quantization_config speaks of, anywhere in it."""
+
+    def found(value: Any, is_unit: bool = False) -> Iterator[int]:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield from found(inner, key in _UNITS)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from found(inner, is_unit)
+        elif type(value) is int and is_unit and value > 1:
+            yield value
+
+    return frozenset(found(quantization)) | _IMPLIED.get(_method(quantization), frozenset())
+
+
+def _method(quantization: Mapping[str, object]) -> object:
+    return quantization.get("quant_method")
+
+
+def kept_rules(
+    rule: TensorRule,
+    part: tuple[int, ...],
+    whole: tuple[int, ...],
+    sizes: Mapping[str, tuple[int, ...]],
+    units: frozenset[int],
+    in_order: Callable[[str, int], bool],
+) -> tuple[TensorRule, ...]:
+    """What a layer's weight is kept as, of the tensors of that layer, or of one track's share.
+
+    `sizes` are the shapes of these, by names relative to the layer; `part` is the weight's there,
+    and `whole` that of the whole layer's. `units` are sizes of groups and blocks that there may be.
+    `in_order(name, group)` says whether a tensor of indices has group after group of so many
+    inputs. Gives the rule itself where the weight isn't quantised. Raises ConfigError where a
+    tensor's size is none that it can have.
+    """
+    before = beginning(rule.name, sizes)
+    found = {before + end: kept for end, kept in in_place_of(rule.name, sizes).items()}
+    if not found:
+        return (rule,)
+    if not any(kept.role is Role.SCALES for kept in found.values()):
+        raise ConfigError(f"{before}* has no scales beside {' and '.join(found)}")
+    group = _inputs_of_a_group(part, {sizes[n]: k for n, k in found.items()})
+    # Where groups lie in no order, a track's inputs may be of any of them, and it has them all.
+    all_groups = (rule.is_cut and rule.axis == _IN) and any(
+        kept.role is Role.GROUPS and not in_order(name, group) for name, kept in found.items()
+    )
+    rules = []
+    for name, kept in found.items():
+        own = replace(rule, name=name, apart=(), kept=sizes[name])
+        if kept.role is not Role.SHAPE:
+            together = kept.role is Role.SCALES and all_groups
+            own = _along(own, kept, part, whole, units, together)
+        if own.is_cut and kept.role is Role.SHAPE:
+            own = replace(own, told=kept.role.value)
+        elif own.is_cut and kept.role is Role.GROUPS and not all_groups:
+            own = replace(own, told=kept.role.value, per=group)
+        rules.append(own)
+    return tuple(rules)
+
+
+def in_place_of(weight: str, names: Container[str]) -> Mapping[str, Kept]:
+    """Which of some tensors a weight is kept as, by what ends their names; none where it is one of
+    them itself, alone."""
+    before, table = beginning(weight, names), _EXPERTS
+    if before != weight:
+        table = _LINEAR
+    found = {end: kept for end, kept in table.items() if before + end in names}
+    return {} if found.keys() <= {"weight"} else found
+
+
+def beginning(weight: str, names: Container[str]) -> str:
+    """What the names of the tensors begin with that a weight is kept as."""
+    return weight if f"{weight}_blocks" in names else weight.removesuffix("weight")
+
+
+def _inputs_of_a_group(part: tuple[int, ...], found: Mapping[tuple[int, ...], Kept]) -> int:
+    """For how many of a linear's inputs there is one scale."""
+    for size, kept in found.items():
+        if kept.role is Role.SCALES and len(size) == len(part) == 2:
+            return math.ceil(part[_IN] / size[kept.axes.index(_IN)])
+    return part[-1]
+
+
+def _along(
+    rule: TensorRule,
+    kept: Kept,
+    part: tuple[int, ...],
+    whole: tuple[int, ...],
+    units: frozenset[int],
+    all_groups: bool,
+) -> TensorRule:
+    """A tensor's rule, from its size beside a weight that is `part` of the `whole`."""
+    size = rule.kept
+    assert size is not None
+    order = () if len(size) < len(kept.axes) and math.prod(size) == 1 else kept.axes[: len(size)]
+    axes, of_one = [rule.axes[axis] for axis in order], [1] * len(size)
+    for place, axis in enumerate(order):
+        per = None
+        if not (all_groups and axis == _IN):
+            try:
+                per = per_element(part[axis], size[place], units, axis in kept.packed)
+            except ValueError:
+                raise ConfigError(
+                    f"{rule.name} has shape {list(size)}, which is none beside a weight of "
+                    f"{list(part)}"
+                ) from None
+        if per is None:
+            axes[place] = ONE
+        else:
+            of_one[place] = per
+    own = replace(rule, axes=(*axes, *[ONE] * (len(size) - len(axes))))
+    if not own.is_cut:
+        return own
+    cut, per = own.axis, of_one[own.axis]
+    length = math.ceil(whole[order[cut]] / per)
+    return replace(own, per=per, kept=(*size[:cut], length, *size[cut + 1 :]))
+
+
+def per_element(length: int, kept: int, units: frozenset[int], packed: bool = False) -> int | None:
+    """How many of a weight's elements along an axis of so many one of a tensor's stands for, which
+    has `kept` along it; None where one stands for all, however many there are. `units` are sizes of
+    groups and blocks that there may be; where they may be `packed`, it can be an integer. Raises
+    ValueError where none is possible."""
+    if kept == 1 < length and length not in units:
+        return length if packed else None
+    for unit in (1, *sorted(units | (_PACKINGS if packed else frozenset()))):
+        if math.ceil(length / unit) == kept:
+            return unit
+    if kept > 0 and length % kept == 0:
+        return length // kept
+    raise ValueError(f"{kept} don't stand for {length}")
+
+
+# Where a quantization_config names modules: in lists, and as keys of mappings.
+_LISTS = ("ignore", "modules_to_not_convert", "exclude_modules", "targets")
+_KEYED = ("extra_config", "dynamic")
+_REGEX, _SIGN = "re:", re.compile(r"[+-]:")  # compressed-tensors', and gptqmodel's `dynamic`
+
+
+def of_tracks(quantization: Any, modules: Mapping[str, Sequence[str]]) -> Any:
+    """A quantization_config that says of each track's module what it says of the dense one's.
+
+    `modules` are the names of both. Where a name or pattern meant a module, and doesn't mean the
+    tracks', their names are put beside it.
+    """
+
+    def walked(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {key: named(key, inner) for key, inner in value.items()}
+
+    def named(key: str, value: Any) -> Any:
+        if key in _LISTS and isinstance(value, list):
+            return [*value, *added(value)]
+        if key in _KEYED and isinstance(value, Mapping):
+            signs = {entry: _SIGN.match(entry) for entry in value}
+            return {
+                **value,
+                **{
+                    f"{sign[0]}{re.escape(name)}$" if sign else name: value[entry]
+                    for entry, sign in signs.items()
+                    for name in added([entry])
+                },
+            }
+        return walked(value)
+
+    def added(entries: Sequence[Any]) -> list[str]:
+        return [
+            own
+            for dense, tracks in modules.items()
+            if any(means(entry, dense) for entry in entries)
+            for own in tracks
+            if not any(means(entry, own) for entry in entries)
+        ]
+
+    def means(entry: object, name: str) -> bool:
+        return isinstance(entry, str) and _means(str(_method(quantization)), entry, name)
+
+    return walked(quantization)
+
+
+def _means(method: str, entry: str, name: str) -> bool:
+    """Whether an entry of a quantization_config means a module.
+
+    For compressed-tensors it is a name, or a pattern after `re:` (`match_name` of its
+    utils/match.py); for the others a pattern that the name begins with, or what it ends with
+    (`should_convert_module` of transformers' quantizers_utils.py), or a pattern with asterisks.
+    """
+    if method == "compressed-tensors":
+        pattern = entry.removeprefix(_REGEX)
+        return re.match(pattern, name) is not None if pattern != entry else entry == name
+    entry = _SIGN.sub("", entry, count=1)
+    try:
+        begins = re.match(entry, name) is not None
+    except re.error:
+        begins = False
+    return begins or name.endswith(entry) or fnmatch.fnmatchcase(name, entry)

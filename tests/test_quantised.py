@@ -1,0 +1,459 @@
+"""Quantised checkpoints: what a cut of them means, that it is undone, and what can't be cut."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LAYERS, Convert, MakeDense, load, random_model, spec_text
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from quantising import (
+    FORMATS,
+    GROUP,
+    Tensors,
+    meant,
+    meant_of_experts,
+    mxfp4_experts,
+    quantise,
+)
+from safetensors.torch import save_file
+from test_modeling import SCHEDULES, left_padded
+from test_random_schedules import logits_on_a_rank
+from test_transform import back, same, tensors
+
+from ptconvert.checkpoint.calibration import Assignment, Calibration
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import execute, plan_conversion, plan_to_dense
+from ptconvert.errors import CheckpointError, ConfigError, SpecError
+from ptconvert.measure.opening import open_model
+from ptconvert.models.quantised import of_tracks
+from ptconvert.runtime.launch import launch
+from ptconvert.runtime.load import shape_of
+from ptconvert.spec.document import parse_spec
+
+TRACKED = "use: parallel_track, depth: 2"
+TOLERANCE = 3e-4  # of logits of size 5, of weights of size 1
+SIZES: dict[str, Any] = {
+    **{"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32},
+    **{"intermediate_size": 256, "num_hidden_layers": LAYERS},
+}
+# By what ends a module's name: along which axis of its weight (O, I) it is cut.
+CUT = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), 0),
+    **dict.fromkeys(("o_proj", "down_proj"), 1),
+}
+
+
+def share(weight: torch.Tensor, module: str, track: int, tracks: int) -> torch.Tensor:
+    """What a track owns of a weight; with fewer KV heads than tracks some own the same."""
+    axis, owners = CUT[module.rsplit(".", 1)[1]], tracks
+    if module.endswith(("k_proj", "v_proj")):
+        owners = min(tracks, SIZES["num_key_value_heads"])
+    return weight.chunk(owners, axis)[track * owners // tracks]
+
+
+def furthest(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def quantised_modules(found: Tensors) -> set[str]:
+    """Those of a checkpoint."""
+    floats = (torch.float32, torch.bfloat16)
+    names = (t for t, v in found.items() if v.dtype not in floats)
+    return {t.rsplit(".", 1)[0] for t in names if t.endswith(("weight", "_packed", "qweight"))}
+
+
+def of_a_track(module: str, track: int) -> str:
+    return re.sub(r"(layers\.\d+)", rf"\1.tracks.{track}", module)
+
+
+def given_back(converted: Path, source: Path, destination: Path) -> bool:
+    """Whether undoing a conversion gives all of its source."""
+    again = back(converted, destination)
+    configs = [json.loads((path / "config.json").read_text()) for path in (again, source)]
+    return same(tensors(again), tensors(source)) and configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("tracks", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", FORMATS)
+def test_tracks_mean_their_share_and_give_it_back(
+    name: str, tracks: int, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    source = quantise(make_dense(**SIZES), tmp_path / "source", name)
+    converted = convert(source, tracks, TRACKED)
+    before, after = tensors(source), tensors(converted)
+    modules = quantised_modules(before)
+    assert len(modules) == 7 * LAYERS
+    for module in modules:
+        whole = meant(before, name, module)
+        for track in range(tracks):
+            own = meant(after, name, of_a_track(module, track))
+            assert torch.equal(own, share(whole, module, track, tracks)), (module, track)
+    assert given_back(converted, source, tmp_path / "back")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_model_is_that_of_the_weights_that_are_meant(
+    name: str, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    """Opened on the CPU, source and conversion, against a dense model with those weights."""
+    dense = make_dense(**SIZES)
+    source = quantise(dense, tmp_path / "source", name)
+    plain = dequantised(source, name, tmp_path / "plain", dense)
+    ids_BS = left_padded()[0]
+    for path in (source, convert(source, 2, "use: tensor_parallel")):
+        model = open_model(open_checkpoint(path), "float32", "cpu")
+        assert furthest(model(ids_BS).logits, load(plain)(ids_BS).logits) < TOLERANCE
+    tracked = open_model(open_checkpoint(convert(source, 2, TRACKED)), "float32", "cpu")
+    expected = load(convert(plain, 2, TRACKED))(ids_BS).logits
+    assert furthest(tracked(ids_BS).logits, expected) < TOLERANCE
+
+
+def dequantised(source: Path, name: str, destination: Path, dense: Path) -> Path:
+    """The dense checkpoint that a quantised one means."""
+    found = tensors(source)
+    modules = quantised_modules(found)
+    inside = tuple(f"{module}." for module in modules)
+    plain = {t: v for t, v in found.items() if t.endswith("bias") or not t.startswith(inside)}
+    plain |= {f"{m}.weight": meant(found, name, m).float().contiguous() for m in modules}
+    shutil.copytree(dense, destination, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(plain, destination / "model.safetensors", {"format": "pt"})
+    return destination
+
+
+@pytest.mark.parametrize("schedule", ["mixed", "ladder"])
+@pytest.mark.parametrize("name", ["block FP8", "W4A16 in act-order", "GPTQ", "AWQ", "NVFP4"])
+def test_ranks_are_one_process(
+    name: str, schedule: str, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    """Layers held dense are cut among ranks as they are read, and dequantised by each."""
+    source = quantise(make_dense(**SIZES), tmp_path / "source", name)
+    path = convert(source, 2, SCHEDULES[schedule])
+    alone = open_model(open_checkpoint(path), "float32", "cpu")(left_padded()[0]).logits
+    for rank in launch(logits_on_a_rank, [path], 2, "gloo", "cpu", 300):
+        assert furthest(torch.tensor(rank["logits"][0]), alone) < TOLERANCE
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    name=st.sampled_from(sorted(FORMATS)),
+    tracks=st.sampled_from([2, 3, 4, 6]),
+    eighths=st.integers(1, 24),
+    head_size=st.sampled_from([8, 16, 32]),
+    kv_heads=st.sampled_from([2, 4, 6, 12]),
+)
+def test_a_cut_is_exact_or_refused_in_a_line(
+    name: str,
+    tracks: int,
+    eighths: int,
+    head_size: int,
+    kv_heads: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Any number of neurons and heads: what fits is cut and given back, what doesn't is refused."""
+    form, tmp_path = FORMATS[name], tmp_path_factory.mktemp("drawn")
+    sizes: dict[str, Any] = {
+        **{"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": kv_heads},
+        **{"intermediate_size": 32 * eighths, "num_hidden_layers": 2, "head_dim": head_size},
+    }
+    random_model("llama", **sizes).save_pretrained(tmp_path / "dense")
+    source = quantise(tmp_path / "dense", tmp_path / "source", name)
+    spec = parse_spec(
+        f"format: 1\ntracks: {tracks}\nschedule:\n  - {{layers: 0-1, {TRACKED}}}\n", "spec.yaml"
+    )
+    q, kv = 12 * head_size // tracks, max(kv_heads // tracks, 1) * head_size
+    neurons = 32 * eighths / tracks
+    divides = kv_heads % tracks == 0 or tracks % kv_heads == 0
+    aligned = all(own % form.outputs == 0 for own in (q, kv, neurons)) and all(
+        own % form.inputs == 0 for own in (q, neurons)
+    )
+    try:
+        plan = plan_conversion(open_checkpoint(source), spec, source_name="source")
+    except SpecError as error:
+        assert not (divides and aligned and neurons == int(neurons)), error
+        assert re.fullmatch(
+            rf"spec\.yaml:2: {tracks} tracks don't divide .*possible are 1\b.*", str(error)
+        )
+        return
+    assert divides and aligned and neurons == int(neurons)
+    execute(plan, tmp_path / "converted")
+    assert given_back(tmp_path / "converted", source, tmp_path / "back")
+
+
+def test_what_would_divide_groups_says_what_fits(
+    make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    """29568 neurons in groups of 128 over 2 tracks, scaled down: 21 groups of 16."""
+    dense = make_dense(**{**SIZES, "intermediate_size": 21 * GROUP})
+    source = quantise(dense, tmp_path / "source", "W4A16")
+    with pytest.raises(SpecError) as refused:
+        convert(source, 2, TRACKED)
+    assert str(refused.value) == (
+        "spec.yaml:2: 2 tracks don't divide the quantised weights: mlp.down_proj.weight_scale has "
+        "one number for each 16 of 336, and a track would own 168 of these; possible are 1"
+    )
+    convert(source, 2, "use: ladder")  # which rewrites none of them
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_pure_reroute_touches_no_tensor(
+    name: str, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    source = quantise(make_dense(**SIZES), tmp_path / "source", name)
+    assert same(tensors(convert(source, 2, "use: ladder")), tensors(source))
+
+
+def test_modules_left_as_they_were(make_dense: MakeDense, convert: Convert, tmp_path: Path) -> None:
+    """A recipe that leaves some modules in bf16, one of them on its own, and says so by names."""
+    left = ["lm_head", "model.layers.1.mlp.down_proj", "re:.*layers\\.2\\.self_attn.*"]
+    dense = make_dense(dtype=torch.bfloat16, **SIZES)
+
+    def chosen(module: str) -> bool:
+        return ".layers." in module and not (
+            module == left[1] or module.startswith("model.layers.2.self_attn")
+        )
+
+    source = quantise(dense, tmp_path / "source", "W4A16", chosen, ignore=left)
+    converted = convert(source, 2, TRACKED)
+    assert given_back(converted, source, tmp_path / "back")
+    ignored = json.loads((converted / "config.json").read_text())["quantization_config"]["ignore"]
+    names = [f"model.layers.1.tracks.{t}.mlp.down_proj" for t in range(2)]
+    meant_by_pattern = [
+        f"model.layers.2.tracks.{t}.self_attn.{p}_proj" for p in "qkvo" for t in range(2)
+    ]
+    assert sorted(ignored) == sorted([*left, *names, *meant_by_pattern])
+    after = tensors(converted)
+    assert all(after[f"{name}.weight"].dtype == torch.bfloat16 for name in names)
+
+
+DENSE = "model.layers.3.mlp.down_proj"
+TRACKS = [f"model.layers.3.tracks.{t}.mlp.down_proj" for t in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "expected"),
+    [
+        (
+            {"quant_method": "compressed-tensors", "ignore": ["re:model.layers.3.mlp.*", "x"]},
+            {"ignore": ["re:model.layers.3.mlp.*", "x", *TRACKS]},
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"one": {"targets": [DENSE]}, "two": {"targets": ["Linear"]}},
+            },
+            {
+                "config_groups": {
+                    "one": {"targets": [DENSE, *TRACKS]},
+                    "two": {"targets": ["Linear"]},
+                }
+            },
+        ),
+        (
+            {"quant_method": "fp8", "modules_to_not_convert": ["down_proj", "lm_head"]},
+            {"modules_to_not_convert": ["down_proj", "lm_head"]},  # which names end with
+        ),
+        (
+            {"quant_method": "awq", "modules_to_not_convert": ["model.layers.3.mlp"]},
+            {"modules_to_not_convert": ["model.layers.3.mlp", *TRACKS]},
+        ),
+        (
+            {"quant_method": "modelopt", "exclude_modules": ["model.layers.3.mlp*"]},
+            {"exclude_modules": ["model.layers.3.mlp*", *TRACKS]},
+        ),
+        (
+            {"quant_method": "auto-round", "extra_config": {DENSE: {"bits": 16}, "a": {"bits": 8}}},
+            {
+                "extra_config": {
+                    **{DENSE: {"bits": 16}, "a": {"bits": 8}},
+                    **{name: {"bits": 16} for name in TRACKS},
+                }
+            },
+        ),
+        (
+            {"quant_method": "gptq", "dynamic": {r"-:model\.layers\.3\.mlp.*": {}}},
+            {
+                "dynamic": {
+                    r"-:model\.layers\.3\.mlp.*": {},
+                    **{f"-:{re.escape(name)}$": {} for name in TRACKS},
+                }
+            },
+        ),
+    ],
+)
+def test_what_a_config_says_of_a_module_it_says_of_its_tracks(
+    quantization: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert of_tracks(quantization, {DENSE: TRACKS}) == {**quantization, **expected}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "said"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes'"),
+        ({"quant_method": "exl3"}, "'exl3'"),
+        ({"quant_method": "gguf"}, "'gguf'"),
+        ({"quant_method": "hqq"}, "'hqq'"),
+        ("none", "None"),
+        (
+            {**FORMATS["W4A16"].config, "sparsity_config": {"format": "sparse-bitmask"}},
+            "weights kept sparse",
+        ),
+        ({**FORMATS["W4A16"].config, "transform_config": {"config_groups": {"r": 1}}}, "mixes"),
+    ],
+)
+def test_what_cant_be_cut_is_refused_with_the_way_out(
+    quantization: Any, said: str, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    source = quantise(make_dense(**SIZES), tmp_path / "source", "W4A16")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    with pytest.raises(ConfigError) as refused:
+        convert(source, 2, TRACKED)
+    assert said in str(refused.value)
+    assert "convert the unquantised checkpoint, and quantise the result" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("mlp.down_proj.weight_scale", lambda t: t[:, :5]), r"has shape \[128, 5\]"),
+        (("mlp.down_proj.weight_shape", lambda t: t + 1), "isn't that of the weight"),
+        (("mlp.down_proj.weight_shape", lambda t: t.float()), "is F32, not I32 or I64"),
+        (("mlp.down_proj.weight_packed", lambda t: t[:, :-1]), r"has shape \[128, 31\]"),
+        (
+            ("mlp.down_proj.weight_scale", lambda _: None),
+            r"mlp\.down_proj\.\* has no scales beside",
+        ),
+    ],
+)
+def test_tensors_that_are_no_weight_s(
+    change: Any, said: str, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    source = quantise(make_dense(**SIZES), tmp_path / "source", "W4A16")
+    found, (name, changed) = tensors(source), change
+    name = f"model.layers.1.{name}"
+    if (new := changed(found.pop(name))) is not None:
+        found[name] = new.contiguous()
+    save_file(found, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=said) as refused:
+        convert(source, 2, TRACKED)
+    assert "model.layers.1.mlp.down_proj" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["W4A16", "GPTQ", "AWQ", "block FP8", "FP8 per channel"])
+def test_whole_groups_are_assigned(name: str, make_dense: MakeDense, tmp_path: Path) -> None:
+    """In any order of units, which are what the format keeps together, and back again."""
+    source = quantise(make_dense(**SIZES), tmp_path / "source", name)
+    checkpoint, rng = open_checkpoint(source), torch.Generator().manual_seed(1)
+    shape = shape_of(checkpoint)
+    groups = math.lcm(FORMATS[name].inputs, FORMATS[name].outputs)
+    assert shape.orders_of(0) == {
+        "kv_heads": (4,),
+        "neurons": (SIZES["intermediate_size"] // groups,),
+    }
+    orders = {
+        layer: Assignment(
+            **{of: torch.randperm(*n, generator=rng).int().numpy() for of, n in sizes.items()}
+        )
+        for layer in range(LAYERS)
+        if (sizes := shape.orders_of(layer))
+    }
+    spec = parse_spec(spec_text(2, TRACKED, "assignment: {method: affinity}\n"), "spec.yaml")
+    known = Calibration(orders, {"assignment": "affinity"})
+    plan = plan_conversion(checkpoint, spec, source_name="source", calibration=known)
+    execute(plan, tmp_path / "converted")
+    before, after = tensors(source), tensors(tmp_path / "converted")
+    for layer, order in orders.items():
+        for module, axis, units in (
+            ("mlp.down_proj", 1, order.neurons),
+            ("mlp.up_proj", 0, order.neurons),
+        ):
+            whole = meant(before, name, f"model.layers.{layer}.{module}")
+            parts = whole.chunk(len(units), axis)
+            expected = torch.cat([parts[unit] for unit in units.tolist()], axis)
+            own = [
+                meant(after, name, f"model.layers.{layer}.tracks.{t}.{module}") for t in range(2)
+            ]
+            assert torch.equal(torch.cat(own, axis), expected)
+    execute(plan_to_dense(open_checkpoint(tmp_path / "converted")), tmp_path / "back")
+    assert same(tensors(tmp_path / "back"), before)
+
+
+OTHERS = {
+    "phi3": ({**SIZES, "pad_token_id": 0}, lambda m: ".layers." in m),
+    "qwen3": (SIZES, lambda m: ".layers." in m),
+    "qwen3_moe": (
+        {**SIZES, "moe_intermediate_size": 64, "num_experts": 4},
+        lambda m: m.endswith("_proj"),
+    ),
+    "deepseek_v3": (
+        {
+            **{"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64},
+            **{"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "v_head_dim": 16},
+            "qk_nope_head_dim": 8,
+        },
+        lambda m: m.endswith(("_proj", "_proj_with_mqa")),
+    ),
+    "qwen3_next": (
+        {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64},
+        lambda m: m.endswith(("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["FP8 per channel", "block FP8", "W4A16", "GPTQ", "NVFP4"])
+@pytest.mark.parametrize("family", OTHERS)
+def test_families(
+    family: str, name: str, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    """Fused projections, experts apart, latent and linear attention: the model that is meant."""
+    sizes, chosen = OTHERS[family]
+    source = quantise(make_dense(family, **sizes), tmp_path / "source", name, chosen)
+    plain = dequantised(source, name, tmp_path / "plain", source)
+    config = json.loads((plain / "config.json").read_text())
+    del config["quantization_config"]
+    (plain / "config.json").write_text(json.dumps(config))
+    ids_BS = left_padded()[0]
+    schedule = SCHEDULES["mixed"]
+    converted = convert(source, 2, schedule)
+    found = open_model(open_checkpoint(converted), "float32", "cpu")(ids_BS).logits
+    expected = load(convert(plain, 2, schedule))(ids_BS).logits
+    assert furthest(found, expected) < TOLERANCE
+    assert given_back(converted, source, tmp_path / "back")
+
+
+def test_mxfp4_experts(make_dense: MakeDense, convert: Convert, tmp_path: Path) -> None:
+    """gpt-oss as it is published: gates beside their up channels, and 32 neurons in a block."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    source = mxfp4_experts(make_dense("gpt_oss", **sizes), tmp_path / "source")
+    converted = convert(source, 2, TRACKED)
+    before, after = tensors(source), tensors(converted)
+    for layer in range(LAYERS):
+        for name, axis in (("gate_up_proj", 2), ("down_proj", 1)):
+            inside = f"mlp.experts.{name}"
+            whole = meant_of_experts(before, f"model.layers.{layer}.{inside}")
+            for track in range(2):
+                own = meant_of_experts(after, f"model.layers.{layer}.tracks.{track}.{inside}")
+                assert torch.equal(own, whole.chunk(2, axis)[track])
+    assert given_back(converted, source, tmp_path / "back")
+    ids_BS = left_padded()[0]
+    one, other = (
+        open_model(open_checkpoint(p), "float32", "cpu")(ids_BS).logits
+        for p in (source, convert(source, 2, "use: tensor_parallel"))
+    )
+    assert furthest(one, other) < TOLERANCE
+    with pytest.raises(SpecError, match=r"possible are 1, 2, 4$"):
+        convert(source, 8, TRACKED)
