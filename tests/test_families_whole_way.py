@@ -11,6 +11,7 @@ import pytest
 import seeing
 from click.testing import CliRunner
 from conftest import MakeDense, byte_level
+from quantising import quantise
 from test_transform import back, same, tensors
 
 from ptconvert.checkpoint.files import read_config
@@ -55,6 +56,14 @@ def test_the_whole_way(variant: str, make_dense: MakeDense, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["qwen3_5", "llava"])
 def test_the_whole_way_with_a_model_that_sees(name: str, tmp_path: Path) -> None:
     go(seeing.save(name, tmp_path / "source"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["GPTQ"])
+def test_the_whole_way_of_quantised_weights(
+    name: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
+    dense = byte_level(functools.partial(make_dense, intermediate_size=64), tmp_path / "dense")
+    go(quantise(dense, tmp_path / "source", name), tmp_path, 8192)
 
 
 def go(source: Path, tmp_path: Path, tokens: int = 2048, top: str = "") -> None:

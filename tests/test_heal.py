@@ -360,11 +360,11 @@ def test_teacher_and_student_share_what_is_the_same(
     student, teacher = (
         open_model(c, "float32", "cpu") for c in (checkpoint, open_checkpoint(source))
     )
-    names = trainable(dict(student.named_parameters()), "llama", "changed", section_of(checkpoint))
+    names = trainable(dict(student.named_parameters()), checkpoint, "changed")
     freeze_but(student, () if lora else names)
     ids = torch.arange(12).view(1, 12)
     before = student(input_ids=ids).logits
-    saved = share(student, teacher)
+    saved = share(student, teacher, columns=lora)
     assert torch.equal(student(input_ids=ids).logits, before)
     ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
     frozen = ["model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"]
@@ -388,7 +388,7 @@ def trained(source: Path, converted: Path, work: Path, settings: Settings) -> An
     """The KL stage alone: its tensors."""
     checkpoint, teacher = open_checkpoint(converted), open_checkpoint(source)
     student = open_model(checkpoint, "float32", "cpu")
-    names = trainable(dict(student.named_parameters()), "llama", "changed", section_of(checkpoint))
+    names = trainable(dict(student.named_parameters()), checkpoint, "changed")
     return distill(
         student,
         open_model(teacher, "float32", "cpu"),

@@ -19,7 +19,7 @@ from ptconvert.heal.distill import distill
 from ptconvert.heal.models import trainable
 from ptconvert.heal.report import Measured, Score
 from ptconvert.heal.settings import Settings
-from ptconvert.measure.opening import open_model, section_of
+from ptconvert.measure.opening import open_model
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 PATIENT = replace(SETTINGS, tokens=2560, evaluations=8, patience=2)
@@ -62,7 +62,7 @@ def trained(
     student, teacher = (
         open_model(c, "float32", "cpu") for c in (checkpoint, open_checkpoint(source))
     )
-    names = trainable(dict(student.named_parameters()), "llama", "changed", section_of(checkpoint))
+    names = trainable(dict(student.named_parameters()), checkpoint, "changed")
     data = data_of(checkpoint)
     return distill(student, teacher, names, data, settings, work, quiet, quiet, judge)
 

@@ -26,6 +26,7 @@ from ptconvert.measure.needs import Held, Needs, Phase, Place, spilling
 from ptconvert.measure.one_layer import PROCESS, forward_seconds, in_a_layer, one_layer
 from ptconvert.models.guesses import most_guesses
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES
+from ptconvert.runtime.load import opened
 from ptconvert.spec.document import Spec
 
 _TIMED_FEATURES = 512  # of the regression that is timed; its time goes with the cube
@@ -124,9 +125,10 @@ PHASES: Mapping[str, Callable[[Plan, Any, int, int, str, str], Phase]] = {
 
 
 def _scaled(plan: Plan, nbytes: int, dtype: str) -> int:
-    """Bytes of weights as stored, in a dtype."""
+    """Bytes of weights as stored, in a dtype; quantised ones, as they are opened."""
     stored = DTYPE_BYTES[weights_dtype(plan.source, plan.shape)]
-    return nbytes * DTYPE_BYTES[DTYPES[dtype]] // stored
+    unpacked = opened(plan.source).nbytes / plan.source.nbytes
+    return int(nbytes * unpacked) * DTYPE_BYTES[DTYPES[dtype]] // stored
 
 
 def _fit_seconds(width: int, tokens: int, device: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from ptconvert.models.quantised import (
     quantization_of,
     unit_sizes,
 )
-from ptconvert.models.shape import HEAD, ModelShape
+from ptconvert.models.shape import DTYPE_BYTES, HEAD, ModelShape
 from ptconvert.models.wrappers import TEXT, layer_of
 
 _INTEGERS = {"I32": np.int32, "I64": np.int64}
@@ -54,6 +55,29 @@ def with_quantised(
         if any(rule.kept is not None for rule in kept):
             found[layer] = kept
     return replace(shape, quantised=found)
+
+
+def as_dequantised(
+    shape: ModelShape, checkpoint: Checkpoint, tracks: int = 1, tracked: Set[int] = frozenset()
+) -> Checkpoint:
+    """A checkpoint as its model is opened: each quantised weight one tensor of the model's dtype,
+    which lies in no file."""
+    tensors, dtype = dict(checkpoint.tensors), shape.dtype or "BF16"
+    for layer, kept in shape.quantised.items():
+        begin = shape.layer(layer) if layer is not None else ""
+        divided = tracks if layer in tracked else 1
+        begins = [f"{begin}tracks.{t}." for t in range(tracks)] if layer in tracked else [begin]
+        weights = shape.stored_head if layer is None else shape.unquantised_of(layer)
+        for before in begins:
+            for rule in kept:
+                if rule.kept is not None:
+                    del tensors[before + rule.name]
+            for rule in weights:
+                name, size = before + rule.name, shape.share(rule, divided)
+                if name not in tensors and f"{begin}common.{rule.name}" not in tensors:
+                    nbytes = math.prod(size) * DTYPE_BYTES[dtype]
+                    tensors[name] = TensorEntry(name, checkpoint.path, dtype, size, 0, nbytes)
+    return replace(checkpoint, tensors=tensors)
 
 
 def check_undoable(

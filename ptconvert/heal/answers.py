@@ -38,7 +38,7 @@ from ptconvert.measure.opening import auto_class, open_model
 from ptconvert.measure.progress import Progress
 from ptconvert.measure.windows import Windows
 from ptconvert.models.shape import HEAD, ModelShape
-from ptconvert.runtime.load import read_whole
+from ptconvert.runtime.load import read_named
 
 TOKENS_A_FILE = 1 << 16
 _SMALL_VOCABULARY = 1 << 16  # whose ids fit in 16 bits
@@ -142,7 +142,8 @@ class AnswerStore:
     def _head(self) -> Head:
         """The teacher's output head alone."""
         shape = ModelShape.from_config(self.teacher.config)
-        weight_VD = read_whole(self.teacher.tensors[shape.embedding if shape.tied else HEAD])
+        name = shape.embedding if shape.tied else HEAD
+        weight_VD = read_named(self.teacher, shape, name)
         weight_VD = weight_VD.to(self.device, getattr(torch, self.settings.dtype))
         config = AutoConfig.from_pretrained(self.teacher.path, local_files_only=True)
         with torch.device("meta"):

@@ -26,7 +26,7 @@ from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.checkpoint.section import Section
 from ptconvert.errors import HealError
 from ptconvert.heal.data import Data
-from ptconvert.heal.models import in_layers, put
+from ptconvert.heal.models import held_whole, in_layers, put
 from ptconvert.heal.settings import Settings
 from ptconvert.heal.work import Tensors, load_tensors, save_tensors
 from ptconvert.measure.opening import section_of
@@ -164,7 +164,7 @@ def heal_blocks(
             step = f"block {changed.index(block) + 1} of {len(changed)}"
             if not file.is_file():
                 pair = _loaded(pieces, block, healed), dense.load(block.layers, block.dense)
-                moved = _heal(*pair, block, streams, order, settings, step, progress, say)
+                moved = _heal(student, *pair, block, streams, order, settings, step, progress, say)
                 save_tensors(file, moved)
                 pieces.load(range(0), range(0))
             healed |= load_tensors(file)
@@ -234,6 +234,7 @@ def relative_error(
 
 
 def _heal(
+    student: Checkpoint,
     model: Loaded,
     target: Loaded,
     block: Block,
@@ -247,9 +248,10 @@ def _heal(
     """Trains one block; returns its new parameters by their names in the checkpoint, or none."""
     torch.manual_seed(settings.seed)
     train_NTD, held_NTD = streams
-    own = {
-        n: p for n, p in model.model.named_parameters() if in_layers(model.prefix + n, block.layers)
-    }
+    named = dict(model.model.named_parameters())
+    names = held_whole((model.prefix + name for name in named), student)
+    inside = (n.removeprefix(model.prefix) for n in names if in_layers(n, block.layers))
+    own = {name: named[name] for name in inside}
     for parameter in own.values():
         parameter.data, parameter.requires_grad = parameter.data.float(), True
     together = settings.batch_size * settings.accumulation

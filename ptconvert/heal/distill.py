@@ -250,7 +250,7 @@ def _placed(
         _shard(teacher, arguments.device)
     teacher = teacher.to(arguments.device)
     if not sharded(arguments):  # else each process holds a part of the student only
-        shared = share(student, teacher)
+        shared = share(student, teacher, columns=settings.lora is not None)
         student.to(arguments.device)
         if arguments.process_index == 0:
             say(f"student and teacher share {shared / 1e6:.1f} MB")

@@ -12,7 +12,8 @@ from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.checkpoint.section import SECTION, Section
 from ptconvert.errors import HealError
 from ptconvert.measure.divergence import converted_blocks
-from ptconvert.measure.opening import is_dense
+from ptconvert.measure.opening import is_dense, section_of
+from ptconvert.models.quantised import in_place_of, quantization_of
 from ptconvert.models.shape import ModelShape
 from ptconvert.models.wrappers import is_around, layer_of
 from ptconvert.runtime.load import shape_of
@@ -30,8 +31,7 @@ def check_pair(student: Checkpoint, teacher: Checkpoint) -> ModelShape:
     if not is_dense(teacher):
         raise HealError(f"--teacher {teacher.path} is converted; it must be a dense checkpoint")
     shape = shape_of(student)
-    other = shape_of(teacher)
-    ours, theirs = dict(shape.tensors()), dict(other.tensors())
+    ours, theirs = (dict(s.unquantised.tensors()) for s in (shape, shape_of(teacher)))
     for name in ours | theirs:
         if ours.get(name) != theirs.get(name):
             sizes = [list(s[name]) if name in s else "missing" for s in (theirs, ours)]
@@ -57,13 +57,30 @@ def in_layers(name: str, layers: Collection[int]) -> bool:
     return layer_of(name) in layers
 
 
-def trainable(names: Iterable[str], model_type: object, which: str, section: Section) -> list[str]:
+def trainable(names: Iterable[str], student: Checkpoint, which: str) -> list[str]:
     """The parameters that are to move of these: `changed`, or `all`, which are the language
-    model's."""
+    model's. Those that the checkpoint holds quantised stay as they are."""
+    names, shape = held_whole(names, student), shape_of(student)
     if which == "all":
-        return [name for name in names if not is_around(name, model_type)]
-    layers = changed_layers(section)
+        return [name for name in names if not is_around(name, shape.model_type)]
+    layers = changed_layers(section_of(student))
     return [name for name in names if in_layers(name, layers)]
+
+
+def held_whole(names: Iterable[str], checkpoint: Checkpoint) -> list[str]:
+    """Those of a model's parameters that a checkpoint doesn't hold quantised."""
+    if quantization_of(checkpoint.config) is None:
+        return list(names)
+    shape = shape_of(checkpoint)
+    return [
+        name
+        for name in names
+        if not any(
+            in_place_of(stored, checkpoint.tensors)
+            for expert in shape.parts_of(name) or [[name]]
+            for stored in expert
+        )
+    ]
 
 
 @torch.no_grad()
@@ -85,11 +102,12 @@ def freeze_but(model: nn.Module, names: Iterable[str]) -> None:
 
 
 @torch.no_grad()
-def share(student: nn.Module, teacher: nn.Module) -> int:
+def share(student: nn.Module, teacher: nn.Module, columns: bool) -> int:
     """Lets frozen matrices of the student be views of the teacher's where the values are the same:
-    whole ones outside of tracks, and the rows or columns of it that a track has. Returns the bytes
-    saved. The student may still be on the CPU: what is shared never comes to the teacher's device a
-    second time.
+    whole ones outside of tracks, and the rows of it that a track has; its `columns`, too, where
+    transformers needn't save the student, which it can't with such views. Returns the bytes saved.
+    The student may still be on the CPU: what is shared never comes to the teacher's device a second
+    time.
 
     Vectors (norms) stay apart: they are small, and copies of one must not become one tensor.
     """
@@ -100,7 +118,8 @@ def share(student: nn.Module, teacher: nn.Module) -> int:
         if own.requires_grad or own.ndim < 2 or whole is None or whole.dtype != own.dtype:
             continue
         mine = own.to(whole.device)
-        same = next((v for v in _slices(whole.data, own.shape) if torch.equal(v, mine)), None)
+        views = (v for v in _slices(whole.data, own.shape) if columns or v.is_contiguous())
+        same = next((v for v in views if torch.equal(v, mine)), None)
         if same is not None:
             own.data = same
             saved += same.nbytes

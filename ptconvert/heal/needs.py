@@ -33,7 +33,7 @@ from ptconvert.measure.one_layer import (
 from ptconvert.models.families import E
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ModelShape
 from ptconvert.models.wrappers import layer_of
-from ptconvert.runtime.load import shape_of
+from ptconvert.runtime.load import opened, shape_of
 
 T = TypeVar("T")
 _TRAINED = 4 + 4 + 8  # bytes of a trained number: it and its gradient in fp32, AdamW's two moments
@@ -270,7 +270,7 @@ def _end_to_end(pair: _Pair) -> Phase:
     shape, settings, layers = pair.shape, pair.settings, range(pair.shape.layers)
     batch, ranks = settings.batch_size, int(os.environ.get("WORLD_SIZE", "1"))
     cut = ranks if settings.fsdp else 1
-    moves = trainable(pair.numbers, pair.shape.model_type, settings.train, pair.section)
+    moves = trainable(pair.numbers, pair.student, settings.train)
     trained, still = sum(pair.numbers[name] for name in moves), sum(pair.numbers.values())
     apart = 0  # of what stays, as the teacher hasn't it (see models.share)
     if settings.lora is None:
@@ -282,7 +282,7 @@ def _end_to_end(pair: _Pair) -> Phase:
             apart = trained
         # experts and their routers are no linear layers of torch's, which peft adapts
         linear = (name for name in moves if not is_of_experts(name, shape))
-        sizes = [pair.student.tensors[name].shape for name in linear]
+        sizes = [opened(pair.student).tensors[name].shape for name in linear]
         trained = sum(settings.lora * sum(size) for size in sizes if len(size) == 2)
     kept_answers = settings.top_k is not None
     frozen = still if settings.fsdp or kept_answers else apart
@@ -344,7 +344,7 @@ def adapt(layer: Any, rank: int) -> None:
 
 def _numbers(checkpoint: Checkpoint) -> dict[str, int]:
     """A checkpoint's parameters, by name."""
-    return {name: entry.count for name, entry in checkpoint.tensors.items()}
+    return {name: entry.count for name, entry in opened(checkpoint).tensors.items()}
 
 
 def _logits() -> Held:

@@ -40,6 +40,7 @@ from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.cache import cache_directory, content_digest
 from ptconvert.measure.divergence import Reference
 from ptconvert.measure.opening import open_model, section_of, vocabulary
+from ptconvert.models.quantised import quantization_of
 
 _BLOCKS = "blocks.safetensors"  # what the blockwise stage made
 _KL = "kl.safetensors"  # and the KL stage
@@ -68,6 +69,12 @@ class Case:
         return self.settings.tokens or self.data.train[:, 1:].numel()
 
 
+QUANTISED = (
+    "quantised weights stay as they are: norms, biases and guesses are trained; to train all, heal "
+    "a conversion of the unquantised checkpoint and quantise the result"
+)
+
+
 def check_places(destination: Path, folder: Path, overwrite: bool) -> None:
     """Raises PTConvertError where the result can't be written, or would be gone with the work
     folder, which is removed at the end."""
@@ -82,6 +89,12 @@ def check_case(case: Case, destination: Path, overwrite: bool) -> None:
     for other in (case.student, case.teacher):
         check_apart(destination, other.path)
     check_pair(case.student, case.teacher)
+    if quantization_of(case.student.config) is not None and case.settings.lora is not None:
+        raise HealError(
+            f"--lora {case.settings.lora}: adapters are merged, which quantised weights can't be; "
+            "leave it out to train what isn't quantised, or heal a conversion of the unquantised "
+            "checkpoint and quantise the result"
+        )
     if not (case.settings.blockwise or case.settings.kl):
         raise HealError("nothing to do: neither block by block nor end to end")
     if case.settings.train == "changed" and not changed_layers(section_of(case.student)):
@@ -129,6 +142,8 @@ def _stages(case: Case, key: Mapping[str, object], start: Path) -> tuple[Healed,
     reference = _reference(case, key)
     source, before = _measured(case, reference, "before", {})
     rows, best, healed = [before], before, Tensors()
+    if quantization_of(case.student.config) is not None:
+        case.say(QUANTISED)
     score = "" if before.score is None else f", {before.score.metric} {before.score.value:.4f}"
     case.say(f"held out, before: loss {before.loss:.4f}, KL {before.kl:.4f}{score}")
     if case.settings.blockwise:
@@ -226,9 +241,8 @@ def _distilled(case: Case, key: Mapping[str, object], start: Tensors) -> Tensors
     student = open_model(case.student, dtype, "cpu")
     names = trainable(
         [name for name, _ in student.named_parameters()],
-        student.config.model_type,
+        case.student,
         case.settings.train,
-        section_of(case.student),
     )
     freeze_but(student, names if case.settings.lora is None else ())
     put(student, start.items())

@@ -9,6 +9,7 @@ import torch
 
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.models.shape import TORCH_NAMES, config_dtype
+from ptconvert.runtime.load import opened
 from ptconvert.runtime.memory import PROCESS_BYTES, free_memory
 
 # How much faster float32 must be than the dtype stored to be taken instead, and what is multiplied
@@ -30,7 +31,7 @@ def fastest_dtype(checkpoint: Checkpoint, device: str, say: Callable[[str], None
     times = seconds[stored] / seconds["float32"]
     if times < _FASTER:
         return stored
-    numbers = sum(entry.count for entry in checkpoint.tensors.values())
+    numbers = sum(entry.count for entry in opened(checkpoint).tensors.values())
     needed, slower = 4 * numbers + PROCESS_BYTES, f"is {times:.1f} times slower on {device}"
     if needed > (free := free_memory(device)):
         say(

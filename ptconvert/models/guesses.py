@@ -50,7 +50,7 @@ def guess_cost(
     if not guesses:
         return None
     added = [size for _, _, size in guess_tensors(shape, guesses, tracks)]
-    dense = dict(shape.tensors())
+    dense = dict(shape.unquantised.tensors())
     rules = [rule for layer in range(shape.layers) for rule in shape.rules_of(layer)]
     matrices = [
         math.prod(shape.size(rule)) * shape.routed_share(rule)

@@ -213,6 +213,11 @@ class ModelShape:
         return _apart(rules, self.experts) if self.apart else rules
 
     @property
+    def unquantised(self) -> ModelShape:
+        """The same with each weight as one tensor."""
+        return replace(self, quantised={})
+
+    @property
     def stored_head(self) -> tuple[TensorRule, ...]:
         """The tensors of lm_head as the checkpoint holds them."""
         return self.quantised.get(None) or (TensorRule(HEAD, (V, D)),)

@@ -13,6 +13,7 @@ from ptconvert.plan.case import Case
 from ptconvert.plan.planner import MIXTURES, POINTS, ROUNDS, Objective, is_basic, searched_each
 from ptconvert.plan.segments import Segment, menu
 from ptconvert.plan.sensitivity import all_as_tracks, gradient_spacing, kept_layers
+from ptconvert.runtime.load import opened
 
 _LOGITS = 5  # copies in fp32 of LOGITS_AT_ONCE numbers, while two predictions are compared
 
@@ -33,7 +34,8 @@ def plan_needs(
         dtype = TORCH_NAMES[stored]
     number = DTYPE_BYTES[DTYPES[dtype]]
     scale = number / DTYPE_BYTES[stored]
-    all_tracks = all_as_tracks(source, tracks).nbytes
+    copy = all_as_tracks(source, tracks).nbytes
+    all_tracks = copy * opened(source).nbytes // source.nbytes
     stream = count * length * shape.width * number
     kept = kept_layers(shape.layers, count * length * shape.width * 4)
     every = searched_each(count)
@@ -83,7 +85,7 @@ def plan_needs(
             Phase(
                 "the source's predictions",
                 (
-                    Held("weights", int(scale * source.nbytes), Place.DEVICE),
+                    Held("weights", int(scale * opened(source).nbytes), Place.DEVICE),
                     Held(
                         f"streams, {at_once} windows, all layers",
                         (shape.layers + 1) * at_once * sequence,
@@ -104,7 +106,7 @@ def plan_needs(
                         spacing * min(at_once, searched) * step.kept,
                         Place.DEVICE,
                     ),
-                    Held("a copy, for a moment", all_tracks, Place.DISK),
+                    Held("a copy, for a moment", copy, Place.DISK),
                 ),
                 weighing * seconds,
             ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import ptconvert
 from ptconvert.checkpoint.inventory import overruled, under_own_names, weights_dtype
-from ptconvert.checkpoint.quantised import with_quantised
+from ptconvert.checkpoint.quantised import as_dequantised, with_quantised
 from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint, read_into
 from ptconvert.checkpoint.section import SECTION, read_section, source_config
 from ptconvert.errors import CheckpointError
@@ -40,13 +40,24 @@ _QUANTISED_DTYPES = {
 def shape_of(checkpoint: Checkpoint) -> ModelShape:
     """The shape of a dense checkpoint, or of a converted one's source. Raises ConfigError."""
     where, config = str(checkpoint.path / "config.json"), checkpoint.config
-    tracks, tracked = 1, frozenset[int]()
     if SECTION in config:
-        section = read_section(config, where)
-        config, tracks = source_config(config, section), section.tracks
-        tracked = section.schedule.track_layers
+        config = source_config(config, read_section(config, where))
     shape = ModelShape.from_config(config, where).stored_as(checkpoint.tensors)
-    return with_quantised(shape, checkpoint, tracks, tracked)
+    return with_quantised(shape, checkpoint, *_tracks_of(checkpoint))
+
+
+def opened(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint, dense or converted, as its model is opened where quantised weights are
+    dequantised. Raises ConfigError."""
+    if quantization_of(checkpoint.config) is None:
+        return checkpoint
+    return as_dequantised(shape_of(checkpoint), checkpoint, *_tracks_of(checkpoint))
+
+
+def _tracks_of(checkpoint: Checkpoint) -> tuple[int, Set[int]]:
+    """Into how many tracks a checkpoint's layers are divided, and which."""
+    section = read_section(checkpoint.config, str(checkpoint.path / "config.json"))
+    return section.tracks, section.schedule.track_layers
 
 
 def rank_bytes(checkpoint: Checkpoint, placement: Placement) -> int:

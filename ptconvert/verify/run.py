@@ -22,7 +22,7 @@ from ptconvert.models.shape import TORCH_NAMES, ModelShape
 from ptconvert.runtime.by_layer import by_layer_bytes
 from ptconvert.runtime.counters import ALL_REDUCE
 from ptconvert.runtime.launch import RankFailure, RanksFailed, join, launch, under_torchrun
-from ptconvert.runtime.load import rank_bytes, shape_of
+from ptconvert.runtime.load import opened, rank_bytes, shape_of
 from ptconvert.runtime.memory import PROCESS_BYTES, available_bytes
 from ptconvert.spec.document import read_spec
 from ptconvert.spec.terms import wrong_ranks
@@ -223,6 +223,7 @@ def needed_bytes(checkpoint: Checkpoint, ranks: int, devices: int, dtype: torch.
     """About what each device must hold, over which ranks are dealt out in turn: their weights in
     `dtype` and their processes; on rank 0's afterwards instead the single-process model, a layer at
     a time. Activations and cache, of a few tokens, are not counted."""
+    checkpoint = opened(checkpoint)
     shape = shape_of(checkpoint)
     scale = torch.empty((), dtype=dtype).element_size() / (shape.bytes_per_token // shape.width)
     held = [0.0] * devices
