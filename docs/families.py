@@ -58,8 +58,8 @@ class for the whole, pictures and all. Texts alone are what `plan`, `heal` and `
 REFUSED = """
 ## Refused
 
-Of models that are quantised, or that bring their own code (`auto_map`), nothing is converted, and
-no other family is. These are refused by name:
+Of models that bring their own code (`auto_map`) nothing is converted, and no other family is; of
+quantised ones [these](quantised.md) are. These are refused by name:
 
 | `model_type` | since |
 | --- | --- |

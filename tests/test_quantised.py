@@ -34,6 +34,7 @@ from ptconvert.convert.transform import execute, plan_conversion, plan_to_dense
 from ptconvert.errors import CheckpointError, ConfigError, SpecError
 from ptconvert.measure.opening import open_model
 from ptconvert.models.quantised import of_tracks
+from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.launch import launch
 from ptconvert.runtime.load import shape_of
 from ptconvert.spec.document import parse_spec
@@ -457,3 +458,35 @@ def test_mxfp4_experts(make_dense: MakeDense, convert: Convert, tmp_path: Path) 
     assert furthest(one, other) < TOLERANCE
     with pytest.raises(SpecError, match=r"possible are 1, 2, 4$"):
         convert(source, 8, TRACKED)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_weights_take_is_known_from_the_config(
+    name: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
+    """Against the tensors, a scale of fp32 for each row and what describes a weight left out."""
+    source = quantise(make_dense(dtype=torch.bfloat16, **SIZES), tmp_path / "source", name)
+    checkpoint = open_checkpoint(source)
+    shape = ModelShape.from_config(checkpoint.config)
+    for layer in range(LAYERS):
+        told = sum(
+            math.prod(shape.size(r)) * shape.bytes_of(layer, r) for r in shape.rules_of(layer)
+        )
+        entries = checkpoint.tensors.values()
+        there = sum(
+            e.nbytes
+            for e in entries
+            if e.name.startswith(shape.layer(layer)) and not e.name.endswith(("shape", "g_idx"))
+        )
+        assert told == pytest.approx(there, rel=0.04)
+
+
+def test_what_a_recipe_leaves_takes_what_it_took(make_dense: MakeDense, tmp_path: Path) -> None:
+    left = ["lm_head", "model.layers.1.mlp.down_proj", "re:.*self_attn.*"]
+    source = quantise(make_dense(**SIZES), tmp_path / "source", "W4A16", ignore=left)
+    shape = ModelShape.from_config(open_checkpoint(source).config)
+    kept = {"model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.up_proj.weight"}
+    assert kept <= shape.bits.keys()
+    assert not any("self_attn" in name or "1.mlp.down" in name for name in shape.bits)
+    assert set(shape.bits.values()) == {4 + 16 / GROUP}
+    assert shape.alike(0) != shape.alike(1) and shape.alike(0) == shape.alike(2)

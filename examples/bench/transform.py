@@ -1,8 +1,9 @@
 """Throughput and memory of `ptconvert transform` against `cp`, on a checkpoint it makes.
 
-    python examples/bench/transform.py [--gigabytes 2 10] [--directory DIR] [--repeats 3]
+    python examples/bench/transform.py [--gigabytes 2 10] [--quantised] [--directory DIR] [--repeats 3]
 
-Makes a synthetic Llama checkpoint (bf16, random bytes, sharded), then alternates, in one run:
+Makes a synthetic Llama checkpoint (bf16, or with --quantised compressed-tensors' W4A16 in groups of
+128; random bytes, sharded), then alternates, in one run:
 `cp -r` followed by `sync`, a pure reroute (ladder in all layers) and tracks in all layers. All are
 timed until the bytes are on disk, since the transform flushes what it writes. Prints, for each
 size, seconds, bytes per second, the ratio to `cp`, and the peak resident memory above a bare
@@ -28,14 +29,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ptconvert.checkpoint.layout import place
-from ptconvert.checkpoint.writer import Target, lay_out
+from ptconvert.checkpoint.writer import Target, lay_out, write_arrays
 from ptconvert.models.shape import ModelShape
 
 WIDTH, NEURONS, HEADS, KV_HEADS, VOCABULARY, TRACKS = 4096, 14336, 32, 8, 32768, 8
+GROUP = 128  # of 4-bit weights
 SHARD_BYTES = 2 * 10**9
 
 
-def make_checkpoint(directory: Path, gigabytes: float) -> ModelShape:
+def make_checkpoint(directory: Path, gigabytes: float, quantised: bool) -> ModelShape:
     """A sharded checkpoint of Llama-3.1-8B's layer shape, with as many layers as fit the size."""
     config: dict[str, object] = {
         "model_type": "llama",
@@ -48,15 +50,23 @@ def make_checkpoint(directory: Path, gigabytes: float) -> ModelShape:
         "dtype": "bfloat16",
         "num_hidden_layers": 1,
     }
-    per_layer = 2 * (WIDTH * (2 * WIDTH + 2 * KV_HEADS * WIDTH // HEADS) + 3 * WIDTH * NEURONS)
+    per_layer = (0.5 + 2 / GROUP if quantised else 2) * (
+        WIDTH * (2 * WIDTH + 2 * KV_HEADS * WIDTH // HEADS) + 3 * WIDTH * NEURONS
+    )
     embeddings = 2 * 2 * VOCABULARY * WIDTH
     config["num_hidden_layers"] = max(1, round((gigabytes * 1e9 - embeddings) / per_layer))
+    if quantised:
+        weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}
+        group = {"targets": ["Linear"], "weights": {**weights, "symmetric": True}}
+        config["quantization_config"] = {
+            **{"quant_method": "compressed-tensors", "format": "pack-quantized"},
+            **{"config_groups": {"group_0": group}, "ignore": ["lm_head"]},
+        }
     shape = ModelShape.from_config(config)
     directory.mkdir()
-    targets = place(
-        [Target(name, "model", "BF16", size) for name, size in shape.tensors()], SHARD_BYTES
-    )
-    lay_out(directory, targets)
+    stored = [one for name, size in shape.tensors() for one in tensors(name, size, quantised)]
+    targets = place(stored, SHARD_BYTES)
+    placed = lay_out(directory, targets)
     block = np.random.default_rng(0).bytes(1 << 20)
     for file in sorted({t.file for t in targets}):
         with (directory / file).open("r+b") as stream:
@@ -64,11 +74,30 @@ def make_checkpoint(directory: Path, gigabytes: float) -> ModelShape:
             left = (directory / file).stat().st_size - start
             while left > 0:
                 left -= stream.write(block[:left])
+    sizes = dict(shape.tensors())
+    told = {
+        t.name: np.array(sizes[t.name.removesuffix("_shape")])
+        for t in targets
+        if t.name.endswith("_shape")
+    }
+    write_arrays(placed, told, lambda _: None)
     weight_map = {t.name: t.file for t in targets}
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (directory / "config.json").write_text(json.dumps(config))
     subprocess.run(["sync"], check=True)
     return shape
+
+
+def tensors(name: str, size: tuple[int, ...], quantised: bool) -> list[Target]:
+    """What a weight is kept as."""
+    if not quantised or ".layers." not in name or len(size) < 2:
+        return [Target(name, "model", "BF16", size)]
+    outputs, inputs = size
+    return [
+        Target(f"{name}_packed", "model", "I32", (outputs, inputs // 8)),
+        Target(f"{name}_scale", "model", "BF16", (outputs, inputs // GROUP)),
+        Target(f"{name}_shape", "model", "I64", (2,)),
+    ]
 
 
 def write_spec(path: Path, shape: ModelShape, use: str) -> Path:
@@ -113,9 +142,9 @@ def peak_bytes(directory: Path, *arguments: str | Path) -> int:
     return int(out.read_text())
 
 
-def bench(directory: Path, gigabytes: float, repeats: int) -> Table:
+def bench(directory: Path, gigabytes: float, repeats: int, quantised: bool) -> Table:
     source = directory / "source"
-    shape = make_checkpoint(source, gigabytes)
+    shape = make_checkpoint(source, gigabytes, quantised)
     ladder = write_spec(directory / "ladder.yaml", shape, "ladder")
     tracks = write_spec(directory / "tracks.yaml", shape, "parallel_track, depth: 4")
     outputs = {name: directory / name for name in ("cp", "reroute", "tracks")}
@@ -157,10 +186,12 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[2, 10])
     parser.add_argument("--directory", type=Path, help="where to write (default: a temporary one)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quantised", action="store_true", help="4-bit weights instead of bf16")
     arguments = parser.parse_args()
     for gigabytes in arguments.gigabytes:
         with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
-            Console().print(bench(Path(directory), gigabytes, arguments.repeats))
+            asked = (gigabytes, arguments.repeats, arguments.quantised)
+            Console().print(bench(Path(directory), *asked))
 
 
 if __name__ == "__main__":

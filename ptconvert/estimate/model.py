@@ -80,11 +80,12 @@ def step(
     """
     hardware.check_ranks(ranks)
     tracked = _tracked(schedule, ranks, tracks)
+    alike = [shape.alike(layer) for layer in range(shape.layers)]
     known: dict[object, float] = {}  # a model has a few kinds of stages, many times over
     stages = []
     for stage in schedule.stages:
         key = tuple(
-            (s.kind, shape.kinds[s.layer], s.layer in tracked, guesses.get(s) if guesses else None)
+            (s.kind, alike[s.layer], s.layer in tracked, guesses.get(s) if guesses else None)
             for s in stage.sublayers
         )
         if key not in known:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from ptconvert.estimate.hardware import Device, Engine
 from ptconvert.models.guesses import guess_tensors
@@ -114,7 +115,8 @@ def guess_part(shape: ModelShape, rank: int, one: Pass) -> Part:
     moved = one.total * (4 * shape.width + 4 * rank)  # x, p, guess out and in; products, their sum
     size = _bytes(shape)
     nbytes = (weights + biases + moved) * size
-    return Part(2 * one.total * weights, nbytes, _batched(weights, one) * size)
+    batched = weights * size if one.total > 1 else 0.0
+    return Part(2 * one.total * weights, nbytes, batched)
 
 
 def _guess_sizes(shape: ModelShape, rank: int) -> list[tuple[int, ...]]:
@@ -154,18 +156,31 @@ def _bytes(shape: ModelShape) -> int:
     return shape.bytes_per_token // shape.width
 
 
+class Weights(NamedTuple):
+    """So many numbers, which take so many bytes."""
+
+    numbers: float
+    nbytes: float
+
+    def batched(self, one: Pass) -> float:
+        """Those of the bytes that meet more than one token."""
+        return self.nbytes if one.total > 1 else 0.0
+
+
 def _weights(
     shape: ModelShape, sublayer: Sublayer, cut: int, experts: float | None = None
-) -> float:
-    """Elements of a sublayer's weights on one of `cut` equal parts, of so many experts only."""
+) -> Weights:
+    """A sublayer's weights on one of `cut` equal parts, of so many experts only."""
     block = f"{shape.block(sublayer).name}."
-    total = 0.0
+    total = nbytes = 0.0
     for rule in shape.rules_of(sublayer.layer):
         if rule.name.startswith(block):
             routed = experts is not None and shape.routed_share(rule) != 1.0
             part = (experts or 0.0) / shape.experts if routed else 1.0
-            total += math.prod(shape.share(rule, cut)) * part
-    return total
+            own = math.prod(shape.share(rule, cut)) * part
+            total += own
+            nbytes += own * shape.bytes_of(sublayer.layer, rule)
+    return Weights(total, nbytes)
 
 
 def _state(shape: ModelShape, cut: int) -> float:
@@ -174,7 +189,7 @@ def _state(shape: ModelShape, cut: int) -> float:
     return shape.linear_value_heads / cut * size
 
 
-def _linear_attention(shape: ModelShape, weights: float, cut: int, one: Pass) -> tuple[Part, ...]:
+def _linear_attention(shape: ModelShape, weights: Weights, cut: int, one: Pass) -> tuple[Part, ...]:
     """Projections, and the state of one of `cut` parts, by the gated delta rule (Gated DeltaNet,
     arXiv 2412.06464): a token reads the state by its key, writes it, and reads it by its query, 2
     FLOPs each for each number of it. It is held in fp32, and a pass goes over it once.
@@ -183,14 +198,13 @@ def _linear_attention(shape: ModelShape, weights: float, cut: int, one: Pass) ->
     keys = shape.linear_key_heads * shape.linear_key_size / cut
     moved = one.total * (4 * shape.width + 4 * values + 4 * keys)  # norm, addition; in and out
     size = _bytes(shape)
-    batched = _batched(weights, one) * size
-    projections = Part(2 * one.total * weights, (weights + moved) * size, batched)
+    projections = _projections(weights, moved * size, one)
     state = _state(shape, cut)
     return projections, Part(6 * one.total * state, 2 * 4 * one.sequences * state)
 
 
 def _attention(
-    shape: ModelShape, layer: int, engine: Engine, weights: float, cut: int, one: Pass
+    shape: ModelShape, layer: int, engine: Engine, weights: Weights, cut: int, one: Pass
 ) -> tuple[Part, ...]:
     """Projections, and attention over the cache, of one of `cut` parts."""
     if shape.kv_latent:
@@ -201,8 +215,7 @@ def _attention(
     keys = 2 * max(kv_heads // cut, 1) * head_size
     moved = one.total * (4 * shape.width + 3 * queries + keys)  # norm, addition; in and out
     size = _bytes(shape)
-    batched = _batched(weights, one) * size
-    projections = Part(2 * one.total * weights, (weights + moved) * size, batched)
+    projections = _projections(weights, moved * size, one)
     so_far = one.past + (one.tokens + 1) / 2  # the mean over the new tokens, causally
     attended = one.allocated if engine.cache == "allocated" else so_far
     cached = one.allocated if engine.cache == "allocated" else one.past + one.tokens
@@ -216,7 +229,7 @@ def _attention(
     return projections, core
 
 
-def _latent_attention(shape: ModelShape, weights: float, cut: int, one: Pass) -> tuple[Part, ...]:
+def _latent_attention(shape: ModelShape, weights: Weights, cut: int, one: Pass) -> tuple[Part, ...]:
     """The same of latent attention as engines serve it (DeepSeek-V2, arXiv 2405.04434, with the
     projections out of the latent absorbed): each head attends over the latents that are cached,
     which every part has whole, and reads them as its values.
@@ -224,8 +237,7 @@ def _latent_attention(shape: ModelShape, weights: float, cut: int, one: Pass) ->
     heads, latent = shape.heads / cut, shape.kv_latent_rope
     moved = one.total * (4 * shape.width + 3 * heads * shape.latent_query_size + latent)
     size = _bytes(shape)
-    batched = _batched(weights, one) * size
-    projections = Part(2 * one.total * weights, (weights + moved) * size, batched)
+    projections = _projections(weights, moved * size, one)
     attended = one.past + (one.tokens + 1) / 2  # the mean over the new tokens, causally
     flops = 2 * one.total * attended * heads * (latent + shape.kv_latent)
     read = one.sequences * (one.past + one.tokens) * latent
@@ -244,13 +256,13 @@ def _mlp(shape: ModelShape, sublayer: Sublayer, cut: int, one: Pass) -> tuple[Pa
         read = _weights(shape, sublayer, cut, shape.experts * (1 - missed))
         multiplied = _weights(shape, sublayer, cut, shape.active_experts)
     moved = one.total * (4 * shape.width + 4 * neurons / cut)
-    size = _bytes(shape)
-    batched = _batched(read, one) * size
-    return (Part(2 * one.total * multiplied, (read + moved) * size, batched),)
+    nbytes = read.nbytes + moved * _bytes(shape)
+    return (Part(2 * one.total * multiplied.numbers, nbytes, read.batched(one)),)
 
 
-def _batched(weights: float, one: Pass) -> float:
-    return weights if one.total > 1 else 0.0
+def _projections(weights: Weights, moved: float, one: Pass) -> Part:
+    """Products with weights, which are read once, as `moved` bytes are in and out."""
+    return Part(2 * one.total * weights.numbers, weights.nbytes + moved, weights.batched(one))
 
 
 def rank_bytes(
@@ -267,20 +279,21 @@ def rank_bytes(
     A rank holds tracks / ranks tracks of each of the `tracked` layers, with KV heads of their own,
     and their guesses.
     """
-    alike = Counter((shape.kinds[layer], layer in tracked) for layer in range(shape.layers))
-    layers = 0.0
-    for (kind, as_tracks), count in alike.items():
-        cut, layer = max(tracks, ranks) if as_tracks else ranks, shape.kinds.index(kind)
+    first = {shape.alike(layer): layer for layer in reversed(range(shape.layers))}
+    alike = Counter((first[shape.alike(layer)], layer in tracked) for layer in range(shape.layers))
+    layers, size = 0.0, _bytes(shape)
+    for (layer, as_tracks), count in alike.items():
+        cut = max(tracks, ranks) if as_tracks else ranks
         if shape.is_linear(layer):
-            cache = one.sequences * _state(shape, cut) * 4 / _bytes(shape)
+            cache = one.sequences * _state(shape, cut) * 4 / size
         elif shape.kv_latent:
             cache = one.sequences * one.allocated * shape.kv_latent_rope
         else:
             kv_heads = max(shape.kv_heads_of(layer) // cut, 1)
             cache = one.sequences * one.allocated * 2 * kv_heads * shape.head_size_of(layer)
-        weights = sum(_weights(shape, Sublayer(layer, which), cut) for which in Kind)
-        layers += count * cut // ranks * (weights + cache)
+        weights = sum(_weights(shape, Sublayer(layer, which), cut).nbytes for which in Kind)
+        layers += count * cut // ranks * (weights + cache * size)
     rows = shape.vocabulary / (ranks if engine.vocabulary == "sharded" else 1)
     vocabulary = rows * shape.width * (1 if shape.tied else 2)
     guessed = sum(math.prod(size) for _, _, size in guess_tensors(shape, guesses, 1))
-    return (layers + max(tracks, ranks) // ranks * guessed + vocabulary) * _bytes(shape)
+    return layers + (max(tracks, ranks) // ranks * guessed + vocabulary) * size

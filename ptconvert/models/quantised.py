@@ -316,15 +316,68 @@ def _means(method: str, entry: str, name: str) -> bool:
     """Whether an entry of a quantization_config means a module.
 
     For compressed-tensors it is a name, or a pattern after `re:` (`match_name` of its
-    utils/match.py); for the others a pattern that the name begins with, or what it ends with
-    (`should_convert_module` of transformers' quantizers_utils.py), or a pattern with asterisks.
+    utils/match.py), or the class of all linears; for the others a pattern that the name begins
+    with, up to a dot, or what it ends with (`should_convert_module` of transformers'
+    quantizers_utils.py), or a pattern with asterisks.
     """
     if method == "compressed-tensors":
         pattern = entry.removeprefix(_REGEX)
-        return re.match(pattern, name) is not None if pattern != entry else entry == name
+        if pattern == entry:
+            return entry in (name, "Linear")
+        return re.match(pattern, name) is not None
     entry = _SIGN.sub("", entry, count=1)
     try:
-        begins = re.match(entry, name) is not None
+        begins = re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name) is not None
     except re.error:
         begins = False
     return begins or name.endswith(entry) or fnmatch.fnmatchcase(name, entry)
+
+
+def weight_bits(quantization: Mapping[str, Any], module: str) -> float | None:
+    """Bits that each number of a module's weight takes, its scales and zero points included, by a
+    quantization_config; None where that leaves the module as it was.
+
+    `module` is a linear's name, or that of all experts' weights together.
+    """
+    method = str(_method(quantization))
+    left = [e for key in _LISTS if key != "targets" for e in _list(quantization.get(key))]
+    if any(_means(method, entry, module) for entry in left):
+        return None
+    if method == "compressed-tensors":
+        groups = quantization.get("config_groups")
+        for group in groups.values() if isinstance(groups, Mapping) else ():
+            if any(_means(method, entry, module) for entry in _list(group.get("targets"))):
+                return _compressed_bits(group["weights"], str(group.get("format")))
+        return None
+    if method == "mxfp4":
+        return 4 + 8 / 32 if ".experts." in module else None
+    if method == "modelopt":
+        return 4 + 8 / 16 if "FP4" in str(quantization.get("quant_algo")) else 8.0
+    if method in ("fp8", "fbgemm_fp8"):
+        return 8.0
+    own = {"bits": quantization.get("w_bit", 4), **quantization}
+    for key in _KEYED:
+        entries = quantization.get(key)
+        for entry, other in entries.items() if isinstance(entries, Mapping) else ():
+            if _means(method, entry, module):
+                if entry.startswith("-:"):
+                    return None
+                own |= other
+    bits, group = own["bits"], own.get("group_size", own.get("q_group_size", 128))
+    if bits >= 16:
+        return None
+    return float(bits + ((16 + bits) / group if group > 0 else 0.0))
+
+
+def _compressed_bits(weights: Mapping[str, Any], form: str) -> float:
+    """Of one of compressed-tensors' schemes: a scale for each group has 16 bits, or 8 beside FP4
+    values."""
+    bits, group = float(weights["num_bits"]), weights.get("group_size")
+    if not isinstance(group, int) or group < 1:
+        return bits
+    zeros = 0 if weights.get("symmetric", True) else bits
+    return bits + ((8 if form.startswith(("nvfp4", "mxfp")) else 16) + zeros) / group
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []

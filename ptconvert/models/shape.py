@@ -27,12 +27,19 @@ from ptconvert.models.families import (
     Axis,
     Block,
     D,
+    E,
     Family,
     Layer,
     TensorRule,
     V,
 )
-from ptconvert.models.quantised import QUANTIZATION, Role, check_method
+from ptconvert.models.quantised import (
+    QUANTIZATION,
+    Role,
+    check_method,
+    quantization_of,
+    weight_bits,
+)
 from ptconvert.models.wrappers import (
     TEXT,
     TIED,
@@ -81,7 +88,8 @@ class ModelShape:
     say what each layer is, and `rules` what tensors such a layer has. `wrapper` is what the model
     is the language model of, where it is one. `apart` says that a checkpoint holds each expert by
     itself. `quantised` are the tensors that it holds of each layer with quantised weights, None of
-    lm_head.
+    lm_head; `bits` is what each number of such weights takes, by the weight's name, as config.json
+    has it.
     """
 
     family: Family
@@ -115,6 +123,7 @@ class ModelShape:
     wrapper: Wrapper | None = None
     apart: bool = False
     quantised: Mapping[int | None, tuple[TensorRule, ...]] = field(default_factory=dict)
+    bits: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def latent_query_size(self) -> int:
@@ -276,6 +285,17 @@ class ModelShape:
                 of_unit = self.length(segment) // found[of][-1]
                 together[of] = math.lcm(together[of], rule.per // math.gcd(rule.per, of_unit))
         return {of: (*size[:-1], size[-1] // together[of]) for of, size in found.items()}
+
+    def bytes_of(self, layer: int, rule: TensorRule) -> float:
+        """Bytes that a number of a layer's tensor takes."""
+        whole = float(self.bytes_per_token // self.width)
+        bits = self.bits.get(self.layer(layer) + rule.name)
+        return whole if bits is None else bits / 8
+
+    def alike(self, layer: int) -> object:
+        """What layers have in common that are as large and as fast as each other."""
+        bits = tuple(self.bits.get(self.layer(layer) + r.name) for r in self.rules_of(layer))
+        return self.kinds[layer], bits if self.bits else None
 
     def routed_share(self, rule: TensorRule) -> float:
         """Which share of a tensor one token is multiplied with: of the experts those that it goes
@@ -471,7 +491,7 @@ class ModelShape:
         Raises ConfigError, naming the family and the reason, for what can't be converted.
         """
         _refuse(config, where)
-        wrapper = wrapper_of(config["model_type"])
+        wrapper, whole = wrapper_of(config["model_type"]), config
         config = language_config(config)
         family = _family(config, wrapper, where)
 
@@ -533,6 +553,15 @@ class ModelShape:
             wrapper=wrapper,
             **others,
         )
+        if (quantization := quantization_of(whole)) is not None:
+            found = {
+                name: weight_bits(quantization, module)
+                for layer in range(layers)
+                for rule in shape.rules_of(layer)
+                if (name := shape.layer(layer) + rule.name)
+                and (module := _module(shape.layer(layer), rule))
+            }
+            shape = replace(shape, bits={k: v for k, v in found.items() if v is not None})
         for name in ("kv_heads", "global_kv_heads"):
             if shape.heads % (getattr(shape, name) or 1):
                 key = {**COUNTS, **SIZES}[name]
@@ -547,6 +576,14 @@ class ModelShape:
                 "linear_num_value_heads"
             )
         return shape
+
+
+def _module(layer: str, rule: TensorRule) -> str | None:
+    """What a quantization_config calls the module that has a weight, which may be one expert's;
+    None where it is no linear's, or a router's."""
+    if len(rule.axes) < 2 or (not rule.is_cut and E in rule.axes):
+        return None
+    return layer + next(rule.stored(1)).name.removesuffix(".weight")
 
 
 def _kinds(
