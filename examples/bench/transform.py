@@ -1,6 +1,6 @@
 """Throughput and memory of `ptconvert transform` against `cp`, on a checkpoint it makes.
 
-    python examples/bench/transform.py [--gigabytes 2 10] [--quantised] [--directory DIR] [--repeats 3]
+    python examples/bench/transform.py [--gigabytes 2 10] [--quantised] [--repeats 3]
 
 Makes a synthetic Llama checkpoint (bf16, or with --quantised compressed-tensors' W4A16 in groups of
 128; random bytes, sharded), then alternates, in one run:
