@@ -38,7 +38,6 @@ def with_quantised(
     quantization = quantization_of(checkpoint.config)
     if quantization is None:
         return shape
-    units = unit_sizes(quantization)
     found: dict[int | None, tuple[TensorRule, ...]] = {}
     for layer, tensors in _by_layer(shape, checkpoint, tracked).items():
         sizes = {name: entry.shape for name, entry in tensors.items()}
@@ -48,7 +47,8 @@ def with_quantised(
             return np.array_equal(index, in_groups(len(index), group))
 
         try:
-            kept = _kept(shape, layer, tracks if layer in tracked else 1, sizes, units, in_order)
+            divided = tracks if layer in tracked else 1
+            kept = _kept(shape, layer, divided, sizes, quantization, in_order)
         except ConfigError as error:
             where = shape.layer(layer) if layer is not None else ""
             raise CheckpointError(f"{checkpoint.path}: {where}{error}") from None
@@ -84,7 +84,7 @@ def check_undoable(
     shape: ModelShape, checkpoint: Checkpoint, tracks: int, tracked: Set[int]
 ) -> None:
     """Raises CheckpointError where the tensors of tracks wouldn't tell how the whole ones lie."""
-    units = unit_sizes(quantization_of(checkpoint.config) or {})
+    quantization = quantization_of(checkpoint.config) or {}
     for layer in tracked & shape.quantised.keys():
         rules = shape.quantised[layer]
         sizes = {rule.name: shape.share(rule, tracks) for rule in rules}
@@ -93,7 +93,7 @@ def check_undoable(
         def in_order(name: str, _: int, told: Set[str] = told) -> bool:
             return name in told  # nobody asks of those that aren't cut
 
-        found = _kept(shape, layer, tracks, sizes, units, in_order)
+        found = _kept(shape, layer, tracks, sizes, quantization, in_order)
         for one, other in zip(rules, found, strict=True):
             if one != other:
                 raise CheckpointError(
@@ -107,18 +107,16 @@ def _kept(
     layer: int | None,
     tracks: int,
     sizes: Mapping[str, tuple[int, ...]],
-    units: frozenset[int],
+    quantization: Mapping[str, Any],
     in_order: Callable[[str, int], bool],
 ) -> tuple[TensorRule, ...]:
     """The tensors of a layer, or of its tracks, by their names and shapes. Raises ConfigError."""
     weights = shape.stored_head if layer is None else shape.unquantised_of(layer)
-    kept = [
-        one
-        for rule in weights
-        for one in kept_rules(
-            rule, shape.share(rule, tracks), shape.size(rule), sizes, units, in_order
-        )
-    ]
+    before, kept = "" if layer is None else shape.layer(layer), list[TensorRule]()
+    for rule in weights:
+        part, whole = shape.share(rule, tracks), shape.size(rule)
+        units = unit_sizes(quantization, before + rule.name.removesuffix(".weight"))
+        kept += kept_rules(rule, part, whole, sizes, units, in_order)
     scales = [name for name in CACHE_SCALES if name in sizes]
     return (*kept, *(TensorRule(n, (ONE,) * len(sizes[n]), kept=sizes[n]) for n in scales))
 

@@ -130,8 +130,11 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return next(given, None)
 
 
-def unit_sizes(quantization: Any) -> frozenset[int]:
-    """Sizes of the groups and blocks that a quantization_config speaks of, anywhere in it."""
+def unit_sizes(quantization: Mapping[str, Any], module: str | None = None) -> frozenset[int]:
+    """Sizes of the groups and blocks that a quantization_config speaks of, anywhere in it; of one
+    module where it says which scheme is whose."""
+    if module is not None and (own := _scheme(quantization, module)) is not None:
+        quantization = {**quantization, "config_groups": {"own": own}}
 
     def found(value: Any, is_unit: bool = False) -> Iterator[int]:
         if isinstance(value, Mapping):
@@ -267,6 +270,7 @@ def per_element(length: int, kept: int, units: frozenset[int], packed: bool = Fa
 # Where a quantization_config names modules: in lists, and as keys of mappings.
 _LISTS = ("ignore", "modules_to_not_convert", "exclude_modules", "targets")
 _KEYED = ("extra_config", "dynamic")
+_CLASS = "Linear"
 _REGEX, _SIGN = "re:", re.compile(r"[+-]:")  # compressed-tensors', and gptqmodel's `dynamic`
 
 
@@ -323,7 +327,7 @@ def _means(method: str, entry: str, name: str) -> bool:
     if method == "compressed-tensors":
         pattern = entry.removeprefix(_REGEX)
         if pattern == entry:
-            return entry in (name, "Linear")
+            return entry in (name, _CLASS)
         return re.match(pattern, name) is not None
     entry = _SIGN.sub("", entry, count=1)
     try:
@@ -344,11 +348,8 @@ def weight_bits(quantization: Mapping[str, Any], module: str) -> float | None:
     if any(_means(method, entry, module) for entry in left):
         return None
     if method == "compressed-tensors":
-        groups = quantization.get("config_groups")
-        for group in groups.values() if isinstance(groups, Mapping) else ():
-            if any(_means(method, entry, module) for entry in _list(group.get("targets"))):
-                return _compressed_bits(group["weights"], str(group.get("format")))
-        return None
+        own = _scheme(quantization, module)
+        return None if own is None else _compressed_bits(own["weights"], str(own.get("format")))
     if method == "mxfp4":
         return 4 + 8 / 32 if ".experts." in module else None
     if method == "modelopt":
@@ -367,6 +368,21 @@ def weight_bits(quantization: Mapping[str, Any], module: str) -> float | None:
     if bits >= 16:
         return None
     return float(bits + ((16 + bits) / group if group > 0 else 0.0))
+
+
+def _scheme(quantization: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
+    """Which of compressed-tensors' schemes a module has: that of its name, of a pattern, or of its
+    class, in this order; None where none is its."""
+    groups = quantization.get("config_groups")
+    if _method(quantization) != "compressed-tensors" or not isinstance(groups, Mapping):
+        return None
+    found: list[tuple[bool, bool, Mapping[str, Any]]] = [
+        (entry == _CLASS, str(entry).startswith(_REGEX), group)
+        for group in groups.values()
+        for entry in _list(group.get("targets"))
+        if _means("compressed-tensors", entry, module)
+    ]
+    return min(found, key=lambda one: one[:2], default=(False, False, None))[2]
 
 
 def _compressed_bits(weights: Mapping[str, Any], form: str) -> float:
