@@ -10,10 +10,15 @@ VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: help demo real test test-vllm lint clean
+QUANTISED_VENV := .venv-quantised
+QUANTISED_BIN := $(QUANTISED_VENV)/bin
+QUANTISED_READY := $(QUANTISED_VENV)/.ready
+QUANTISED_PIP := $(QUANTISED_BIN)/pip install -q -c constraints-quantised.txt
+
+.PHONY: help demo real test test-vllm test-quantised lint clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ptconvert needs Python 3.11 or newer; set PYTHON")'
@@ -57,5 +62,25 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 test-vllm: $(VLLM_READY)  ## the tests that need vLLM, in an environment of their own
 	$(VLLM_BIN)/python -m pytest tests/serving
 
+# Quantisers pin other versions of torch, transformers and each other than they need, so they come
+# without their dependencies, which are named instead, in an environment of their own.
+$(QUANTISED_READY): pyproject.toml constraints-quantised.txt
+	$(PYTHON) -m venv $(QUANTISED_VENV)
+	$(QUANTISED_BIN)/pip install -q --upgrade pip
+	$(QUANTISED_PIP) torch
+	$(QUANTISED_PIP) transformers accelerate compressed-tensors datasets optimum
+	$(QUANTISED_PIP) loguru nvidia-ml-py pillow py-cpuinfo requests  # llmcompressor, auto-round
+	$(QUANTISED_PIP) ninja omegaconf 'pulp<4' pydantic regex scipy  # nvidia-modelopt
+	$(QUANTISED_PIP) dill protobuf setuptools threadpoolctl wheel  # gptqmodel
+	$(QUANTISED_PIP) --no-deps llmcompressor auto-round nvidia-modelopt
+	$(QUANTISED_PIP) --no-deps defuser device-smi logbar pypcre tokenicer
+	$(QUANTISED_PIP) --no-deps --no-build-isolation gptqmodel
+	$(QUANTISED_PIP) click hypothesis jinja2 psutil pytest pyyaml rich wrapt
+	$(QUANTISED_BIN)/pip install -q --no-deps -e .
+	touch $@
+
+test-quantised: $(QUANTISED_READY)  ## the tests with checkpoints that real quantisers make
+	$(QUANTISED_BIN)/python -m pytest tests/quantised
+
 clean:  ## remove environments and what demo and real made
-	rm -rf $(VENV) $(VLLM_VENV) demo real
+	rm -rf $(VENV) $(VLLM_VENV) $(QUANTISED_VENV) demo real
