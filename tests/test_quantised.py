@@ -36,7 +36,7 @@ from ptconvert.measure.opening import open_model
 from ptconvert.models.quantised import of_tracks
 from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.launch import launch
-from ptconvert.runtime.load import shape_of
+from ptconvert.runtime.load import opened, shape_of
 from ptconvert.spec.document import parse_spec
 
 TRACKED = "use: parallel_track, depth: 2"
@@ -490,3 +490,19 @@ def test_what_a_recipe_leaves_takes_what_it_took(make_dense: MakeDense, tmp_path
     assert not any("self_attn" in name or "1.mlp.down" in name for name in shape.bits)
     assert set(shape.bits.values()) == {4 + 16 / GROUP}
     assert shape.alike(0) != shape.alike(1) and shape.alike(0) == shape.alike(2)
+
+
+@pytest.mark.parametrize("name", ["W4A16", "FP8 per channel"])
+def test_a_head_that_is_quantised_and_what_all_takes_as_it_is_opened(
+    name: str, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    dense = make_dense(dtype=torch.bfloat16, **SIZES)
+    source = quantise(dense, tmp_path / "source", name, lambda m: ".layers." in m or m == "lm_head")
+    converted = convert(source, 2, TRACKED)
+    assert given_back(converted, source, tmp_path / "back")
+    as_opened = [opened(open_checkpoint(path)).nbytes for path in (source, converted)]
+    plain = [open_checkpoint(path).nbytes for path in (dense, convert(dense, 2, TRACKED))]
+    assert as_opened == plain
+    model = open_model(open_checkpoint(converted), "float32", "cpu")
+    whole = meant(tensors(source), name, "lm_head")
+    assert furthest(model.lm_head.weight, whole) < 1e-5

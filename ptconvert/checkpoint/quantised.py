@@ -67,7 +67,8 @@ def as_dequantised(
         begin = shape.layer(layer) if layer is not None else ""
         divided = tracks if layer in tracked else 1
         begins = [f"{begin}tracks.{t}." for t in range(tracks)] if layer in tracked else [begin]
-        weights = shape.stored_head if layer is None else shape.unquantised_of(layer)
+        whole = shape.unquantised
+        weights = whole.stored_head if layer is None else whole.stored_of(layer)
         for before in begins:
             for rule in kept:
                 if rule.kept is not None:

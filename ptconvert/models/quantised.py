@@ -175,7 +175,7 @@ def kept_rules(
         return (rule,)
     if not any(kept.role is Role.SCALES for kept in found.values()):
         raise ConfigError(f"{before}* has no scales beside {' and '.join(found)}")
-    group = _inputs_of_a_group(part, {sizes[n]: k for n, k in found.items()})
+    group = _inputs_of_a_group(part, [(kept, sizes[name]) for name, kept in found.items()])
     # Where groups lie in no order, a track's inputs may be of any of them, and it has them all.
     all_groups = (rule.is_cut and rule.axis == _IN) and any(
         kept.role is Role.GROUPS and not in_order(name, group) for name, kept in found.items()
@@ -209,9 +209,9 @@ def beginning(weight: str, names: Container[str]) -> str:
     return weight if f"{weight}_blocks" in names else weight.removesuffix("weight")
 
 
-def _inputs_of_a_group(part: tuple[int, ...], found: Mapping[tuple[int, ...], Kept]) -> int:
+def _inputs_of_a_group(part: tuple[int, ...], found: list[tuple[Kept, tuple[int, ...]]]) -> int:
     """For how many of a linear's inputs there is one scale."""
-    for size, kept in found.items():
+    for kept, size in found:
         if kept.role is Role.SCALES and len(size) == len(part) == 2:
             return math.ceil(part[_IN] / size[kept.axes.index(_IN)])
     return part[-1]
