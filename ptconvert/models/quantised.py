@@ -10,12 +10,14 @@ calls its tensors otherwise is a few rows more.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import fnmatch
 import math
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -140,7 +142,7 @@ def unit_sizes(quantization: Mapping[str, Any], module: str | None = None) -> fr
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 yield from found(inner, key in _UNITS)
-        elif isinstance(value, list):
+        elif isinstance(value, list) and is_unit:
             for inner in value:
                 yield from found(inner, is_unit)
         elif type(value) is int and is_unit and value > 1:
@@ -302,22 +304,21 @@ def of_tracks(quantization: Any, modules: Mapping[str, Sequence[str]]) -> Any:
         return walked(value)
 
     def added(entries: Sequence[Any]) -> list[str]:
+        means = _meaning(str(_method(quantization)), tuple(map(str, entries)))
         return [
             own
             for dense, tracks in modules.items()
-            if any(means(entry, dense) for entry in entries)
+            if means(dense)
             for own in tracks
-            if not any(means(entry, own) for entry in entries)
+            if not means(own)
         ]
-
-    def means(entry: object, name: str) -> bool:
-        return isinstance(entry, str) and _means(str(_method(quantization)), entry, name)
 
     return walked(quantization)
 
 
-def _means(method: str, entry: str, name: str) -> bool:
-    """Whether an entry of a quantization_config means a module.
+@lru_cache(maxsize=1024)
+def _meaning(method: str, entries: tuple[str, ...]) -> Callable[[str], bool]:
+    """Which modules some entries of a quantization_config mean, by their names.
 
     For compressed-tensors it is a name, or a pattern after `re:` (`match_name` of its
     utils/match.py), or the class of all linears; for the others a pattern that the name begins
@@ -325,16 +326,25 @@ def _means(method: str, entry: str, name: str) -> bool:
     quantizers_utils.py), or a pattern with asterisks.
     """
     if method == "compressed-tensors":
-        pattern = entry.removeprefix(_REGEX)
-        if pattern == entry:
-            return entry in (name, _CLASS)
-        return re.match(pattern, name) is not None
-    entry = _SIGN.sub("", entry, count=1)
-    try:
-        begins = re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name) is not None
-    except re.error:
-        begins = False
-    return begins or name.endswith(entry) or fnmatch.fnmatchcase(name, entry)
+        names = frozenset(entries)
+        begins = _any_of([e.removeprefix(_REGEX) for e in entries if e.startswith(_REGEX)])
+        return lambda name: _CLASS in names or name in names or begins(name)
+    entries = tuple(_SIGN.sub("", entry, count=1) for entry in entries)
+    begins = _any_of([rf"(?:{entry})(?:(?<=\.)|(?=\.|$))" for entry in entries])
+    whole = _any_of([fnmatch.translate(entry) for entry in entries if "*" in entry])
+    return lambda name: name.endswith(entries) or begins(name) or whole(name)
+
+
+def _any_of(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Whether one of some patterns is what a name begins with; those that are none don't count."""
+    good = []
+    for pattern in patterns:
+        with contextlib.suppress(re.error):
+            good.append(re.compile(pattern).pattern)
+    if not good:
+        return lambda _: False
+    joined = re.compile("|".join(f"(?:{pattern})" for pattern in good))
+    return lambda name: joined.match(name) is not None
 
 
 def weight_bits(quantization: Mapping[str, Any], module: str) -> float | None:
@@ -345,7 +355,7 @@ def weight_bits(quantization: Mapping[str, Any], module: str) -> float | None:
     """
     method = str(_method(quantization))
     left = [e for key in _LISTS if key != "targets" for e in _list(quantization.get(key))]
-    if any(_means(method, entry, module) for entry in left):
+    if _meaning(method, tuple(left))(module):
         return None
     if method == "compressed-tensors":
         own = _scheme(quantization, module)
@@ -360,7 +370,7 @@ def weight_bits(quantization: Mapping[str, Any], module: str) -> float | None:
     for key in _KEYED:
         entries = quantization.get(key)
         for entry, other in entries.items() if isinstance(entries, Mapping) else ():
-            if _means(method, entry, module):
+            if _meaning(method, (entry,))(module):
                 if entry.startswith("-:"):
                     return None
                 own |= other
@@ -376,13 +386,17 @@ def _scheme(quantization: Mapping[str, Any], module: str) -> Mapping[str, Any] |
     groups = quantization.get("config_groups")
     if _method(quantization) != "compressed-tensors" or not isinstance(groups, Mapping):
         return None
-    found: list[tuple[bool, bool, Mapping[str, Any]]] = [
-        (entry == _CLASS, str(entry).startswith(_REGEX), group)
+    found = [
+        group
         for group in groups.values()
-        for entry in _list(group.get("targets"))
-        if _means("compressed-tensors", entry, module)
+        if _meaning("compressed-tensors", tuple(_list(group.get("targets"))))(module)
     ]
-    return min(found, key=lambda one: one[:2], default=(False, False, None))[2]
+
+    def rank(group: Mapping[str, Any]) -> int:
+        targets = _list(group.get("targets"))
+        return 0 if module in targets else 2 if _CLASS in targets else 1
+
+    return min(found, key=rank, default=None)
 
 
 def _compressed_bits(weights: Mapping[str, Any], form: str) -> float:
