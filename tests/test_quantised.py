@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import seeing
 import torch
 from conftest import LAYERS, Convert, MakeDense, load, random_model, spec_text
 from hypothesis import HealthCheck, given, settings
@@ -21,7 +22,9 @@ from quantising import (
     meant,
     meant_of_experts,
     mxfp4_experts,
+    packed,
     quantise,
+    unpacked,
 )
 from safetensors.torch import save_file
 from test_modeling import SCHEDULES, left_padded
@@ -35,6 +38,7 @@ from ptconvert.errors import CheckpointError, ConfigError, SpecError
 from ptconvert.measure.opening import open_model
 from ptconvert.models.quantised import of_tracks
 from ptconvert.models.shape import ModelShape
+from ptconvert.runtime.dequantise import dequantised as dequantised_weight
 from ptconvert.runtime.launch import launch
 from ptconvert.runtime.load import opened, shape_of
 from ptconvert.spec.document import parse_spec
@@ -506,3 +510,119 @@ def test_a_head_that_is_quantised_and_what_all_takes_as_it_is_opened(
     model = open_model(open_checkpoint(converted), "float32", "cpu")
     whole = meant(tensors(source), name, "lm_head")
     assert furthest(model.lm_head.weight, whole) < 1e-5
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", ["qwen3_5", "llava"])
+def test_language_models_within_others(
+    name: str, inside: bool, convert: Convert, tmp_path: Path
+) -> None:
+    """Whether the whole's config.json says that they are quantised, or their own part of it."""
+    dense = seeing.save(name, tmp_path / "dense")
+    source = quantise(
+        dense,
+        tmp_path / "source",
+        "FP8 per channel",
+        lambda m: bool(re.search(r"(?<!vision_tower\.)(?<!visual\.)layers\.\d+\.mlp\.", m)),
+    )
+    if inside:
+        config = json.loads((source / "config.json").read_text())
+        config["text_config"]["quantization_config"] = config.pop("quantization_config")
+        (source / "config.json").write_text(json.dumps(config))
+    converted = convert(source, 2, "use: parallel_track, depth: 1")
+    again = tensors(back(converted, tmp_path / "back"))
+    assert same(again, seeing.under_todays_names(tensors(source)))
+    ids_BS = left_padded()[0]
+    one, other = (
+        open_model(open_checkpoint(p), "float32", "cpu")(input_ids=ids_BS).logits
+        for p in (source, convert(source, 1, "use: parallel_track, depth: 1"))
+    )
+    assert furthest(one, other) < 1e-3  # linear attention rounds more
+
+
+def test_zero_points_of_autoround_are_less_one_in_one_format_only(
+    make_dense: MakeDense, tmp_path: Path
+) -> None:
+    found = []
+    for packing in ("auto_round:auto_gptq", "auto_round"):
+        source = quantise(
+            make_dense(**SIZES), tmp_path / packing[-5:], "AutoRound", packing_format=packing
+        )
+        model = open_model(open_checkpoint(source), "float32", "cpu")
+        found.append(model.model.layers[0].mlp.down_proj.weight)
+    scales = tensors(source)["model.layers.0.mlp.down_proj.scales"].float()
+    apart = (found[1] - found[0]) / scales.repeat_interleave(GROUP, 0).T
+    assert 0.85 < float((apart.round() == 1).float().mean()) < 1  # but for 15 and what it carries
+
+
+def test_groups_that_dont_divide_the_inputs() -> None:
+    """As 2880 in groups of 128: the last is shorter, and all begin at multiples of their size."""
+    rng = torch.Generator().manual_seed(0)
+    scale = torch.rand(4, 3, generator=rng)
+    kept = {
+        "weight_packed": packed(torch.randint(16, (4, 40), generator=rng), 1),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([4, 40]),
+    }
+    found = dequantised_weight(kept, FORMATS["W4A16"].config)
+    values = unpacked(kept["weight_packed"], 1)[:, :40] - 8
+    assert furthest(found, values * scale.repeat_interleave(GROUP, 1)[:, :40]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "said"),
+    [
+        ("FP8 per channel", "q_proj.weight", "has no values beside"),
+        ("W4A16", "q_proj.weight_packed", "has no values beside"),
+        ("GPTQ", "q_proj.qzeros", "has no scales or zero points beside"),
+        ("GPTQ", "q_proj.qweight", "has no values beside"),
+    ],
+)
+def test_weights_that_lack_a_tensor(
+    name: str, lost: str, said: str, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    source = quantise(make_dense(**SIZES), tmp_path / "source", name)
+    found = tensors(source)
+    del found[f"model.layers.1.self_attn.{lost}"]
+    save_file(found, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=said):
+        convert(source, 2, TRACKED)
+
+
+def test_scales_of_the_cache(make_dense: MakeDense, convert: Convert, tmp_path: Path) -> None:
+    """One for all heads comes along to each track; one for each is refused."""
+    source = quantise(make_dense(**SIZES), tmp_path / "source", "FP8 per channel")
+    found, name = tensors(source), "model.layers.1.self_attn.k_scale"
+    save_file({**found, name: torch.ones(1)}, source / "model.safetensors", {"format": "pt"})
+    assert given_back(convert(source, 2, TRACKED), source, tmp_path / "back")
+    save_file({**found, name: torch.ones(4, 1, 1)}, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"k_scale has shape \[4, 1, 1\]"):
+        convert(source, 2, TRACKED)
+
+
+def test_what_comes_first_counts_and_what_would_mean_more_is_refused() -> None:
+    first = {r"+:model\.layers\.3\.mlp\.down": {"bits": 8}, r"+:.*_proj": {"bits": 4}}
+    found = of_tracks({"quant_method": "gptq", "dynamic": first}, {DENSE: TRACKS})["dynamic"]
+    assert list(found) == [*(f"+:{re.escape(name)}$" for name in TRACKS), *first]
+    assert all(found[f"+:{re.escape(name)}$"] == {"bits": 8} for name in TRACKS)
+    for quantization in (
+        {"quant_method": "gptq", "dynamic": {r"-:.*\.0\..*down.*": {}}},
+        {"quant_method": "compressed-tensors", "ignore": [r"re:.*\.0\..*"]},
+    ):
+        with pytest.raises(ConfigError, match=r"would mean model\.layers\.3\.tracks\.0"):
+            of_tracks(quantization, {DENSE: TRACKS})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config_groups": {"group_0": {"targets": ["Linear"]}}},
+        {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": None}}}},
+    ],
+)
+def test_a_config_that_doesnt_say_how_is_refused_in_a_line(
+    change: Any, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    source = quantise(make_dense(**SIZES), tmp_path / "source", "W4A16", **change)
+    with pytest.raises(ConfigError, match=r"doesn't say how model\.layers\.0"):
+        convert(source, 2, TRACKED)

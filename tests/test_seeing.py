@@ -374,13 +374,13 @@ def changed(name: str, change: Any) -> dict[str, Any]:
         ),
         (
             "qwen3_5",
-            lambda c: c.update(quantization_config={"quant_method": "fp8"}),
-            "the weights are quantised",
+            lambda c: c.update(quantization_config={"quant_method": "hqq"}),
+            "what 'hqq' has quantised can't be cut",
         ),
         (
             "qwen3_5",
-            lambda c: c["text_config"].update(quantization_config={"quant_method": "fp8"}),
-            "the weights are quantised",
+            lambda c: c["text_config"].update(quantization_config={"quant_method": "hqq"}),
+            "what 'hqq' has quantised can't be cut",
         ),
         (
             "qwen3_5",

@@ -11,6 +11,7 @@ from ptconvert.checkpoint.layout import DenseTensor
 from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, same_bytes
 from ptconvert.errors import CheckpointError, ConfigError
 from ptconvert.models.families import CARRIED_BUFFERS
+from ptconvert.models.quantised import quantization_of
 from ptconvert.models.shape import DTYPE_BYTES, ELEMENT_BYTES, HEAD, ModelShape, is_tied
 from ptconvert.models.wrappers import OPTIONAL, TIED, embedding_name, opened_by
 from ptconvert.shorten import few
@@ -139,7 +140,9 @@ def check_tensors(
     if faults and (prefixed := _prefixed(checkpoint, expected, unknown, shape)):
         raise CheckpointError(f"{checkpoint.path}: {prefixed}")
     advice = ""
-    if unknown and not faults:
+    if quantization_of(checkpoint.config) is not None:
+        advice = "; of quantised weights only docs/quantised.md's are known"
+    elif unknown and not faults:
         advice = (
             "; transformers leaves out what it doesn't know, so open the model with "
             f"{opened_by(shape.model_type)}, save_pretrained it, and convert that"

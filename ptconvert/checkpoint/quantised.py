@@ -119,6 +119,11 @@ def _kept(
         units = unit_sizes(quantization, before + rule.name.removesuffix(".weight"))
         kept += kept_rules(rule, part, whole, sizes, units, in_order)
     scales = [name for name in CACHE_SCALES if name in sizes]
+    for name in scales:
+        if math.prod(sizes[name]) != 1:
+            raise ConfigError(
+                f"{name} has shape {list(sizes[name])}; only one scale for all heads can be kept"
+            )
     return (*kept, *(TensorRule(n, (ONE,) * len(sizes[n]), kept=sizes[n]) for n in scales))
 
 

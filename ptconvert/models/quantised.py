@@ -67,6 +67,7 @@ _LINEAR: Mapping[str, Kept] = MappingProxyType(
         "input_zero_point": Kept(Role.SCALAR),
         "input_global_scale": Kept(Role.SCALAR),
         "input_scale_ub": Kept(Role.SCALAR),
+        "activation_scale": Kept(Role.SCALAR),
         "output_scale": Kept(Role.SCALAR),
         "output_zero_point": Kept(Role.SCALAR),
         "k_scale": Kept(Role.SCALAR),
@@ -175,12 +176,12 @@ def kept_rules(
     found = {before + end: kept for end, kept in in_place_of(rule.name, sizes).items()}
     if not found:
         return (rule,)
-    if not any(kept.role is Role.SCALES for kept in found.values()):
-        raise ConfigError(f"{before}* has no scales beside {' and '.join(found)}")
-    group = _inputs_of_a_group(part, [(kept, sizes[name]) for name, kept in found.items()])
+    _check_found(before, found, sizes)
+    group = _inputs_of_a_group(part, [(k, sizes[n]) for n, k in found.items()], units)
     # Where groups lie in no order, a track's inputs may be of any of them, and it has them all.
     all_groups = (rule.is_cut and rule.axis == _IN) and any(
-        kept.role is Role.GROUPS and not in_order(name, group) for name, kept in found.items()
+        kept.role is Role.GROUPS and not in_order(name, group or part[_IN])
+        for name, kept in found.items()
     )
     rules = []
     for name, kept in found.items():
@@ -190,7 +191,7 @@ def kept_rules(
             own = _along(own, kept, part, whole, units, together)
         if own.is_cut and kept.role is Role.SHAPE:
             own = replace(own, told=kept.role.value)
-        elif own.is_cut and kept.role is Role.GROUPS and not all_groups:
+        elif own.is_cut and kept.role is Role.GROUPS and not all_groups and group is not None:
             own = replace(own, told=kept.role.value, per=group)
         rules.append(own)
     return tuple(rules)
@@ -211,12 +212,30 @@ def beginning(weight: str, names: Container[str]) -> str:
     return weight if f"{weight}_blocks" in names else weight.removesuffix("weight")
 
 
-def _inputs_of_a_group(part: tuple[int, ...], found: list[tuple[Kept, tuple[int, ...]]]) -> int:
-    """For how many of a linear's inputs there is one scale."""
+def _check_found(
+    before: str, found: Mapping[str, Kept], sizes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises ConfigError where tensors are no whole weight."""
+    roles = {kept.role for kept in found.values()}
+    for role, what in ((Role.VALUES, "values"), (Role.SCALES, "scales")):
+        if role not in roles:
+            raise ConfigError(f"{before}* has no {what} beside {' and '.join(found)}")
+    if before + "qweight" in found and not {before + "scales", before + "qzeros"} <= found.keys():
+        raise ConfigError(f"{before}* has no scales or zero points beside {' and '.join(found)}")
+    for name, kept in found.items():
+        if kept.role is Role.SCALAR and math.prod(sizes[name]) != 1:
+            raise ConfigError(f"{name} has shape {list(sizes[name])}, not one number")
+
+
+def _inputs_of_a_group(
+    part: tuple[int, ...], found: list[tuple[Kept, tuple[int, ...]]], units: frozenset[int]
+) -> int | None:
+    """For how many of a linear's inputs there is one scale; None where for all, however many."""
     for kept, size in found:
         if kept.role is Role.SCALES and len(size) == len(part) == 2:
-            return math.ceil(part[_IN] / size[kept.axes.index(_IN)])
-    return part[-1]
+            with contextlib.suppress(ValueError):  # which is told of the tensor itself
+                return per_element(part[_IN], size[kept.axes.index(_IN)], units)
+    return None
 
 
 def _along(
@@ -264,7 +283,7 @@ def per_element(length: int, kept: int, units: frozenset[int], packed: bool = Fa
     for unit in (1, *sorted(units | (_PACKINGS if packed else frozenset()))):
         if math.ceil(length / unit) == kept:
             return unit
-    if kept > 0 and length % kept == 0:
+    if kept > 0 and length % kept == 0 and not packed:
         return length // kept
     raise ValueError(f"{kept} don't stand for {length}")
 
@@ -283,6 +302,8 @@ def of_tracks(quantization: Any, modules: Mapping[str, Sequence[str]]) -> Any:
     tracks', their names are put beside it.
     """
 
+    method = str(_method(quantization))
+
     def walked(value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
@@ -292,26 +313,40 @@ def of_tracks(quantization: Any, modules: Mapping[str, Sequence[str]]) -> Any:
         if key in _LISTS and isinstance(value, list):
             return [*value, *added(value)]
         if key in _KEYED and isinstance(value, Mapping):
-            signs = {entry: _SIGN.match(entry) for entry in value}
-            return {
-                **value,
-                **{
-                    f"{sign[0]}{re.escape(name)}$" if sign else name: value[entry]
-                    for entry, sign in signs.items()
-                    for name in added([entry])
-                },
-            }
+            return {**keyed(value), **value}  # what comes first counts
         return walked(value)
 
+    def keyed(entries: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for dense, tracks in modules.items():
+            entry = first(entries, dense)
+            for own in tracks:
+                if entry is None or first(entries, own) == entry:
+                    unmeant(entry is None and first(entries, own) is not None, own, dense)
+                    continue
+                sign = _SIGN.match(entry)
+                found[f"{sign[0]}{re.escape(own)}$" if sign else own] = entries[entry]
+        return found
+
+    def first(entries: Mapping[str, Any], name: str) -> str | None:
+        return next((e for e in entries if _meaning(method, (str(e),))(name)), None)
+
     def added(entries: Sequence[Any]) -> list[str]:
-        means = _meaning(str(_method(quantization)), tuple(map(str, entries)))
-        return [
-            own
-            for dense, tracks in modules.items()
-            if means(dense)
-            for own in tracks
-            if not means(own)
-        ]
+        means, found = _meaning(method, tuple(map(str, entries))), list[str]()
+        for dense, tracks in modules.items():
+            meant = means(dense)
+            for own in tracks:
+                if means(own) != meant:
+                    unmeant(not meant, own, dense)
+                    found.append(own)
+        return found
+
+    def unmeant(also: bool, own: str, dense: str) -> None:
+        if also:
+            raise ConfigError(
+                f"{QUANTIZATION}: one of its patterns would mean {own}, though not {dense}, which "
+                "that is a part of; write the names that it means"
+            )
 
     return walked(quantization)
 
@@ -321,7 +356,8 @@ def _meaning(method: str, entries: tuple[str, ...]) -> Callable[[str], bool]:
     """Which modules some entries of a quantization_config mean, by their names.
 
     For compressed-tensors it is a name, or a pattern after `re:` (`match_name` of its
-    utils/match.py), or the class of all linears; for the others a pattern that the name begins
+    utils/match.py), or the class of all linears; for ModelOpt a name with asterisks; after a sign
+    gptqmodel's pattern that the name begins with; for the others a pattern that the name begins
     with, up to a dot, or what it ends with (`should_convert_module` of transformers'
     quantizers_utils.py), or a pattern with asterisks.
     """
@@ -329,7 +365,10 @@ def _meaning(method: str, entries: tuple[str, ...]) -> Callable[[str], bool]:
         names = frozenset(entries)
         begins = _any_of([e.removeprefix(_REGEX) for e in entries if e.startswith(_REGEX)])
         return lambda name: _CLASS in names or name in names or begins(name)
-    entries = tuple(_SIGN.sub("", entry, count=1) for entry in entries)
+    if method == "modelopt":
+        return _any_of([fnmatch.translate(entry) for entry in entries])
+    if any(map(_SIGN.match, entries)):
+        return _any_of([_SIGN.sub("", entry, count=1) for entry in entries])
     begins = _any_of([rf"(?:{entry})(?:(?<=\.)|(?=\.|$))" for entry in entries])
     whole = _any_of([fnmatch.translate(entry) for entry in entries if "*" in entry])
     return lambda name: name.endswith(entries) or begins(name) or whole(name)
@@ -355,7 +394,7 @@ def weight_bits(quantization: Mapping[str, Any], module: str) -> float | None:
     """
     method = str(_method(quantization))
     left = [e for key in _LISTS if key != "targets" for e in _list(quantization.get(key))]
-    if _meaning(method, tuple(left))(module):
+    if _meaning(method, tuple(map(str, left)))(module):
         return None
     if method == "compressed-tensors":
         own = _scheme(quantization, module)

@@ -555,7 +555,7 @@ class ModelShape:
         )
         if (quantization := quantization_of(whole)) is not None:
             found = {
-                name: weight_bits(quantization, module)
+                name: _bits(quantization, module, where)
                 for layer in range(layers)
                 for rule in shape.rules_of(layer)
                 if (name := shape.layer(layer) + rule.name)
@@ -576,6 +576,16 @@ class ModelShape:
                 "linear_num_value_heads"
             )
         return shape
+
+
+def _bits(quantization: Mapping[str, Any], module: str, where: str) -> float | None:
+    """What each number of a module's weight takes. Raises ConfigError."""
+    try:
+        return weight_bits(quantization, module)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{where}: {QUANTIZATION} doesn't say how {module} is quantised: {_short(error)}"
+        ) from None
 
 
 def _module(layer: str, rule: TensorRule) -> str | None:

@@ -34,9 +34,9 @@ def dequantised(kept: Kept, quantization: Mapping[str, Any]) -> torch.Tensor:
         return (values * _repeated(_powers(kept["_scales"]), values.shape)).mT
     if "qweight" in kept:
         return _of_inputs_first(kept, quantization)
-    packed = kept.get("weight_packed")
+    units, packed = unit_sizes(quantization), kept.get("weight_packed")
     if packed is not None and packed.dtype == torch.int32:
-        return _of_integers(kept)
+        return _of_integers(kept, units)
     weight = kept["weight"] if packed is None else packed
     values = _fp4(weight) if weight.dtype == torch.uint8 else weight.float()
     if "weight_zero_point" in kept:
@@ -47,10 +47,10 @@ def dequantised(kept: Kept, quantization: Mapping[str, Any]) -> torch.Tensor:
         scales = scales * kept["weight_scale_2"].float()
     if "weight_global_scale" in kept:
         scales = scales / kept["weight_global_scale"].float()
-    return values * _repeated(scales, values.shape, unit_sizes(quantization))
+    return values * _repeated(scales, values.shape, units)
 
 
-def _of_integers(kept: Kept) -> torch.Tensor:
+def _of_integers(kept: Kept, units: frozenset[int]) -> torch.Tensor:
     """Of compressed-tensors' int32, which lie along the inputs, zero points along the outputs."""
     outputs, inputs = kept["weight_shape"].tolist()
     packed, scales = kept["weight_packed"], kept["weight_scale"].float()
@@ -61,7 +61,7 @@ def _of_integers(kept: Kept) -> torch.Tensor:
         zeros = _unpacked(kept["weight_zero_point"], 0, bits)[:outputs].float()
     index = kept.get("weight_g_idx")
     if index is None:
-        index = torch.arange(inputs) // -(-inputs // scales.shape[1])
+        index = _in_groups(inputs, scales.shape[1], units)
     return (values - zeros[:, index.long()]) * scales[:, index.long()]
 
 
@@ -74,14 +74,27 @@ def _of_inputs_first(kept: Kept, quantization: Mapping[str, Any]) -> torch.Tenso
         values, zeros = (_unpacked(one, 1, bits, _AWQ_ORDER) for one in (packed, zeros))
     else:
         values = _unpacked(packed, 0, bits)
-        if quantization.get("checkpoint_format") != "gptq_v2":
+        if _less_one(quantization):
             ones = sum(1 << place for place in range(0, _INT_BITS, bits))
             zeros = (zeros.long() + ones) & 0xFFFFFFFF
         zeros = _unpacked(zeros, 1, bits)
     index = kept.get("g_idx")
     if index is None:
-        index = torch.arange(len(values)) // -(-len(values) // len(scales))
+        index = _in_groups(len(values), len(scales), unit_sizes(quantization))
     return ((values - zeros[index.long()]) * scales[index.long()]).mT
+
+
+def _less_one(quantization: Mapping[str, Any]) -> bool:
+    """Whether zero points are kept less one: in GPTQ's first format, which AutoRound writes by that
+    name only (`GPTQ_FORMAT` of its inference/backend.py)."""
+    if quantization.get("quant_method") == "auto-round":
+        return "auto_gptq" in str(quantization.get("packing_format"))
+    return quantization.get("checkpoint_format") != "gptq_v2"
+
+
+def _in_groups(inputs: int, groups: int, units: frozenset[int]) -> torch.Tensor:
+    """The group of each input, where they follow each other."""
+    return torch.arange(inputs) // (per_element(inputs, groups, units) or inputs)
 
 
 def _unpacked(

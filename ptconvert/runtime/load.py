@@ -43,7 +43,15 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
     if SECTION in config:
         config = source_config(config, read_section(config, where))
     shape = ModelShape.from_config(config, where).stored_as(checkpoint.tensors)
-    return with_quantised(shape, checkpoint, *_tracks_of(checkpoint))
+    return with_quantised(shape, _own(checkpoint, shape), *_tracks_of(checkpoint))
+
+
+def _own(checkpoint: Checkpoint, shape: ModelShape) -> Checkpoint:
+    """A checkpoint, its quantised weights under its model's own names, as a converted one has
+    them."""
+    if SECTION in checkpoint.config or quantization_of(checkpoint.config) is None:
+        return checkpoint
+    return under_own_names(checkpoint, shape)
 
 
 def opened(checkpoint: Checkpoint) -> Checkpoint:
@@ -51,7 +59,8 @@ def opened(checkpoint: Checkpoint) -> Checkpoint:
     dequantised. Raises ConfigError."""
     if quantization_of(checkpoint.config) is None:
         return checkpoint
-    return as_dequantised(shape_of(checkpoint), checkpoint, *_tracks_of(checkpoint))
+    shape = shape_of(checkpoint)
+    return as_dequantised(shape, _own(checkpoint, shape), *_tracks_of(checkpoint))
 
 
 def _tracks_of(checkpoint: Checkpoint) -> tuple[int, Set[int]]:
@@ -115,7 +124,7 @@ def open_dequantised(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
     `dtype` is as for `load_rank`. Raises CheckpointError.
     """
     shape = shape_of(checkpoint)
-    own = under_own_names(checkpoint, shape) if SECTION not in checkpoint.config else checkpoint
+    own = _own(checkpoint, shape)
     config = AutoConfig.from_pretrained(checkpoint.path)
     with torch.device("meta"):
         model = getattr(transformers, opened_by(checkpoint.config["model_type"])).from_config(
