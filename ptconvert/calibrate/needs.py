@@ -21,12 +21,12 @@ from ptconvert.calibrate.on_disk import MEMORY_BYTES
 from ptconvert.calibrate.regression import MATRICES, RIDGES, Moments, fits
 from ptconvert.calibrate.streams import BATCH_TOKENS, most_streams
 from ptconvert.checkpoint.inventory import weights_dtype
+from ptconvert.checkpoint.quantised import as_dequantised
 from ptconvert.convert.transform import Plan
 from ptconvert.measure.needs import Held, Needs, Phase, Place, spilling
 from ptconvert.measure.one_layer import PROCESS, forward_seconds, in_a_layer, one_layer
 from ptconvert.models.guesses import most_guesses
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES
-from ptconvert.runtime.load import opened
 from ptconvert.spec.document import Spec
 
 _TIMED_FEATURES = 512  # of the regression that is timed; its time goes with the cube
@@ -127,7 +127,7 @@ PHASES: Mapping[str, Callable[[Plan, Any, int, int, str, str], Phase]] = {
 def _scaled(plan: Plan, nbytes: int, dtype: str) -> int:
     """Bytes of weights as stored, in a dtype; quantised ones, as they are opened."""
     stored = DTYPE_BYTES[weights_dtype(plan.source, plan.shape)]
-    unpacked = opened(plan.source).nbytes / plan.source.nbytes
+    unpacked = as_dequantised(plan.shape, plan.source).nbytes / plan.source.nbytes
     return int(nbytes * unpacked) * DTYPE_BYTES[DTYPES[dtype]] // stored
 
 

@@ -63,12 +63,12 @@ def as_dequantised(
     """A checkpoint as its model is opened: each quantised weight one tensor of the model's dtype,
     which lies in no file."""
     tensors, dtype = dict(checkpoint.tensors), shape.dtype or "BF16"
+    plain = shape.unquantised
     for layer, kept in shape.quantised.items():
         begin = shape.layer(layer) if layer is not None else ""
         divided = tracks if layer in tracked else 1
         begins = [f"{begin}tracks.{t}." for t in range(tracks)] if layer in tracked else [begin]
-        whole = shape.unquantised
-        weights = whole.stored_head if layer is None else whole.stored_of(layer)
+        weights = plain.stored_head if layer is None else plain.stored_of(layer)
         for before in begins:
             for rule in kept:
                 if rule.kept is not None:

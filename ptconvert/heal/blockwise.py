@@ -33,7 +33,7 @@ from ptconvert.measure.opening import section_of
 from ptconvert.modeling.model import MODELS
 from ptconvert.models.families import MODEL_TYPE_PREFIX
 from ptconvert.models.wrappers import decoder_prefix
-from ptconvert.runtime.load import compute_buffers, kept_dtype, read_named, shape_of
+from ptconvert.runtime.load import compute_buffers, read_for, shape_of
 from ptconvert.schedule.presets import with_only
 from ptconvert.shorten import without_middle
 
@@ -126,9 +126,8 @@ class Pieces:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of the checkpoint, on the device."""
-        tensor = read_named(self.checkpoint, self.shape, name)
-        dtype = kept_dtype(self.model, name, self.dtype)
-        return tensor.to(device=self.device, dtype=dtype)
+        tensor = read_for(self.model, self.checkpoint, self.shape, name, self.dtype)
+        return tensor.to(self.device)
 
 
 def heal_blocks(
@@ -164,7 +163,7 @@ def heal_blocks(
             step = f"block {changed.index(block) + 1} of {len(changed)}"
             if not file.is_file():
                 pair = _loaded(pieces, block, healed), dense.load(block.layers, block.dense)
-                moved = _heal(student, *pair, block, streams, order, settings, step, progress, say)
+                moved = _heal(pieces, *pair, block, streams, order, settings, step, progress, say)
                 save_tensors(file, moved)
                 pieces.load(range(0), range(0))
             healed |= load_tensors(file)
@@ -234,7 +233,7 @@ def relative_error(
 
 
 def _heal(
-    student: Checkpoint,
+    pieces: Pieces,
     model: Loaded,
     target: Loaded,
     block: Block,
@@ -249,7 +248,7 @@ def _heal(
     torch.manual_seed(settings.seed)
     train_NTD, held_NTD = streams
     named = dict(model.model.named_parameters())
-    names = held_whole((model.prefix + name for name in named), student)
+    names = held_whole((model.prefix + n for n in named), pieces.checkpoint, pieces.shape)
     inside = (n.removeprefix(model.prefix) for n in names if in_layers(n, block.layers))
     own = {name: named[name] for name in inside}
     for parameter in own.values():

@@ -60,18 +60,18 @@ def in_layers(name: str, layers: Collection[int]) -> bool:
 def trainable(names: Iterable[str], student: Checkpoint, which: str) -> list[str]:
     """The parameters that are to move of these: `changed`, or `all`, which are the language
     model's. Those that the checkpoint holds quantised stay as they are."""
-    names, shape = held_whole(names, student), shape_of(student)
+    shape = shape_of(student)
+    names = held_whole(names, student, shape)
     if which == "all":
         return [name for name in names if not is_around(name, shape.model_type)]
     layers = changed_layers(section_of(student))
     return [name for name in names if in_layers(name, layers)]
 
 
-def held_whole(names: Iterable[str], checkpoint: Checkpoint) -> list[str]:
-    """Those of a model's parameters that a checkpoint doesn't hold quantised."""
+def held_whole(names: Iterable[str], checkpoint: Checkpoint, shape: ModelShape) -> list[str]:
+    """Those of a model's parameters that a checkpoint of this shape doesn't hold quantised."""
     if quantization_of(checkpoint.config) is None:
         return list(names)
-    shape = shape_of(checkpoint)
     return [
         name
         for name in names

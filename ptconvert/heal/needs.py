@@ -282,7 +282,7 @@ def _end_to_end(pair: _Pair) -> Phase:
             apart = trained
         # experts and their routers are no linear layers of torch's, which peft adapts
         linear = (name for name in moves if not is_of_experts(name, shape))
-        sizes = [opened(pair.student).tensors[name].shape for name in linear]
+        sizes = [pair.student.tensors[name].shape for name in linear]
         trained = sum(settings.lora * sum(size) for size in sizes if len(size) == 2)
     kept_answers = settings.top_k is not None
     frozen = still if settings.fsdp or kept_answers else apart

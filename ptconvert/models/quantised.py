@@ -321,9 +321,10 @@ def of_tracks(quantization: Any, modules: Mapping[str, Sequence[str]]) -> Any:
         for dense, tracks in modules.items():
             entry = first(entries, dense)
             for own in tracks:
-                if entry is None or first(entries, own) == entry:
-                    unmeant(entry is None and first(entries, own) is not None, own, dense)
+                if first(entries, own) == entry:
                     continue
+                if entry is None:
+                    raise unmeant(own, dense)
                 sign = _SIGN.match(entry)
                 found[f"{sign[0]}{re.escape(own)}$" if sign else own] = entries[entry]
         return found
@@ -336,17 +337,18 @@ def of_tracks(quantization: Any, modules: Mapping[str, Sequence[str]]) -> Any:
         for dense, tracks in modules.items():
             meant = means(dense)
             for own in tracks:
-                if means(own) != meant:
-                    unmeant(not meant, own, dense)
-                    found.append(own)
+                if means(own) == meant:
+                    continue
+                if not meant:
+                    raise unmeant(own, dense)
+                found.append(own)
         return found
 
-    def unmeant(also: bool, own: str, dense: str) -> None:
-        if also:
-            raise ConfigError(
-                f"{QUANTIZATION}: one of its patterns would mean {own}, though not {dense}, which "
-                "that is a part of; write the names that it means"
-            )
+    def unmeant(own: str, dense: str) -> ConfigError:
+        return ConfigError(
+            f"{QUANTIZATION}: one of its patterns would mean {own}, though not {dense}, which "
+            "that is a part of; write the names that it means"
+        )
 
     return walked(quantization)
 

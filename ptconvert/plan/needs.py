@@ -34,8 +34,8 @@ def plan_needs(
         dtype = TORCH_NAMES[stored]
     number = DTYPE_BYTES[DTYPES[dtype]]
     scale = number / DTYPE_BYTES[stored]
-    copy = all_as_tracks(source, tracks).nbytes
-    all_tracks = copy * opened(source).nbytes // source.nbytes
+    weights, copy = opened(source).nbytes, all_as_tracks(source, tracks).nbytes
+    all_tracks = copy * weights // source.nbytes
     stream = count * length * shape.width * number
     kept = kept_layers(shape.layers, count * length * shape.width * 4)
     every = searched_each(count)
@@ -85,7 +85,7 @@ def plan_needs(
             Phase(
                 "the source's predictions",
                 (
-                    Held("weights", int(scale * opened(source).nbytes), Place.DEVICE),
+                    Held("weights", int(scale * weights), Place.DEVICE),
                     Held(
                         f"streams, {at_once} windows, all layers",
                         (shape.layers + 1) * at_once * sequence,

@@ -17,7 +17,7 @@ from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.models.families import NEURONS
 from ptconvert.models.shape import ModelShape
 from ptconvert.models.wrappers import layer_of, opened_by
-from ptconvert.runtime.load import filled, kept_dtype, read_named, shape_of
+from ptconvert.runtime.load import filled, kept_dtype, read_for, shape_of
 
 
 def opened_by_layer(path: Path, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -39,8 +39,8 @@ def opened_by_layer(path: Path, dtype: torch.dtype, device: torch.device | str) 
     layers = {names[id(layer)]: layer for layer in model.get_decoder().layers.children()}
     of_layers = {f"{name}.{n}" for name, m in layers.items() for n, _ in m.named_parameters()}
     filled(model, checkpoint, shape, dtype, without=of_layers)
+    read = _Read(model, checkpoint, shape, dtype, of_layers)
     for name, layer in layers.items():
-        read = _Read(model, checkpoint, shape, dtype, of_layers)
         attach_align_device_hook(layer, torch.device(device), True, read, module_name=name)
     for module in _without(model, set(map(id, layers.values()))):
         module.to(device)
@@ -60,8 +60,7 @@ class _Read(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self.names:
             raise KeyError(name)
-        found = read_named(self.checkpoint, self.shape, name)
-        return found.to(kept_dtype(self.model, name, self.dtype))
+        return read_for(self.model, self.checkpoint, self.shape, name, self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -101,13 +101,11 @@ def _unpacked(
     whole: torch.Tensor, axis: int, bits: int, order: Sequence[int] | None = None
 ) -> torch.Tensor:
     """The unsigned values that share integers along an axis, one after the other."""
-    each = _INT_BITS // bits
     moved = whole.long().movedim(axis, -1)
     shifts = torch.arange(0, _INT_BITS, bits)
     values = (moved[..., None] >> shifts) & ((1 << bits) - 1)
     if order is not None:
         values = values[..., torch.tensor(order).argsort()]
-    assert values.shape[-1] == each
     return values.flatten(-2).movedim(-1, axis)
 
 

@@ -153,10 +153,10 @@ def filled(
             continue
         if name == HEAD and name not in checkpoint.tensors and model.config.tie_word_embeddings:
             continue
-        tensor = read_named(checkpoint, shape, name, read)
+        tensor = read_for(model, checkpoint, shape, name, dtype, read)
         if tensor.shape != parameter.shape:
             raise CheckpointError(f"{checkpoint.path}: {name} has shape {list(tensor.shape)}")
-        tensors[name] = tensor.to(kept_dtype(model, name, dtype))
+        tensors[name] = tensor
     model.load_state_dict(tensors, strict=False, assign=True)
     compute_buffers(model, "cpu")
     if model.config.tie_word_embeddings and not overruled(checkpoint):
@@ -196,6 +196,18 @@ def kept_dtype(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
     such as the biases by which DeepSeek's routers choose."""
     own = model._keep_in_fp32_modules_strict or ()
     return torch.float32 if any(part in name for part in own) else dtype
+
+
+def read_for(
+    model: Any,
+    checkpoint: Checkpoint,
+    shape: ModelShape,
+    name: str,
+    dtype: torch.dtype,
+    read: Callable[[TensorEntry], torch.Tensor] = lambda entry: read_whole(entry),
+) -> torch.Tensor:
+    """What `read_named` gives, in what it is computed in where the model is in `dtype`."""
+    return read_named(checkpoint, shape, name, read).to(kept_dtype(model, name, dtype))
 
 
 def read_named(
