@@ -17,8 +17,7 @@ from ptconvert.checkpoint.layout import dense_tensors
 from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint
 from ptconvert.errors import CheckpointError
 from ptconvert.models.shape import ModelShape
-from ptconvert.runtime.by_layer import by_layer_bytes, opened_by_layer, reorderings
-from ptconvert.runtime.load import shape_of
+from ptconvert.runtime.by_layer import by_layer_bytes, opened_by_layer
 from ptconvert.spec.document import read_spec
 from ptconvert.verify.run import Settings, check_ranks, needed_bytes
 
@@ -80,12 +79,6 @@ def test_by_layer_is_the_model(
         attention = model.config._attn_implementation
         expected = load(path, dtype=dtype, attn_implementation=attention)(ids_BS).logits
         assert torch.equal(found, expected)
-        again = [
-            model(ids_BS).logits for _ in reorderings(model, shape_of(open_checkpoint(path)), 2)
-        ]
-    if dtype == torch.float32:  # the same function, rounded otherwise, each time otherwise
-        assert all(0 < float((a - expected).abs().max()) < 1e-4 for a in again)
-        assert not torch.equal(again[0], again[1])
 
 
 def test_the_needed_bytes_are_of_what_is_read(make_dense: MakeDense, convert: Convert) -> None:

@@ -314,9 +314,7 @@ def test_a_damaged_checkpoint_is_wrong_input(make_dense: MakeDense, convert: Con
     assert "\n" not in str(error.value)
 
 
-def test_bf16_is_held_to_what_reordering_sums_changes(
-    make_dense: MakeDense, convert: Convert
-) -> None:
+def test_bf16_is_held_to_what_it_rounds_away(make_dense: MakeDense, convert: Convert) -> None:
     path = convert(make_dense("llama", torch.bfloat16), 2, "use: parallel_block")
     report = verify(path, replace(SETTINGS, dtype="bfloat16", prompt_tokens=40))
     assert report is not None and report.ok, report

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.hooks import ModelHook, add_hook_to_module, attach_align_device_hook
+from accelerate.hooks import attach_align_device_hook
 from torch import nn
 
 import ptconvert
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
-from ptconvert.models.families import NEURONS
 from ptconvert.models.shape import ModelShape
 from ptconvert.models.wrappers import layer_of, opened_by
 from ptconvert.runtime.load import filled, kept_dtype, read_for, shape_of
@@ -89,47 +88,3 @@ def by_layer_bytes(checkpoint: Checkpoint) -> int:
         else:
             layers[layer] = layers.get(layer, 0) + entry.nbytes
     return outside + max(layers.values(), default=0)
-
-
-class _Reordered(ModelHook):  # type: ignore[misc]
-    """Puts an axis of a module's tensor into another order, `unit` by unit, once it was read."""
-
-    def __init__(self, tensor: str, axis: int, unit: int, orders: dict[str, torch.Tensor]) -> None:
-        self.tensor, self.axis, self.unit, self.orders = tensor, axis, unit, orders
-
-    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        own = getattr(module, self.tensor)
-        order, length = self.orders["order"].to(own.device), own.shape[self.axis]
-        order = (order[:, None] * self.unit + torch.arange(self.unit, device=own.device)).flatten()
-        # of each of those that are fused into the tensor
-        begins = torch.arange(0, length, len(order), device=own.device)
-        indices = (begins[:, None] + order).flatten()
-        setattr(module, self.tensor, nn.Parameter(own.index_select(self.axis, indices), False))
-        return args, kwargs
-
-
-def reorderings(model: Any, shape: ModelShape, count: int) -> Iterator[None]:
-    """Makes a model of `opened_by_layer` the same function with sums that round differently: its
-    FFN neurons in another order each time. Never the first order again."""
-    generator = torch.Generator().manual_seed(0)
-    orders: list[tuple[int, dict[str, torch.Tensor]]] = []
-    for index, layer in enumerate(model.get_decoder().layers.children()):
-        for own in layer.tracks.values() if hasattr(layer, "tracks") else [layer]:
-            known = dict[str, dict[str, torch.Tensor]]()  # by what the neurons are counted by
-            for rule in shape.rules_of(index):
-                segment = rule.segments(rule.axis)[0]
-                if segment.cut not in NEURONS:
-                    continue
-                name, tensor = rule.name.rsplit(".", 1)
-                module, segments = own.get_submodule(name), len(rule.segments(rule.axis))
-                unit = shape.length(segment) // getattr(shape, segment.count)
-                neurons = getattr(module, tensor).shape[rule.axis] // (segments * unit)
-                if segment.count not in known:
-                    known[segment.count] = {}
-                    orders.append((neurons, known[segment.count]))
-                hook = _Reordered(tensor, rule.axis, unit, known[segment.count])
-                add_hook_to_module(module, hook, append=True)
-    for _ in range(count):
-        for neurons, order in orders:
-            order["order"] = torch.randperm(neurons, generator=generator)
-        yield
