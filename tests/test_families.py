@@ -80,10 +80,10 @@ def check_table(shape: ModelShape, config: Any, tracks: int) -> None:
     for layer in range(shape.layers):
         with torch.device("meta"):
             dense = layer_class(config)(config, layer)
-            track = layer_class(config)(TrackConfig(config, tracks), layer)
+            track = layer_class(config)(TrackConfig(config, 0, tracks), layer)
         rules = {rule.name: rule for rule in shape.rules_of(layer)}
         assert shapes(dense) == {name: shape.size(rule) for name, rule in rules.items()}
-        assert shapes(track) == {name: shape.share(rule, tracks) for name, rule in rules.items()}
+        assert shapes(track) == {name: shape.share(rule, 0, tracks) for name, rule in rules.items()}
         for kind in Kind:  # its input is divided, so that what it gives is a partial
             block = shape.block(Sublayer(layer, kind))
             named = re.compile(rf"{block.name}\.(.*\.)?{block.output}(\.weight)?")  # experts', too
@@ -92,7 +92,7 @@ def check_table(shape: ModelShape, config: Any, tracks: int) -> None:
             for output in outputs:
                 experts = getattr(getattr(dense, block.name), "experts", None)
                 assert output.axis == len(output.axes) - (2 if is_transposed(experts) else 1)
-                own = math.prod(shape.share(output, tracks))
+                own = math.prod(shape.share(output, 0, tracks))
                 assert own * tracks == math.prod(shape.size(output))
 
 

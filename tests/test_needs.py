@@ -436,7 +436,7 @@ def test_what_is_measured_are_layers_of_each_kind(
     shape = ModelShape.from_config(config)
 
     def tensors(index: int) -> dict[str, tuple[int, ...]]:
-        return {r.name: shape.share(r, 2) for r in shape.rules_of(index) if not r.common}
+        return {r.name: shape.share(r, 0, 2) for r in shape.rules_of(index) if not r.common}
 
     model = one_layer(config, 2, "cpu", "float32")
     for index, share in model.shares.items():

@@ -26,10 +26,11 @@ from quantising import (
     quantise,
     unpacked,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_modeling import SCHEDULES, left_padded
 from test_random_schedules import logits_on_a_rank
 from test_transform import back, same, tensors
+from transformers import FineGrainedFP8Config
 
 from ptconvert.checkpoint.calibration import Assignment, Calibration
 from ptconvert.checkpoint.reader import open_checkpoint
@@ -180,8 +181,11 @@ def test_a_cut_is_exact_or_refused_in_a_line(
     q, kv = 12 * head_size // tracks, max(kv_heads // tracks, 1) * head_size
     neurons = 32 * eighths / tracks
     divides = kv_heads % tracks == 0 or tracks % kv_heads == 0
-    aligned = all(own % form.outputs == 0 for own in (q, kv, neurons)) and all(
-        own % form.inputs == 0 for own in (q, neurons)
+    group = math.lcm(form.outputs, form.inputs)  # of which a track may have more than another
+    aligned = (
+        all(own % form.outputs == 0 for own in (q, kv))
+        and q % form.inputs == 0
+        and (neurons % group == 0 or (32 * eighths % group == 0 and 32 * eighths >= tracks * group))
     )
     try:
         plan = plan_conversion(open_checkpoint(source), spec, source_name="source")
@@ -199,16 +203,16 @@ def test_a_cut_is_exact_or_refused_in_a_line(
 def test_what_would_divide_groups_says_what_fits(
     make_dense: MakeDense, convert: Convert, tmp_path: Path
 ) -> None:
-    """29568 neurons in groups of 128 over 2 tracks, scaled down: 21 groups of 16."""
-    dense = make_dense(**{**SIZES, "intermediate_size": 21 * GROUP})
+    """Three groups over four tracks."""
+    dense = make_dense(**{**SIZES, "intermediate_size": 3 * GROUP})
     source = quantise(dense, tmp_path / "source", "W4A16")
     with pytest.raises(SpecError) as refused:
-        convert(source, 2, TRACKED)
+        convert(source, 4, TRACKED)
     assert str(refused.value) == (
-        "spec.yaml:2: 2 tracks don't divide the quantised weights: mlp.down_proj.weight_scale has "
-        "one number for each 16 of 336, and a track would own 168 of these; possible are 1"
+        "spec.yaml:2: 4 tracks don't divide the quantised weights: mlp.down_proj.weight_packed has "
+        "one number for each 8 of 48, and a track would own 12 of these; possible are 1, 2"
     )
-    convert(source, 2, "use: ladder")  # which rewrites none of them
+    convert(source, 4, "use: ladder")  # which rewrites none of them
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -395,6 +399,21 @@ def test_whole_groups_are_assigned(name: str, make_dense: MakeDense, tmp_path: P
             assert torch.equal(torch.cat(own, axis), expected)
     execute(plan_to_dense(open_checkpoint(tmp_path / "converted")), tmp_path / "back")
     assert same(tensors(tmp_path / "back"), before)
+    if name == "block FP8":  # which transformers opens on a CPU by itself
+        ids_BS, given = left_padded()[0], FineGrainedFP8Config(dequantize=True)
+        options = {"quantization_config": given, "dtype": torch.float32}
+        ours = open_model(open_checkpoint(tmp_path / "converted"), "float32", "cpu")
+        theirs = load(tmp_path / "converted", **options)
+        assert furthest(theirs(ids_BS).logits, ours(ids_BS).logits) < TOLERANCE
+    shared = tmp_path / "converted" / "shared.safetensors"
+    held = load_file(shared)
+    moved = held["model.layers.0.assignment.neurons"]
+    moved[:2] = moved[[1, 0]]
+    save_file(held, shared)
+    if groups == 1:
+        return
+    with pytest.raises(CheckpointError, match=rf"neurons must keep {groups} numbers together"):
+        plan_to_dense(open_checkpoint(tmp_path / "converted"))
 
 
 OTHERS = {

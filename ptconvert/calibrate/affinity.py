@@ -23,10 +23,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
-from ptconvert.checkpoint.calibration import Assignment, contiguous, in_order
+from ptconvert.checkpoint.calibration import Assignment, contiguous
 from ptconvert.measure.progress import Progress
 from ptconvert.modeling.layers import multiplied, norm_after
-from ptconvert.models.families import ORDERS, Block, D, TensorRule
+from ptconvert.models.families import ORDERS, Block, D, TensorRule, share_of
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
@@ -373,7 +373,7 @@ def assign(
     every = _all_units(affinities)
     sizes = {units: units.size(shape, tracks) for units in every}
     owners: Owners = {
-        units: (in_order(size).astype(np.int64) * tracks // size[-1]).ravel()
+        units: np.tile(_contiguous_owners(size[-1], tracks), math.prod(size[:-1]))
         for units, size in sizes.items()
     }
     before = lost(affinities, owners)
@@ -391,6 +391,12 @@ def assign(
         if not changed:
             break
     return owners, before, lost(affinities, owners)
+
+
+def _contiguous_owners(units: int, tracks: int) -> NDArray[np.int64]:
+    """The track of each."""
+    shares = [len(share_of(units, track, tracks)) for track in range(tracks)]
+    return np.repeat(np.arange(tracks, dtype=np.int64), shares)
 
 
 def _all_units(pairs: Iterable[Pair]) -> list[Units]:

@@ -60,10 +60,17 @@ def order_values(
     shape: ModelShape, schedule: Schedule, known: Calibration
 ) -> dict[str, NDArray[np.int32]]:
     """The tensors that hold the assignments, contiguous where a layer has none."""
-    return {
-        name: getattr(known.assignments.get(layer, contiguous(shape, layer)), of)
-        for layer, of, name, _ in order_tensors(shape, schedule)
-    }
+    found = dict[str, NDArray[np.int32]]()
+    for layer, of, name, size in order_tensors(shape, schedule):
+        order = getattr(known.assignments.get(layer, contiguous(shape, layer)), of)
+        found[name] = _of_each(order, size[-1] // order.shape[-1])
+    return found
+
+
+def _of_each(order: NDArray[np.int32], together: int) -> NDArray[np.int32]:
+    """The order of what so many of are one unit, from that of the units."""
+    each = order[..., None] * together + np.arange(together)
+    return each.reshape(*order.shape[:-1], -1).astype(np.int32)
 
 
 def read_orders(
@@ -87,5 +94,12 @@ def read_orders(
                 f"{checkpoint.path}: {name} must hold each number from 0 to {size[-1] - 1} once"
                 f"{each}"
             )
-        found.setdefault(layer, {})[of] = order
+        together = size[-1] // shape.orders_of(layer)[of][-1]
+        units = order[..., ::together] // together
+        if not np.array_equal(_of_each(units, together), order):
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} must keep {together} numbers together, as the "
+                "quantised weights do"
+            )
+        found.setdefault(layer, {})[of] = units
     return {layer: Assignment(**orders) for layer, orders in found.items()}

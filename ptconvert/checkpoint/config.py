@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.compensations import entries
@@ -32,10 +33,12 @@ def converted_config(
     source_name: str,
     known: Calibration,
     replaced: Mapping[str, object],
+    together: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, object]:
     """config.json of the result: every field of the source's, and the `ptconvert` section.
 
-    `replaced` are fields that are other than the source's, which the section keeps.
+    `replaced` are fields that are other than the source's, which the section keeps; `together` is
+    `ModelShape.together`.
     """
     model_type = str(source["model_type"])
     described = WRAPPERS.get(model_type) or FAMILIES[model_type]
@@ -53,6 +56,7 @@ def converted_config(
             "schedule": str(schedule),
             "deferred": spec.deferred,
             **entries(known.values),
+            **({"together": dict(together)} if together else {}),
             "spec_digest": spec.digest,
             "source_name": source_name,
             "source": {k: source[k] for k in (*REPLACED_KEYS, *replaced) if k in source},

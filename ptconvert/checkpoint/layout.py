@@ -94,10 +94,12 @@ def dense_tensors(
             continue
         begins = [f"{shape.layer(layer)}tracks.{t}." for t in range(1 if rule.once else tracks)]
         if rule.told is not None:
-            told = tuple(shape.told(rule, tracks))
-            own = (range(len(told)),)
-            parts = tuple(Part(b + rule.name, t, 0, own, told) for t, b in enumerate(begins))
-            yield DenseTensor(name, size, parts, True, tuple(shape.told(rule, 1)))
+            told = [tuple(shape.told(rule, t, tracks)) for t in range(tracks)]
+            parts = tuple(
+                Part(b + rule.name, t, 0, (range(len(told[t])),), told[t])
+                for t, b in enumerate(begins)
+            )
+            yield DenseTensor(name, size, parts, True, tuple(shape.told(rule, 0, 1)))
             continue
         parts = tuple(
             Part(

@@ -69,12 +69,12 @@ def as_dequantised(
         divided = tracks if layer in tracked else 1
         begins = [f"{begin}tracks.{t}." for t in range(tracks)] if layer in tracked else [begin]
         weights = plain.stored_head if layer is None else plain.stored_of(layer)
-        for before in begins:
+        for track, before in enumerate(begins):
             for rule in kept:
                 if rule.kept is not None:
                     del tensors[before + rule.name]
             for rule in weights:
-                name, size = before + rule.name, shape.share(rule, divided)
+                name, size = before + rule.name, shape.share(rule, track, divided)
                 if name not in tensors and f"{begin}common.{rule.name}" not in tensors:
                     nbytes = math.prod(size) * DTYPE_BYTES[dtype]
                     tensors[name] = TensorEntry(name, checkpoint.path, dtype, size, 0, nbytes)
@@ -88,7 +88,7 @@ def check_undoable(
     quantization = quantization_of(checkpoint.config) or {}
     for layer in tracked & shape.quantised.keys():
         rules = shape.quantised[layer]
-        sizes = {rule.name: shape.share(rule, tracks) for rule in rules}
+        sizes = {rule.name: shape.share(rule, 0, tracks) for rule in rules}
         told = {rule.name for rule in rules if rule.told is not None}
 
         def in_order(name: str, _: int, told: Set[str] = told) -> bool:
@@ -115,7 +115,7 @@ def _kept(
     weights = shape.stored_head if layer is None else shape.unquantised_of(layer)
     before, kept = "" if layer is None else shape.layer(layer), list[TensorRule]()
     for rule in weights:
-        part, whole = shape.share(rule, tracks), shape.size(rule)
+        part, whole = shape.share(rule, 0, tracks), shape.size(rule)
         units = unit_sizes(quantization, before + rule.name.removesuffix(".weight"))
         kept += kept_rules(rule, part, whole, sizes, units, in_order)
     scales = [name for name in CACHE_SCALES if name in sizes]

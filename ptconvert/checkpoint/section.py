@@ -10,6 +10,8 @@
                              fitted; not there where it wasn't
   "guess": {"a3": 64, ...},  sublayers whose tracks guess each other's partials, with the rank; not
                              there where none does
+  "together": {"intermediate_size": 128}, how many neurons of this count go to a track as one: of
+                             the groups some tracks have one more; not there where all have as many
   "trained": true,           not there where the weights are still the source's, each in its place
   "tensors_digest": "sha256:...", of the source's tensors as they lie here (`tensors_digest`)
   "spec_digest": "sha256:...",
@@ -27,7 +29,7 @@ from functools import lru_cache
 from typing import Any
 
 from ptconvert.errors import ConfigError
-from ptconvert.models.families import parallel_layers
+from ptconvert.models.families import COUNTS, parallel_layers
 from ptconvert.models.wrappers import language_config
 from ptconvert.schedule.presets import dense_schedule, from_ladder_layers
 from ptconvert.schedule.schedule import Schedule
@@ -56,6 +58,7 @@ class Section:
     compensations: Mapping[str, Any] = field(default_factory=dict)  # those that there are, by key
     trained: bool = False
     tensors_digest: object = None
+    together: Mapping[str, int] = field(default_factory=dict)
     parallel: bool = False  # whether the source's layers are, as its family has them
 
     @property
@@ -136,6 +139,7 @@ def read_section(config: Mapping[str, Any], where: str = "config.json") -> Secti
         {key: value for key, value in found.items() if value},
         section.get("trained") is True,
         section.get("tensors_digest"),
+        _together(section.get("together", {}), where),
         parallel,
     )
 
@@ -148,6 +152,18 @@ def trained_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def with_digest(config: Mapping[str, Any], digest: str) -> dict[str, Any]:
     """A converted checkpoint's config.json with the digest of its tensors."""
     return {**config, SECTION: {**config[SECTION], "tensors_digest": digest}}
+
+
+def _together(given: object, where: str) -> Mapping[str, int]:
+    """How many neurons go to a track as one, by what config.json calls their count."""
+    sizes = given if isinstance(given, Mapping) else {"": None}
+    for key, size in sizes.items():
+        if key not in COUNTS.values() or type(size) is not int or size < 1:
+            raise ConfigError(
+                f"{where}: {SECTION}.together must give how many go to a track as one, of counts "
+                "of neurons"
+            )
+    return dict(sizes)
 
 
 def _assignment(given: object, _schedule: Schedule, _tracks: int, where: str) -> str | None:

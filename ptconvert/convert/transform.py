@@ -194,7 +194,7 @@ def plan_conversion(
     spec = _spec_for(checkpoint, shape, spec)
     spec.check(shape)
     schedule = spec.schedule(shape.family.parallel)
-    shape = with_quantised(shape, checkpoint)
+    shape = with_quantised(shape, checkpoint).shared_by(spec.tracks)
     if reason := shape.misaligned(spec.tracks, schedule.track_layers):
         raise SpecError([f"{spec.name}:{spec.lines['tracks']}: {reason}"])
     check_undoable(shape, checkpoint, spec.tracks, schedule.track_layers)
@@ -227,7 +227,9 @@ def plan_conversion(
     missing = [one.name for one in added if one.name not in arrays]
     placed = place(targets, shard_bytes)
     replaced |= converted_quantization(checkpoint.config, shape, spec.tracks, schedule.track_layers)
-    config = converted_config(checkpoint.config, spec, schedule, source_name, known, replaced)
+    config = converted_config(
+        checkpoint.config, spec, schedule, source_name, known, replaced, shape.together
+    )
     if ladder_layers_config:
         config["ladder_layers"] = ladder_layers_key(spec, schedule)
     texts = {
@@ -271,6 +273,7 @@ def plan_to_dense(checkpoint: Checkpoint, *, shard_bytes: int = DEFAULT_SHARD_BY
     if reason := shape.indivisible(section.tracks):
         raise ConfigError(f"{where}: {reason}")
     tracked = section.schedule.track_layers
+    shape = replace(shape, together=section.together)
     shape = with_quantised(shape, checkpoint, section.tracks, tracked)
     assignments = read_orders(checkpoint, shape, section)
     tensors = list(dense_tensors(shape, section.schedule, section.tracks, assignments))

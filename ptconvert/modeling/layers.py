@@ -27,6 +27,7 @@ from ptconvert.models.families import (
     Block,
     Family,
     guesses_of,
+    share_of,
 )
 from ptconvert.schedule.stages import Kind
 
@@ -54,23 +55,31 @@ class TrackConfig:
     """The family's config as one track sees it: its share of heads and neurons.
 
     A live view, not a copy, so that a change of the model's config (its attention
-    implementation, say) reaches the tracks.
+    implementation, say) reaches the tracks. `together` is `Section.together`.
     """
 
-    def __init__(self, config: Any, tracks: int) -> None:
-        self._config, self._tracks = config, tracks
+    def __init__(
+        self,
+        config: Any,
+        track: int,
+        tracks: int,
+        together: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        self._config, self._share = config, (track, tracks)
+        self._together = dict(together)  # which copies and pickles
         differ = getattr(config, "per_layer_attributes", None) or ()  # from layer to layer
         if "head_dim" not in differ:
             heads = config.num_attention_heads
             self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         for name in COUNTS.values():
             if name not in differ and getattr(config, name, None) is not None:
-                setattr(self, name, max(getattr(config, name) // tracks, 1))
+                own = share_of(getattr(config, name), track, tracks, together.get(name, 1))
+                setattr(self, name, len(own))
 
     @property
     def per_layer_config(self) -> PerLayer:
         """The same of each layer, where they differ."""
-        return PerLayer(self._config, self._tracks)
+        return PerLayer(self._config, self._share, self._together)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_config" not in self.__dict__:
@@ -83,10 +92,11 @@ class PerLayer:
     """The configs of layers, as one track sees them."""
 
     config: Any
-    tracks: int
+    share: tuple[int, int]
+    together: Mapping[str, int]
 
     def __getitem__(self, index: int) -> TrackConfig:
-        return TrackConfig(self.config.per_layer_config[index], self.tracks)
+        return TrackConfig(self.config.per_layer_config[index], *self.share, self.together)
 
 
 class Task(enum.Enum):
@@ -149,13 +159,16 @@ def _new_dense(of_family: Any) -> Any:
     return dense_class.__new__(dense_class)
 
 
-def dense_layer(config: Any, index: int, placement: Placement) -> nn.Module:
+def dense_layer(
+    config: Any, index: int, placement: Placement, together: Mapping[str, int]
+) -> nn.Module:
     """The family's decoder layer, or one rank's cut of it.
 
     An output bias belongs to the partial of rank 0, so that the ranks' sum has it once; and so do
-    those of experts.
+    those of experts. `together` is `Section.together`.
     """
-    own = config if placement.ranks == 1 else TrackConfig(config, placement.ranks)
+    share = placement.rank, placement.ranks
+    own = config if placement.ranks == 1 else TrackConfig(config, *share, together)
     layer: nn.Module = _dense_class(layer_class(config))(own, index)
     if placement.rank > 0:
         for projection, _ in _outputs(layer, family_of(config)):
@@ -232,6 +245,7 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     `guesses` are the ranks of the sublayers' guesses, for those that have one; `scales` what the
     norm of a track's own partial is multiplied by, of those whose sums are normed. `assigned`: the
     layer says which units of the dense one went where, for whoever puts it together again.
+    `together` is `Section.together`.
     """
 
     def __init__(
@@ -243,12 +257,14 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         guesses: Mapping[Kind, int] = MappingProxyType({}),
         scales: Mapping[Kind, float] = MappingProxyType({}),
         assigned: bool = False,
+        together: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         # a norm gives all partials one size, and tracks' are about as large and independent
         self.scales = {guesses_of(k): scales.get(k, 1 / math.sqrt(tracks)) for k in Kind}
-        view, family, make = TrackConfig(config, tracks), family_of(config), layer_class(config)
-        self.tracks = nn.ModuleDict({str(t): make(view, index) for t in cache_indices})
+        family, make = family_of(config), layer_class(config)
+        views = {t: TrackConfig(config, t, tracks, together) for t in cache_indices}
+        self.tracks = nn.ModuleDict({str(t): make(view, index) for t, view in views.items()})
         self.common = Common()
         for projection, name in _outputs(self.template, family):
             if projection.bias is not None:
@@ -279,7 +295,9 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
             linear = family.block_of(Kind.ATTENTION, self.template) is family.linear
             count = COUNTS["linear_key_heads" if linear else "kv_heads"]
             heads = getattr(config.per_layer_config[index], count)
-            sizes = {"kv_heads": (heads,), **_neurons(self.template, family, tracks)}
+            with torch.device("meta"):
+                whole = make(config, index)
+            sizes = {"kv_heads": (heads,), **_neurons(whole, family)}
             for name, size in sizes.items():
                 order = torch.arange(size[-1], dtype=torch.int32).expand(size).clone()
                 self.assignment.register_buffer(name, order)
@@ -324,11 +342,11 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         return (*partials, *own, *guesses, bias_D)
 
 
-def _neurons(track: Any, family: Family, tracks: int) -> dict[str, tuple[int, ...]]:
-    """How many neurons a layer has on all tracks, by what an assignment calls their order: of
-    experts (experts, neurons)."""
+def _neurons(layer: nn.Module, family: Family) -> dict[str, tuple[int, ...]]:
+    """How many neurons a dense layer has, by what an assignment calls their order: of experts
+    (experts, neurons)."""
     found: dict[str, tuple[int, ...]] = {}
-    tensors = dict(track.named_parameters())
+    tensors = dict(layer.named_parameters())
     for rule in family.layer:
         cut = rule.segments(rule.axis)[0].cut if rule.axes else None
         if cut in NEURONS and rule.name in tensors:
@@ -336,10 +354,8 @@ def _neurons(track: Any, family: Family, tracks: int) -> dict[str, tuple[int, ..
             if any(segment.unit is not None for segment in segments):
                 continue  # counts more than neurons; another counts them
             size = tensors[rule.name].shape
-            own = size[rule.axis] // len(segments)
-            found[ORDERS[cut]] = (
-                (*size[:1], own * tracks) if rule.is_of_experts else (own * tracks,)
-            )
+            neurons = size[rule.axis] // len(segments)
+            found[ORDERS[cut]] = (*size[:1], neurons) if rule.is_of_experts else (neurons,)
     return found
 
 

@@ -91,10 +91,10 @@ class Layers(nn.ModuleList):
                 places, self.local_tracks[index] = self._cache_indices(index, local), len(local)
                 guesses = {s.kind: r for s, r in section.guesses.items() if s.layer == index}
                 scales = {s.kind: c for s, c in section.scales.items() if s.layer == index}
-                wanted = (guesses, scales, section.assigned)
+                wanted = (guesses, scales, section.assigned, section.together)
                 self.append(TrackedLayer(config, index, self.track_count, places, *wanted))
             else:
-                self.append(dense_layer(config, index, placement))
+                self.append(dense_layer(config, index, placement, section.together))
 
     @property
     def norms_sums(self) -> bool:

@@ -93,6 +93,20 @@ COUNTS = MappingProxyType(
         "shared_neurons": "shared_expert_intermediate_size",
     }
 )
+
+
+def share_of(count: int, track: int, tracks: int, together: int = 1) -> range:
+    """Which of so many units a track owns, one after the other; where there are fewer than tracks,
+    several tracks own the same one.
+
+    Of units that are kept `together`, so many each, it owns whole groups: where tracks don't divide
+    these, some tracks one more than others.
+    """
+    groups = count // together
+    first = track * groups // tracks
+    return range(first * together, max((track + 1) * groups // tracks, first + 1) * together)
+
+
 # And what only some families have, and isn't divided.
 SIZES = MappingProxyType(
     {

@@ -11,7 +11,8 @@ from ptconvert.schedule.schedule import Schedule
 def order_tensors(
     shape: ModelShape, schedule: Schedule
 ) -> Iterator[tuple[int, str, str, tuple[int, ...]]]:
-    """Layer, field of Assignment, name and shape of each tensor that holds an assignment."""
+    """Layer, field of Assignment, name and shape of each tensor that holds an assignment: of single
+    heads and neurons, those that quantised weights keep together one after the other."""
     for layer in sorted(schedule.track_layers):
-        for of, size in shape.orders_of(layer).items():
+        for of, size in shape.unquantised.orders_of(layer).items():
             yield layer, of, f"{shape.layer(layer)}assignment.{of}", size

@@ -32,6 +32,7 @@ from ptconvert.models.families import (
     Layer,
     TensorRule,
     V,
+    share_of,
 )
 from ptconvert.models.quantised import (
     QUANTIZATION,
@@ -89,7 +90,8 @@ class ModelShape:
     is the language model of, where it is one. `apart` says that a checkpoint holds each expert by
     itself. `quantised` are the tensors that it holds of each layer with quantised weights, None of
     lm_head; `bits` is what each number of such weights takes, by the weight's name, as config.json
-    has it.
+    has it. `together` are how many neurons go to a track as one where not all tracks have as many,
+    by what config.json calls their count.
     """
 
     family: Family
@@ -124,6 +126,7 @@ class ModelShape:
     apart: bool = False
     quantised: Mapping[int | None, tuple[TensorRule, ...]] = field(default_factory=dict)
     bits: Mapping[str, float] = field(default_factory=dict)
+    together: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def latent_query_size(self) -> int:
@@ -282,9 +285,39 @@ class ModelShape:
             for segment in rule.segments(rule.axis) if rule.per > 1 else ():
                 assert segment.cut is not None
                 of = ORDERS[segment.cut]
-                of_unit = self.length(segment) // found[of][-1]
-                together[of] = math.lcm(together[of], rule.per // math.gcd(rule.per, of_unit))
+                own = self._parted_by(rule, segment, found[of][-1])
+                together[of] = math.lcm(together[of], own)
         return {of: (*size[:-1], size[-1] // together[of]) for of, size in found.items()}
+
+    def _parted_by(self, rule: TensorRule, segment: Axis, units: int) -> int:
+        """How many of a segment's units one of a quantised tensor's indices is of."""
+        return rule.per // math.gcd(rule.per, self.length(segment) // units)
+
+    def shared_by(self, tracks: int) -> ModelShape:
+        """The same, as so many tracks share it: where they don't divide the groups of neurons that
+        quantised weights keep together, some have a group more than others."""
+        found: dict[str, int] = {}
+        for rule in {rule for rules in self.quantised.values() for rule in rules if rule.per > 1}:
+            for segment in rule.segments(rule.axis):
+                if segment.cut in NEURONS:
+                    key, of_each = self._counted_as(segment)
+                    own = self._parted_by(rule, segment, int(getattr(self, segment.count)))
+                    found[key] = math.lcm(found.get(key, 1), own // math.gcd(own, of_each))
+        counts = {key: int(getattr(self, name)) for name, key in COUNTS.items() if key in found}
+        together = {
+            key: group
+            for key, group in found.items()
+            if counts[key] % group == 0 and counts[key] % (group * tracks)
+            if counts[key] // group >= tracks
+        }
+        return replace(self, together=together)
+
+    def _counted_as(self, segment: Axis) -> tuple[str, int]:
+        """What config.json calls the count that a segment's is a multiple of, and how many times:
+        all of DeepSeek's shared experts are as one, of so many times an expert's neurons."""
+        if segment.count == "shared_experts_neurons":
+            return COUNTS["expert_neurons"], self.shared_experts
+        return COUNTS[segment.count], 1
 
     def bytes_of(self, layer: int, rule: TensorRule) -> float:
         """Bytes that a number of a layer's tensor takes."""
@@ -373,10 +406,10 @@ class ModelShape:
             return rule.kept
         return tuple(sum(map(self.length, rule.segments(axis))) for axis in range(len(rule.axes)))
 
-    def told(self, rule: TensorRule, tracks: int) -> Sequence[int]:
+    def told(self, rule: TensorRule, track: int, tracks: int) -> Sequence[int]:
         """What a tensor says that describes a quantised weight: of a track's share of it."""
         size = [sum(map(self.length, rule.segments(axis))) for axis in range(len(rule.axes))]
-        size[rule.axis] = sum(stop - start for start, stop in self.cuts(rule, 0, tracks))
+        size[rule.axis] = sum(stop - start for start, stop in self.cuts(rule, track, tracks))
         if rule.told == Role.SHAPE.value:
             return size
         return [place // rule.per for place in range(*size)]
@@ -438,7 +471,8 @@ class ModelShape:
         distinct = {(rule.axes, rule.per): rule for rule in rules}.values()
 
         def fault(n: int) -> tuple[TensorRule, int] | None:
-            owned = ((r, stop - start) for r in distinct for start, stop in self.cuts(r, 0, n))
+            cuts = self.shared_by(n).cuts
+            owned = ((r, stop - start) for r in distinct for start, stop in cuts(r, 0, n))
             return next((one for one in owned if n > 1 and one[1] % one[0].per), None)
 
         found = fault(tracks)
@@ -470,16 +504,17 @@ class ModelShape:
         found = []
         for segment, begin in self.segments(rule):
             count = int(getattr(self, segment.count))
+            key, times = self._counted_as(segment) if segment.cut in NEURONS else ("", 1)
             unit = self.length(segment) // count
-            first, own = track * count // tracks, max(count // tracks, 1)
-            found.append((begin + first * unit, begin + (first + own) * unit))
+            own = share_of(count, track, tracks, self.together.get(key, 1) * times)
+            found.append((begin + own.start * unit, begin + own.stop * unit))
         return found
 
-    def share(self, rule: TensorRule, tracks: int) -> tuple[int, ...]:
-        """The shape of one track's part of a layer's tensor."""
+    def share(self, rule: TensorRule, track: int, tracks: int) -> tuple[int, ...]:
+        """The shape of a track's part of a layer's tensor."""
         if rule.told is not None:
-            return (len(self.told(rule, tracks)),)
-        own = sum(stop - start for start, stop in self.spans(rule, 0, tracks))
+            return (len(self.told(rule, track, tracks)),)
+        own = sum(stop - start for start, stop in self.spans(rule, track, tracks))
         return tuple(
             own if axis == rule.axis else size for axis, size in enumerate(self.size(rule))
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Set
+from collections.abc import Callable, Container, Iterator, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,12 @@ _QUANTISED_DTYPES = {
 def shape_of(checkpoint: Checkpoint) -> ModelShape:
     """The shape of a dense checkpoint, or of a converted one's source. Raises ConfigError."""
     where, config = str(checkpoint.path / "config.json"), checkpoint.config
+    together: Mapping[str, int] = {}
     if SECTION in config:
-        config = source_config(config, read_section(config, where))
+        config = source_config(config, section := read_section(config, where))
+        together = section.together
     shape = ModelShape.from_config(config, where).stored_as(checkpoint.tensors)
+    shape = replace(shape, together=together)
     return with_quantised(shape, _own(checkpoint, shape), *_tracks_of(checkpoint))
 
 
@@ -80,7 +83,8 @@ def rank_bytes(checkpoint: Checkpoint, placement: Placement) -> int:
             continue
         size = entry.nbytes
         if rule := rules.get(name):
-            size = size * math.prod(shape.share(rule, placement.ranks)) // entry.count
+            own = math.prod(shape.share(rule, placement.rank, placement.ranks))
+            size = size * own // entry.count
         total += size
     return total
 
@@ -111,7 +115,7 @@ def load_rank(
         if rule is None or not rule.is_cut:
             return read_whole(entry)
         if rule.told is not None:
-            return torch.tensor(shape.told(rule, placement.ranks))
+            return torch.tensor(shape.told(rule, placement.rank, placement.ranks))
         spans = shape.spans(rule, placement.rank, placement.ranks)
         return torch.cat([read_part(entry, rule.axis, *span) for span in spans], rule.axis)
 
