@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 
 from ptconvert.models.gemma4 import gemma4_config
@@ -182,13 +183,13 @@ class TensorRule:
         found = self.axes[axis] if self.axes else ()
         return found if isinstance(found, tuple) else (found,)
 
-    @property
+    @cached_property
     def axis(self) -> int:
         """The axis that is cut, 0 where none is."""
         cut = (a for a in range(len(self.axes)) if any(s.cut for s in self.segments(a)))
         return next(cut, 0)
 
-    @property
+    @cached_property
     def is_cut(self) -> bool:
         """Whether each track has its own share, and no copy."""
         return any(segment.cut for segment in self.segments(self.axis))
