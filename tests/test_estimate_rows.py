@@ -92,7 +92,10 @@ def test_every_number_of_a_packaged_row_has_its_source(name: str) -> None:
     else:
         text = (ROOT / "ptconvert" / "estimate" / "rows" / "engines" / f"{name}.yaml").read_text()
         sources = {line.split(":")[0].strip(): "" for line in text.split("sources:")[1].split("\n")}
-    defaults = ("one_shot_us", "switch_us", "switch_gb_s", "batched_reach", "reduces_at_once")
+    defaults = (
+        *("one_shot_us", "switch_us", "switch_gb_s", "batched_reach", "reduces_at_once"),
+        *("fp8_tflops", "int8_tflops", "fp4_tflops"),
+    )
     for path, value in numbers(row):
         default = path.rsplit(".", 1)[-1] in defaults and value in (0, 1)
         assert path in sources or default, f"{name}: {path} has no source"

@@ -33,15 +33,19 @@ from test_transform import back, same, tensors
 from transformers import FineGrainedFP8Config
 
 from ptconvert.checkpoint.calibration import Assignment, Calibration
+from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion, plan_to_dense
 from ptconvert.errors import CheckpointError, ConfigError, SpecError
+from ptconvert.estimate.hardware import read_engine, read_hardware
+from ptconvert.estimate.roofline import Pass, sublayer_parts
 from ptconvert.measure.opening import open_model
-from ptconvert.models.quantised import of_tracks
+from ptconvert.models.quantised import Width, of_tracks, weight_width
 from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.dequantise import dequantised as dequantised_weight
 from ptconvert.runtime.launch import launch
 from ptconvert.runtime.load import opened, shape_of
+from ptconvert.schedule.stages import Kind, Sublayer
 from ptconvert.spec.document import parse_spec
 
 TRACKED = "use: parallel_track, depth: 2"
@@ -509,10 +513,70 @@ def test_what_a_recipe_leaves_takes_what_it_took(make_dense: MakeDense, tmp_path
     source = quantise(make_dense(**SIZES), tmp_path / "source", "W4A16", ignore=left)
     shape = ModelShape.from_config(open_checkpoint(source).config)
     kept = {"model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.up_proj.weight"}
-    assert kept <= shape.bits.keys()
-    assert not any("self_attn" in name or "1.mlp.down" in name for name in shape.bits)
-    assert set(shape.bits.values()) == {4 + 16 / GROUP}
+    assert kept <= shape.widths.keys()
+    assert not any("self_attn" in name or "1.mlp.down" in name for name in shape.widths)
+    assert set(shape.widths.values()) == {Width(4 + 16 / GROUP)}
     assert shape.alike(0) != shape.alike(1) and shape.alike(0) == shape.alike(2)
+
+
+COMPRESSED = {"quant_method": "compressed-tensors", "ignore": ["lm_head"]}
+
+
+def scheme(bits: int, kind: str, activations: dict[str, Any] | None) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": kind, "strategy": "channel"}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    return {**COMPRESSED, "config_groups": {"group_0": group}}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "width"),
+    [
+        (scheme(8, "float", {"num_bits": 8, "type": "float", "dynamic": True}), Width(8, "fp8")),
+        (scheme(8, "int", {"num_bits": 8, "type": "int"}), Width(8, "int8")),
+        (scheme(4, "int", {"num_bits": 8, "type": "float"}), Width(4, "fp8")),
+        (scheme(4, "float", {"num_bits": 4, "type": "float"}), Width(4, "fp4")),
+        (scheme(8, "float", None), Width(8)),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, Width(8, "fp8")),
+        ({"quant_method": "fbgemm_fp8"}, Width(8, "fp8")),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, Width(8, "fp8")),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, Width(4.5, "fp4")),
+        ({"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4"}, Width(4.5)),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, Width(4 + 20 / 128)),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, Width(4 + 20 / 128)),
+    ],
+)
+def test_what_is_multiplied_in_what(quantization: dict[str, Any], width: Width) -> None:
+    """Products are as narrow as their inputs, so weights alone don't make them faster."""
+    assert weight_width(quantization, "model.layers.0.mlp.up_proj") == width
+    assert weight_width(scheme(8, "float", None), "lm_head") is None
+
+
+@pytest.mark.parametrize(
+    ("row", "ratio"), [("h100-sxm", 989.4 / 1979), ("l40s-pcie", 362.05 / 733), ("a100-sxm", 1)]
+)
+def test_a_prefill_in_fp8_takes_less_where_the_device_has_it(row: str, ratio: float) -> None:
+    """A long one, whose time is that of the products; attention's own stay as they were."""
+    config = read_config(Path(__file__).parents[1] / "specs" / "configs" / "llama-3.1-70b.json")
+    fp8 = {"quantization_config": scheme(8, "float", {"num_bits": 8, "type": "float"})}
+    shapes = [ModelShape.from_config({**config, **more}) for more in ({}, fp8)]
+    device, engine = read_hardware(row).device, read_engine("vllm")
+
+    def seconds(kind: Kind, one: Pass) -> float:
+        """Of the one in FP8, as a share of the other's."""
+        whole, quantised = (
+            sum(
+                part.seconds(device, engine)
+                for part in sublayer_parts(Sublayer(0, kind), shape, engine, 1, one)
+            )
+            for shape in shapes
+        )
+        return quantised / whole
+
+    long = Pass(1, 8192)
+    assert seconds(Kind.MLP, long) == pytest.approx(ratio)
+    assert ratio < seconds(Kind.ATTENTION, long) < 1 or ratio == 1
+    # of one token the time is that of reading weights, of half as many bytes
+    assert seconds(Kind.MLP, Pass(1, 1, 8192, 8193)) == pytest.approx(0.5, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["W4A16", "FP8 per channel"])

@@ -46,13 +46,15 @@ class Device:
     """One GPU, or one rank's share of a CPU.
 
     `matmul_tflops` (1e12 FLOP/s, in `matmul_dtype`) and `memory_gb_s` (1e9 B/s) are the data
-    sheet's; `memory_reach` is the share of the latter that kernels attain in reading weights, and
-    `batched_reach` what is left of it with more than one token. `memory_gb` is 1e9 B. `kernel_us`
-    is the fixed time of one kernel beyond its roofline (launch, ramp up, tail). An all-reduce takes
-    a part of its time from the computation beside it, as its kernel holds processors (on a CPU,
-    cores) and memory: `overlap_share` of its fixed time, and `bulk_overlap_share` of the time that
-    its bytes take. `reduces_at_once` all-reduces progress side by side: 1 on
-    NCCL's stream, 2 on gloo's two threads.
+    sheet's; `fp8_tflops`, `int8_tflops` and `fp4_tflops` are of products of weights and activations
+    that are both quantised so, 0 where the device multiplies them in `matmul_dtype`. `memory_reach`
+    is the share of the memory rate that kernels attain in reading weights, and `batched_reach` what
+    is left of it with more than one token. `memory_gb` is 1e9 B. `kernel_us` is the fixed time of
+    one kernel beyond its roofline (launch, ramp up, tail). An all-reduce takes a part of its time
+    from the computation beside it, as its kernel holds processors (on a CPU, cores) and memory:
+    `overlap_share` of its fixed time, and `bulk_overlap_share` of the time that its bytes take.
+    `reduces_at_once` all-reduces progress side by side: 1 on NCCL's stream, 2 on gloo's two
+    threads.
     """
 
     matmul_tflops: float = number(1e-6)
@@ -65,6 +67,15 @@ class Device:
     batched_reach: float = number(1e-3, 1.0, 1.0)
     reduces_at_once: int = number(1, 64, 1)
     matmul_dtype: str = choice("bfloat16", "float32", default="bfloat16")
+    fp8_tflops: float = number(default=0.0)
+    int8_tflops: float = number(default=0.0)
+    fp4_tflops: float = number(default=0.0)
+
+    def tflops(self, product: str | None) -> float:
+        """1e12 FLOP/s of what is multiplied in one of `models.quantised.PRODUCTS`, or in the
+        model's dtype."""
+        quantised = {"fp8": self.fp8_tflops, "int8": self.int8_tflops, "fp4": self.fp4_tflops}
+        return quantised.get(product or "") or self.matmul_tflops
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -47,19 +47,23 @@ class Pass:
 class Part:
     """Work of one rank: FLOPs and bytes of memory traffic.
 
-    `batched` bytes are of weights that meet more than one token.
+    `batched` bytes are of weights that meet more than one token. `quantised` are the FLOPs of what
+    is multiplied in one of `models.quantised.PRODUCTS`, which aren't among `flops`.
     """
 
     flops: float
     nbytes: float
     batched: float = 0.0
+    quantised: Mapping[str, float] = field(default_factory=dict)
 
     def seconds(self, device: Device, engine: Engine) -> float:
         """The larger of the two over what is reached of the device's rates."""
-        rate = device.matmul_tflops * 1e12 * engine.matmul_reach
+        computed = self.flops / device.tflops(None)
+        computed += sum(flops / device.tflops(product) for product, flops in self.quantised.items())
+        computed /= 1e12 * engine.matmul_reach
         bandwidth = device.memory_gb_s * 1e9 * device.memory_reach
         slower = self.batched / (device.batched_reach * engine.batched_reach)
-        return max(self.flops / rate, (self.nbytes - self.batched + slower) / bandwidth)
+        return max(computed, (self.nbytes - self.batched + slower) / bandwidth)
 
 
 def stage_seconds(
@@ -157,10 +161,15 @@ def _bytes(shape: ModelShape) -> int:
 
 
 class Weights(NamedTuple):
-    """So many numbers, which take so many bytes."""
+    """So many numbers, by what they are multiplied in, which take so many bytes."""
 
-    numbers: float
+    numbers: Mapping[str | None, float]
     nbytes: float
+
+    def products(self, tokens: float) -> tuple[float, Mapping[str, float]]:
+        """FLOPs of so many tokens: in the model's dtype, and in each other."""
+        flops = {product: 2 * tokens * numbers for product, numbers in self.numbers.items()}
+        return flops.get(None, 0.0), {product: f for product, f in flops.items() if product}
 
     def batched(self, one: Pass) -> float:
         """Those of the bytes that meet more than one token."""
@@ -172,15 +181,16 @@ def _weights(
 ) -> Weights:
     """A sublayer's weights on the largest of `cut` parts, of so many experts only."""
     block = f"{shape.block(sublayer).name}."
-    total = nbytes = 0.0
+    numbers, nbytes = dict[str | None, float](), 0.0
     for rule in shape.rules_of(sublayer.layer):
         if rule.name.startswith(block):
             routed = experts is not None and shape.routed_share(rule) != 1.0
             part = (experts or 0.0) / shape.experts if routed else 1.0
             own = math.prod(shape.share(rule, cut - 1, cut)) * part
-            total += own
+            product = shape.product_of(sublayer.layer, rule)
+            numbers[product] = numbers.get(product, 0.0) + own
             nbytes += own * shape.bytes_of(sublayer.layer, rule)
-    return Weights(total, nbytes)
+    return Weights(numbers, nbytes)
 
 
 def _state(shape: ModelShape, cut: int) -> float:
@@ -257,12 +267,14 @@ def _mlp(shape: ModelShape, sublayer: Sublayer, cut: int, one: Pass) -> tuple[Pa
         multiplied = _weights(shape, sublayer, cut, shape.active_experts)
     moved = one.total * (4 * shape.width + 4 * neurons / cut)
     nbytes = read.nbytes + moved * _bytes(shape)
-    return (Part(2 * one.total * multiplied.numbers, nbytes, read.batched(one)),)
+    flops, quantised = multiplied.products(one.total)
+    return (Part(flops, nbytes, read.batched(one), quantised),)
 
 
 def _projections(weights: Weights, moved: float, one: Pass) -> Part:
     """Products with weights, which are read once, as `moved` bytes are in and out."""
-    return Part(2 * one.total * weights.numbers, weights.nbytes + moved, weights.batched(one))
+    flops, quantised = weights.products(one.total)
+    return Part(flops, weights.nbytes + moved, weights.batched(one), quantised)
 
 
 def rank_bytes(

@@ -19,7 +19,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ptconvert.errors import ConfigError
 from ptconvert.models.families import ONE, TensorRule
@@ -388,9 +388,23 @@ def _any_of(patterns: Sequence[str]) -> Callable[[str], bool]:
     return lambda name: joined.match(name) is not None
 
 
-def weight_bits(quantization: Mapping[str, Any], module: str) -> float | None:
-    """Bits that each number of a module's weight takes, its scales and zero points included, by a
-    quantization_config; None where that leaves the module as it was.
+class Width(NamedTuple):
+    """What a number of a quantised weight takes, `bits`, its scales and zero points included; and
+    what it is multiplied in, one of `PRODUCTS`, or in the model's dtype where activations stay in
+    that."""
+
+    bits: float
+    product: str | None = None
+
+
+PRODUCTS = ("fp8", "int8", "fp4")
+# Of compressed-tensors' activations, by type and bits.
+_ACTIVATIONS = {"float8": "fp8", "int8": "int8", "float4": "fp4"}
+
+
+def weight_width(quantization: Mapping[str, Any], module: str) -> Width | None:
+    """What a module's weight takes by a quantization_config; None where that leaves the module as
+    it was.
 
     `module` is a linear's name, or that of all experts' weights together.
     """
@@ -400,13 +414,20 @@ def weight_bits(quantization: Mapping[str, Any], module: str) -> float | None:
         return None
     if method == "compressed-tensors":
         own = _scheme(quantization, module)
-        return None if own is None else _compressed_bits(own["weights"], str(own.get("format")))
+        if own is None:
+            return None
+        taken = own.get("input_activations") or {}
+        product = _ACTIVATIONS.get(f"{taken.get('type')}{taken.get('num_bits')}")
+        return Width(_compressed_bits(own["weights"], str(own.get("format"))), product)
     if method == "mxfp4":
-        return 4 + 8 / 32 if ".experts." in module else None
+        return Width(4 + 8 / 32) if ".experts." in module else None
     if method == "modelopt":
-        return 4 + 8 / 16 if "FP4" in str(quantization.get("quant_algo")) else 8.0
+        algorithm = str(quantization.get("quant_algo"))
+        product = "fp4" if "FP4" in algorithm else "int8" if "W8A8" in algorithm else "fp8"
+        bits = 4 + 8 / 16 if "FP4" in algorithm else 8.0
+        return Width(bits, None if "A16" in algorithm or "WO" in algorithm else product)
     if method in ("fp8", "fbgemm_fp8"):
-        return 8.0
+        return Width(8.0, "fp8")
     own = {"bits": quantization.get("w_bit", 4), **quantization}
     for key in _KEYED:
         entries = quantization.get(key)
@@ -418,7 +439,7 @@ def weight_bits(quantization: Mapping[str, Any], module: str) -> float | None:
     bits, group = own["bits"], own.get("group_size", own.get("q_group_size", 128))
     if bits >= 16:
         return None
-    return float(bits + ((16 + bits) / group if group > 0 else 0.0))
+    return Width(bits + ((16 + bits) / group if group > 0 else 0.0))
 
 
 def _scheme(quantization: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:

@@ -37,9 +37,10 @@ from ptconvert.models.families import (
 from ptconvert.models.quantised import (
     QUANTIZATION,
     Role,
+    Width,
     check_method,
     quantization_of,
-    weight_bits,
+    weight_width,
 )
 from ptconvert.models.wrappers import (
     TEXT,
@@ -89,9 +90,9 @@ class ModelShape:
     say what each layer is, and `rules` what tensors such a layer has. `wrapper` is what the model
     is the language model of, where it is one. `apart` says that a checkpoint holds each expert by
     itself. `quantised` are the tensors that it holds of each layer with quantised weights, None of
-    lm_head; `bits` is what each number of such weights takes, by the weight's name, as config.json
-    has it. `together` are how many neurons go to a track as one where not all tracks have as many,
-    by what config.json calls their count.
+    lm_head; `widths` say what each number of such weights takes, by the weight's name, as
+    config.json has it. `together` are how many neurons go to a track as one where not all tracks
+    have as many, by what config.json calls their count.
     """
 
     family: Family
@@ -125,7 +126,7 @@ class ModelShape:
     wrapper: Wrapper | None = None
     apart: bool = False
     quantised: Mapping[int | None, tuple[TensorRule, ...]] = field(default_factory=dict)
-    bits: Mapping[str, float] = field(default_factory=dict)
+    widths: Mapping[str, Width] = field(default_factory=dict)
     together: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -322,13 +323,18 @@ class ModelShape:
     def bytes_of(self, layer: int, rule: TensorRule) -> float:
         """Bytes that a number of a layer's tensor takes."""
         whole = float(self.bytes_per_token // self.width)
-        bits = self.bits.get(self.layer(layer) + rule.name)
-        return whole if bits is None else bits / 8
+        width = self.widths.get(self.layer(layer) + rule.name)
+        return whole if width is None else width.bits / 8
+
+    def product_of(self, layer: int, rule: TensorRule) -> str | None:
+        """What a layer's tensor is multiplied in, one of `PRODUCTS`; None of the model's dtype."""
+        width = self.widths.get(self.layer(layer) + rule.name)
+        return None if width is None else width.product
 
     def alike(self, layer: int) -> object:
         """What layers have in common that are as large and as fast as each other."""
-        bits = tuple(self.bits.get(self.layer(layer) + r.name) for r in self.rules_of(layer))
-        return self.kinds[layer], bits if self.bits else None
+        widths = tuple(self.widths.get(self.layer(layer) + r.name) for r in self.rules_of(layer))
+        return self.kinds[layer], widths if self.widths else None
 
     def routed_share(self, rule: TensorRule) -> float:
         """Which share of a tensor one token is multiplied with: of the experts those that it goes
@@ -590,13 +596,13 @@ class ModelShape:
         )
         if (quantization := quantization_of(whole)) is not None:
             found = {
-                name: _bits(quantization, module, where)
+                name: _width(quantization, module, where)
                 for layer in range(layers)
                 for rule in shape.rules_of(layer)
                 if (name := shape.layer(layer) + rule.name)
                 and (module := _module(shape.layer(layer), rule))
             }
-            shape = replace(shape, bits={k: v for k, v in found.items() if v is not None})
+            shape = replace(shape, widths={k: v for k, v in found.items() if v is not None})
         for name in ("kv_heads", "global_kv_heads"):
             if shape.heads % (getattr(shape, name) or 1):
                 key = {**COUNTS, **SIZES}[name]
@@ -613,10 +619,10 @@ class ModelShape:
         return shape
 
 
-def _bits(quantization: Mapping[str, Any], module: str, where: str) -> float | None:
+def _width(quantization: Mapping[str, Any], module: str, where: str) -> Width | None:
     """What each number of a module's weight takes. Raises ConfigError."""
     try:
-        return weight_bits(quantization, module)
+        return weight_width(quantization, module)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"{where}: {QUANTIZATION} doesn't say how {module} is quantised: {_short(error)}"
