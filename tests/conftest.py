@@ -30,8 +30,9 @@ hypothesis.settings.load_profile("unhurried")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-# tests/serving needs vLLM, which wants an environment of its own: `make test-vllm`.
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["serving"]
+# What serving engines are needed for, each in an environment of its own: `make test-vllm`, ...
+APART = {"serving": "vllm", "serving_sglang": "sglang"}
+collect_ignore = [name for name, needs in APART.items() if not importlib.util.find_spec(needs)]
 
 FIXTURE = Path(__file__).parents[2] / "shared" / "fixtures" / "stdlib-llama"
 LAYERS = 6

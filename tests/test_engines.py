@@ -11,14 +11,20 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import random_model
 from torch import nn
 
 from ptconvert import engines
+from ptconvert.checkpoint.section import Section
 from ptconvert.cli import main
 from ptconvert.engines import ServingEngine
 from ptconvert.engines.base import ServedPass, is_for_others, own_weights
+from ptconvert.engines.sglang.refusals import check as check_sglang
+from ptconvert.engines.sglang.refusals import unpadded
+from ptconvert.errors import ConfigError
 from ptconvert.modeling.executor import OneProcess, Streams, TorchEngine, Update, run_program
-from ptconvert.models.shape import HEAD
+from ptconvert.models.shape import HEAD, ModelShape
+from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
 from ptconvert.verify.run import Check, Report
@@ -46,8 +52,37 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "entry_points", entry_points)
 
 
-def test_vllm_is_registered() -> None:
-    assert "vllm" in engines.engine_names()
+def test_what_comes_along_is_registered() -> None:
+    assert {"sglang", "vllm"} <= set(engines.engine_names())
+
+
+@pytest.mark.parametrize(
+    ("variant", "sizes", "settings", "said"),
+    [
+        ("llama", {}, {"ranks": 4}, "--tp 4: SGLang's cache has as many heads in all layers"),
+        ("granite", {}, {}, "a converted granite isn't served in SGLang, of converted models only"),
+        ("llama-biases", {}, {}, "mlp_bias: SGLang's MLPs have no biases"),
+        ("llama", {"intermediate_size": 96}, {"on_cpu": True}, "96 FFN neurons and 4 KV heads"),
+        ("llama", {"num_key_value_heads": 1}, {"on_cpu": True}, "128 FFN neurons and 1 KV heads"),
+        ("llama", {}, {"quantization": "fp8"}, "quantization fp8: converted models are served in"),
+        ("llama", {}, {"pipeline": 2}, "--pp-size: all layers must be on every rank"),
+        ("llama", {}, {"attention_groups": 2}, "--enable-dp-attention: all layers must be on"),
+    ],
+)
+def test_what_sglang_cannot_serve_is_refused_by_name(
+    variant: str, sizes: dict[str, Any], settings: dict[str, Any], said: str
+) -> None:
+    config = random_model(variant, **{"intermediate_size": 128, **sizes}).config.to_dict()
+    shape, section = ModelShape.from_config(config), Section(dense_schedule(6), 2, "sum", {})
+    with pytest.raises(ConfigError) as refused:
+        check_sglang(shape, section, **{"ranks": 2, "on_cpu": False, **settings})
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_sglang_s_own_padding_is_undone() -> None:
+    theirs = {"intermediate_size": 128, "original_intermediate_size": 96, "num_attention_heads": 8}
+    assert unpadded(theirs)["intermediate_size"] == 96
+    assert unpadded(theirs)["num_attention_heads"] == 8
 
 
 @pytest.mark.usefixtures("registered")

@@ -52,7 +52,7 @@ class _Verify(Renamed, _JsonFile):
     metavar="NAME",
     default=_TORCH,
     show_default=True,
-    help="What runs it: torch, ptconvert's own runtime, or a serving engine, such as vllm.",
+    help="What runs it: torch, ptconvert's own runtime, or a serving engine: vllm, sglang.",
 )
 @click.option(
     "--enforce-eager", is_flag=True, help="Serving engines: without torch.compile and CUDA graphs."

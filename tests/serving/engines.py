@@ -1,4 +1,4 @@
-"""Settings for vLLM on two cores, and small models that its CPU kernels take.
+"""Settings for vLLM on two cores; before its import.
 
 These tests need vLLM, which wants an environment of its own: `make test-vllm`.
 """
@@ -6,20 +6,6 @@ These tests need vLLM, which wants an environment of its own: `make test-vllm`.
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-import transformers
-from conftest import LAYERS, random_model, spec_text
-
-from ptconvert.checkpoint.calibration import Assignment, Calibration
-from ptconvert.checkpoint.reader import open_checkpoint
-from ptconvert.convert.transform import Plan, execute, plan_conversion
-from ptconvert.models.guesses import guess_tensors
-from ptconvert.spec.document import parse_spec
-from ptconvert.verify.session import greedy_steps
 
 CORES = sorted(os.sched_getaffinity(0))
 # vLLM gives its ranks cores and threads itself, and communicates in another way where this is set.
@@ -31,71 +17,3 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="ERROR",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
 )
-# vLLM's attention on CPU takes heads of 32 or more; long enough positions for chunks and blocks.
-SIZES: dict[str, Any] = {
-    "hidden_size": 128,
-    "num_attention_heads": 4,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-}
-MIXED = """  - {layers: 0-0, use: tensor_parallel}
-  - {layers: 1-2, use: parallel_track, depth: 2, overlap: 1}
-  - {layers: 3-3, stages: "a3|m3!"}
-  - {layers: 4-5, use: ladder}
-"""
-
-
-def make_model(
-    directory: Path, variant: str, tracks: int, schedule: str, top: str = "", layers: int = LAYERS
-) -> Path:
-    """A random dense model of a variant; converted, unless `tracks` is 0. `top` is the spec's.
-
-    What a spec wants to be computed from a text, an assignment and guesses, is random.
-    """
-    dense = directory / "dense"
-    random_model(variant, **SIZES, num_hidden_layers=layers).save_pretrained(dense)
-    if tracks == 0:
-        return dense
-    known = calibration(dense, tracks, schedule, top)
-    spec = parse_spec(spec_text(tracks, schedule, top), "spec.yaml")
-    source = open_checkpoint(dense)
-    plan = plan_conversion(source, spec, source_name="dense", calibration=known)
-    execute(plan, directory / "converted")
-    return directory / "converted"
-
-
-def calibration(dense: Path, tracks: int, schedule: str, top: str) -> Calibration | None:
-    """What the conversion of a dense model has instead of what its spec wants from a text."""
-    spec = parse_spec(spec_text(tracks, schedule, top), "spec.yaml")
-    plan = plan_conversion(open_checkpoint(dense), spec, source_name="dense")
-    return None if plan.complete else random_calibration(plan)
-
-
-def greedy(path: Path, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
-    """What the transformers model, all tracks in this process, answers in fp32: tokens and their
-    log-probabilities."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    tokens, log_probabilities = [], []
-    for _, step in greedy_steps(model, torch.tensor([prompt]), new_tokens):
-        logits, chosen_11 = step()
-        tokens.append(int(chosen_11))
-        log_probabilities.append(float(logits[0, -1].log_softmax(-1)[tokens[-1]]))
-    return tokens, log_probabilities
-
-
-def random_calibration(plan: Plan) -> Calibration:
-    """Units in random order, and guesses of about the size of what they stand for."""
-    random, shape = np.random.default_rng(0), plan.shape
-    orders = {
-        layer: Assignment(
-            random.permutation(shape.kv_heads).astype(np.int32),
-            random.permutation(shape.neurons).astype(np.int32),
-        )
-        for layer in plan.schedule.track_layers
-    }
-    ranks = plan.compensations.get("guess", {})
-    tensors = {
-        name: random.normal(scale=0.1, size=size).astype(np.float32).view(np.uint8)
-        for _, name, size in guess_tensors(shape, ranks, plan.tracks)
-    }
-    return Calibration(orders, {"guess": ranks}, tensors)

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import engines  # noqa: F401  # settings
 import pytest
 import seeing
 import transformers
 from conftest import spec_text
-from engines import MIXED, greedy, make_model
+from served import MIXED, WORDS, greedy, make_model, with_words
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
@@ -26,30 +27,13 @@ from ptconvert.engines.verify import TOLERANCE
 from ptconvert.engines.vllm.families import SERVED
 from ptconvert.spec.document import parse_spec
 
-WORDS = [f"w{i}" for i in range(94)]
 LIMIT_SECONDS = 400
-CHAT_TEMPLATE = "{% for m in messages %}<s> {{ m['content'] }} {% endfor %}"
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A conversion with 4 tracks and, so that text can go in and out, a tokenizer of words."""
-    path = make_model(tmp_path_factory.mktemp("model"), "llama-biases", 4, MIXED)
-    words = {word: index for index, word in enumerate(["<pad>", "<s>", *WORDS])}
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=_word_level(words), bos_token="<s>", eos_token="<s>", pad_token="<pad>"
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(path)
-    return path
-
-
-def _word_level(words: dict[str, int]) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return tokenizer
+    return with_words(make_model(tmp_path_factory.mktemp("model"), "llama-biases", 4, MIXED))
 
 
 @pytest.mark.parametrize(

@@ -12,25 +12,25 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import engines  # noqa: F401  # settings
 import lockstep
 import pytest
 import torch
 from calibrating import for_reference, permuted
 from conftest import LAYERS, random_model
 from drawing import drawn_schedule, spans_both
-from engines import MIXED, SIZES, calibration, greedy, make_model
 from reference import reference_logits
 from safetensors.torch import load_file, save_file
+from served import MIXED, SIZES, apart, calibration, greedy, make_model, prompts
 
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.section import read_section
-from ptconvert.engines.verify import TOLERANCE, count_checks
+from ptconvert.engines.verify import TOLERANCE, Answers, count_checks
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 
 NEW_TOKENS = 8
 LIMIT_SECONDS = 1800.0  # where ranks share no memory, gloo takes several times as long
-Answers = list[tuple[list[int], list[float]]]
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,6 @@ def drawn() -> list[tuple[str, str]]:
             some |= {schedule} if len(some) < 6 else set()
     texts = sorted(map(str, spanning)) + sorted(map(str, others))
     return [("sum" if i % 2 else "mean", text) for i, text in enumerate(texts)]
-
-
-def prompts() -> list[list[int]]:
-    """8 prompts of different lengths; the last two begin with the same 64 tokens."""
-    random = Random(0)
-    found = [[random.randrange(3, 96) for _ in range(n)] for n in (3, 5, 9, 17, 33, 40, 90)]
-    return [*found, found[-1][:64] + found[4]]
 
 
 @pytest.fixture(scope="session")
@@ -190,14 +183,6 @@ def of_case(found: Any, name: str) -> list[dict[str, Any]]:
     for rank in found:
         assert "error" not in rank.get(name, {"error": "it did not run"}), rank[name]["error"]
     return [rank[name] for rank in found]
-
-
-def apart(answers: Any, reference: Answers) -> float:
-    """The largest difference of log-probabilities; infinite where tokens differ."""
-    if [tokens for tokens, _ in answers] != [tokens for tokens, _ in reference]:
-        return float("inf")
-    pairs = zip(answers, reference, strict=True)
-    return float(max(abs(x - y) for a, b in pairs for x, y in zip(a[1], b[1], strict=True)))
 
 
 def schedule_of(path: Path) -> Schedule:

@@ -17,42 +17,19 @@ blocking all-reduces, which the current stream waits for by an event.
 
 from __future__ import annotations
 
-import os
-import threading
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from vllm.distributed import get_tp_group
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from ptconvert.engines.in_flight import InFlight
 from ptconvert.runtime.counters import BOUNDARY
 
 NO_LAUNCH = -1
 
 
-class _InFlight(threading.local):
-    """What this thread launched and has not waited for: buffers and work handles by stage.
-
-    By thread, because vLLM may run two halves of a batch in turns on two threads.
-    """
-
-    def __init__(self) -> None:
-        self.by_stage: dict[int, tuple[torch.Tensor, Any]] = {}
-
-
-_in_flight = _InFlight()
-
-
-def _wait(work: Any, buffer_TD: torch.Tensor) -> None:
-    """Waits for an all-reduce: on CUDA the current stream does, on CPU this thread.
-
-    On CPU it yields its core until gloo's threads are done, as going to sleep and being woken takes
-    longer than a small all-reduce does.
-    """
-    while buffer_TD.device.type == "cpu" and not work.is_completed():
-        os.sched_yield()
-    work.wait()
+_in_flight = InFlight()
 
 
 def _all_reduce_boundary(
@@ -60,23 +37,10 @@ def _all_reduce_boundary(
 ) -> None:
     """Launches the sum of `after_TD` over ranks as stage `launch`'s, unless that is NO_LAUNCH; then
     fills `merged_TD` with the sum of the stages `wait`, zeros where there is none."""
-    if launch != NO_LAUNCH:
-        buffer_TD = after_TD.clone()  # the compiler may give after_TD's memory to another tensor
+    if launch != NO_LAUNCH:  # copied, as the compiler may give after_TD's memory to another tensor
         group = get_tp_group()
-        work = None
-        if group.world_size > 1:
-            work = dist.all_reduce(buffer_TD, group=group.device_group, async_op=True)
-        _in_flight.by_stage[launch] = buffer_TD, work
-    if not wait:
-        merged_TD.zero_()
-    for number, stage in enumerate(wait):
-        buffer_TD, work = _in_flight.by_stage.pop(stage)
-        if work is not None:
-            _wait(work, buffer_TD)
-        if number:
-            merged_TD.add_(buffer_TD)
-        else:
-            merged_TD.copy_(buffer_TD)
+        _in_flight.launch(launch, after_TD, group.device_group, group.world_size)
+    _in_flight.merge(wait, merged_TD)
 
 
 def _no_boundary(

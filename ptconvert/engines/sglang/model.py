@@ -1,0 +1,117 @@
+"""The model in SGLang: one class for all families and schedules.
+
+The executor walks the lowered schedule over SGLang's own layers. Shape suffixes: T tokens of all
+requests in the batch, D the residual stream's width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.model_loader.auto_loader import STANDARD_STACKED_MAPPING
+from sglang.srt.model_loader.weight_utils import default_weight_loader
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils import is_cpu
+from torch import nn
+from torch.profiler import record_function
+
+from ptconvert.checkpoint.section import read_section, source_config
+from ptconvert.engines.base import RENAMED, ServedPass, own_weights, served_layers
+from ptconvert.engines.sglang.layers import SGLangServing
+from ptconvert.engines.sglang.refusals import check, unpadded
+from ptconvert.models.shape import ModelShape
+
+
+class PTConvertModel(nn.Module):
+    """The decoder without lm_head: this rank's track and shards, run by the schedule."""
+
+    def __init__(self, config: Any, quantization: Any) -> None:
+        super().__init__()
+        section = read_section(vars(config))
+        shape = ModelShape.from_config(source_config(unpadded(config.to_dict()), section))
+        parallel = get_parallel()
+        check(
+            shape,
+            section,
+            parallel.tp_size,
+            on_cpu=is_cpu(),
+            quantization=None if quantization is None else quantization.get_name(),
+            pipeline=parallel.pp_size,
+            attention_groups=parallel.attn_dp_size,
+        )
+        self.program = section.schedule.program
+        self.waiting_weight = section.waiting_weight
+        self.local_tracks = range(parallel.tp_rank, parallel.tp_rank + 1)
+        # On every rank whole: sharded, it would cost one more all-reduce per forward pass.
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, enable_tp=False
+        )
+        self.serving = SGLangServing(config, shape.model_type)
+        self.layers = served_layers(self.serving, section, shape, config, self.local_tracks)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, batch: Any, base_TD: Any
+    ) -> torch.Tensor:
+        """The normed stream after the last stage, (tokens, width), the same on every rank."""
+        if base_TD is None:
+            base_TD = self.embed_tokens(input_ids)
+        one_pass = ServedPass(self.serving, self.layers, (positions, batch))
+        return one_pass.decode(self.program, base_TD, self.norm, self.waiting_weight)
+
+
+class PTConvertForCausalLM(nn.Module):
+    """A converted causal language model; its config decides family and schedule."""
+
+    def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:  # noqa: ARG002
+        super().__init__()
+        self.config = config
+        self.model = PTConvertModel(config, quant_config)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
+        self.logits_processor = LogitsProcessor(config)
+        self.passes = 0  # profiled ones
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: Any,
+        input_embeds: torch.Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        """As SGLang's models: what its LogitsProcessor gives."""
+        self.passes = self.passes + 1 if torch._C._autograd._profiler_enabled() else 0
+        with record_function(f"step {self.passes} of {len(positions)} tokens"):
+            hidden_TD = self.model(input_ids, positions, forward_batch, input_embeds)
+            return self.logits_processor(input_ids, hidden_TD, self.lm_head, forward_batch)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Loads this rank's tensors. Raises ValueError where one has no place."""
+        parameters = dict(self.named_parameters())
+        missing = set(parameters)
+        for given, tensor in own_weights(
+            weights, self.model.local_tracks, self.config.tie_word_embeddings
+        ):
+            name = _renamed(given)
+            target = STANDARD_STACKED_MAPPING.try_load(name, tensor, parameters) or name
+            if target not in parameters:  # which SGLang's mapping passes over
+                raise ValueError(f"{given} has no place in SGLang's model ({target})")
+            if target == name:
+                load = getattr(parameters[name], "weight_loader", default_weight_loader)
+                load(parameters[name], tensor)
+            missing.discard(target)
+        if missing:
+            raise ValueError(f"{min(missing)} is not in the checkpoint")
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in RENAMED.items():
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -1,0 +1,126 @@
+"""Small converted models for serving engines, and what the single-process model answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from conftest import LAYERS, random_model, spec_text
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from ptconvert.checkpoint.calibration import Assignment, Calibration
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import Plan, execute, plan_conversion
+from ptconvert.engines.verify import Answers
+from ptconvert.models.guesses import guess_tensors
+from ptconvert.spec.document import parse_spec
+from ptconvert.verify.session import greedy_steps
+
+# Engines' attention on CPUs takes heads of 32 or more; long enough positions for chunks and blocks.
+SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
+WORDS = [f"w{i}" for i in range(94)]
+CHAT_TEMPLATE = "{% for m in messages %}<s> {{ m['content'] }} {% endfor %}"
+MIXED = """  - {layers: 0-0, use: tensor_parallel}
+  - {layers: 1-2, use: parallel_track, depth: 2, overlap: 1}
+  - {layers: 3-3, stages: "a3|m3!"}
+  - {layers: 4-5, use: ladder}
+"""
+
+
+def make_model(
+    directory: Path,
+    variant: str,
+    tracks: int,
+    schedule: str,
+    top: str = "",
+    layers: int = LAYERS,
+    **sizes: Any,
+) -> Path:
+    """A random dense model of a variant; converted, unless `tracks` is 0. `top` is the spec's.
+
+    What a spec wants to be computed from a text, an assignment and guesses, is random.
+    """
+    dense = directory / "dense"
+    random_model(variant, **{**SIZES, **sizes}, num_hidden_layers=layers).save_pretrained(dense)
+    if tracks == 0:
+        return dense
+    known = calibration(dense, tracks, schedule, top)
+    spec = parse_spec(spec_text(tracks, schedule, top), "spec.yaml")
+    source = open_checkpoint(dense)
+    plan = plan_conversion(source, spec, source_name="dense", calibration=known)
+    execute(plan, directory / "converted")
+    return directory / "converted"
+
+
+def calibration(dense: Path, tracks: int, schedule: str, top: str) -> Calibration | None:
+    """What the conversion of a dense model has instead of what its spec wants from a text."""
+    spec = parse_spec(spec_text(tracks, schedule, top), "spec.yaml")
+    plan = plan_conversion(open_checkpoint(dense), spec, source_name="dense")
+    return None if plan.complete else random_calibration(plan)
+
+
+def greedy(path: Path, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
+    """What the transformers model, all tracks in this process, answers in fp32: tokens and their
+    log-probabilities."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokens, log_probabilities = [], []
+    for _, step in greedy_steps(model, torch.tensor([prompt]), new_tokens):
+        logits, chosen_11 = step()
+        tokens.append(int(chosen_11))
+        log_probabilities.append(float(logits[0, -1].log_softmax(-1)[tokens[-1]]))
+    return tokens, log_probabilities
+
+
+def random_calibration(plan: Plan) -> Calibration:
+    """Units in random order, and guesses of about the size of what they stand for."""
+    random, shape = np.random.default_rng(0), plan.shape
+    orders = {
+        layer: Assignment(
+            random.permutation(shape.kv_heads).astype(np.int32),
+            random.permutation(shape.neurons).astype(np.int32),
+        )
+        for layer in plan.schedule.track_layers
+    }
+    ranks = plan.compensations.get("guess", {})
+    tensors = {
+        name: random.normal(scale=0.1, size=size).astype(np.float32).view(np.uint8)
+        for _, name, size in guess_tensors(shape, ranks, plan.tracks)
+    }
+    return Calibration(orders, {"guess": ranks}, tensors)
+
+
+def prompts() -> list[list[int]]:
+    """8 prompts of different lengths; the last two begin with the same 64 tokens."""
+    random = Random(0)
+    found = [[random.randrange(3, 96) for _ in range(n)] for n in (3, 5, 9, 17, 33, 40, 90)]
+    return [*found, found[-1][:64] + found[4]]
+
+
+def apart(answers: Any, reference: Answers) -> float:
+    """The largest difference of log-probabilities; infinite where tokens differ."""
+    if [tokens for tokens, _ in answers] != [tokens for tokens, _ in reference]:
+        return float("inf")
+    pairs = zip(answers, reference, strict=True)
+    return float(max(abs(x - y) for a, b in pairs for x, y in zip(a[1], b[1], strict=True)))
+
+
+def with_words(path: Path) -> Path:
+    """A model, with a tokenizer of words beside it so that text can go in and out."""
+    words = {word: index for index, word in enumerate(["<pad>", "<s>", *WORDS])}
+    word_level = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    word_level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=word_level, bos_token="<s>", eos_token="<s>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(path)
+    return path

@@ -1,0 +1,225 @@
+"""SGLang on 2 ranks against the single-process model: tokens, log-probabilities, all-reduces; and
+its server. `make test-sglang`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from conftest import LAYERS
+from served import MIXED, SIZES, apart, greedy, make_model, prompts, with_words
+
+from ptconvert.checkpoint.files import read_config
+from ptconvert.checkpoint.section import read_section
+from ptconvert.engines.sglang.families import SERVED
+from ptconvert.engines.verify import TOLERANCE, Answers, count_checks
+from ptconvert.schedule.presets import dense_schedule
+from ptconvert.schedule.schedule import Schedule
+
+NEW_TOKENS = 8
+LIMIT_SECONDS = 400
+NEURONS: dict[str, Any] = {
+    "intermediate_size": 128
+}  # SGLang's CPU engine takes 32 of each rank's at a time
+CORES = sorted(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A conversion with 2 tracks."""
+
+    variant: str
+    schedule: str
+    top: str = ""
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "mixed, biases, affinity, guesses": Case(
+        "llama-biases",
+        MIXED,
+        "assignment: {method: affinity}\nguess: {rank: 8}\n",
+        {"mlp_bias": False},  # which SGLang's Llama hasn't
+    ),
+    "delayed, mistral": Case("mistral", "use: delayed, delay: 2"),
+    "depth 2, mean, qwen2, tied": Case(
+        "qwen2-two-kv-tied", "use: parallel_track, depth: 2", "deferred: mean\n"
+    ),
+    "ladder, qwen3, biases": Case("qwen3-biases", "use: ladder"),
+}
+
+
+def environment() -> dict[str, str]:
+    bound = "|".join(str(CORES[rank % len(CORES)]) for rank in range(2))
+    given = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # SGLang's own
+    return given | {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": bound}
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        env=environment(),
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        name: make_model(
+            tmp_path_factory.mktemp("model"), c.variant, 2, c.schedule, c.top, **NEURONS, **c.more
+        )
+        for name, c in CASES.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def found(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each engine answers, and its passes."""
+    answers = {}
+    for name, path in paths.items():
+        directory = tmp_path_factory.mktemp("case")
+        given, told = directory / "case.json", directory / "found.json"
+        case = {"path": str(path), "prompts": prompts(), "new_tokens": NEW_TOKENS}
+        given.write_text(json.dumps(case))
+        done = run(Path(__file__).with_name("engine.py"), given, told)
+        assert told.exists(), done.stderr[-3000:]
+        answers[name] = json.loads(told.read_text())
+    return answers
+
+
+def answers_of(path: Path) -> Answers:
+    return [greedy(path, prompt, NEW_TOKENS) for prompt in prompts()]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_answers_of_the_single_process_model(
+    name: str, found: dict[str, Any], paths: dict[str, Path]
+) -> None:
+    """All prompts at once, the longest in chunks; again out of the radix cache."""
+    expected = answers_of(paths[name])
+    assert apart(found[name]["answers"], expected) <= TOLERANCE
+    assert apart(found[name]["again"], expected) <= TOLERANCE
+    assert found[name]["cached"] > 0
+    # and not the source's
+    assert apart(found[name]["answers"], answers_of(paths[name].parent / "dense")) > TOLERANCE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_reduces_are_the_schedules(
+    name: str, found: dict[str, Any], paths: dict[str, Path]
+) -> None:
+    passes, width = found[name]["passes"], SIZES["hidden_size"]
+    schedule = read_section(read_config(paths[name])).schedule
+    checks = count_checks(passes, schedule, width, new_tokens=3)
+    assert all(check.ok for check in checks), checks
+    for wrong in (dense_schedule(LAYERS), Schedule.parse("a0. m0!")):
+        assert not all(c.ok for c in count_checks(passes, wrong, width, new_tokens=3))
+    assert not all(c.ok for c in count_checks(passes, schedule, width + 1, new_tokens=3))
+
+
+def test_every_family_is_one_of_the_cases() -> None:
+    assert {case.variant.split("-")[0] for case in CASES.values()} == set(SERVED)
+
+
+def verified(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = ["-m", "ptconvert", "verify", path, "--runtime", "sglang", "--ranks", 2]
+    return run(*command, "--dtype", "float32", "--json", *options)
+
+
+def test_verify_counts_inside_the_workers(paths: dict[str, Path]) -> None:
+    done = verified(next(iter(paths.values())), "--batch", "3")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["ok"], report["checks"]
+    assert [check["name"] for check in report["checks"]] == [
+        "schedule as converted",
+        "all-reduces in prefill",
+        "all-reduces in decode",
+        "greedy tokens",
+        "their log-probabilities",
+    ]
+    assert len(report["seen_by_rank"]) == 2 and len(report["seen_by_rank"][0]) == 8
+
+
+@pytest.mark.parametrize(
+    ("variant", "tracks", "sizes", "says"),
+    [
+        ("llama", 4, NEURONS, "--tp 2: SGLang's cache has as many heads in all layers"),
+        ("llama-biases", 2, NEURONS, "mlp_bias: SGLang's MLPs have no biases"),
+        ("llama", 2, {}, "48 FFN neurons and 4 KV heads: SGLang's CPU engine fills up"),
+        ("granite", 2, NEURONS, "a converted granite isn't served in SGLang"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_it_starts(
+    variant: str, tracks: int, sizes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    path = make_model(tmp_path, variant, tracks, "use: parallel_track, depth: 2", **sizes)
+    done = verified(path)
+    assert done.returncode == 2 and says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture(scope="session")
+def server(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    path = with_words(next(iter(paths.values())))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(path)]
+    command += ["--device", "cpu", "--attention-backend", "torch_native", "--tp-size", "2"]
+    command += ["--dtype", "float32", "--max-total-tokens", "4096", "--disable-cuda-graph"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "error"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment(), start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            with socket.socket() as there:
+                if there.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.5)
+        assert process.poll() is None, log.read_text()[-3000:]
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # it didn't start
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_server_streams_a_chat_completion(server: str, paths: dict[str, Path]) -> None:
+    import openai
+
+    path, words = next(iter(paths.values())), "w5 w17 w3 w60 w42"
+    client = openai.OpenAI(base_url=server, api_key="none", max_retries=10)
+    chunks = client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=[{"role": "user", "content": words}],
+        temperature=0,
+        max_tokens=6,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    ids = tokenizer(f"<s> {words} ", add_special_tokens=False).input_ids
+    tokens, _ = greedy(path, ids, 6)
+    assert "".join(pieces).split() == tokenizer.decode(tokens).split()
+    assert sum(bool(piece) for piece in pieces) > 1  # it came in pieces
