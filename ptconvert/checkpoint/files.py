@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ptconvert.checkpoint.section import ADAPTER_FOLDER
 from ptconvert.errors import CheckpointError, ConfigError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 CHAT_TEMPLATES = "additional_chat_templates"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Tokenizer (of several versions, as Mistral's), generation config, chat template, licence.
 _SMALL = (
     *("*.json", "*.jinja", "*.txt", "*.model", "*.model.v*", "*.tiktoken", "LICENSE*", "NOTICE*"),
     f"{CHAT_TEMPLATES}/*.jinja",
+    *(f"{ADAPTER_FOLDER}/{name}" for name in (ADAPTER, ADAPTER_WEIGHTS)),
 )
 # What describes weights that are not the result's: other copies of them, an adapter.
 _OTHERS = ("params.json", "*.index.json", ADAPTER)
@@ -62,7 +65,8 @@ def goes_along(name: str) -> bool:
 
 def small_files(path: Path) -> tuple[Path, ...]:
     """The files of a directory that go along with its weights, the code among them."""
-    files = [p for pattern in ("*", f"{CHAT_TEMPLATES}/*") for p in path.glob(pattern)]
+    patterns = ("*", f"{CHAT_TEMPLATES}/*", f"{ADAPTER_FOLDER}/*")
+    files = [p for pattern in patterns for p in path.glob(pattern)]
     found = {p for p in files if goes_along(p.relative_to(path).as_posix())}
     found |= {path / name for name in code_files(path)}
     return tuple(sorted(p for p in found if p.is_file()))

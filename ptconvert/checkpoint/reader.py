@@ -13,17 +13,20 @@ from safetensors import SafetensorError, safe_open
 
 from ptconvert.checkpoint.files import (
     ADAPTER,
+    ADAPTER_WEIGHTS,
     INDEX,
     SINGLE,
     adapter_alone,
     read_config,
     refuse_pointer,
 )
+from ptconvert.checkpoint.section import ADAPTER_FOLDER, SECTION
 from ptconvert.errors import CheckpointError
 from ptconvert.models.shape import ELEMENT_BYTES
 from ptconvert.models.wrappers import language_config
 from ptconvert.shorten import clipped
 
+PEFT_PREFIX = "base_model.model."  # of a model's modules, in peft's names
 _PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
 _MAX_INDEX_BYTES = 64 * 1024 * 1024
 BLOCK_BYTES = 1024 * 1024  # that are read or written at once
@@ -58,12 +61,22 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """A LoRA beside weights that it can't be merged into: of each module its factors, A (R, I) and
+    B (O, R), whose product B A is scaled by `scale` and added to the weight (O, I)."""
+
+    scale: float
+    factors: Mapping[str, tuple[TensorEntry, TensorEntry]]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint directory as found: its config.json and its tensors, none of them read."""
 
     path: Path
     config: Mapping[str, object]
     tensors: Mapping[str, TensorEntry]
+    adapter: Adapter | None = None
 
     @property
     def language(self) -> Mapping[str, object]:
@@ -99,7 +112,30 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensors = _all_tensors(path, files)
     if not tensors:
         raise CheckpointError(f"{path}: the safetensors files hold no tensors")
-    return Checkpoint(path, config, tensors)
+    return Checkpoint(path, config, tensors, _adapter(path, config))
+
+
+def _adapter(path: Path, config: Mapping[str, object]) -> Adapter | None:
+    """The adapter beside a checkpoint's weights, as peft writes it. Raises CheckpointError."""
+    section, folder = config.get(SECTION), path / ADAPTER_FOLDER
+    if not isinstance(section, Mapping) or not section.get("adapter"):
+        return None
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is missing; config.json says that an adapter is there")
+    own, tensors = read_config(folder / ADAPTER), read_header(folder / ADAPTER_WEIGHTS)
+    rank, alpha = own.get("r"), own.get("lora_alpha")
+    ends = (".lora_A.weight", ".lora_B.weight")
+    names = {name.removesuffix(end) for name in tensors for end in ends if name.endswith(end)}
+    whole = all(name + end in tensors for name in names for end in ends)
+    if type(rank) is not int or type(alpha) not in (int, float) or not whole or not names:
+        raise CheckpointError(f"{folder} is no LoRA as peft writes it, of factors A and B")
+    return Adapter(
+        float(str(alpha)) / rank,
+        {
+            name.removeprefix(PEFT_PREFIX): (tensors[name + ends[0]], tensors[name + ends[1]])
+            for name in names
+        },
+    )
 
 
 def _no_weights(path: Path) -> str:

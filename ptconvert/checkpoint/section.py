@@ -13,6 +13,7 @@
   "together": {"intermediate_size": 128}, how many neurons of this count go to a track as one: of
                              the groups some tracks have one more; not there where all have as many
   "trained": true,           not there where the weights are still the source's, each in its place
+  "adapter": true,           not there where no LoRA lies beside quantised weights
   "tensors_digest": "sha256:...", of the source's tensors as they lie here (`tensors_digest`)
   "spec_digest": "sha256:...",
   "source_name": "meta-llama/Llama-3.1-8B",
@@ -40,6 +41,7 @@ SECTION = "ptconvert"
 SECTION_FORMAT = 1
 MODELING_FILE = "modeling_ptconvert.py"
 SPEC_FILE = "ptconvert.yaml"
+ADAPTER_FOLDER = "ptconvert_adapter"  # of a LoRA beside quantised weights, as peft writes it
 # The keys of config.json that a conversion writes; `--to-dense` restores or removes them.
 REPLACED_KEYS = ("model_type", "architectures", "auto_map", "ladder_layers")
 
@@ -58,6 +60,7 @@ class Section:
     compensations: Mapping[str, Any] = field(default_factory=dict)  # those that there are, by key
     trained: bool = False
     tensors_digest: object = None
+    adapter: bool = False  # whether a LoRA lies beside quantised weights
     together: Mapping[str, int] = field(default_factory=dict)
     parallel: bool = False  # whether the source's layers are, as its family has them
 
@@ -139,14 +142,17 @@ def read_section(config: Mapping[str, Any], where: str = "config.json") -> Secti
         {key: value for key, value in found.items() if value},
         section.get("trained") is True,
         section.get("tensors_digest"),
+        section.get("adapter") is True,
         _together(section.get("together", {}), where),
         parallel,
     )
 
 
-def trained_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A converted checkpoint's config.json once its weights were trained."""
-    return {**config, SECTION: {**config[SECTION], "trained": True}}
+def trained_config(config: Mapping[str, Any], adapter: bool = False) -> dict[str, Any]:
+    """A converted checkpoint's config.json once its weights were trained, or an `adapter` beside
+    them."""
+    beside = {"adapter": True} if adapter else {}
+    return {**config, SECTION: {**config[SECTION], "trained": True, **beside}}
 
 
 def with_digest(config: Mapping[str, Any], digest: str) -> dict[str, Any]:

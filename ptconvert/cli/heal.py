@@ -81,7 +81,12 @@ if TYPE_CHECKING:  # they import torch
     "for a text. [all tokens, and it runs at every step]",
 )
 @shared("--cache", says="~/.cache/ptconvert")
-@click.option("--lora", type=click.IntRange(1), metavar="R", help="Train a LoRA of rank R; merged.")
+@click.option(
+    "--lora",
+    type=click.IntRange(1),
+    metavar="R",
+    help="Train a LoRA of rank R, merged; beside quantised weights it stays one.",
+)
 @click.option(
     "--train",
     type=click.Choice(["changed", "all"]),

@@ -15,7 +15,12 @@ def healing_section(report: Healed, command: str) -> str:
         stages.append(f"block by block ({changed}; {rate} {settings.block_learning_rate:g})")
     if settings.kl:
         weights = "all weights" if settings.train == "all" else changed
-        how = f"a LoRA of rank {settings.lora} on {weights}, merged" if settings.lora else weights
+        how = weights
+        if settings.lora and report.quantised:
+            how = f"what isn't quantised, and a LoRA of rank {settings.lora} beside the quantised "
+            how += "weights, in a folder of its own"
+        elif settings.lora:
+            how = f"a LoRA of rank {settings.lora} on {weights}, merged"
         over = f" over the source's {settings.top_k} likeliest tokens" if settings.top_k else ""
         stages.append(f"end to end by KL(source || healed){over} ({how}; {rate} {settings.rate:g})")
     texts = few(report.data)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from ptconvert.errors import HealError, first_line
+from ptconvert.heal.adapters import linears, lora_config, put_beside, taken
 from ptconvert.heal.answers import Answers
 from ptconvert.heal.arguments import sharded, training_arguments
 from ptconvert.heal.data import Data
@@ -182,10 +183,15 @@ def distill(
     progress: Report,
     say: Callable[[str], None],
     judge: Judge | None = None,
+    beside: Sequence[str] = (),
 ) -> Tensors:
     """Trains the parameters `names` of the student towards the teacher, a model or its kept
     answers; returns those of the best state, none where the student as it came was best. Which that
     is, `judge` says, or else the objective on the held-out windows.
+
+    With settings.lora adapters on the linear layers among `names` are trained in their place, and
+    merged; where there are linear layers `beside` which adapters are to stay, `names` are trained
+    themselves, and these adapters.
 
     Frozen ones share the teacher's storage where they are the same. Goes on from the last state
     that it finds in `work`. Raises HealError.
@@ -197,7 +203,8 @@ def distill(
     if settings.fsdp and arguments.device.type == "cpu":
         # else accelerate quietly gives each process the whole model there
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    freeze_but(student, names if settings.lora is None else ())
+    merges = settings.lora is not None and not beside
+    freeze_but(student, () if merges else names)
     of = of_held_out = None
     if isinstance(teacher, Answers):
         of, of_held_out, head = teacher.of, teacher.of_held_out, teacher.held_out.head
@@ -205,10 +212,15 @@ def distill(
         if not sharded(arguments):
             student.to(arguments.device)
     else:
-        taught_by = _placed(teacher, student, settings, arguments, say)
+        taught_by = _placed(teacher, student, settings, arguments, say, columns=merges)
         head = Head(taught_by)
     set_seed(settings.seed)
-    model = student if settings.lora is None else _with_adapters(student, names, settings.lora)
+    model = student
+    if settings.lora is not None and merges:
+        model = _with_adapters(student, names, settings.lora)
+    elif settings.lora is not None:
+        names = [*names, *put_beside(student, list(beside), settings.lora)]
+        freeze_but(student, names)
     held_out = data.held_out.ids
     loss = "kl" if settings.objective == "kl" else "nll"
     try:
@@ -238,19 +250,24 @@ def distill(
     if arguments.process_index:
         return {}  # where the model is sharded, the first process alone is given all of it
     state = {name: tensor.detach().cpu() for name, tensor in state.items()}
-    return _merged(state, names) if settings.lora else {name: state[name] for name in names}
+    return _merged(state, names) if merges else taken(state, names)
 
 
 def _placed(
-    teacher: Any, student: Any, settings: Settings, arguments: Any, say: Callable[[str], None]
+    teacher: Any,
+    student: Any,
+    settings: Settings,
+    arguments: Any,
+    say: Callable[[str], None],
+    columns: bool,
 ) -> Any:
-    """The teacher where it runs, and what the student has of it where that is."""
+    """The teacher where it runs, and what the student has of it where that is (`share`)."""
     teacher = teacher.eval().requires_grad_(False)
     if settings.fsdp:
         _shard(teacher, arguments.device)
     teacher = teacher.to(arguments.device)
     if not sharded(arguments):  # else each process holds a part of the student only
-        shared = share(student, teacher, columns=settings.lora is not None)
+        shared = share(student, teacher, columns=columns)
         student.to(arguments.device)
         if arguments.process_index == 0:
             say(f"student and teacher share {shared / 1e6:.1f} MB")
@@ -278,18 +295,7 @@ def _with_adapters(student: Any, names: list[str], rank: int) -> Any:
     """The student with a LoRA adapter on each linear layer whose weight is among `names`."""
     from peft import get_peft_model
 
-    linear = {n for n, module in student.named_modules() if isinstance(module, nn.Linear)}
-    targets = [owner for owner in (n.removesuffix(".weight") for n in names) if owner in linear]
-    return get_peft_model(student, lora_config(targets, rank))
-
-
-def lora_config(targets: list[str], rank: int) -> Any:
-    """peft's config of adapters on these modules."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=rank, lora_alpha=LORA_ALPHA * rank, target_modules=targets, task_type="CAUSAL_LM"
-    )
+    return get_peft_model(student, lora_config(linears(student, names), rank))
 
 
 def _merged(state: Tensors, names: list[str]) -> Tensors:

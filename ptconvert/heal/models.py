@@ -68,6 +68,13 @@ def trainable(names: Iterable[str], student: Checkpoint, which: str) -> list[str
     return [name for name in names if in_layers(name, layers)]
 
 
+def chosen(names: Iterable[str], student: Checkpoint, which: str) -> list[str]:
+    """The parameters of layers that are to move if they can, of these: as for `trainable`."""
+    layers, section = student.language["num_hidden_layers"], section_of(student)
+    among = range(int(str(layers))) if which == "all" else changed_layers(section)
+    return [name for name in names if in_layers(name, among)]
+
+
 def held_whole(names: Iterable[str], checkpoint: Checkpoint, shape: ModelShape) -> list[str]:
     """Those of a model's parameters that a checkpoint of this shape doesn't hold quantised."""
     if quantization_of(checkpoint.config) is None:

@@ -12,11 +12,11 @@ import torch
 
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.checkpoint.section import Section, read_section
+from ptconvert.heal.adapters import lora_config
 from ptconvert.heal.answers import answer_bytes
 from ptconvert.heal.blockwise import STREAM_BYTES, blocks_of
 from ptconvert.heal.data import Data
-from ptconvert.heal.distill import lora_config
-from ptconvert.heal.models import in_layers, trainable
+from ptconvert.heal.models import chosen, in_layers, trainable
 from ptconvert.heal.settings import Settings
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.divergence import LOGITS_AT_ONCE
@@ -31,6 +31,7 @@ from ptconvert.measure.one_layer import (
     step_of,
 )
 from ptconvert.models.families import E
+from ptconvert.models.quantised import quantization_of
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ModelShape
 from ptconvert.models.wrappers import layer_of
 from ptconvert.runtime.load import opened, shape_of
@@ -281,9 +282,12 @@ def _end_to_end(pair: _Pair) -> Phase:
         if pair.section.assigned or pair.section.trained or settings.blockwise:
             apart = trained
         # experts and their routers are no linear layers of torch's, which peft adapts
-        linear = (name for name in moves if not is_of_experts(name, shape))
-        sizes = [pair.student.tensors[name].shape for name in linear]
-        trained = sum(settings.lora * sum(size) for size in sizes if len(size) == 2)
+        weights, adapted, beside = pair.student.tensors, moves, 0
+        if quantization_of(pair.student.config) is not None:  # what isn't quantised is trained, too
+            weights, beside = opened(pair.student).tensors, trained
+            adapted = chosen(weights, pair.student, settings.train)
+        sizes = [weights[name].shape for name in adapted if not is_of_experts(name, shape)]
+        trained = beside + sum(settings.lora * sum(size) for size in sizes if len(size) == 2)
     kept_answers = settings.top_k is not None
     frozen = still if settings.fsdp or kept_answers else apart
     both = sum(step.both for step in pair.of(layers, steps))

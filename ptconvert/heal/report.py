@@ -41,7 +41,8 @@ class Measured:
 @dataclass(frozen=True)
 class Healed:
     """A healing's report: figures in the order of the stages, and which of them is the model
-    written. `tokens` are those trained on, in all stages together."""
+    written. `tokens` are those trained on, in all stages together; `quantised` says that there are
+    weights which stay as they are."""
 
     teacher: str
     data: tuple[str, ...]
@@ -51,6 +52,7 @@ class Healed:
     settings: Settings
     rows: tuple[Measured, ...]
     kept: str
+    quantised: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for `--json`."""

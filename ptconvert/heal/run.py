@@ -17,13 +17,21 @@ from ptconvert.checkpoint.atomic import check_apart, check_destination, nested
 from ptconvert.checkpoint.card import healed_card
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.errors import HealError
+from ptconvert.heal.adapters import add, apart, linears
 from ptconvert.heal.answers import Answers, AnswerStore
 from ptconvert.heal.arguments import check
 from ptconvert.heal.blockwise import heal_blocks
 from ptconvert.heal.card import healing_section
 from ptconvert.heal.data import Data
 from ptconvert.heal.distill import Judge, distill
-from ptconvert.heal.models import changed_layers, check_pair, freeze_but, put, trainable
+from ptconvert.heal.models import (
+    changed_layers,
+    check_pair,
+    chosen,
+    freeze_but,
+    put,
+    trainable,
+)
 from ptconvert.heal.report import Healed, Measured
 from ptconvert.heal.settings import Settings
 from ptconvert.heal.work import (
@@ -69,10 +77,13 @@ class Case:
         return self.settings.tokens or self.data.train[:, 1:].numel()
 
 
-QUANTISED = (
-    "quantised weights stay as they are: norms, biases and guesses are trained; to train all, heal "
-    "a conversion of the unquantised checkpoint and quantise the result"
-)
+def quantised_note(lora: int | None) -> str:
+    """What is trained of a checkpoint with quantised weights."""
+    beside = "" if lora is None else f" and a LoRA of rank {lora} beside them"
+    return (
+        f"quantised weights stay as they are: norms, biases and guesses are trained{beside}; to "
+        "train all, heal a conversion of the unquantised checkpoint and quantise the result"
+    )
 
 
 def check_places(destination: Path, folder: Path, overwrite: bool) -> None:
@@ -89,11 +100,10 @@ def check_case(case: Case, destination: Path, overwrite: bool) -> None:
     for other in (case.student, case.teacher):
         check_apart(destination, other.path)
     check_pair(case.student, case.teacher)
-    if quantization_of(case.student.config) is not None and case.settings.lora is not None:
+    if case.student.adapter is not None and case.settings.lora is not None:
         raise HealError(
-            f"--lora {case.settings.lora}: adapters are merged, which quantised weights can't be; "
-            "leave it out to train what isn't quantised, or heal a conversion of the unquantised "
-            "checkpoint and quantise the result"
+            f"--lora {case.settings.lora}: {case.student.path} has a LoRA beside its weights "
+            "already; heal the conversion that it was healed from"
         )
     if not (case.settings.blockwise or case.settings.kl):
         raise HealError("nothing to do: neither block by block nor end to end")
@@ -143,7 +153,7 @@ def _stages(case: Case, key: Mapping[str, object], start: Path) -> tuple[Healed,
     source, before = _measured(case, reference, "before", {})
     rows, best, healed = [before], before, Tensors()
     if quantization_of(case.student.config) is not None:
-        case.say(QUANTISED)
+        case.say(quantised_note(case.settings.lora))
     score = "" if before.score is None else f", {before.score.metric} {before.score.value:.4f}"
     case.say(f"held out, before: loss {before.loss:.4f}, KL {before.kl:.4f}{score}")
     if case.settings.blockwise:
@@ -166,6 +176,7 @@ def _stages(case: Case, key: Mapping[str, object], start: Path) -> tuple[Healed,
             settings=case.settings,
             rows=(source, *rows),
             kept=best.name,
+            quantised=quantization_of(case.student.config) is not None,
         ),
         healed,
     )
@@ -189,7 +200,9 @@ def _measured(
     settings = case.settings
     case.progress(f"opening the model to measure: {name}", 0, None)
     model = open_model(case.student, settings.dtype, settings.device)
-    put(model, rounded(case.student, healed))
+    own, adapters = apart(healed)
+    put(model, rounded(case.student, own))
+    add(model, adapters)
     tokens = divergence.measure(
         model,
         reference,
@@ -244,7 +257,12 @@ def _distilled(case: Case, key: Mapping[str, object], start: Tensors) -> Tensors
         case.student,
         case.settings.train,
     )
-    freeze_but(student, names if case.settings.lora is None else ())
+    beside = list[str]()
+    if case.settings.lora is not None and quantization_of(case.student.config) is not None:
+        every = [name for name, _ in student.named_parameters()]
+        beside = linears(student, chosen(every, case.student, case.settings.train))
+        names = [name for name in names if name.removesuffix(".weight") not in beside]
+    freeze_but(student, names if case.settings.lora is None or beside else ())
     put(student, start.items())
     moved = distill(
         student,
@@ -256,6 +274,7 @@ def _distilled(case: Case, key: Mapping[str, object], start: Tensors) -> Tensors
         case.progress,
         case.say,
         case.judge,
+        beside,
     )
     if _is_first():
         save_tensors(case.folder / _KL, moved)

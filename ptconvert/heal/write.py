@@ -13,9 +13,15 @@ from ptconvert.checkpoint.atomic import new_directory
 from ptconvert.checkpoint.config import as_json
 from ptconvert.checkpoint.files import INDEX, small_files
 from ptconvert.checkpoint.reader import Checkpoint
-from ptconvert.checkpoint.section import MODELING_FILE, SPEC_FILE, trained_config
+from ptconvert.checkpoint.section import (
+    ADAPTER_FOLDER,
+    MODELING_FILE,
+    SPEC_FILE,
+    trained_config,
+)
 from ptconvert.checkpoint.writer import write_arrays
 from ptconvert.errors import CheckpointError
+from ptconvert.heal.adapters import apart, write_adapter
 from ptconvert.heal.work import Tensors
 from ptconvert.models.shape import HEAD, is_tied
 from ptconvert.models.wrappers import embedding_name
@@ -38,8 +44,8 @@ def write(
     """Writes a copy of a checkpoint in which these tensors are replaced, and the model card.
 
     Every tensor keeps its file, place, shape and dtype; spec, tokenizer and modelling file come
-    along, and the config, which says that the weights were trained if any were. `destination`
-    appears whole or not at all. Raises CheckpointError.
+    along, and the config, which says that the weights were trained if any were; adapters go into a
+    folder of their own. `destination` appears whole or not at all. Raises CheckpointError.
     """
     source = checkpoint.path
     own = (source / name for name in (INDEX, SPEC_FILE, MODELING_FILE))
@@ -56,7 +62,8 @@ def write(
                 embedding = embedding_name(checkpoint.config["model_type"])
                 healed = healed | {HEAD: healed[embedding]} if embedding in healed else healed
             shape = shape_of(checkpoint)
-            for name, tensor in healed.items():
+            of_model, adapters = apart(healed)
+            for name, tensor in of_model.items():
                 for stored, part in split_named(shape, name, tensor):
                     entry = checkpoint.tensors[stored]
                     assert tuple(part.shape) == entry.shape, stored
@@ -65,8 +72,10 @@ def write(
                     data = kept.contiguous().flatten().view(torch.uint8).numpy()
                     write_arrays({stored: copied}, {stored: data}, lambda _: None)
             if healed:
-                config = as_json(trained_config(checkpoint.config))
+                config = as_json(trained_config(checkpoint.config, bool(adapters)))
                 (directory / "config.json").write_text(config, encoding="utf-8")
+            if adapters:
+                write_adapter(directory / ADAPTER_FOLDER, adapters)
             (directory / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{error.filename or destination}: {error.strerror}") from None

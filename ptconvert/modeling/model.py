@@ -22,7 +22,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from ptconvert.checkpoint.section import MODELING_FILE, SECTION, Section, read_section
+from ptconvert.checkpoint.section import (
+    ADAPTER_FOLDER,
+    MODELING_FILE,
+    SECTION,
+    Section,
+    read_section,
+)
 from ptconvert.modeling.config import CONFIGS
 from ptconvert.modeling.executor import (
     Communicator,
@@ -243,6 +249,20 @@ class Scheduled(PreTrainedModel):  # type: ignore[misc]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _can_record_outputs: ClassVar[dict[str, Any]] = {}  # with tracks there is no state per layer
     _tp_plan: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with the LoRA that lies beside quantised weights, which takes peft."""
+        found = super().from_pretrained(name_or_path, *args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        section: dict[str, Any] = getattr(model.config, SECTION, None) or {}
+        if section.get("adapter"):
+            where: dict[str, Any] = {
+                k: kwargs[k] for k in ("revision", "cache_dir", "token") if k in kwargs
+            }
+            folder = {"subfolder": ADAPTER_FOLDER, **where}
+            model.load_adapter(name_or_path, adapter_kwargs=folder)
+        return found
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers', with the modelling file beside it, so that the result opens as this

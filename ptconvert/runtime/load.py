@@ -119,7 +119,16 @@ def load_rank(
         spans = shape.spans(rule, placement.rank, placement.ranks)
         return torch.cat([read_part(entry, rule.axis, *span) for span in spans], rule.axis)
 
-    return filled(model, checkpoint, shape, dtype, part).to(device).eval()
+    weights = _dense_rules(shape.unquantised)
+
+    def cut(name: str, whole: torch.Tensor) -> torch.Tensor:
+        rule = weights.get(name)
+        if rule is None or not rule.is_cut:
+            return whole
+        spans = shape.spans(rule, placement.rank, placement.ranks)
+        return torch.cat([whole.narrow(rule.axis, a, b - a) for a, b in spans], rule.axis)
+
+    return filled(model, checkpoint, shape, dtype, part, cut=cut).to(device).eval()
 
 
 def open_dequantised(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
@@ -144,10 +153,11 @@ def filled(
     dtype: torch.dtype,
     read: Callable[[TensorEntry], torch.Tensor] = lambda entry: read_whole(entry),
     without: Container[str] = (),
+    cut: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, whole: whole,
 ) -> Any:
     """A model that was made on the meta device, with its tensors on the CPU, but those it is to be
-    `without`: what `read` gives of each. Quantised weights are dequantised. Raises
-    CheckpointError."""
+    `without`: what `read`, and `cut`, give of each (`read_named`). Quantised weights are
+    dequantised. Raises CheckpointError."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.state_dict().items():
         if name in without:
@@ -157,7 +167,7 @@ def filled(
             continue
         if name == HEAD and name not in checkpoint.tensors and model.config.tie_word_embeddings:
             continue
-        tensor = read_for(model, checkpoint, shape, name, dtype, read)
+        tensor = read_for(model, checkpoint, shape, name, dtype, read, cut)
         if tensor.shape != parameter.shape:
             raise CheckpointError(f"{checkpoint.path}: {name} has shape {list(tensor.shape)}")
         tensors[name] = tensor
@@ -209,9 +219,10 @@ def read_for(
     name: str,
     dtype: torch.dtype,
     read: Callable[[TensorEntry], torch.Tensor] = lambda entry: read_whole(entry),
+    cut: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, whole: whole,
 ) -> torch.Tensor:
     """What `read_named` gives, in what it is computed in where the model is in `dtype`."""
-    return read_named(checkpoint, shape, name, read).to(kept_dtype(model, name, dtype))
+    return read_named(checkpoint, shape, name, read, cut).to(kept_dtype(model, name, dtype))
 
 
 def read_named(
@@ -219,10 +230,12 @@ def read_named(
     shape: ModelShape,
     name: str,
     read: Callable[[TensorEntry], torch.Tensor] = lambda entry: read_whole(entry),
+    cut: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, whole: whole,
 ) -> torch.Tensor:
     """A tensor as the model has it, by what `read` gives of each that the checkpoint holds: experts
-    that are stored apart are put together, quantised weights are dequantised. Raises
-    CheckpointError where one is missing."""
+    that are stored apart are put together, quantised weights are dequantised, and what an adapter
+    adds to one is added, of which `cut` gives the part that `read` gives. Raises CheckpointError
+    where one is missing."""
 
     if is_around(name, shape.model_type) and name not in checkpoint.tensors:
         name = _older(checkpoint, shape).get(name, name)
@@ -238,10 +251,22 @@ def read_named(
 
     parts = shape.parts_of(name)
     if parts is None:
-        return found(name)
+        whole = found(name)
+        added = _added(checkpoint, name)
+        return whole if added is None else whole.float() + cut(name, added)
     if len(parts) == 1 and len(parts[0]) == 1:
         return found(parts[0][0])
     return torch.stack([torch.cat([found(one) for one in expert]) for expert in parts])
+
+
+def _added(checkpoint: Checkpoint, name: str) -> torch.Tensor | None:
+    """What an adapter adds to a weight (O, I), in float32; None where it has nothing for it."""
+    factors = checkpoint.adapter and checkpoint.adapter.factors.get(name.removesuffix(".weight"))
+    if not factors or checkpoint.adapter is None:
+        return None
+    a_RI, b_OR = (read_whole(entry).float() for entry in factors)
+    added_OI: torch.Tensor = checkpoint.adapter.scale * (b_OR @ a_RI)
+    return added_OI
 
 
 def _older(checkpoint: Checkpoint, shape: ModelShape) -> dict[str, str]:
