@@ -94,6 +94,7 @@ $(QUANTISED_READY): pyproject.toml constraints-quantised.txt
 	$(QUANTISED_PIP) ninja omegaconf 'pulp<4' pydantic regex scipy  # nvidia-modelopt
 	$(QUANTISED_PIP) dill protobuf setuptools threadpoolctl wheel  # gptqmodel
 	$(QUANTISED_PIP) --no-deps llmcompressor auto-round nvidia-modelopt
+	$(QUANTISED_PIP) --no-deps peft  # without it transformers opens no LoRA beside quantised weights
 	$(QUANTISED_PIP) --no-deps defuser device-smi logbar pypcre tokenicer
 	$(QUANTISED_PIP) --no-deps --no-build-isolation gptqmodel
 	$(QUANTISED_PIP) click hypothesis jinja2 psutil pytest pyyaml rich wrapt
