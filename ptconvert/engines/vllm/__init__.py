@@ -6,11 +6,13 @@ Everything but this module and the list of families imports vLLM, which is an ex
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from ptconvert.engines import ServingEngine
 
+VERSIONS = ("0.32", "0.33")  # that the plugin was run with
 _MODEL = "ptconvert.engines.vllm.model:PTConvertForCausalLM"
 
 
@@ -21,6 +23,7 @@ def register() -> None:
     device and imports no code of vLLM's models: vLLM imports the model class by its name when it
     needs it.
     """
+    import vllm
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -28,10 +31,22 @@ def register() -> None:
     from ptconvert.engines.vllm.refusals import ServingConfig
     from ptconvert.modeling.model import MODELS
 
+    if said := unknown(vllm.__version__):
+        logging.getLogger(__name__).warning(said)
     ptconvert.register()
     for model in MODELS.values():
         ModelRegistry.register_model(model.__name__, _MODEL)
         MODELS_CONFIG_MAP[model.__name__] = ServingConfig
+
+
+def unknown(version: str) -> str | None:
+    """What there is to say of a vLLM that the plugin wasn't run with; None of the others."""
+    if ".".join(version.split(".")[:2]) in VERSIONS:
+        return None
+    return (
+        f"ptconvert was run with vLLM {' and '.join(VERSIONS)}, and this is {version}: "
+        "`ptconvert verify --runtime vllm` says whether it works"
+    )
 
 
 def _verify(path: Path, settings: Any, eager: bool) -> Any:

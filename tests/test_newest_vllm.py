@@ -1,0 +1,78 @@
+"""The check of the newest vLLM's source, on packages in which one thing or another is gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from newest_vllm import ENGINE, Source, departures
+
+PLUGIN = """
+from vllm.distributed import reduced, state
+from vllm.layers import Norm
+
+def run(x):
+    Norm(8, eps=1e-5)
+    return reduced(x), state._TP
+"""
+PACKAGE = {
+    "distributed/__init__.py": "from .state import *\n",
+    "distributed/state.py": "_TP = None\ndef reduced(x, group=None): ...\n",
+    "layers.py": "from vllm.norms import Own as Norm\n",
+    "norms.py": (
+        "class Base:\n    def __init__(self, width, eps=1e-6, *, out=None): ...\n"
+        "class Own(Base): ...\n"
+    ),
+}
+
+
+def found(tmp_path: Path, **changed: str) -> list[str]:
+    plugin = tmp_path / "plugin"
+    plugin.mkdir()
+    (plugin / "model.py").write_text(PLUGIN)
+    for name, text in {**PACKAGE, **{k.replace("__", "/"): v for k, v in changed.items()}}.items():
+        file = tmp_path / "vllm" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return list(departures(plugin, "vllm", Source(tmp_path)))
+
+
+def test_what_is_all_there(tmp_path: Path) -> None:
+    assert found(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("layers.py", "", "model.py:3: vllm.layers has no Norm"),
+        ("distributed/state.py", "_TP = 1\n", "model.py:2: vllm.distributed has no reduced"),
+        (
+            "distributed/state.py",
+            "def reduced(x): ...\n",
+            "model.py:7: vllm.distributed.state has no _TP",
+        ),
+        (
+            "norms.py",
+            "class Own:\n    def __init__(self, width): ...\n",
+            "model.py:6: Norm takes no eps",
+        ),
+        (
+            "norms.py",
+            "class Own:\n    def __init__(self, width, eps, kind): ...\n",
+            "model.py:6: Norm wants kind",
+        ),
+        (
+            "norms.py",
+            "class Own:\n    def __init__(self, *, eps): ...\n",
+            "model.py:6: Norm takes 0 arguments by place, not 1",
+        ),
+    ],
+)
+def test_what_is_gone_is_named(file: str, text: str, said: str, tmp_path: Path) -> None:
+    assert found(tmp_path, **{file: text}) == [said]
+
+
+def test_the_plugin_is_read_whole() -> None:
+    """Against nothing at all: each of its imports is missed."""
+    missed = list(departures(ENGINE, "vllm", Source(Path("/nowhere"))))
+    assert len(missed) > 15 and any("support_torch_compile" in line for line in missed)
