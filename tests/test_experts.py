@@ -32,7 +32,7 @@ from ptconvert.errors import ConfigError
 from ptconvert.estimate.hardware import read_engine
 from ptconvert.estimate.roofline import Pass, sublayer_parts
 from ptconvert.heal.blockwise import Pieces
-from ptconvert.heal.needs import is_of_experts
+from ptconvert.heal.models import is_of_experts
 from ptconvert.heal.write import write
 from ptconvert.measure import divergence
 from ptconvert.measure.batch import BatchSize

@@ -5,20 +5,22 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import MakeDense, byte_level, load, spec_text
-from quantising import quantise
-from safetensors.torch import load_file
+from conftest import Convert, MakeDense, byte_level, load, spec_text
+from quantising import mxfp4_experts, quantise
+from safetensors.torch import load_file, save_file
+from served import random_calibration
 from test_heal import SIZE, TEXT, differing, heal, kls
 from test_modeling import left_padded
 from test_quantised import SIZES, TOLERANCE, furthest, quantised_modules
 from test_random_schedules import logits_on_a_rank
 from test_transform import tensors
-from transformers import FineGrainedFP8Config
+from transformers import AutoModel, FineGrainedFP8Config
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
@@ -131,8 +133,90 @@ def test_healed_again(made: Any, tmp_path: Path) -> None:
     assert "has a LoRA beside its weights already" in said
 
 
-def test_a_broken_adapter(made: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, "is no LoRA as peft writes it"),
+        ({"r": 0, "lora_alpha": 8}, "is no LoRA as peft writes it"),
+        ({"r": 4, "lora_alpha": 8, "use_rslora": True}, "use_rslora is set; only plain LoRA"),
+    ],
+)
+def test_a_broken_adapter(config: dict[str, Any], said: str, made: Any, tmp_path: Path) -> None:
     broken = shutil.copytree(made["W4A16"][2], tmp_path / "broken")
-    (broken / "ptconvert_adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is no LoRA as peft writes it"):
+    file = broken / "ptconvert_adapter" / "adapter_config.json"
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=said):
         open_checkpoint(broken)
+
+
+@pytest.mark.parametrize("change", ["factor", "module"])
+def test_factors_of_another_model(change: str, made: Any, tmp_path: Path) -> None:
+    broken = shutil.copytree(made["W4A16"][2], tmp_path / "broken")
+    file = broken / "ptconvert_adapter" / "adapter_model.safetensors"
+    found = load_file(file)
+    name = next(iter(found))
+    if change == "factor":
+        found[name] = found[name][:2].contiguous()
+    else:
+        found = {n.replace("layers.4", "layers.40"): t for n, t in found.items()}
+    save_file(found, file, {"format": "pt"})
+    said = {"factor": "is no LoRA as peft writes it", "module": r"factors of model\.layers\.40"}
+    with pytest.raises(CheckpointError, match=said[change]):
+        open_checkpoint(broken)
+
+
+@pytest.mark.parametrize("kind", ["biases", "guesses", "some left"])
+def test_what_is_not_quantised_is_trained_itself(
+    kind: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
+    """Biases of quantised layers, guesses, and modules that a recipe leaves; healed again, what was
+    written is what was measured."""
+    variant = "qwen2" if kind == "biases" else "llama"
+    dense = byte_level(functools.partial(make_dense, variant, **SIZES), tmp_path / "dense")
+
+    def chosen(module: str) -> bool:
+        return ".layers." in module and (kind != "some left" or ".mlp." in module)
+
+    source = quantise(dense, tmp_path / "source", "W4A16", chosen)
+    checkpoint, top = open_checkpoint(source), "guess: {rank: 4}\n" if kind == "guesses" else ""
+    spec = parse_spec(spec_text(2, SCHEDULE, top), "spec.yaml")
+    plan = plan_conversion(checkpoint, spec, source_name="s")
+    known = None if plan.complete else replace(random_calibration(plan), assignments={})
+    plan = plan_conversion(checkpoint, spec, source_name="s", calibration=known)
+    execute(plan, tmp_path / "converted")
+    text = ("--text", TEXT)
+    first = heal(tmp_path / "converted", tmp_path / "out", source, *text, *LORA, 3e-3)
+    assert first["kept"] == "KL"
+    moved = differing(tmp_path / "converted", tmp_path / "out")
+    part = {"biases": "proj.bias", "guesses": ".guess.", "some left": "self_attn.q_proj.weight"}
+    assert any(part[kind] in name for name in moved)
+    adapters = load_file(tmp_path / "out" / "ptconvert_adapter" / "adapter_model.safetensors")
+    assert not any(".guess." in name for name in adapters)
+    assert any(".self_attn." in name for name in adapters) == (kind != "some left")
+    again = heal(
+        tmp_path / "out", tmp_path / "again", source, *text, *SIZE, "--learning-rate", 1e-3
+    )
+    assert kls(again)["before"] == pytest.approx(kls(first)["KL"], rel=1e-3)
+    third = heal(tmp_path / "again", tmp_path / "x", source, *text, *SIZE, "--learning-rate", 1e-4)
+    assert kls(third)["before"] == pytest.approx(kls(again)[again["kept"]], rel=1e-3)
+
+
+def test_no_quantised_linear_layer(make_dense: MakeDense, convert: Convert, tmp_path: Path) -> None:
+    """gpt-oss: only its experts are quantised."""
+    dense = byte_level(
+        functools.partial(make_dense, "gpt_oss", hidden_size=64, intermediate_size=128),
+        tmp_path / "dense",
+    )
+    source = mxfp4_experts(dense, tmp_path / "source")
+    converted = convert(source, 2, "use: parallel_track, depth: 2")
+    said = heal(converted, tmp_path / "out", source, "--text", TEXT, *LORA, 1e-3, code=2)
+    assert "none of the layers that are trained has a quantised linear layer" in said
+
+
+def test_what_transformers_would_lose(made: Any, tmp_path: Path) -> None:
+    out = made["block FP8"][2]
+    given = {"quantization_config": FineGrainedFP8Config(dequantize=True)}
+    with pytest.raises(ValueError, match="would save the LoRA beside the quantised weights alone"):
+        load(out, **given).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="is of the model with lm_head"):
+        AutoModel.from_pretrained(pretrained_model_name_or_path=out, **given)

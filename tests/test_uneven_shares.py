@@ -134,13 +134,18 @@ def test_ranks_are_one_process(
 def test_ranks_that_would_part_groups_are_refused(
     make_dense: MakeDense, convert: Convert, tmp_path: Path
 ) -> None:
-    """A rerouted checkpoint is cut only where it runs."""
+    """A rerouted checkpoint is cut only where it runs: by whole groups where there are as many as
+    tracks."""
     dense = make_dense(**{**SIZES, "intermediate_size": 3 * group_of("W4A16")})
-    path = convert(quantise(dense, tmp_path / "source", "W4A16"), 4, "use: ladder")
-    checkpoint = open_checkpoint(path)
-    check_ranks(checkpoint, Settings(ranks=2), torch.float32)
-    with pytest.raises(CheckpointError, match="has 4 tracks, so it runs on 1, 2 ranks"):
-        check_ranks(checkpoint, Settings(ranks=4), torch.float32)
+    source = quantise(dense, tmp_path / "source", "W4A16")
+    checkpoint = open_checkpoint(convert(source, 4, "use: ladder"))
+    with pytest.raises(CheckpointError, match="has 4 tracks, so it runs on 1 ranks"):
+        check_ranks(checkpoint, Settings(ranks=2), torch.float32)
+    path = convert(source, 2, "use: ladder")
+    check_ranks(open_checkpoint(path), Settings(ranks=2), torch.float32)
+    alone = open_model(open_checkpoint(path), "float32", "cpu")(left_padded()[0]).logits
+    for rank in launch(logits_on_a_rank, [path], 2, "gloo", "cpu", 300):
+        assert furthest(torch.tensor(rank["logits"][0]), alone) < TOLERANCE
 
 
 def test_blocks_of_gpt_oss(make_dense: MakeDense, convert: Convert, tmp_path: Path) -> None:
@@ -220,6 +225,25 @@ def test_affinity_leaves_tracks_as_many_groups(
         assert torch.equal(own_of, torch.cat([whole[neurons[g]] for g in groups], 1))
     assert given_back(tmp_path / "converted", source, tmp_path / "back")
     open_model(open_checkpoint(tmp_path / "converted"), "float32", "cpu")(left_padded()[0])
+
+
+def test_owners_are_those_that_cuts_give(make_dense: MakeDense, tmp_path: Path) -> None:
+    """Of a layer that was left as it was, too: whole groups, as in the others."""
+
+    def chosen(module: str) -> bool:
+        return ".layers." in module and not module.startswith("model.layers.0.mlp")
+
+    source = quantise(make_dense(**uneven("W4A16")), tmp_path / "source", "W4A16", chosen)
+    shape = shape_of(open_checkpoint(source))
+    each = group_of("W4A16")
+    assert shape.orders_of(0)["neurons"] == (GROUPS * each,)
+    assert shape.orders_of(1)["neurons"] == (GROUPS,)
+    writer, reader = (Units(Sublayer(i, Kind.MLP), "neurons") for i in range(2))
+    rng = np.random.default_rng(0)
+    found = {(writer, reader): rng.random((GROUPS * each, GROUPS), np.float32)}
+    owners, _, _ = assign(shape, found, 2)
+    assert np.bincount(owners[writer]).tolist() == [2 * each, 3 * each]
+    assert np.bincount(owners[reader]).tolist() == [2, 3]
 
 
 @pytest.mark.parametrize(

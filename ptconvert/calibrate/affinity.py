@@ -26,7 +26,7 @@ from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
 from ptconvert.checkpoint.calibration import Assignment, contiguous
 from ptconvert.measure.progress import Progress
 from ptconvert.modeling.layers import multiplied, norm_after
-from ptconvert.models.families import ORDERS, Block, D, TensorRule, share_of
+from ptconvert.models.families import ORDERS, Block, D, TensorRule
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
@@ -373,7 +373,7 @@ def assign(
     every = _all_units(affinities)
     sizes = {units: units.size(shape, tracks) for units in every}
     owners: Owners = {
-        units: np.tile(_contiguous_owners(size[-1], tracks), math.prod(size[:-1]))
+        units: np.tile(_contiguous_owners(units, shape, tracks), math.prod(size[:-1]))
         for units, size in sizes.items()
     }
     before = lost(affinities, owners)
@@ -393,9 +393,11 @@ def assign(
     return owners, before, lost(affinities, owners)
 
 
-def _contiguous_owners(units: int, tracks: int) -> NDArray[np.int64]:
-    """The track of each."""
-    shares = [len(share_of(units, track, tracks)) for track in range(tracks)]
+def _contiguous_owners(units: Units, shape: ModelShape, tracks: int) -> NDArray[np.int64]:
+    """The track of each, of an expert's."""
+    shares = [1] * tracks
+    if units.move(shape, tracks):
+        shares = shape.shared_by(tracks).shares(units.layer, units.of, tracks)
     return np.repeat(np.arange(tracks, dtype=np.int64), shares)
 
 

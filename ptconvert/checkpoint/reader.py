@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from ptconvert.models.wrappers import language_config
 from ptconvert.shorten import clipped
 
 PEFT_PREFIX = "base_model.model."  # of a model's modules, in peft's names
+# What makes an adapter another sum than the scaled product of its factors.
+_NOT_PLAIN = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 _PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
 _MAX_INDEX_BYTES = 64 * 1024 * 1024
 BLOCK_BYTES = 1024 * 1024  # that are read or written at once
@@ -112,10 +114,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensors = _all_tensors(path, files)
     if not tensors:
         raise CheckpointError(f"{path}: the safetensors files hold no tensors")
-    return Checkpoint(path, config, tensors, _adapter(path, config))
+    return Checkpoint(path, config, tensors, _adapter(path, config, tensors))
 
 
-def _adapter(path: Path, config: Mapping[str, object]) -> Adapter | None:
+def _adapter(path: Path, config: Mapping[str, object], weights: Iterable[str]) -> Adapter | None:
     """The adapter beside a checkpoint's weights, as peft writes it. Raises CheckpointError."""
     section, folder = config.get(SECTION), path / ADAPTER_FOLDER
     if not isinstance(section, Mapping) or not section.get("adapter"):
@@ -124,11 +126,17 @@ def _adapter(path: Path, config: Mapping[str, object]) -> Adapter | None:
         raise CheckpointError(f"{folder} is missing; config.json says that an adapter is there")
     own, tensors = read_config(folder / ADAPTER), read_header(folder / ADAPTER_WEIGHTS)
     rank, alpha = own.get("r"), own.get("lora_alpha")
+    if given := [key for key in _NOT_PLAIN if own.get(key)]:
+        raise CheckpointError(f"{folder / ADAPTER}: {given[0]} is set; only plain LoRA is added")
     ends = (".lora_A.weight", ".lora_B.weight")
     names = {name.removesuffix(end) for name in tensors for end in ends if name.endswith(end)}
-    whole = all(name + end in tensors for name in names for end in ends)
-    if type(rank) is not int or type(alpha) not in (int, float) or not whole or not names:
+    pairs = [[tensors.get(name + end) for end in ends] for name in names]
+    fit = all(a and b and (len(a.shape), a.shape[:1]) == (2, b.shape[1:]) for a, b in pairs)
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not (pairs and fit):
         raise CheckpointError(f"{folder} is no LoRA as peft writes it, of factors A and B")
+    modules = {name.rpartition(".")[0] for name in weights}
+    if away := sorted({name.removeprefix(PEFT_PREFIX) for name in names} - modules):
+        raise CheckpointError(f"{folder} has factors of {away[0]}, which the model hasn't")
     return Adapter(
         float(str(alpha)) / rank,
         {

@@ -179,14 +179,14 @@ class Weights(NamedTuple):
 def _weights(
     shape: ModelShape, sublayer: Sublayer, cut: int, experts: float | None = None
 ) -> Weights:
-    """A sublayer's weights on the largest of `cut` parts, of so many experts only."""
+    """A sublayer's weights on one of `cut` equal parts, of so many experts only."""
     block = f"{shape.block(sublayer).name}."
     numbers, nbytes = dict[str | None, float](), 0.0
     for rule in shape.rules_of(sublayer.layer):
         if rule.name.startswith(block):
             routed = experts is not None and shape.routed_share(rule) != 1.0
             part = (experts or 0.0) / shape.experts if routed else 1.0
-            own = math.prod(shape.share(rule, cut - 1, cut)) * part
+            own = math.prod(shape.share(rule, 0, cut)) * part
             product = shape.product_of(sublayer.layer, rule)
             numbers[product] = numbers.get(product, 0.0) + own
             nbytes += own * shape.bytes_of(sublayer.layer, rule)

@@ -6,7 +6,7 @@ a folder of the checkpoint. Shapes: R rank, I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ptconvert.heal.work import Tensors
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _NAMED = ".default"  # of peft's in a model, by the adapter's name
+_WRAPPED = ".base_layer"  # of what it puts adapters beside
 
 
 def lora_config(targets: list[str], rank: int) -> Any:
@@ -46,9 +47,22 @@ def put_beside(model: nn.Module, modules: list[str], rank: int) -> list[str]:
     return [name for name, _ in model.named_parameters() if ".lora_" in name]
 
 
+def wrapped(names: Iterable[str], modules: Container[str]) -> list[str]:
+    """What parameters are called once adapters are beside some modules: peft wraps these."""
+    apart = (name.rpartition(".") for name in names)
+    return [
+        f"{owner}{_WRAPPED}.{own}" if owner in modules else f"{owner}.{own}"
+        for owner, _, own in apart
+    ]
+
+
 def taken(state: Tensors, names: Iterable[str]) -> Tensors:
-    """These parameters of a trained model's state; of adapters by the names in a checkpoint."""
-    return {name.replace(f"{_NAMED}.weight", ".weight"): state[name] for name in names}
+    """These parameters of a trained model's state, by the names that they have in a checkpoint."""
+
+    def stored(name: str) -> str:
+        return name.replace(f"{_NAMED}.weight", ".weight").replace(f"{_WRAPPED}.", ".")
+
+    return {stored(name): state[name] for name in names}
 
 
 def is_of_adapter(name: str) -> bool:

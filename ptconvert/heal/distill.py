@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from ptconvert.errors import HealError, first_line
-from ptconvert.heal.adapters import linears, lora_config, put_beside, taken
+from ptconvert.heal.adapters import linears, lora_config, put_beside, taken, wrapped
 from ptconvert.heal.answers import Answers
 from ptconvert.heal.arguments import sharded, training_arguments
 from ptconvert.heal.data import Data
@@ -219,7 +219,8 @@ def distill(
     if settings.lora is not None and merges:
         model = _with_adapters(student, names, settings.lora)
     elif settings.lora is not None:
-        names = [*names, *put_beside(student, list(beside), settings.lora)]
+        adapters = put_beside(student, list(beside), settings.lora)
+        names = [*wrapped(names, set(beside)), *adapters]
         freeze_but(student, names)
     held_out = data.held_out.ids
     loss = "kl" if settings.objective == "kl" else "nll"

@@ -13,10 +13,11 @@ from ptconvert.checkpoint.section import SECTION, Section
 from ptconvert.errors import HealError
 from ptconvert.measure.divergence import converted_blocks
 from ptconvert.measure.opening import is_dense, section_of
+from ptconvert.models.families import E
 from ptconvert.models.quantised import in_place_of, quantization_of
 from ptconvert.models.shape import ModelShape
 from ptconvert.models.wrappers import is_around, layer_of
-from ptconvert.runtime.load import shape_of
+from ptconvert.runtime.load import opened, shape_of
 
 _TRACK = re.compile(r"\.tracks\.\d+\.")
 
@@ -68,11 +69,29 @@ def trainable(names: Iterable[str], student: Checkpoint, which: str) -> list[str
     return [name for name in names if in_layers(name, layers)]
 
 
-def chosen(names: Iterable[str], student: Checkpoint, which: str) -> list[str]:
-    """The parameters of layers that are to move if they can, of these: as for `trainable`."""
-    layers, section = student.language["num_hidden_layers"], section_of(student)
-    among = range(int(str(layers))) if which == "all" else changed_layers(section)
-    return [name for name in names if in_layers(name, among)]
+def adaptable(student: Checkpoint, which: str) -> list[str]:
+    """The linear layers with quantised weights beside which adapters can be trained, of those that
+    are to move, as for `trainable`; a mixture's experts are none."""
+    shape, weights = shape_of(student), opened(student).tensors
+    whole = set(held_whole(weights, student, shape))
+    among = range(shape.layers) if which == "all" else changed_layers(section_of(student))
+    return [
+        name.removesuffix(".weight")
+        for name, entry in weights.items()
+        if name not in whole and len(entry.shape) == 2 and in_layers(name, among)
+        if not is_of_experts(name, shape)
+    ]
+
+
+def is_of_experts(name: str, shape: ModelShape) -> bool:
+    """Whether a checkpoint's tensor is of routed experts, or says which tokens they get."""
+    layer = layer_of(name)
+    rules = () if layer is None or layer >= shape.layers else shape.rules_of(layer)
+    routed = [rule for rule in rules if E in rule.segments(0)]
+    stored = [part.name for rule in routed for part in rule.stored(1)]
+    begins = {one.partition(".experts.")[0] + ".experts." for one in stored if ".experts." in one}
+    exact = {one for one in stored if ".experts." not in one}
+    return any(begin in name for begin in begins) or any(name.endswith(f".{e}") for e in exact)
 
 
 def held_whole(names: Iterable[str], checkpoint: Checkpoint, shape: ModelShape) -> list[str]:

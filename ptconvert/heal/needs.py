@@ -16,7 +16,7 @@ from ptconvert.heal.adapters import lora_config
 from ptconvert.heal.answers import answer_bytes
 from ptconvert.heal.blockwise import STREAM_BYTES, blocks_of
 from ptconvert.heal.data import Data
-from ptconvert.heal.models import chosen, in_layers, trainable
+from ptconvert.heal.models import adaptable, in_layers, is_of_experts, trainable
 from ptconvert.heal.settings import Settings
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.divergence import LOGITS_AT_ONCE
@@ -30,10 +30,8 @@ from ptconvert.measure.one_layer import (
     one_layer,
     step_of,
 )
-from ptconvert.models.families import E
 from ptconvert.models.quantised import quantization_of
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ModelShape
-from ptconvert.models.wrappers import layer_of
 from ptconvert.runtime.load import opened, shape_of
 
 T = TypeVar("T")
@@ -256,24 +254,13 @@ def _answering(pair: _Pair) -> Phase:
     )
 
 
-def is_of_experts(name: str, shape: ModelShape) -> bool:
-    """Whether a checkpoint's tensor is of routed experts, or says which tokens they get."""
-    layer = layer_of(name)
-    rules = () if layer is None or layer >= shape.layers else shape.rules_of(layer)
-    routed = [rule for rule in rules if E in rule.segments(0)]
-    stored = [part.name for rule in routed for part in rule.stored(1)]
-    begins = {one.partition(".experts.")[0] + ".experts." for one in stored if ".experts." in one}
-    exact = {one for one in stored if ".experts." not in one}
-    return any(begin in name for begin in begins) or any(name.endswith(f".{e}") for e in exact)
-
-
 def _end_to_end(pair: _Pair) -> Phase:
     shape, settings, layers = pair.shape, pair.settings, range(pair.shape.layers)
     batch, ranks = settings.batch_size, int(os.environ.get("WORLD_SIZE", "1"))
     cut = ranks if settings.fsdp else 1
     moves = trainable(pair.numbers, pair.student, settings.train)
     trained, still = sum(pair.numbers[name] for name in moves), sum(pair.numbers.values())
-    apart = 0  # of what stays, as the teacher hasn't it (see models.share)
+    saved, apart = trained, 0  # of what stays, as the teacher hasn't it (see models.share)
     if settings.lora is None:
         steps = pair.trained
         still -= trained
@@ -282,12 +269,13 @@ def _end_to_end(pair: _Pair) -> Phase:
         if pair.section.assigned or pair.section.trained or settings.blockwise:
             apart = trained
         # experts and their routers are no linear layers of torch's, which peft adapts
-        weights, adapted, beside = pair.student.tensors, moves, 0
-        if quantization_of(pair.student.config) is not None:  # what isn't quantised is trained, too
-            weights, beside = opened(pair.student).tensors, trained
-            adapted = chosen(weights, pair.student, settings.train)
+        weights, adapted = opened(pair.student).tensors, moves
+        if quantised := quantization_of(pair.student.config) is not None:
+            adapted = [f"{m}.weight" for m in adaptable(pair.student, settings.train)]
         sizes = [weights[name].shape for name in adapted if not is_of_experts(name, shape)]
-        trained = beside + sum(settings.lora * sum(size) for size in sizes if len(size) == 2)
+        beside = sum(settings.lora * sum(size) for size in sizes if len(size) == 2)
+        trained = beside + trained * quantised  # what isn't quantised is, too
+        saved += beside * quantised
     kept_answers = settings.top_k is not None
     frozen = still if settings.fsdp or kept_answers else apart
     both = sum(step.both for step in pair.of(layers, steps))
@@ -320,7 +308,7 @@ def _end_to_end(pair: _Pair) -> Phase:
         *pair.judge,
         PROCESS,
         Held("states to go on from", _STATES * state, Place.DISK),
-        Held("what was trained, in fp32", 4 * sum(pair.numbers[n] for n in moves), Place.DISK),
+        Held("what was trained, in fp32", 4 * saved, Place.DISK),
     ]
     if not shares_memory(settings.device):
         # where they are opened; what is read in the dtype that it is stored in is only mapped

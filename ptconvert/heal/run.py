@@ -17,7 +17,7 @@ from ptconvert.checkpoint.atomic import check_apart, check_destination, nested
 from ptconvert.checkpoint.card import healed_card
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.errors import HealError
-from ptconvert.heal.adapters import add, apart, linears
+from ptconvert.heal.adapters import add, apart
 from ptconvert.heal.answers import Answers, AnswerStore
 from ptconvert.heal.arguments import check
 from ptconvert.heal.blockwise import heal_blocks
@@ -25,9 +25,9 @@ from ptconvert.heal.card import healing_section
 from ptconvert.heal.data import Data
 from ptconvert.heal.distill import Judge, distill
 from ptconvert.heal.models import (
+    adaptable,
     changed_layers,
     check_pair,
-    chosen,
     freeze_but,
     put,
     trainable,
@@ -104,6 +104,12 @@ def check_case(case: Case, destination: Path, overwrite: bool) -> None:
         raise HealError(
             f"--lora {case.settings.lora}: {case.student.path} has a LoRA beside its weights "
             "already; heal the conversion that it was healed from"
+        )
+    quantised = quantization_of(case.student.config) is not None
+    if quantised and case.settings.lora is not None and not _beside(case):
+        raise HealError(
+            f"--lora {case.settings.lora}: none of the layers that are trained has a quantised "
+            "linear layer, which adapters could go beside; leave it out"
         )
     if not (case.settings.blockwise or case.settings.kl):
         raise HealError("nothing to do: neither block by block nor end to end")
@@ -199,7 +205,10 @@ def _measured(
     """The source and the model with these tensors, as they would be written, on held-out text."""
     settings = case.settings
     case.progress(f"opening the model to measure: {name}", 0, None)
-    model = open_model(case.student, settings.dtype, settings.device)
+    # as it is trained: dequantised, wherever
+    quantised = quantization_of(case.student.config) is not None
+    where = "cpu" if quantised else settings.device
+    model = open_model(case.student, settings.dtype, where).to(settings.device)
     own, adapters = apart(healed)
     put(model, rounded(case.student, own))
     add(model, adapters)
@@ -257,11 +266,7 @@ def _distilled(case: Case, key: Mapping[str, object], start: Tensors) -> Tensors
         case.student,
         case.settings.train,
     )
-    beside = list[str]()
-    if case.settings.lora is not None and quantization_of(case.student.config) is not None:
-        every = [name for name, _ in student.named_parameters()]
-        beside = linears(student, chosen(every, case.student, case.settings.train))
-        names = [name for name in names if name.removesuffix(".weight") not in beside]
+    beside = _beside(case)
     freeze_but(student, names if case.settings.lora is None or beside else ())
     put(student, start.items())
     moved = distill(
@@ -279,6 +284,13 @@ def _distilled(case: Case, key: Mapping[str, object], start: Tensors) -> Tensors
     if _is_first():
         save_tensors(case.folder / _KL, moved)
     return moved
+
+
+def _beside(case: Case) -> list[str]:
+    """The linear layers beside which adapters stay; none where they are merged, or not there."""
+    if case.settings.lora is None or quantization_of(case.student.config) is None:
+        return []
+    return adaptable(case.student, case.settings.train)
 
 
 def _is_first() -> bool:

@@ -251,22 +251,38 @@ class Scheduled(PreTrainedModel):  # type: ignore[misc]
     _tp_plan: ClassVar[dict[str, str]] = {}
 
     @classmethod
-    def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', with the LoRA that lies beside quantised weights, which takes peft."""
-        found = super().from_pretrained(name_or_path, *args, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with the LoRA that lies beside quantised weights, which takes peft.
+
+        Raises ValueError where a decoder is opened without what is around it, whose modules have
+        other names than the adapter's.
+        """
+        found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
         section: dict[str, Any] = getattr(model.config, SECTION, None) or {}
         if section.get("adapter"):
-            where: dict[str, Any] = {
-                k: kwargs[k] for k in ("revision", "cache_dir", "token") if k in kwargs
-            }
-            folder = {"subfolder": ADAPTER_FOLDER, **where}
-            model.load_adapter(name_or_path, adapter_kwargs=folder)
+            if not hasattr(model, "model"):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} has a LoRA beside its weights, which is of "
+                    "the model with lm_head; open that, and take its get_decoder()"
+                )
+            options = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+            folder: dict[str, Any] = {k: kwargs[k] for k in options if k in kwargs}
+            inside = filter(None, (kwargs.get("subfolder"), ADAPTER_FOLDER))
+            folder["subfolder"] = "/".join(inside)
+            model.load_adapter(pretrained_model_name_or_path, adapter_kwargs=folder)
         return found
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers', with the modelling file beside it, so that the result opens as this
-        one did with trust_remote_code."""
+        one did with trust_remote_code. Raises ValueError where an adapter lies beside the weights,
+        which transformers would write alone."""
+        beside: dict[str, Any] = getattr(self.config, SECTION, None) or {}
+        if beside.get("adapter") and getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "transformers would save the LoRA beside the quantised weights alone; copy the "
+                "checkpoint's directory"
+            )
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             text = modeling_source()

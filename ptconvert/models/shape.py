@@ -473,24 +473,45 @@ class ModelShape:
         """Why the quantised weights of some layers can't be cut into `tracks`, and what would do;
         None if they can. Nothing is quantised anew, so what has one scale, or lies in one integer,
         stays together."""
-        rules = (r for layer in layers for r in self.quantised.get(layer, ()) if r.per > 1)
-        distinct = {(rule.axes, rule.per): rule for rule in rules}.values()
+        layers = list(layers)
 
-        def fault(n: int) -> tuple[TensorRule, int] | None:
-            cuts = self.shared_by(n).cuts
-            owned = ((r, stop - start) for r in distinct for start, stop in cuts(r, 0, n))
-            return next((one for one in owned if n > 1 and one[1] % one[0].per), None)
+        def parted(n: int) -> tuple[TensorRule, int] | None:
+            return self.shared_by(n).parted(n, layers)
 
-        found = fault(tracks)
+        found = parted(tracks)
         if found is None:
             return None
         rule, own = found
-        fits = [n for n in range(1, self.heads + 1) if self._divides(n) and fault(n) is None]
+        fits = [n for n in range(1, self.heads + 1) if self._divides(n) and parted(n) is None]
         return (
             f"{tracks} tracks don't divide the quantised weights: {rule.name} has one number for "
             f"each {rule.per} of {own * tracks}, and a track would own {own} of these; possible "
             f"are {', '.join(map(str, fits))}"
         )
+
+    def parted(self, tracks: int, layers: Iterable[int]) -> tuple[TensorRule, int] | None:
+        """A quantised tensor of some layers of which one number is of two tracks' elements, as they
+        share the model; and how many of its weight's a track owns."""
+        rules = (r for layer in layers for r in self.quantised.get(layer, ()) if r.per > 1)
+        distinct = {(rule.axes, rule.per): rule for rule in rules}.values()
+        owned = ((r, stop - start) for r in distinct for start, stop in self.cuts(r, 0, tracks))
+        return next((one for one in owned if tracks > 1 and one[1] % one[0].per), None)
+
+    def shares(self, layer: int, of: str, tracks: int) -> list[int]:
+        """How many of the units of one of `orders_of` each track owns."""
+        units = self.orders_of(layer)[of][-1]
+        counts = (
+            segment
+            for rule in self.rules_of(layer)
+            for segment in rule.segments(rule.axis)
+            if segment.cut in NEURONS and ORDERS[segment.cut] == of
+        )
+        together = 1
+        if (segment := next(counts, None)) is not None:
+            key, times = self._counted_as(segment)
+            each = int(getattr(self, segment.count)) // units
+            together = max(self.together.get(key, 1) * times // each, 1)
+        return [len(share_of(units, track, tracks, together)) for track in range(tracks)]
 
     def spans(self, rule: TensorRule, track: int, tracks: int) -> list[tuple[int, int]]:
         """The parts [start, stop) of `rule.axis` that a track owns, one of each segment, in

@@ -203,7 +203,7 @@ def check_ranks(checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype) 
     held_dense = set(range(shape.layers)) - section.schedule.track_layers
 
     def fits(n: int) -> bool:  # which also share out the layers held dense
-        return not shape.indivisible(n) and not shape.misaligned(n, held_dense)
+        return not shape.indivisible(n) and shape.parted(n, held_dense) is None
 
     if reason := wrong_ranks("the checkpoint", section.tracks, ranks, fits):
         raise CheckpointError(f"--ranks {ranks}: {reason}")

@@ -18,15 +18,19 @@ from typing import Any
 
 import pytest
 import transformers
-from conftest import LAYERS
+from conftest import LAYERS, random_model, spec_text
+from quantising import quantise
 from served import MIXED, SIZES, apart, greedy, make_model, prompts, with_words
 
 from ptconvert.checkpoint.files import read_config
+from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.checkpoint.section import read_section
+from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.engines.sglang.families import SERVED
 from ptconvert.engines.verify import TOLERANCE, Answers, count_checks
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
+from ptconvert.spec.document import parse_spec
 
 NEW_TOKENS = 8
 LIMIT_SECONDS = 400
@@ -169,6 +173,18 @@ def test_what_cannot_be_served_is_refused_before_it_starts(
     variant: str, tracks: int, sizes: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
     path = make_model(tmp_path, variant, tracks, "use: parallel_track, depth: 2", **sizes)
+    refused(path, says)
+
+
+def test_quantised_weights_are_refused_before_it_starts(tmp_path: Path) -> None:
+    random_model("llama", **SIZES, **NEURONS).save_pretrained(tmp_path / "dense")
+    source = quantise(tmp_path / "dense", tmp_path / "source", "W4A16")
+    spec = parse_spec(spec_text(2, "use: parallel_track, depth: 2"), "spec.yaml")
+    execute(plan_conversion(open_checkpoint(source), spec, source_name="s"), tmp_path / "out")
+    refused(tmp_path / "out", "quantization compressed-tensors: converted models are served in")
+
+
+def refused(path: Path, says: str) -> None:
     done = verified(path)
     assert done.returncode == 2 and says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -30,6 +30,7 @@ from ptconvert.engines.verify import (
     single_process,
 )
 from ptconvert.errors import EngineError
+from ptconvert.models.quantised import quantization_of
 from ptconvert.models.shape import TORCH_NAMES
 from ptconvert.runtime.counters import Profile
 from ptconvert.verify.run import Report, Settings, as_converted, check_ranks, open_converted
@@ -46,7 +47,12 @@ def verify_in_sglang(path: Path, settings: Settings, eager: bool = False) -> Rep
     del eager
     checkpoint, section, shape = open_converted(path)
     dtype = settings.dtype or TORCH_NAMES[shape.dtype or "F32"]
-    check(shape, section, settings.ranks, on_cpu=settings.device == "cpu")
+    quantization = quantization_of(checkpoint.config) or {}
+    check(
+        *(shape, section, settings.ranks),
+        on_cpu=settings.device == "cpu",
+        quantization=quantization.get("quant_method"),
+    )
     check_ranks(checkpoint, settings, getattr(torch, dtype))
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.batch, settings.prompt_tokens)
@@ -132,7 +138,11 @@ def counted(running: Any, ranks: int) -> Iterator[list[Passes]]:
         yield found
         running.stop_profile()
         for rank in range(ranks):
-            (trace,) = Path(directory).rglob(f"*TP-{rank}*.trace.json.gz")
+            own = re.compile(rf"TP-{rank}(?!\d).*\.trace\.json\.gz$")
+            traces = [file for file in Path(directory).rglob("*") if own.search(file.name)]
+            if len(traces) != 1:
+                raise EngineError(f"SGLang wrote {len(traces)} traces of rank {rank}, not one")
+            trace = traces[0]
             plain = trace.with_suffix("")
             plain.write_bytes(gzip.decompress(trace.read_bytes()))
             found.append(_passes(plain))
