@@ -17,6 +17,7 @@ from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.measure.opening import open_model
 from ptconvert.verify.run import Settings, verify
 
+pytest.importorskip("llmcompressor", reason="llm-compressor is not installed")
 PAGE = Path(__file__).parents[2] / "docs" / "quantised.md"
 RECIPES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 BY_ROW = "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"
