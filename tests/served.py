@@ -124,3 +124,25 @@ def with_words(path: Path) -> Path:
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(path)
     return path
+
+
+def check_chat(server: str, path: Path) -> None:
+    """An OpenAI-compatible server streams what the single-process model says."""
+    import openai
+
+    words = "w5 w17 w3 w60 w42"
+    client = openai.OpenAI(base_url=server, api_key="none", max_retries=10)
+    chunks = client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=[{"role": "user", "content": words}],
+        temperature=0,
+        max_tokens=6,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    ids = tokenizer(f"<s> {words} ", add_special_tokens=False).input_ids
+    tokens, _ = greedy(path, ids, 6)
+    assert "".join(pieces).split() == tokenizer.decode(tokens).split()
+    assert sum(bool(piece) for piece in pieces) > 1  # it came in pieces

@@ -11,7 +11,7 @@ import torch
 from ptconvert.runtime.by_layer import opened_by_layer
 from ptconvert.runtime.counters import ALL_REDUCE
 from ptconvert.schedule.schedule import Schedule
-from ptconvert.verify.run import Check
+from ptconvert.verify.run import Check, Settings
 
 TOLERANCE = 1e-3  # of a log-probability, in float32
 Answers = list[tuple[list[int], list[float]]]  # of each prompt: tokens, log-probabilities
@@ -90,6 +90,29 @@ def answer_checks(answers: Answers, reference: Answers, dtype: str) -> list[Chec
         Check("greedy tokens", same == len(reference), seen),
         Check("their log-probabilities", largest <= TOLERANCE, said),
     ]
+
+
+def figures_of(
+    engine: str,
+    mode: str,
+    schedule: Schedule,
+    settings: Settings,
+    dtype: str,
+    by_rank: list[Passes],
+) -> dict[str, Any]:
+    """What a report has beside its checks."""
+    return {
+        "engine": engine,
+        "mode": mode,
+        "schedule": str(schedule),
+        "ranks": len(by_rank),
+        "dtype": dtype,
+        "batch": settings.batch,
+        "prompt_tokens": settings.prompt_tokens,
+        "new_tokens": settings.new_tokens,
+        "other_communication": other_collectives(by_rank[0]),
+        "seen_by_rank": by_rank,
+    }
 
 
 def other_collectives(passes: Passes) -> dict[str, int]:

@@ -18,9 +18,8 @@ from typing import Any
 import engines  # noqa: F401  # settings
 import pytest
 import seeing
-import transformers
 from conftest import spec_text
-from served import MIXED, WORDS, greedy, make_model, with_words
+from served import MIXED, WORDS, check_chat, make_model, with_words
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
@@ -155,25 +154,7 @@ def with_group_gone(process: subprocess.Popen[bytes]) -> None:
 
 
 def test_server_streams_a_chat_completion(server: str, checkpoint: Path) -> None:
-    import openai
-
-    client = openai.OpenAI(base_url=server, api_key="none")
-    model = client.models.list().data[0].id
-    words = "w5 w17 w3 w60 w42"
-    chunks = client.chat.completions.create(
-        model=model,
-        messages=[{"role": "user", "content": words}],
-        temperature=0,
-        max_tokens=6,
-        stream=True,
-        extra_body={"ignore_eos": True},
-    )
-    pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    ids = tokenizer(f"<s> {words} ", add_special_tokens=False).input_ids
-    tokens, _ = greedy(checkpoint, ids, 6)
-    assert "".join(pieces).split() == tokenizer.decode(tokens).split()
-    assert sum(bool(piece) for piece in pieces) > 1  # it came in pieces
+    check_chat(server, checkpoint)
 
 
 TASK = """task: words

@@ -26,7 +26,7 @@ from ptconvert.engines.verify import (
     Passes,
     answer_checks,
     count_checks,
-    other_collectives,
+    figures_of,
     single_process,
 )
 from ptconvert.errors import EngineError
@@ -74,18 +74,8 @@ def verify_in_sglang(path: Path, settings: Settings, eager: bool = False) -> Rep
         *count_checks(passes, section.schedule, shape.width, settings.new_tokens),
         *answer_checks(answers, reference, dtype),
     ]
-    figures = {
-        "engine": f"sglang {sglang.__version__}",
-        "mode": "eager",
-        "schedule": str(section.schedule),
-        "ranks": settings.ranks,
-        "dtype": dtype,
-        "batch": settings.batch,
-        "prompt_tokens": settings.prompt_tokens,
-        "new_tokens": settings.new_tokens,
-        "other_communication": other_collectives(passes[0]),
-        "seen_by_rank": passes,
-    }
+    named = f"sglang {sglang.__version__}"
+    figures = figures_of(named, "eager", section.schedule, settings, dtype, passes)
     return Report(tuple(checks), figures)
 
 

@@ -20,7 +20,7 @@ from ptconvert.engines.verify import (
     Answers,
     answer_checks,
     count_checks,
-    other_collectives,
+    figures_of,
     single_process,
 )
 from ptconvert.engines.vllm.counting import EXTENSION
@@ -61,25 +61,14 @@ def verify_in_vllm(path: Path, settings: Settings, eager: bool = False) -> Repor
         llm.collective_rpc("ptconvert_start_counting")
         answers = generate(llm, ids_BS.tolist(), settings.new_tokens)
         passes = llm.collective_rpc("ptconvert_stop_counting")
-        ranks = llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
     reference = single_process(path, ids_BS, answers, getattr(torch, dtype))
     checks = [
         *as_converted(path, section),
         *count_checks(passes, section.schedule, shape.width, settings.new_tokens),
         *answer_checks(answers, reference, dtype),
     ]
-    figures = {
-        "engine": f"vllm {vllm.__version__}",
-        "mode": "eager" if eager else "compiled",
-        "schedule": str(section.schedule),
-        "ranks": ranks,
-        "dtype": dtype,
-        "batch": settings.batch,
-        "prompt_tokens": settings.prompt_tokens,
-        "new_tokens": settings.new_tokens,
-        "other_communication": other_collectives(passes[0]),
-        "seen_by_rank": passes,
-    }
+    named, mode = f"vllm {vllm.__version__}", "eager" if eager else "compiled"
+    figures = figures_of(named, mode, section.schedule, settings, dtype, passes)
     return Report(tuple(checks), figures)
 
 
