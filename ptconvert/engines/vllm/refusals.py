@@ -36,6 +36,12 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
             f"a converted {family} isn't served in vLLM, of converted models only "
             f"{', '.join(SERVED)}; transformers runs it"
         )
+    if section.schedule.divided:
+        layer = min(section.schedule.divided)
+        yield (
+            f"the schedule runs s{layer} and r{layer}: vLLM gives a mixture's parts no inputs of "
+            "their own; transformers runs it"
+        )
     ranks = parallel.tensor_parallel_size
     if reason := wrong_ranks("the checkpoint", section.tracks, ranks):
         yield f"tensor_parallel_size {ranks}: {reason}"
