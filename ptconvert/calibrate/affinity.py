@@ -372,8 +372,9 @@ def assign(
     """
     every = _all_units(affinities)
     sizes = {units: units.size(shape, tracks) for units in every}
+    shared = shape.shared_by(tracks)
     owners: Owners = {
-        units: np.tile(_contiguous_owners(units, shape, tracks), math.prod(size[:-1]))
+        units: np.tile(_contiguous_owners(units, shared, tracks), math.prod(size[:-1]))
         for units, size in sizes.items()
     }
     before = lost(affinities, owners)
@@ -394,10 +395,10 @@ def assign(
 
 
 def _contiguous_owners(units: Units, shape: ModelShape, tracks: int) -> NDArray[np.int64]:
-    """The track of each, of an expert's."""
+    """The track of each, of an expert's, in the shape as the tracks share it."""
     shares = [1] * tracks
     if units.move(shape, tracks):
-        shares = shape.shared_by(tracks).shares(units.layer, units.of, tracks)
+        shares = shape.shares(units.layer, units.of, tracks)
     return np.repeat(np.arange(tracks, dtype=np.int64), shares)
 
 

@@ -119,7 +119,7 @@ def load_rank(
         spans = shape.spans(rule, placement.rank, placement.ranks)
         return torch.cat([read_part(entry, rule.axis, *span) for span in spans], rule.axis)
 
-    weights = _dense_rules(shape.unquantised)
+    weights = _dense_rules(shape.unquantised) if checkpoint.adapter else {}
 
     def cut(name: str, whole: torch.Tensor) -> torch.Tensor:
         rule = weights.get(name)
