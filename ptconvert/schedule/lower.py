@@ -9,6 +9,7 @@ Partials that one all-reduce takes are a bucket, named by the stage that launche
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -76,7 +77,7 @@ def _steps(stages: Sequence[Stage]) -> Iterator[Step]:
     last, bucket = len(stages) - 1, -1
     until: dict[int, int] = {}  # of each bucket in flight, after which stage it is merged
     seen: set[int] = set()  # outstanding buckets with a part that its own track sees
-    begun: set[int] = set()  # layers of which one sublayer has run
+    left = Counter(sublayer.layer for stage in stages for sublayer in stage.sublayers)
     for index, stage in enumerate(stages):
         if bucket < index:
             bucket = next(i for i in range(index, last + 1) if stages[i].ending.kind.launches)
@@ -93,10 +94,9 @@ def _steps(stages: Sequence[Stage]) -> Iterator[Step]:
         for launched in merges:
             del until[launched]
         overlapped = bucket == index and kind.lagged
-        completes = list[int]()
-        for layer in sorted(sublayer.layer for sublayer in stage.sublayers):
-            (completes.append if layer in begun else begun.add)(layer)
+        layers = sorted(sublayer.layer for sublayer in stage.sublayers)
+        left.subtract(layers)
         yield Step(
             *(index, stage.sublayers, reads, bucket, overlapped, keeps_own, merges),
-            tuple(completes),
+            tuple(layer for layer in dict.fromkeys(layers) if not left[layer]),
         )

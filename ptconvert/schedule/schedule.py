@@ -23,7 +23,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A valid schedule: every sublayer runs exactly once and nothing is left pending.
+    """A valid schedule: every sublayer runs exactly once, a mixture whole or in its two parts, and
+    nothing is left pending.
 
     Raises ScheduleError when built from stages that break a rule.
     """
@@ -33,19 +34,14 @@ class Schedule:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ScheduleError("the schedule has no stages; it must run every sublayer once")
-        seen: set[int] = set()  # positions
+        seen: dict[int, str] = {}  # by position, the kinds that ran there
         for index, stage in enumerate(self.stages):
             for sublayer in stage.sublayers:
-                if sublayer.layer >= MAX_LAYERS:
-                    raise refused(self.stages, index, f"is past layer {MAX_LAYERS - 1}")
-                position = sublayer.position
-                if position in seen:
-                    raise refused(
-                        self.stages, index, f"runs {sublayer} again; each sublayer runs once"
-                    )
-                seen.add(position)
+                if why := _unfit(sublayer, seen):
+                    raise refused(self.stages, index, why)
+                seen[sublayer.position] = seen.get(sublayer.position, "") + sublayer.kind.value
             for sublayer in stage.sublayers:
-                if sublayer.kind is Kind.MLP and 2 * sublayer.layer not in seen:
+                if sublayer.kind is not Kind.ATTENTION and 2 * sublayer.layer not in seen:
                     raise refused(
                         self.stages,
                         index,
@@ -53,9 +49,10 @@ class Schedule:
                         "runs before its layer's MLP or beside it",
                     )
         for position in range(2 * self.layers):
-            if position not in seen:
+            other = {"": "am"[position % 2], "s": "r", "r": "s"}.get(seen.get(position, ""))
+            if other is not None:
                 raise ScheduleError(
-                    f"{Sublayer.at(position)} is missing; each sublayer runs once: {self}"
+                    f"{other}{position // 2} is missing; each sublayer runs once: {self}"
                 )
         if not self.stages[-1].ending.kind.launches:
             raise refused(
@@ -79,8 +76,22 @@ class Schedule:
 
     @cached_property
     def ran(self) -> tuple[int, ...]:
-        """How many sublayers have run before each stage, and after the last one."""
-        return tuple(itertools.accumulate((len(s.sublayers) for s in self.stages), initial=0))
+        """How many of the dense model's sublayers have run before each stage, and after the last
+        one; a mixture once both of its parts have."""
+        begun: set[int] = set()  # positions of which one part has run
+        counts = []
+        for stage in self.stages:
+            parts = [s.position for s in stage.sublayers if s.kind.is_part]
+            counts.append(len(stage.sublayers) - len(parts))
+            for position in parts:
+                counts[-1] += position in begun
+                begun.add(position)
+        return tuple(itertools.accumulate(counts, initial=0))
+
+    @cached_property
+    def divided(self) -> frozenset[int]:
+        """The layers whose MLP runs in two parts."""
+        return frozenset(s.layer for stage in self.stages for s in stage.sublayers if s.kind.is_part)
 
     @cached_property
     def program(self) -> tuple[Step, ...]:
@@ -148,3 +159,18 @@ class Schedule:
         sees before the merge.
         """
         return frozenset(s.layer for step in self.program if step.diverged for s in step.sublayers)
+
+
+def _unfit(sublayer: Sublayer, seen: dict[int, str]) -> str | None:
+    """Why a sublayer can't run, after those that ran by position; None if it can."""
+    if sublayer.layer >= MAX_LAYERS:
+        return f"is past layer {MAX_LAYERS - 1}"
+    before, layer = seen.get(sublayer.position, ""), sublayer.layer
+    if sublayer.kind.value in before:
+        return f"runs {sublayer} again; each sublayer runs once"
+    if before and not (sublayer.kind.is_part and before in "sr"):
+        return (
+            f"runs {sublayer} beside {before[0]}{layer}; an MLP runs whole, as m{layer}, or a "
+            f"mixture in its two parts, as s{layer} and r{layer}"
+        )
+    return None

@@ -5,7 +5,9 @@ It prints as its stages in order and parses back to itself:
 
     a0! m0! a1. m1. a2. m2! a3~1 m3~1
 
-`a3` is the attention of layer 3, `m3` its MLP, `a3|m3` both on the same input. A stage ends with
+`a3` is the attention of layer 3, `m3` its MLP, `a3|m3` both on the same input. An MLP that is a
+mixture with shared experts runs whole, as `m3`, or in two parts, each with an input of its own:
+`s3`, the experts that all tokens go to, and `r3`, those that tokens are routed to. A stage ends with
 
     !    blocking: all-reduce everything pending, merge before the next stage
     ~k   overlapped, hidden: launch the all-reduce, merge after k further stages; until then no
@@ -33,7 +35,7 @@ from ptconvert.errors import ScheduleError
 from ptconvert.schedule.endings import KINDS, Ending
 
 MAX_LAYERS = 4096
-_SUBLAYER = r"[am](?:0|[1-9][0-9]{0,3})"
+_SUBLAYER = r"[amsr](?:0|[1-9][0-9]{0,3})"
 _STAGE = re.compile(
     rf"(?P<sublayers>{_SUBLAYER}(?:\|{_SUBLAYER})*)"
     rf"(?P<kind>[{re.escape(''.join(KINDS))}])(?P<lag>[0-9]{{0,4}})"
@@ -45,24 +47,40 @@ class Kind(enum.Enum):
 
     ATTENTION = "a"
     MLP = "m"
+    SHARED = "s"
+    ROUTED = "r"
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is one of the two parts in which a mixture may run, not all of an MLP."""
+        return self is Kind.SHARED or self is Kind.ROUTED
+
+
+BLOCKS = (Kind.ATTENTION, Kind.MLP)  # of which every layer has one each
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """The attention or the MLP of one layer."""
+    """The attention or the MLP of one layer, or one of the two parts of a mixture."""
 
     layer: int
     kind: Kind
 
     @property
     def position(self) -> int:
-        """Its place among the dense model's 2L sublayers, which run one after the other."""
-        return 2 * self.layer + (self.kind is Kind.MLP)
+        """Its place among the dense model's 2L sublayers, which run one after the other; the parts
+        of a mixture have that of the whole."""
+        return 2 * self.layer + (self.kind is not Kind.ATTENTION)
+
+    @property
+    def whole(self) -> Sublayer:
+        """The dense model's sublayer that it is, or is a part of."""
+        return Sublayer(self.layer, Kind.MLP) if self.kind.is_part else self
 
     @staticmethod
     @functools.cache
     def at(position: int) -> Sublayer:
-        """The sublayer at a position."""
+        """The dense model's sublayer at a position."""
         return Sublayer(position // 2, Kind.MLP if position % 2 else Kind.ATTENTION)
 
     def __str__(self) -> str:
