@@ -137,8 +137,8 @@ def sublayer_partials(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each track's partial, and the common term, of a sublayer such as a3."""
     layer = model.get_decoder().layers[int(sublayer[1:])]
-    if sublayer[0] == "m" and hasattr(layer.mlp, "experts"):
-        return mixture_partials(layer, x_TBSD)
+    if sublayer[0] != "a" and hasattr(layer.mlp, "experts"):
+        return mixture_partials(layer, x_TBSD, sublayer[0])
     partials = []
     tracks = len(x_TBSD)
     for t in range(tracks):
@@ -155,15 +155,20 @@ def sublayer_partials(
     return scale * torch.stack(partials), scale * common
 
 
-def mixture_partials(layer: Any, x_TBSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of a mixture of experts: what it gives with the weights of all other tracks' neurons
+def mixture_partials(
+    layer: Any, x_TBSD: torch.Tensor, which: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of a mixture of experts, `m`, or of its shared experts, `s`, or of those that tokens
+    are routed to, `r`, all others' output projections taken as zero: what it gives with the weights of all other tracks' neurons
     of every expert, shared ones too, taken as zero. Each track routes by what it reads itself. What
     it adds to each expert's output is of the first track alone."""
     partials, tracks = [], len(x_TBSD)
     for t in range(tracks):
         own = copy.deepcopy(layer.mlp)
         for name, weight in own.named_parameters():
-            if name.endswith("down_proj_bias"):
+            if "down_proj" in name and which == ("r" if "shared" in name else "s"):
+                weight *= 0
+            elif name.endswith("down_proj_bias"):
                 weight *= t == 0
             elif "down_proj" in name:  # neurons are its last axis, or GPT-OSS's last but one
                 in_columns = weight.mT if own.experts.is_transposed else weight
@@ -239,7 +244,7 @@ def reference_logits(
     waited_guess_TBSD = nothing_TBSD
     flights: list[Flight] = []
     for word in schedule.split():
-        match = re.fullmatch(r"([am0-9|]+)([!.~^])(\d*)", word)
+        match = re.fullmatch(r"([amsr0-9|]+)([!.~^])(\d*)", word)
         assert match is not None
         names, ending, lag = match[1].split("|"), match[2], int(match[3] or 0)
         x_TBSD = base_BSD + nothing_TBSD + sum(w.seen for w in waited)
@@ -271,7 +276,7 @@ def reference_logits(
         for flight in [f for f in flights if f.left == 0]:
             base_BSD = base_BSD + flight.total
         flights = [f for f in flights if f.left > 0]
-        done += names
+        done += [name for name in names if name[0] != "s"]  # of two parts the routed one counts
         for layer in sorted({int(name[1:]) for name in names}):
             factor = getattr(model.get_decoder().layers[layer], "layer_scalar", None)
             if factor is None or not {f"a{layer}", f"m{layer}"} <= {*done}:

@@ -14,13 +14,12 @@ from ptconvert.errors import ScheduleError
 from ptconvert.schedule.presets import (
     PRESETS,
     dense_schedule,
-    from_ladder_layers,
     join,
     parameters,
-    to_ladder_layers,
     with_only,
 )
 from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.theirs import from_ladder_layers, to_ladder_layers
 
 GOLDEN = Path(__file__).parent / "golden"
 

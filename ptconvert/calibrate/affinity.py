@@ -26,7 +26,7 @@ from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
 from ptconvert.checkpoint.calibration import Assignment, contiguous
 from ptconvert.measure.progress import Progress
 from ptconvert.modeling.layers import multiplied, norm_after
-from ptconvert.models.families import ORDERS, Block, D, TensorRule
+from ptconvert.models.families import ORDERS, Block, Cut, D, TensorRule
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
@@ -64,9 +64,14 @@ class Units:
 
 
 def units_of(shape: ModelShape, sublayer: Sublayer) -> list[Units]:
-    """What of a sublayer goes to tracks: of a mixture its experts' neurons, and the shared ones."""
-    found = [Units(sublayer, of) for of in shape.orders_of(sublayer.layer)]
-    return [units for units in found if units.are_heads == (units.of == "kv_heads")]
+    """What of a sublayer goes to tracks: of a mixture its experts' neurons, and the shared ones; of
+    a part of one its own. Units are the whole mixture's, in whichever way it runs."""
+    found = [Units(sublayer.whole, of) for of in shape.orders_of(sublayer.layer)]
+    found = [units for units in found if units.are_heads == (units.of == "kv_heads")]
+    if not sublayer.kind.is_part:
+        return found
+    shared = sublayer.kind is Kind.SHARED
+    return [units for units in found if shared == (units.of == ORDERS[Cut.SHARED_NEURONS])]
 
 
 @dataclass

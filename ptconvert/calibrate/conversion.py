@@ -65,7 +65,8 @@ Found = tuple[Calibration, dict[str, Any]]  # what is known with it, and its fig
 
 def _assign(case: Case, wanted: str, known: Calibration) -> Found:
     """The assignment, by the dense model's activity."""
-    schedule, tracks = case.spec.schedule(case.shape.family.parallel), case.spec.tracks
+    schedule = case.spec.schedule(case.shape.family.parallel, case.shape.divisible)
+    tracks = case.spec.tracks
     found, (before, after) = assignments(
         *(case.dense(), case.shape, schedule, tracks, case.ids, case.progress, case.scratch)
     )

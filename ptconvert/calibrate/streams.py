@@ -195,11 +195,12 @@ def dense_reaches(layers: Any, index: int, given: Sequence[Batch]) -> bool:
     """Runs the dense model up to the sublayers that stage `index` ends with; False where it never
     has run just these."""
     dense, ended = layers.dense, layers.schedule.stages[: index + 1]
-    positions = [s.position for stage in ended for s in stage.sublayers]
-    if max(positions) + 1 != len(positions) or len(positions) not in dense.ran:
+    furthest = max(s.position for stage in ended for s in stage.sublayers)
+    run = layers.schedule.ran[index + 1]
+    if furthest + 1 != run or run not in dense.ran:
         return False
     for batch in given:
-        batch.run_dense(dense, dense.ran.index(len(positions)))
+        batch.run_dense(dense, dense.ran.index(run))
     return True
 
 

@@ -21,8 +21,8 @@ from ptconvert.checkpoint.writer import Target
 from ptconvert.errors import SpecError
 from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX, own_name
 from ptconvert.models.wrappers import WRAPPERS
-from ptconvert.schedule.presets import to_ladder_layers
 from ptconvert.schedule.schedule import Schedule
+from ptconvert.schedule.theirs import to_ladder_layers
 from ptconvert.spec.document import Spec
 
 

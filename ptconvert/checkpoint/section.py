@@ -31,10 +31,12 @@ from typing import Any
 
 from ptconvert.errors import ConfigError
 from ptconvert.models.families import COUNTS, parallel_layers
+from ptconvert.models.mixtures import divisible_layers, indivisible_mlp
 from ptconvert.models.wrappers import language_config
-from ptconvert.schedule.presets import dense_schedule, from_ladder_layers
+from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Sublayer
+from ptconvert.schedule.theirs import schedule_of
 from ptconvert.spec.terms import ASSIGNMENTS, DEFERRED_RULES, MAX_GUESS_RANK, MAX_TRACKS
 
 SECTION = "ptconvert"
@@ -63,6 +65,7 @@ class Section:
     adapter: bool = False  # whether a LoRA lies beside quantised weights
     together: Mapping[str, int] = field(default_factory=dict)
     parallel: bool = False  # whether the source's layers are, as its family has them
+    divisible: frozenset[int] = frozenset()  # its layers that are mixtures with shared experts
 
     @property
     def dense(self) -> Schedule:
@@ -96,20 +99,20 @@ class Section:
 def read_section(config: Mapping[str, Any], where: str = "config.json") -> Section:
     """The conversion that a config.json describes.
 
-    A config without the section is a source model's: its schedule follows from `ladder_layers`,
-    the Ladder authors' key, and is the dense model's where that is absent.
+    A config without the section is a source model's: its schedule follows from others' keys, such
+    as `ladder_layers`, and is the dense model's where these are absent.
     Raises ConfigError or ScheduleError for a section that this version can't read.
     """
     language = language_config(config)
     layers, parallel = language.get("num_hidden_layers"), parallel_layers(language)
     if type(layers) is not int:
         raise ConfigError(f"{where}: num_hidden_layers must be a whole number")
+    divisible = divisible_layers(language, layers, where)
     section = config.get(SECTION)
     if section is None:
-        ladder_layers = config.get("ladder_layers")
-        chosen = [] if ladder_layers is None else ladder_layers
-        schedule = from_ladder_layers(chosen, layers, parallel)
-        return Section(schedule, 1, "sum", {}, parallel=parallel)
+        theirs = schedule_of(config, layers, parallel, divisible)
+        schedule = theirs or dense_schedule(layers, parallel)
+        return Section(schedule, 1, "sum", {}, parallel=parallel, divisible=divisible)
     if not isinstance(section, Mapping) or section.get("format") != SECTION_FORMAT:
         raise ConfigError(
             f"{where}: {SECTION} must be a section of format {SECTION_FORMAT}; convert the source "
@@ -128,6 +131,8 @@ def read_section(config: Mapping[str, Any], where: str = "config.json") -> Secti
         raise ConfigError(
             f"{where}: the schedule runs {schedule.layers} layers, the model has {layers}"
         )
+    if reason := indivisible_mlp(schedule, divisible, language.get("model_type")):
+        raise ConfigError(f"{where}: {reason}")
     found = {
         key: read(section[key], schedule, tracks, where)
         for key, read in READERS.items()
@@ -145,6 +150,7 @@ def read_section(config: Mapping[str, Any], where: str = "config.json") -> Secti
         section.get("adapter") is True,
         _together(section.get("together", {}), where),
         parallel,
+        divisible,
     )
 
 

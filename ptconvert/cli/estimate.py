@@ -147,7 +147,7 @@ def _candidate(spec: Path, name: str, shape: ModelShape | None) -> tuple[Any, Mo
         raise click.UsageError(f"{spec}: a spec file needs --model SRC")
     read = read_spec(spec)
     read.check(shape)
-    schedule = read.schedule(shape.family.parallel)
+    schedule = read.schedule(shape.family.parallel, shape.divisible)
     guesses = most_guesses(schedule, read.tracks, read.guess, shape)
     return Candidate(name, schedule, read.tracks, guesses), None
 

@@ -47,7 +47,8 @@ def show(
             read.check(shape)
         elif layers is not None:
             read.check_layers(layers)
-        schedule, tracks = read.schedule(shape is not None and shape.family.parallel), read.tracks
+        of = (False, None) if shape is None else (shape.family.parallel, shape.divisible)
+        schedule, tracks = read.schedule(*of), read.tracks
         values = compensations.most(shape, schedule, read) if shape is not None else {}
     dense = shape.dense if shape else dense_schedule(schedule.layers)
     before, after = dense.counts, schedule.counts

@@ -78,7 +78,7 @@ def transform(
     """Convert the checkpoint SRC (a directory or a hub id) into DST.
 
     The rewrite is streamed, so memory stays small whatever the model's size; DST appears whole or
-    not at all. Without --spec, SRC must have ladder_layers in its config.json.
+    not at all. Without --spec, SRC must have ladder_layers or farskip in its config.json.
 
     A spec with `assignment: affinity`, `scale: fitted` or `guess` has something to compute from a
     --text; that runs the whole model, on --device and in --dtype.

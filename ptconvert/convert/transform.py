@@ -68,6 +68,7 @@ from ptconvert.modeling.export import modeling_source
 from ptconvert.models.shape import ModelShape, is_tied, rows
 from ptconvert.models.wrappers import TIED
 from ptconvert.schedule.schedule import Counts, Schedule
+from ptconvert.schedule.theirs import key_of
 from ptconvert.spec.document import Spec, parse_spec
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -179,11 +180,11 @@ def plan_conversion(
 ) -> Plan:
     """The plan that converts a dense checkpoint by a spec.
 
-    Without a spec the checkpoint must be of the Ladder authors' format, whose config.json says
-    its schedule. `name` is what the model card calls the result: its directory or repository.
-    `ladder_layers_config` writes their key beside ours. `calibration` is what the spec wants to be
-    computed from a text; without it the plan has the largest sizes that it can come to, and can't
-    be executed.
+    Without a spec the checkpoint must be of others' format whose config.json says its schedule
+    (`schedule.theirs`). `name` is what the model card calls the result: its directory or
+    repository. `ladder_layers_config` writes the Ladder authors' key beside ours. `calibration` is
+    what the spec wants to be computed from a text; without it the plan has the largest sizes that
+    it can come to, and can't be executed.
     Raises PTConvertError, one line or one per fault of the spec, before anything is written.
     """
     where = str(checkpoint.path / "config.json")
@@ -193,7 +194,7 @@ def plan_conversion(
     shape = replace(shape, tied=is_tied({**checkpoint.config, **replaced}, where))
     spec = _spec_for(checkpoint, shape, spec)
     spec.check(shape)
-    schedule = spec.schedule(shape.family.parallel)
+    schedule = spec.schedule(shape.family.parallel, shape.divisible)
     shape = with_quantised(shape, checkpoint).shared_by(spec.tracks)
     if reason := shape.misaligned(spec.tracks, schedule.track_layers):
         raise SpecError([f"{spec.name}:{spec.lines['tracks']}: {reason}"])
@@ -429,13 +430,13 @@ def _disk_full(plan: Plan, destination: Path, free: int) -> str:
 
 
 def _spec_for(checkpoint: Checkpoint, shape: ModelShape, spec: Spec | None) -> Spec:
-    """The spec given, or the one that a checkpoint of the Ladder authors' format implies."""
-    theirs = checkpoint.config.get("ladder_layers")
+    """The spec given, or the one that a checkpoint implies whose config.json says a schedule."""
+    theirs = key_of(checkpoint.config)
     if spec is not None and theirs is not None:
         raise SpecError(
             [
-                f"{spec.name}:1: the source runs ladder already (ladder_layers in its "
-                "config.json); leave --spec out to keep its schedule"
+                f"{spec.name}:1: the source runs a schedule already ({theirs} in its config.json); "
+                "leave --spec out to keep it"
             ]
         )
     if spec is not None:
@@ -445,7 +446,7 @@ def _spec_for(checkpoint: Checkpoint, shape: ModelShape, spec: Spec | None) -> S
     schedule = read_section(checkpoint.config).schedule
     tracks = max(n for n in range(1, 9) if shape.indivisible(n) is None)
     text = (
-        "# The schedule that ladder_layers in the source's config.json stands for.\n"
+        f"# The schedule that {theirs} in the source's config.json stands for.\n"
         f"format: 1\ntracks: {tracks}\nschedule:\n"
         f'  - layers: 0-{shape.layers - 1}\n    stages: "{schedule}"\n'
     )

@@ -23,7 +23,7 @@ from ptconvert.modeling.layers import guess_modules
 from ptconvert.models.families import FAMILIES, common_name, guesses_of
 from ptconvert.models.shape import HEAD, ModelShape
 from ptconvert.schedule.lower import Step
-from ptconvert.schedule.stages import Kind
+from ptconvert.schedule.stages import BLOCKS, Kind
 
 WHOLE = "whole"  # the only part of a layer held dense, where others have tracks
 _TRACK = re.compile(r"\.tracks\.(\d+)\.")
@@ -101,7 +101,7 @@ class ServedLayer(nn.Module):
                 part.guess = guess_modules(shape.width, guesses)
             self.parts[str(track)] = part
         self.family = shape.family
-        for kind in Kind:
+        for kind in BLOCKS:
             block = self.family.block(kind)
             for part in self.parts.values():
                 linear = getattr(getattr(part, block.name), block.output)

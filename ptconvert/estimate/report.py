@@ -28,9 +28,14 @@ from ptconvert.models.shape import TORCH_NAMES, ModelShape
 from ptconvert.report.charts import Bar, Lane, LaneGroup, Series, lanes, line_chart
 from ptconvert.report.html import render
 from ptconvert.schedule.schedule import Schedule
-from ptconvert.schedule.stages import Kind, Sublayer
+from ptconvert.schedule.stages import BLOCKS, Kind, Sublayer
 
-_NAMES = {Kind.ATTENTION: "attention", Kind.MLP: "MLP"}
+_NAMES = {
+    Kind.ATTENTION: "attention",
+    Kind.MLP: "MLP",
+    Kind.SHARED: "shared experts",
+    Kind.ROUTED: "routed experts",
+}
 HEADER = (
     "schedule",
     "all-reduces",
@@ -190,7 +195,8 @@ def layer_group(schedule: Schedule) -> range:
     inner = {
         1 + max(s.layer for s in stage.sublayers)
         for stage in schedule.stages
-        if stage.ending.kind.launches and any(s.kind is Kind.MLP for s in stage.sublayers)
+        if stage.ending.kind.launches
+        and any(s.kind in (Kind.MLP, Kind.ROUTED) for s in stage.sublayers)
     }
     ends = sorted({0, *inner, schedule.layers})
     first = min(ends[:-1], key=lambda layer: abs(layer - schedule.layers // 2))
@@ -246,8 +252,8 @@ def _each_once(shape: ModelShape) -> dict[str, Sublayer]:
     """One sublayer of each sort that the model has, by its name."""
     found: dict[str, Sublayer] = {}
     for layer in range(shape.layers):
-        for kind, name in _NAMES.items():
-            which = name
+        for kind in BLOCKS:
+            name = which = _NAMES[kind]
             if kind is Kind.ATTENTION and shape.is_linear(layer):
                 which = f"linear {name}"
             elif kind is Kind.MLP and shape.is_mixture(layer):

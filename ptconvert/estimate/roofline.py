@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ptconvert.estimate.hardware import Device, Engine
 from ptconvert.models.guesses import guess_tensors
 from ptconvert.models.shape import ModelShape
-from ptconvert.schedule.stages import Kind, Sublayer
+from ptconvert.schedule.stages import BLOCKS, Kind, Sublayer
 
 NO_GUESSES: Mapping[Sublayer, int] = MappingProxyType({})
 
@@ -101,7 +101,7 @@ def sublayer_parts(
 ) -> tuple[Part, ...]:
     """The parts of a sublayer's work, for one of `cut` equal shares of its heads or neurons."""
     weights = _weights(shape, sublayer, cut)
-    if sublayer.kind is Kind.MLP:
+    if sublayer.kind is not Kind.ATTENTION:
         return _mlp(shape, sublayer, cut, one)
     if shape.is_linear(sublayer.layer):
         return _linear_attention(shape, weights, cut, one)
@@ -129,7 +129,7 @@ def _guess_sizes(shape: ModelShape, rank: int) -> list[tuple[int, ...]]:
 
 
 def kernels_of(kind: Kind, engine: Engine) -> float:
-    """How many kernels a sublayer has."""
+    """How many kernels a sublayer has; each of a mixture's two parts as many as an MLP."""
     return engine.attention_kernels if kind is Kind.ATTENTION else engine.mlp_kernels
 
 
@@ -180,10 +180,9 @@ def _weights(
     shape: ModelShape, sublayer: Sublayer, cut: int, experts: float | None = None
 ) -> Weights:
     """A sublayer's weights on one of `cut` equal parts, of so many experts only."""
-    block = f"{shape.block(sublayer).name}."
     numbers, nbytes = dict[str | None, float](), 0.0
     for rule in shape.rules_of(sublayer.layer):
-        if rule.name.startswith(block):
+        if shape.runs_in(rule, sublayer):
             routed = experts is not None and shape.routed_share(rule) != 1.0
             part = (experts or 0.0) / shape.experts if routed else 1.0
             own = math.prod(shape.share(rule, 0, cut)) * part
@@ -255,12 +254,13 @@ def _latent_attention(shape: ModelShape, weights: Weights, cut: int, one: Pass) 
 
 
 def _mlp(shape: ModelShape, sublayer: Sublayer, cut: int, one: Pass) -> tuple[Part, ...]:
-    """One MLP, or a mixture of experts: each token is multiplied with `active_experts` of them, and
-    those are read that any token goes to. With E experts and k active, and tokens that choose
-    evenly and apart from each other, of T tokens none goes to one with probability (1 - k/E)^T.
+    """One MLP, or a mixture of experts, or a part of one: each token is multiplied with
+    `active_experts` of them, and those are read that any token goes to. With E experts and k
+    active, and tokens that choose evenly and apart from each other, of T tokens none goes to one
+    with probability (1 - k/E)^T.
     """
     multiplied = read = _weights(shape, sublayer, cut)
-    neurons = shape.passed_neurons(sublayer.layer)
+    neurons = shape.passed_neurons(sublayer.layer, sublayer.kind)
     if shape.is_mixture(sublayer.layer):
         missed = (1 - shape.active_experts / shape.experts) ** one.total
         read = _weights(shape, sublayer, cut, shape.experts * (1 - missed))
@@ -303,7 +303,7 @@ def rank_bytes(
         else:
             kv_heads = max(shape.kv_heads_of(layer) // cut, 1)
             cache = one.sequences * one.allocated * 2 * kv_heads * shape.head_size_of(layer)
-        weights = sum(_weights(shape, Sublayer(layer, which), cut).nbytes for which in Kind)
+        weights = sum(_weights(shape, Sublayer(layer, which), cut).nbytes for which in BLOCKS)
         layers += count * cut // ranks * (weights + cache * size)
     rows = shape.vocabulary / (ranks if engine.vocabulary == "sharded" else 1)
     vocabulary = rows * shape.width * (1 if shape.tied else 2)

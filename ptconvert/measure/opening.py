@@ -42,14 +42,14 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
     """A checkpoint's model, ready to score: on its device, in evaluation mode.
 
     `dtype` is torch's name of one, or `auto` for the one stored. A converted checkpoint and one
-    with the Ladder authors' `ladder_layers` open with their schedule, any other as transformers
+    whose config.json has others' key for one open with their schedule, any other as transformers
     opens it. On the CPU quantised weights are dequantised, as few quantisers have kernels for it;
     elsewhere they are their own quantiser's. Raises CheckpointError.
     """
     ptconvert.register()
     opened = auto_class(checkpoint)
     if not is_dense(checkpoint) and SECTION not in checkpoint.config:
-        opened = CAUSAL_LMS["llama"]
+        opened = CAUSAL_LMS[str(checkpoint.config["model_type"])]
     if device == "cpu" and quantization_of(checkpoint.config) is not None:
         return open_dequantised(checkpoint, None if dtype == "auto" else getattr(torch, dtype))
     try:

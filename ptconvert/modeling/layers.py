@@ -26,10 +26,11 @@ from ptconvert.models.families import (
     ORDERS,
     Block,
     Family,
+    Shared,
     guesses_of,
     share_of,
 )
-from ptconvert.schedule.stages import Kind
+from ptconvert.schedule.stages import BLOCKS, Kind
 
 Context = dict[str, Any]  # the keywords that a model's forward gives its layers
 
@@ -180,7 +181,7 @@ def dense_layer(
 def _outputs(layer: Any, family: Family) -> Iterator[tuple[Any, str]]:
     """A layer's output projections, and what their biases are called where tracks have them in
     common. (Experts have none that are: see `_leave_to_the_first`.)"""
-    for kind in Kind:
+    for kind in BLOCKS:
         block = family.block_of(kind, layer)
         projection = getattr(getattr(layer, block.name), block.output, None)
         if projection is not None:
@@ -270,7 +271,7 @@ class TrackedLayer(GradientCheckpointingLayer):  # type: ignore[misc]
             if projection.bias is not None:
                 bias = nn.Parameter(torch.zeros(config.hidden_size))
                 self.common.register_parameter(name, bias)
-        for kind in Kind:
+        for kind in BLOCKS:
             block = family.block_of(kind, self.template)
             if (after := norm_after(self.template, block)) is not None:
                 self.common.add_module(str(block.after), after)
@@ -412,6 +413,9 @@ def run_normed(
     """The attention or MLP of one decoder layer, of what its norm gave."""
     block = family.block_of(kind, layer)
     module = getattr(layer, block.name)
+    if kind.is_part:
+        assert family.shared is not None, "a mixture without shared experts reached it"
+        return mixture_part(module, family.shared, kind, x_BSD)
     if kind is Kind.MLP:
         found = module(x_BSD)
     else:
@@ -419,6 +423,20 @@ def run_normed(
         found = module(hidden_states=x_BSD, **given)
     out_BSD: torch.Tensor = found[0] if isinstance(found, tuple) else found
     return out_BSD
+
+
+def mixture_part(module: Any, shared: Shared, kind: Kind, x_BSD: torch.Tensor) -> torch.Tensor:
+    """One of the two parts whose sum a mixture of experts gives."""
+    x_PD = x_BSD.reshape(-1, x_BSD.shape[-1])
+    if kind is Kind.ROUTED:
+        _, weights_PK, chosen_PK = getattr(module, shared.router)(x_PD)
+        out_PD = getattr(module, shared.routed)(x_PD, chosen_PK, weights_PK)
+    else:
+        out_PD = getattr(module, shared.experts)(x_PD)
+        if shared.weighed_by is not None:
+            out_PD = getattr(module, shared.weighed_by)(x_PD).sigmoid() * out_PD
+    part_BSD: torch.Tensor = out_PD.reshape(x_BSD.shape)
+    return part_BSD
 
 
 def multiplied(layer: Any, family: Family, out: torch.Tensor) -> torch.Tensor:

@@ -234,6 +234,18 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """What a mixture's module calls its experts that all tokens go to, and the linear layer whose
+    sigmoid their output is multiplied by, where there is one; its router, which gives weights and
+    indices after its logits, and the experts that these choose."""
+
+    experts: str
+    weighed_by: str | None = None
+    router: str = "gate"
+    routed: str = "experts"
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family: its transformers classes, its layers, and how its config.json is read.
 
@@ -250,7 +262,8 @@ class Family:
     attention is of two `kinds`, full first, config.json says which by `layer_types`, or by the key
     `full_every` of how many one is full, or it is one of so many, and the `last_full`; linear
     attention is the block `linear`. Where one of the keys `experts` says how many there are, MLPs
-    are mixtures of them, but where one of the keys `dense` says that a layer has one. With
+    are mixtures of them, but where one of the keys `dense` says that a layer has one; `shared` says
+    what these call experts that all tokens go to, if there are any. With
     `layer_more` checkpoints hold a layer after the last, which predicts further tokens; it comes
     along. With `parallel` attention and MLP of a layer are side by side: both read what enters it.
     `own_keys` gives a config.json in the keys that are read here, where others say the same, by it
@@ -277,6 +290,7 @@ class Family:
     refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     experts: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
+    shared: Shared | None = None
     base_model: str = "Model"
     decoder_layer: str = "DecoderLayer"
     ends: tuple[str, ...] = ()
@@ -305,7 +319,7 @@ class Family:
         guard on an Enum that is looked up in one, and a layer compiled for its attention would run
         that where its MLP is asked for.
         """
-        if kind is Kind.MLP:
+        if kind is not Kind.ATTENTION:
             return self.mlp
         return self.linear if self.linear is not None and LINEAR in layer else self.attention
 
@@ -313,6 +327,13 @@ class Family:
         """The same, of a layer that is there."""
         linear = self.linear is not None and hasattr(layer, self.linear.name)
         return self.block(kind, frozenset([LINEAR] if linear else []))
+
+    def is_shared(self, rule: TensorRule) -> bool:
+        """Whether a mixture's tensor is of the experts that all tokens go to."""
+        if self.shared is None:
+            return False
+        names = filter(None, (self.shared.experts, self.shared.weighed_by))
+        return rule.name.startswith(tuple(f"{self.mlp.name}.{name}." for name in names))
 
     def layer_rules(
         self, config: Mapping[str, object], layer: Layer = frozenset()
@@ -338,6 +359,10 @@ def common_name(tensor: str) -> str:
 def guesses_of(kind: Kind) -> str:
     """What a sublayer's guesses are called in a converted layer, whatever the family calls its
     block; a function, and no dict, as `Family.block` says."""
+    if kind is Kind.SHARED:
+        return "mlp_shared"
+    if kind is Kind.ROUTED:
+        return "mlp_routed"
     return "mlp" if kind is Kind.MLP else "self_attn"
 
 
@@ -498,6 +523,8 @@ _GLM_EXPERTS = _experts(
     TensorRule("mlp.gate.e_score_correction_bias", (E,)),
     *_projections("mlp.shared_experts", SHARED_N_IN_ALL),
 )
+_SHARED_EXPERTS = Shared("shared_experts")
+_SHARED_EXPERT = Shared("shared_expert", "shared_expert_gate")
 _DENSE_BY_STEP = ("mlp_only_layers", "decoder_sparse_step")
 
 
@@ -913,6 +940,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ),
                 experts=("n_routed_experts", "num_local_experts"),
                 dense=("first_k_dense_replace",),
+                shared=_SHARED_EXPERTS,
                 layer_more=True,
             ),
             Family(
@@ -939,7 +967,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 nullable=("head_dim",),
                 experts=("n_routed_experts", "num_local_experts"),
                 dense=("first_k_dense_replace",),
+                shared=_SHARED_EXPERTS,
                 layer_more=True,
+                refused=MappingProxyType(
+                    {"gated_attention": "what its heads give goes through a gate (Instella-MoE)"}
+                ),
             ),
             Family(
                 "gpt_oss",
@@ -983,6 +1015,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 linear=_LINEAR_BLOCK,
                 full_every="full_attention_interval",
                 experts=("num_experts",),
+                shared=_SHARED_EXPERT,
                 dense=_DENSE_BY_STEP,
                 around=("mtp.",),
             ),
@@ -994,6 +1027,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 linear=_LINEAR_BLOCK,
                 full_every="full_attention_interval",
                 experts=("num_experts",),
+                shared=_SHARED_EXPERT,
                 base_model="TextModel",
                 around=("mtp.",),
             ),
@@ -1031,6 +1065,10 @@ _HYPER = (
     "joins it is no sum over tracks"
 )
 _PER_LAYER = "its layers have inputs of their own, and share keys and values"
+_LANES = (
+    "its lanes are never merged: the head takes the mean of what the last norm gives each, and the "
+    "last layers' parts reach no other lane; `use: laneformer` runs other models so"
+)
 
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
@@ -1046,6 +1084,7 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("glm5_next", "glm5_next_text"), _HYPER),
         **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), _HYPER),
         **dict.fromkeys(("gemma3n", "gemma3n_text"), _PER_LAYER),
+        **dict.fromkeys(("laneformer", "laneformer_tp"), _LANES),
         "jamba": _HYBRID,
         "mamba": _HYBRID,
         "mamba2": _HYBRID,

@@ -13,7 +13,6 @@ from typing import Any
 from ptconvert.errors import ConfigError
 from ptconvert.models.families import (
     COUNTS,
-    DENSE,
     EXPERT_COUNTS,
     EXPERTS,
     FAMILIES,
@@ -34,6 +33,7 @@ from ptconvert.models.families import (
     V,
     share_of,
 )
+from ptconvert.models.mixtures import mlps_of
 from ptconvert.models.quantised import (
     QUANTIZATION,
     Role,
@@ -55,7 +55,7 @@ from ptconvert.models.wrappers import (
 )
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
-from ptconvert.schedule.stages import MAX_LAYERS, Kind, Sublayer
+from ptconvert.schedule.stages import BLOCKS, MAX_LAYERS, Kind, Sublayer
 from ptconvert.shorten import clipped
 
 # safetensors' names of the dtypes that are converted, by torch's names and with their bytes.
@@ -271,6 +271,13 @@ class ModelShape:
         """Whether a layer's MLP is a mixture of experts."""
         return EXPERTS in self.kinds[layer]
 
+    @property
+    def divisible(self) -> frozenset[int]:
+        """The layers whose MLP is a mixture with shared experts, which may run in two parts."""
+        if self.family.shared is None:
+            return frozenset()
+        return frozenset(filter(self.is_mixture, range(self.layers)))
+
     def orders_of(self, layer: int) -> dict[str, tuple[int, ...]]:
         """What of a layer can go to one track or another, by what an assignment calls its order:
         how many units; of experts (experts, neurons), as each one's neurons are shared out. Those
@@ -341,12 +348,21 @@ class ModelShape:
         to."""
         return self.active_experts / self.experts if rule.is_routed else 1.0
 
-    def passed_neurons(self, layer: int) -> int:
-        """How many neurons a token passes in a layer's MLP."""
+    def runs_in(self, rule: TensorRule, sublayer: Sublayer) -> bool:
+        """Whether a sublayer of its layer runs a tensor: not only the norm before it."""
+        if not rule.name.startswith(f"{self.block(sublayer).name}."):
+            return False
+        if not sublayer.kind.is_part:
+            return True
+        return self.family.is_shared(rule) == (sublayer.kind is Kind.SHARED)
+
+    def passed_neurons(self, layer: int, kind: Kind = Kind.MLP) -> int:
+        """How many neurons a token passes in a layer's MLP, or in one of its two parts."""
         if not self.is_mixture(layer):
             return self.neurons
         shared = self.shared_neurons + self.shared_experts_neurons
-        return self.active_experts * (self.expert_neurons or self.neurons) + shared
+        routed = self.active_experts * (self.expert_neurons or self.neurons)
+        return {Kind.SHARED: shared, Kind.ROUTED: routed}.get(kind, shared + routed)
 
     def attention_units(self, layer: int) -> int:
         """How many units of a layer's attention can go to one track or another: KV heads, or key
@@ -373,7 +389,7 @@ class ModelShape:
     @property
     def norms_sums(self) -> bool:
         """Whether what a sublayer gives is normed before it joins the stream (post-norm)."""
-        after = {f"{self.family.block(kind).after}.weight" for kind in Kind}
+        after = {f"{self.family.block(kind).after}.weight" for kind in BLOCKS}
         return any(rule.name in after for rules in self.rules.values() for rule in rules)
 
     def payloads(self, sublayers: int) -> int:
@@ -580,7 +596,7 @@ class ModelShape:
             raise ConfigError(f"{where}: {error}") from None
         kinds = tuple(
             frozenset(filter(None, pair))
-            for pair in zip(attention, _mlps(family, config, layers, where), strict=True)
+            for pair in zip(attention, mlps_of(family, config, layers, where), strict=True)
         )
         rules = {kind: family.layer_rules(config, kind) for kind in dict.fromkeys(kinds)}
         used = {rule for own in rules.values() for rule in own}
@@ -677,27 +693,6 @@ def _kinds(
     return (*given[:-1], full if family.last_full else given[-1])
 
 
-def _mlps(
-    family: Family, config: Mapping[str, object], layers: int, where: str
-) -> Iterator[str | None]:
-    """What each layer's MLP is. Raises ConfigError."""
-
-    def given(key: str, otherwise: object) -> Any:
-        value = config.get(key) if key in family.dense else otherwise
-        return family.defaults.get(key, otherwise) if value is None else value
-
-    first, step = given("first_k_dense_replace", 0), given("decoder_sparse_step", 1)
-    dense = given("mlp_only_layers", [])
-    if type(first) is not int or type(step) is not int or step < 1 or not isinstance(dense, list):
-        raise ConfigError(
-            f"{where}: which layers have experts isn't clear: {' and '.join(family.dense)} must be "
-            "whole numbers, and mlp_only_layers a list of them"
-        )
-    for layer in range(layers):
-        sparse = layer >= first and layer not in dense and (layer + 1) % step == 0
-        yield (EXPERTS if sparse else DENSE) if family.experts else None
-
-
 @lru_cache(maxsize=64)
 def _apart(rules: tuple[TensorRule, ...], experts: int) -> tuple[TensorRule, ...]:
     return tuple(stored for rule in rules for stored in rule.stored(experts))
@@ -759,6 +754,8 @@ def _refuse(config: Mapping[str, object], where: str) -> None:
     for part in parts:
         if part.get(QUANTIZATION) is not None:
             check_method(part[QUANTIZATION], where)
+    if reason := _refused_by_name(config):
+        raise ConfigError(f"{where}: {reason}")
     maps = (part.get("auto_map") for part in parts)
     if any(k.startswith("AutoModel") for m in maps if isinstance(m, dict) for k in m):
         raise ConfigError(
@@ -786,9 +783,7 @@ def _family(config: Mapping[str, object], wrapper: Wrapper | None, where: str) -
     model_type = str(config.get("model_type"))
     of = f"{wrapper.model_type} with " if wrapper else ""
     if model_type in UNSUPPORTED:
-        raise ConfigError(
-            f"{where}: {of}{model_type} can't be converted: {UNSUPPORTED[model_type]}"
-        )
+        raise ConfigError(f"{where}: {of}{_refused_by_name(config)}")
     family = FAMILIES.get(model_type)
     if any(map(config.get, EXPERT_COUNTS)) and not (family and family.experts):
         raise ConfigError(f"{where}: {of}{model_type} with experts can't be converted: MoE layers")
@@ -804,11 +799,26 @@ def _family(config: Mapping[str, object], wrapper: Wrapper | None, where: str) -
             f"{where}: {model_type} is the language model of another, and transformers has no "
             "class for it alone; convert the checkpoint that it is a part of"
         )
-    known = {**family.defaults, **config}
-    for key, reason in family.refused.items():
-        if known.get(key):
-            raise ConfigError(
-                f"{where}: {of}{model_type} with {key} {_short(known[key])} can't be converted: "
-                f"{reason}"
-            )
+    if reason := _refused_by_name(config):
+        raise ConfigError(f"{where}: {of}{reason}")
     return family
+
+
+def _refused_by_name(config: Mapping[str, object]) -> str | None:
+    """Why a language model isn't converted that its family or one of its keys names; None where
+    they name none such."""
+    model_type = str(config.get("model_type"))
+    if model_type in UNSUPPORTED:
+        return f"{model_type} can't be converted: {UNSUPPORTED[model_type]}"
+    family = FAMILIES.get(model_type)
+    if family is None:
+        return None
+    known = {**family.defaults, **config}
+    return next(
+        (
+            f"{model_type} with {key} {_short(known[key])} can't be converted: {reason}"
+            for key, reason in family.refused.items()
+            if known.get(key)
+        ),
+        None,
+    )

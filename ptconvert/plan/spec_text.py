@@ -109,6 +109,8 @@ def _ways(layers: range, stages: tuple[Stage, ...], parallel: bool) -> Iterator[
     # desync last: what it has in common with others has a better known name.
     desync = presets.desync.__name__
     for name, preset in sorted(presets.PRESETS.items(), key=lambda found: found[0] == desync):
+        if name == presets.farskip.__name__:
+            continue  # nothing that is planned divides a mixture
         for parameters in _parameters(name, stages, per_layer(parallel)):
             if preset(layers, parallel, **parameters) == stages:
                 yield _Item(layers, name, tuple(parameters.items()), stages)

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from markupsafe import Markup
 
 from ptconvert.report.charts import WIDTH, element, figure
-from ptconvert.report.terminal import endings
+from ptconvert.report.terminal import endings, rows_of
 from ptconvert.schedule.endings import MARKS
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
 
 _PER_ROW = 32
-_CELL, _LEFT, _ROW = 21, 84, 74
+_CELL, _LEFT, _TOP, _BELOW = 21, 84, 16, 16  # of a row of layers: above its cells, and below
 
 
 def schedule_diagram(schedule: Schedule, tracks: int, before: int) -> Markup:
@@ -23,8 +23,12 @@ def schedule_diagram(schedule: Schedule, tracks: int, before: int) -> Markup:
     columns = min(schedule.layers, _PER_ROW)
     rows = [range(i, min(i + columns, schedule.layers)) for i in range(0, schedule.layers, columns)]
     tracked = schedule.track_layers if tracks > 1 else frozenset()
-    parts = [part for n, row in enumerate(rows) for part in _row(row, n * _ROW, cells, tracked)]
-    width, height = max(_LEFT + columns * _CELL, WIDTH), len(rows) * _ROW
+    kinds = rows_of(schedule)
+    each = _TOP + len(kinds) * _CELL + _BELOW
+    parts = [
+        part for n, row in enumerate(rows) for part in _row(row, n * each, kinds, cells, tracked)
+    ]
+    width, height = max(_LEFT + columns * _CELL, WIDTH), len(rows) * each
     used = {cell[0] for cell in cells.values()}
     keys = [
         (element("svg", _cell(0, 0, symbol, 15), width=16, height=16), mark.words)
@@ -42,17 +46,25 @@ def schedule_diagram(schedule: Schedule, tracks: int, before: int) -> Markup:
 
 
 def _row(
-    layers: range, top: int, cells: dict[Sublayer, str], tracked: frozenset[int]
+    layers: range,
+    top: int,
+    kinds: dict[Kind, str],
+    cells: dict[Sublayer, str],
+    tracked: frozenset[int],
 ) -> Iterator[Markup]:
-    for label, y in (("layer", 12), ("attention", 30), ("MLP", 51)):
-        yield element("text", label, x=0, y=top + y, class_="label")
+    yield element("text", "layer", x=0, y=top + 12, class_="label")
+    for number, label in enumerate(kinds.values()):
+        y = top + _TOP + number * _CELL + 14
+        yield element("text", label, x=0, y=y, class_="label")
     for place, layer in enumerate(layers):
         x = _LEFT + place * _CELL
         yield element("text", str(layer), x=x + _CELL / 2 - 0.5, y=top + 12, text_anchor="middle")
-        yield _cell(x, top + 16, cells[Sublayer(layer, Kind.ATTENTION)])
-        yield _cell(x, top + 37, cells[Sublayer(layer, Kind.MLP)])
+        for number, kind in enumerate(kinds):
+            if (text := cells.get(Sublayer(layer, kind))) is not None:
+                yield _cell(x, top + _TOP + number * _CELL, text)
         if layer in tracked:
-            yield element("rect", x=x, y=top + 60, width=_CELL, height=3, fill="#009e73")
+            below = top + _TOP + len(kinds) * _CELL + 2
+            yield element("rect", x=x, y=below, width=_CELL, height=3, fill="#009e73")
 
 
 def _cell(x: float, y: float, text: str, size: int = _CELL - 2) -> Markup:

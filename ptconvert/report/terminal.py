@@ -45,14 +45,26 @@ def diagram(schedule: Schedule, tracks: int, width: int) -> RenderableType:
     for first in range(0, schedule.layers, per_row):
         layers = range(first, min(first + per_row, schedule.layers))
         rows.append(_row("layer", [(str(i), "dim") for i in layers], column))
-        for label, kind in (("attention", Kind.ATTENTION), ("MLP", Kind.MLP)):
-            texts = [cells[Sublayer(i, kind)] for i in layers]
-            rows.append(_row(label, [(t, MARKS[t[0]].style) for t in texts], column))
+        for kind, label in rows_of(schedule).items():
+            texts = [cells.get(Sublayer(i, kind), "") for i in layers]
+            rows.append(_row(label, [(t, MARKS[t[0]].style if t else "") for t in texts], column))
         streams = [(_DIFFER * column if i in tracked else _ONE * column, "dim") for i in layers]
         rows.append(_row("stream", streams, column))
         rows.append(Text(""))
     rows.extend(_legend(cells.values(), bool(tracked), tracks))
     return Group(*rows)
+
+
+def rows_of(schedule: Schedule) -> dict[Kind, str]:
+    """The kinds of sublayers that a schedule has, in the order of a diagram's rows, with labels."""
+    labels = {
+        Kind.ATTENTION: "attention",
+        Kind.MLP: "MLP",
+        Kind.SHARED: "shared",
+        Kind.ROUTED: "routed",
+    }
+    there = {sublayer.kind for stage in schedule.stages for sublayer in stage.sublayers}
+    return {kind: label for kind, label in labels.items() if kind in there}
 
 
 def endings(schedule: Schedule) -> dict[Sublayer, str]:

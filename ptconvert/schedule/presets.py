@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from ptconvert.errors import ScheduleError
 from ptconvert.schedule.endings import BLOCKING, Ending
 from ptconvert.schedule.schedule import Schedule
-from ptconvert.schedule.stages import Kind, Stage, Sublayer, parse_stages
+from ptconvert.schedule.stages import Stage, parse_stages
 
 Stages = tuple[Stage, ...]
 
@@ -80,6 +79,56 @@ def parallel_track(
     return _merged_within(_read(text))
 
 
+def laneformer(layers: range, parallel: bool = False, *, delay: int) -> Stages:
+    """Each track's own part at once, the others' `delay` layers late: Laneformer's lanes, as
+    `broadcast_delay` and `use_early_comm` have them (kogai/laneformer-2b-it, modeling_laneformer).
+
+    The first `delay` layers of the range reduce at once, as nothing arrives there yet.
+    """
+    each = _layers(layers, parallel)
+    text = [f"{stage}!" for layer in each[:delay] for stage in layer]
+    text += [f"{stage}^{delay * len(layer)}" for layer in each[delay:] for stage in layer]
+    return _merged_within(_read(text))
+
+
+def farskip(
+    layers: range, _parallel: bool = False, divisible: Container[int] | None = None
+) -> Stages:
+    """Attention without the routed experts before it, MLPs without the attention beside them
+    (FarSkip-Collective, 2511.11505).
+
+    `divisible` are the layers whose MLP is a mixture with shared experts; None for all of them. The
+    range's first attention reads everything before it.
+    """
+    return partial_inputs(layers, divisible, layers[1:], layers)
+
+
+def partial_inputs(
+    layers: range,
+    divisible: Container[int] | None,
+    without_routed: Container[int],
+    without_attention: Container[int],
+) -> Stages:
+    """The stages of layers whose attention reads the stream without the routed experts of the
+    layer before it, if it is among `without_routed`, and whose MLP reads it without the attention
+    of its own layer, if among `without_attention`. For `divisible` see `farskip`.
+
+    Layers whose routed experts nobody leaves out run their MLP whole.
+    """
+    text, hidden = list[str](), False  # whether the layer before's routed experts are in flight
+    for i in layers:
+        before, early = hidden, i in without_attention
+        mixture = divisible is None or i in divisible
+        hidden = mixture and i != layers[-1] and i + 1 in without_routed
+        if hidden:
+            text += [f"a{i}~2" if early else f"a{i}!", f"s{i}~1", f"r{i}~1"]
+        elif early:  # beside it, unless the two read different streams
+            text += [f"a{i}~1", f"m{i}!"] if before else [f"a{i}|m{i}!"]
+        else:
+            text += [f"a{i}!", f"m{i}!"]
+    return _read(text)
+
+
 PRESETS: Mapping[str, Callable[..., Stages]] = MappingProxyType(
     {
         f.__name__: f
@@ -92,6 +141,8 @@ PRESETS: Mapping[str, Callable[..., Stages]] = MappingProxyType(
             delayed,
             desync,
             parallel_track,
+            laneformer,
+            farskip,
         )
     }
 )
@@ -102,6 +153,20 @@ def parameters(preset: str) -> dict[str, int | None]:
     taken = inspect.signature(PRESETS[preset]).parameters.values()
     keywords = [p for p in taken if p.kind is p.KEYWORD_ONLY]
     return {k.name: None if k.default is k.empty else k.default for k in keywords}
+
+
+def stages_of(
+    preset: str,
+    layers: range,
+    parallel: bool,
+    divisible: Container[int] | None,
+    parameters: Mapping[str, int],
+) -> Stages:
+    """A preset's stages in a model whose layers may be `parallel`, and of which the MLPs that are
+    `divisible` are mixtures with shared experts; None where that isn't known."""
+    if preset == farskip.__name__:
+        return farskip(layers, parallel, divisible)
+    return PRESETS[preset](layers, parallel, **parameters)
 
 
 def join(parts: Iterable[tuple[str | None, Sequence[Stage]]]) -> Schedule:
@@ -130,39 +195,6 @@ def with_only(schedule: Schedule, block: range, dense: Schedule) -> Schedule:
     own = schedule.stages[block.start : block.stop]
     replaced = dense.running(sublayer for stage in own for sublayer in stage.sublayers)
     return Schedule(dense.stages[: replaced.start] + own + dense.stages[replaced.stop :])
-
-
-def from_ladder_layers(ladder_layers: object, layers: int, parallel: bool = False) -> Schedule:
-    """The schedule of the Ladder authors' checkpoints, from `ladder_layers` in their config.json.
-
-    `ladder_layers` is an int N for the last N layers, or a list of layers; the others are dense.
-    Raises ScheduleError for anything else.
-    """
-    if isinstance(ladder_layers, int) and not isinstance(ladder_layers, bool):
-        chosen = set(range(layers - ladder_layers, layers)) if ladder_layers >= 0 else {-1}
-    elif isinstance(ladder_layers, list) and all(type(i) is int for i in ladder_layers):
-        chosen = set(ladder_layers)
-    else:
-        chosen = {-1}
-    if not chosen <= set(range(layers)):
-        raise ScheduleError(
-            f"ladder_layers is {ladder_layers!r}; it must be a number of last layers, at most "
-            f"{layers}, or a list of layers from 0 to {layers - 1}"
-        )
-    presets = [ladder if i in chosen else tensor_parallel for i in range(layers)]
-    return join((p.__name__, p(range(i, i + 1), parallel)) for i, p in enumerate(presets))
-
-
-def to_ladder_layers(schedule: Schedule) -> int | list[int] | None:
-    """The `ladder_layers` that stands for a schedule; None when there is none.
-
-    An int N where the last N layers are ladder, which older code of the authors needs.
-    """
-    hidden = {s for stage in schedule.stages if stage.ending.lag for s in stage.sublayers}
-    chosen = [i for i in range(schedule.layers) if Sublayer(i, Kind.ATTENTION) in hidden]
-    if from_ladder_layers(chosen, schedule.layers) != schedule:
-        return None
-    return len(chosen) if chosen == list(range(schedule.layers))[-len(chosen) :] else chosen
 
 
 def _layers(layers: range, parallel: bool) -> list[tuple[str, ...]]:

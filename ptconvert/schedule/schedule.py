@@ -91,7 +91,9 @@ class Schedule:
     @cached_property
     def divided(self) -> frozenset[int]:
         """The layers whose MLP runs in two parts."""
-        return frozenset(s.layer for stage in self.stages for s in stage.sublayers if s.kind.is_part)
+        return frozenset(
+            s.layer for stage in self.stages for s in stage.sublayers if s.kind.is_part
+        )
 
     @cached_property
     def program(self) -> tuple[Step, ...]:

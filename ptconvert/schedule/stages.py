@@ -7,7 +7,9 @@ It prints as its stages in order and parses back to itself:
 
 `a3` is the attention of layer 3, `m3` its MLP, `a3|m3` both on the same input. An MLP that is a
 mixture with shared experts runs whole, as `m3`, or in two parts, each with an input of its own:
-`s3`, the experts that all tokens go to, and `r3`, those that tokens are routed to. A stage ends with
+`s3`, the experts that all tokens go to, and `r3`, those that tokens are routed to.
+
+A stage ends with
 
     !    blocking: all-reduce everything pending, merge before the next stage
     ~k   overlapped, hidden: launch the all-reduce, merge after k further stages; until then no

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ptconvert.errors import ScheduleError, SpecError
+from ptconvert.models.mixtures import indivisible_mlp
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule import presets
 from ptconvert.schedule.schedule import Schedule
@@ -64,10 +65,10 @@ class Item:
         """Where its layers stand."""
         return self.lines["layers"]
 
-    def resolve(self, parallel: bool) -> tuple[Stage, ...]:
-        """The stages of this range, of a model whose layers may be `parallel`."""
+    def resolve(self, parallel: bool, divisible: Container[int] | None) -> tuple[Stage, ...]:
+        """The stages of this range, for the model as `presets.stages_of` has it."""
         parameters = {name: getattr(self, name) for name in presets.parameters(str(self.use))}
-        return presets.PRESETS[str(self.use)](self.layers, parallel, **parameters)
+        return presets.stages_of(str(self.use), self.layers, parallel, divisible, parameters)
 
     @staticmethod
     def variant(value: Value, what: str) -> tuple[type[Item], str]:
@@ -100,7 +101,7 @@ def _read_stages(value: Value) -> tuple[Stage, ...] | None:
 class _Stages(Item):
     stages: tuple[Stage, ...] = parsed(_read_stages, 'text such as "a0! m0!"')
 
-    def resolve(self, _parallel: bool) -> tuple[Stage, ...]:
+    def resolve(self, _parallel: bool, _divisible: Container[int] | None) -> tuple[Stage, ...]:
         return self.stages
 
     @staticmethod
@@ -212,11 +213,14 @@ class Spec:
         """How many layers the spec covers."""
         return max(item.layers.stop for item in self.items)
 
-    def schedule(self, parallel: bool = False) -> Schedule:
+    def schedule(self, parallel: bool = False, divisible: Container[int] | None = None) -> Schedule:
         """The schedule of all ranges together, of a model whose layers may be `parallel`: their
-        attention and MLP side by side. Raises SpecError where they break a rule."""
+        attention and MLP side by side; and of which some are `divisible`: mixtures with shared
+        experts (None: all). Raises SpecError where they break a rule."""
         try:
-            return presets.join((item.use, item.resolve(parallel)) for item in self.items)
+            return presets.join(
+                (item.use, item.resolve(parallel, divisible)) for item in self.items
+            )
         except ScheduleError as error:
             raise SpecError([f"{self.name}:{self.items[0].line}: {error}"]) from None
 
@@ -227,6 +231,7 @@ class Spec:
         found = unfit(shape, {f.name: getattr(self, f.name) for f in fields(self)})
         faults += [f"{self.name}:{self.lines[key]}: {key} is {why}" for key, why in found.items()]
         faults += self._layer_faults(shape.layers)
+        faults += self._divided_faults(shape)
         faults += self.idle_faults(shape.family.parallel)
         if faults:
             raise SpecError(faults)
@@ -246,6 +251,22 @@ class Spec:
             if (value := self.wanted.get(f.name)) is not None
         ]
         return [f"{self.name}:{line}: {what}" for line, what in sorted(faults)]
+
+    def _divided_faults(self, shape: ModelShape) -> list[str]:
+        """Where it divides MLPs that aren't mixtures with shared experts."""
+        if not shape.divisible:
+            use = presets.farskip.__name__
+            faults = [
+                f"{self.name}:{item.line}: {use} is for mixtures with shared experts, which "
+                f"{shape.model_type} has not; without them it is {presets.ladder.__name__}"
+                for item in self.items
+                if item.use == use
+            ]
+            if faults:
+                return faults
+        schedule = self.schedule(shape.family.parallel, shape.divisible)
+        reason = indivisible_mlp(schedule, shape.divisible, shape.model_type)
+        return [f"{self.name}:{self.items[0].line}: {reason}"] if reason else []
 
     def _layer_faults(self, layers: int) -> list[str]:
         faults = [

@@ -160,7 +160,8 @@ def as_converted(path: Path, section: Section) -> tuple[Check, ...]:
     if not file.is_file():
         return ()  # as after save_pretrained; a note says so
     spec = read_spec(file)
-    same = spec.schedule(section.parallel) == section.schedule and spec.tracks == section.tracks
+    schedule = spec.schedule(section.parallel, section.divisible)
+    same = schedule == section.schedule and spec.tracks == section.tracks
     same = same and spec.deferred == section.deferred and spec.digest == section.spec_digest
     seen = f"as in {SPEC_FILE}" if same else f"config.json and {SPEC_FILE} differ"
     return (Check("schedule as converted", same, seen),)
