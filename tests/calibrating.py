@@ -52,7 +52,8 @@ def for_reference(calibration: Calibration, tracks: int) -> Guesses:
     """The guesses as the literal reference takes them."""
 
     def tensor(sublayer: Sublayer, track: int, name: str) -> torch.Tensor:
-        block = {"a": "self_attn", "m": "mlp"}[str(sublayer)[0]]
+        blocks = {"a": "self_attn", "m": "mlp", "s": "mlp_shared", "r": "mlp_routed"}
+        block = blocks[str(sublayer)[0]]
         owner = f"model.layers.{sublayer.layer}.tracks.{track}.guess.{block}"
         flat = torch.from_numpy(calibration.tensors[f"{owner}.{name}"].copy()).view(torch.float32)
         rank = calibration.values["guess"][sublayer]

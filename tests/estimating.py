@@ -14,7 +14,7 @@ from ptconvert.estimate.collective import all_reduce
 from ptconvert.estimate.hardware import Hardware, Link, Protocol, read_engine, read_hardware
 from ptconvert.estimate.roofline import Pass
 from ptconvert.models.shape import ModelShape
-from ptconvert.schedule.presets import PRESETS, parameters
+from ptconvert.schedule.presets import PRESETS, parameters, stages_of
 from ptconvert.schedule.schedule import Schedule
 
 ROOT = Path(__file__).parents[1]
@@ -24,9 +24,13 @@ H100, GPT_FAST, VLLM = read_hardware("h100-sxm"), read_engine("gpt-fast"), read_
 ARGUMENTS = {"depth": 4, "delay": 2, "every": 4}
 SCHEDULES = {
     name: Schedule(
-        preset(range(LAYERS), **{k: ARGUMENTS[k] for k in parameters(name) if k in ARGUMENTS})
+        stages_of(
+            name,
+            *(range(LAYERS), SHAPE.family.parallel, SHAPE.divisible),
+            {k: ARGUMENTS[k] for k in parameters(name) if k in ARGUMENTS},
+        )
     )
-    for name, preset in PRESETS.items()
+    for name in PRESETS
 }
 OVERLAPPED = Schedule(PRESETS["parallel_track"](range(LAYERS), depth=4, overlap=1))
 ALL_SCHEDULES = st.sampled_from([*SCHEDULES.values(), OVERLAPPED])

@@ -114,7 +114,8 @@ def parts(layer: Any, name: str) -> tuple[Any, Any, Any]:
         "input_layernorm",  # where attention and MLP are side by side
     )
     norm = next(getattr(layer, one) for one in before if hasattr(layer, one))
-    return norm, layer.mlp, getattr(layer.mlp, "c_proj", None) or layer.mlp.down_proj
+    names = [name for name in ("c_proj", "down_proj") if hasattr(layer.mlp, name)]
+    return norm, layer.mlp, getattr(layer.mlp, names[0]) if names else None  # a mixture has several
 
 
 def output_inputs(layer: Any, name: str, x_BSD: torch.Tensor, extra: dict[str, Any]) -> Any:
@@ -158,10 +159,10 @@ def sublayer_partials(
 def mixture_partials(
     layer: Any, x_TBSD: torch.Tensor, which: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of a mixture of experts, `m`, or of its shared experts, `s`, or of those that tokens
-    are routed to, `r`, all others' output projections taken as zero: what it gives with the weights of all other tracks' neurons
-    of every expert, shared ones too, taken as zero. Each track routes by what it reads itself. What
-    it adds to each expert's output is of the first track alone."""
+    """The same of a mixture of experts, `m`: what it gives with the weights of all other tracks'
+    neurons of every expert, shared ones too, taken as zero; and of its two parts, `s`, the shared
+    experts, and `r`, the others, with those of the other part. Each track routes by what it reads
+    itself. What it adds to each expert's output is of the first track alone."""
     partials, tracks = [], len(x_TBSD)
     for t in range(tracks):
         own = copy.deepcopy(layer.mlp)

@@ -37,7 +37,7 @@ from ptconvert.models import families
 from ptconvert.models.families import FULL, KV, LINEAR, D, E, N, Q
 from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.launch import launch
-from ptconvert.schedule.stages import Kind, Sublayer
+from ptconvert.schedule.stages import BLOCKS, Kind, Sublayer
 from ptconvert.spec.document import parse_spec
 from ptconvert.verify.expected import FP32_TOLERANCE, RECURRENT_TOLERANCE
 
@@ -84,7 +84,7 @@ def check_table(shape: ModelShape, config: Any, tracks: int) -> None:
         rules = {rule.name: rule for rule in shape.rules_of(layer)}
         assert shapes(dense) == {name: shape.size(rule) for name, rule in rules.items()}
         assert shapes(track) == {name: shape.share(rule, 0, tracks) for name, rule in rules.items()}
-        for kind in Kind:  # its input is divided, so that what it gives is a partial
+        for kind in BLOCKS:  # its input is divided, so that what it gives is a partial
             block = shape.block(Sublayer(layer, kind))
             named = re.compile(rf"{block.name}\.(.*\.)?{block.output}(\.weight)?")  # experts', too
             outputs = [rule for name, rule in rules.items() if named.fullmatch(name)]

@@ -90,6 +90,9 @@ def test_blocks_of_parallel_layers_are_whole_ones() -> None:
         ("parallel_track depth=2", "1-11", 8, 8),
         ("parallel_track depth=4", "1-11", 5, 5),
         ("parallel_track depth=2 overlap=1", "1-11", 8, 3),
+        ("laneformer delay=2", "0-11", 24, 5),
+        ("farskip", "0-11", 35, 1),
+        ("farskip", "1-11", 34, 3),
         # and of DESIGN 2.3, for L = 12
         ("parallel_block", "0-11", 12, 12),
         ("layer_parallel", "0-11", 12, 12),
@@ -118,6 +121,11 @@ def test_counts(preset: str, layers: str, all_reduces: int, waited_for: int) -> 
         ("a0|a0! m0!", ">>a0|a0!<<", "runs a0 again"),
         ("a0! m0.", ">>m0.<<", "leaves its partial pending"),
         ("a0! m0! a5000! m1!", ">>a5000!<<", "is past layer"),
+        ("a0! s0! s0! r0!", ">>s0!<<", "runs s0 again"),
+        ("a0! m0! r0!", ">>r0!<<", "runs r0 beside m0; an MLP runs whole, as m0, or a mixture in"),
+        ("a0! s0! r0! m0!", ">>m0!<<", "runs m0 beside s0"),
+        ("s0! a0! r0!", ">>s0!<<", "runs s0 before a0"),
+        ("a0! s0! r0.", ">>r0.<<", "leaves its partial pending"),
     ],
 )
 def test_what_breaks_a_rule_is_printed_with_the_stage_marked(
@@ -129,7 +137,10 @@ def test_what_breaks_a_rule_is_printed_with_the_stage_marked(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "missing"), [("a0! m0! a2! m2!", "a1"), ("a0!", "m0")])
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [("a0! m0! a2! m2!", "a1"), ("a0!", "m0"), ("a0! s0!", "r0"), ("a0|r0!", "s0")],
+)
 def test_missing_sublayers_are_named(text: str, missing: str) -> None:
     with pytest.raises(ScheduleError, match=f"{missing} is missing"):
         Schedule.parse(text)
@@ -138,9 +149,11 @@ def test_missing_sublayers_are_named(text: str, missing: str) -> None:
 
 
 @st.composite
-def schedules(draw: st.DrawFn) -> Schedule:
-    """Valid schedules: sublayers in order, some side by side, any endings but the last."""
-    names = [f"{kind}{i}" for i in range(draw(st.integers(1, 6))) for kind in "am"]
+def schedules(draw: st.DrawFn, divided: bool = False) -> Schedule:
+    """Valid schedules: sublayers in order, some side by side, any endings but the last; some MLPs
+    `divided` into their two parts."""
+    kinds = st.sampled_from(["am", "asr", "ars"] if divided else ["am"])
+    names = [f"{kind}{i}" for i in range(draw(st.integers(1, 6))) for kind in draw(kinds)]
     words, stage = [], ""
     for name in names:
         stage = f"{stage}|{name}" if stage else name
@@ -152,13 +165,13 @@ def schedules(draw: st.DrawFn) -> Schedule:
     return Schedule.parse(" ".join(words))
 
 
-@given(schedules())
+@given(schedules(divided=True))
 def test_prints_and_parses_back_to_itself(schedule: Schedule) -> None:
     assert Schedule.parse(str(schedule)) == schedule
     assert schedule.counts.waited_for <= schedule.counts.all_reduces <= len(schedule.stages)
 
 
-@given(schedules(), st.booleans())
+@given(schedules(divided=True), st.booleans())
 def test_blocks_cover_a_schedule_and_can_be_exchanged(schedule: Schedule, parallel: bool) -> None:
     dense = dense_schedule(schedule.layers, parallel)
     blocks = list(schedule.blocks(dense))
@@ -172,7 +185,7 @@ def test_blocks_cover_a_schedule_and_can_be_exchanged(schedule: Schedule, parall
         assert schedule == dense
 
 
-@given(st.text(alphabet="am0123 |!.~^x\n", max_size=40))
+@given(st.text(alphabet="amsr0123 |!.~^x\n", max_size=40))
 def test_any_text_parses_or_is_refused(text: str) -> None:
     try:
         assert Schedule.parse(str(Schedule.parse(text))) == Schedule.parse(text)

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
-from ptconvert.schedule.stages import Kind, Sublayer
+from ptconvert.schedule.stages import BLOCKS, Sublayer
 from ptconvert.spec.document import parse_spec
 
 NAMES = ("mixed", "track-2-rest")  # layers held dense and layers of tracks, biases in both
@@ -96,7 +96,7 @@ def test_a_compiled_layer_knows_its_mlp_from_its_attention(converted: dict[str, 
     x_BSD = torch.randn(1, 3, 32)
     run = model.model.runner(x_BSD)
     for layer in (0, 1):
-        calls = [(k, run(Sublayer(layer, k), [x_BSD], False).partials) for k in Kind]
+        calls = [(k, run(Sublayer(layer, k), [x_BSD], False).partials) for k in BLOCKS]
         model.model.layers[layer].compile(backend="eager")
         for kind, expected in calls:
             found = run(Sublayer(layer, kind), [x_BSD], False).partials

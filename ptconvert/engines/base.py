@@ -126,6 +126,7 @@ class ServedLayer(nn.Module):
     ) -> Update:
         """The attention or the MLP of each part, from its own normed input; with `guess` come the
         tracks' guesses of all others' partials, where the layer has them."""
+        assert not kind.is_part, "engines serve no mixture that runs in two parts"
         call = serving.mlp if kind is Kind.MLP else serving.attention
         parts: list[Any] = list(self.parts.values())
         partials = [call(part, x_TD, context) for part, x_TD in zip(parts, normed, strict=True)]

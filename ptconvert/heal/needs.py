@@ -282,7 +282,8 @@ def _end_to_end(pair: _Pair) -> Phase:
     kept = sum(batch * step.kept + step.fixed for step in pair.of(layers, steps))
     if settings.gradient_checkpointing:  # what each sublayer reads, and one layer's activations
         apart_for = {reader for _, reader in pair.section.schedule.own_read()}
-        views = 2 * shape.layers + (pair.section.tracks - 1) * len(apart_for)
+        sublayers = 2 * shape.layers + len(pair.section.schedule.divided)
+        views = sublayers + (pair.section.tracks - 1) * len(apart_for)
         kept = batch * views * pair.stream
         kept += max(batch * step.kept + step.fixed for step in steps.values())
         both *= 4 / 3

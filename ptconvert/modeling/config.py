@@ -14,12 +14,19 @@ from ptconvert.models.wrappers import WRAPPERS
 
 def _config_class(model_type: str) -> Any:
     base = CONFIG_MAPPING[model_type]
+
+    def from_dict(cls: Any, /, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # a source's too, which says a schedule by a key of others: its tensors' layout goes by this
+        own = {**config_dict, "model_type": cls.model_type}
+        return base.from_dict.__func__(cls, own, **kwargs)
+
     members = {
         "__doc__": f"{base.__name__} with a schedule.",
         "__module__": __name__,
         "__annotations__": {"ptconvert": dict[str, Any] | None},
         "model_type": MODEL_TYPE_PREFIX + model_type,
         "ptconvert": None,
+        "from_dict": classmethod(from_dict),
         "base_model_tp_plan": None,  # `Placement` says which rank holds what
     }
     return type(own_name(base.__name__), (base,), members)
