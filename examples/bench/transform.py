@@ -2,12 +2,12 @@
 
     python examples/bench/transform.py [--gigabytes 2 10] [--quantised] [--repeats 3]
 
-Makes a synthetic Llama checkpoint (bf16, or with --quantised compressed-tensors' W4A16 in groups of
-128; random bytes, sharded), then alternates, in one run:
-`cp -r` followed by `sync`, a pure reroute (ladder in all layers) and tracks in all layers. All are
-timed until the bytes are on disk, since the transform flushes what it writes. Prints, for each
-size, seconds, bytes per second, the ratio to `cp`, and the peak resident memory above a bare
-interpreter's, the package's imports included ("peak MB", from a run of its own).
+Makes a synthetic Llama checkpoint (random bytes in bf16, sharded; with --quantised one as large in
+compressed-tensors' W4A16 in groups of 128 beside it), then alternates, in one run: `cp -r` followed
+by `sync`, a pure reroute (ladder in all layers) and tracks in all layers. All are timed until the
+bytes are on disk, since the transform flushes what it writes. Prints, for each size, seconds, bytes
+per second, the ratio to `cp` and to bf16, and the peak resident memory above a bare interpreter's,
+the package's imports included ("peak MB", from a run of its own).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from ptconvert.models.shape import ModelShape
 
 WIDTH, NEURONS, HEADS, KV_HEADS, VOCABULARY, TRACKS = 4096, 14336, 32, 8, 32768, 8
 GROUP = 128  # of 4-bit weights
+BF16, W4A16 = "bf16", "W4A16"
 SHARD_BYTES = 2 * 10**9
 
 
@@ -142,43 +144,84 @@ def peak_bytes(directory: Path, *arguments: str | Path) -> int:
     return int(out.read_text())
 
 
-def bench(directory: Path, gigabytes: float, repeats: int, quantised: bool) -> Table:
+@dataclass(frozen=True)
+class Case:
+    """One checkpoint and what is done with it, by name; `runs` are the seconds of each."""
+
+    weights: str
+    source: Path
+    layers: int
+    transforms: Mapping[str, list[str | Path]]
+    runs: Mapping[str, list[float]]
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors and their headers."""
+        return sum(p.stat().st_size for p in self.source.glob("*.safetensors"))
+
+    def command(self, name: str) -> list[str | Path]:
+        if name == "cp":
+            return ["cp", "-r", self.source, self.output(name)]
+        return [sys.executable, "-m", "ptconvert", *self.transforms[name]]
+
+    def output(self, name: str) -> Path:
+        return self.source.parent / name
+
+    def rates(self, name: str) -> list[float]:
+        """Bytes per second, in turn."""
+        return [self.nbytes / seconds for seconds in self.runs[name]]
+
+
+def make_case(directory: Path, gigabytes: float, weights: str) -> Case:
+    directory.mkdir()
     source = directory / "source"
-    shape = make_checkpoint(source, gigabytes, quantised)
-    ladder = write_spec(directory / "ladder.yaml", shape, "ladder")
-    tracks = write_spec(directory / "tracks.yaml", shape, "parallel_track, depth: 4")
-    outputs = {name: directory / name for name in ("cp", "reroute", "tracks")}
-    transforms: dict[str, list[str | Path]] = {
-        name: ["transform", source, outputs[name], "--spec", spec, "--json"]
-        for name, spec in (("reroute", ladder), ("tracks", tracks))
+    shape = make_checkpoint(source, gigabytes, weights != BF16)
+    specs = {
+        "reroute": write_spec(directory / "ladder.yaml", shape, "ladder"),
+        "tracks": write_spec(directory / "tracks.yaml", shape, "parallel_track, depth: 4"),
     }
-    commands: dict[str, list[str | Path]] = {"cp": ["cp", "-r", source, outputs["cp"]]}
-    for name, arguments in transforms.items():
-        commands[name] = [sys.executable, "-m", "ptconvert", *arguments]
-    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    transforms: dict[str, list[str | Path]] = {
+        name: ["transform", source, directory / name, "--spec", spec, "--json"]
+        for name, spec in specs.items()
+    }
+    return Case(weights, source, shape.layers, transforms, {name: [] for name in ("cp", *specs)})
+
+
+def bench(directory: Path, gigabytes: float, repeats: int, quantised: bool) -> Table:
+    formats = [BF16, W4A16] if quantised else [BF16]
+    cases = [make_case(directory / weights, gigabytes, weights) for weights in formats]
     for _ in range(repeats):
-        for name, command in commands.items():
-            seconds[name].append(measure(command, outputs[name]))
-            shutil.rmtree(outputs[name])
+        for name in cases[0].runs:
+            for case in cases:
+                case.runs[name].append(measure(case.command(name), case.output(name)))
+                shutil.rmtree(case.output(name))
     bare = peak_bytes(directory)
-    above = {name: peak_bytes(directory, *args) - bare for name, args in transforms.items()}
-    size = sum(p.stat().st_size for p in source.glob("*.safetensors"))
-    table = Table(title=f"{size / 1e9:.1f} GB, {shape.layers} layers, median of {repeats}")
-    for column in ("", "seconds", "GB/s", "of cp's rate", "range", "peak MB"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name in commands:
-        ratios = [c / t for c, t in zip(seconds["cp"], seconds[name], strict=True)]
-        median = statistics.median(seconds[name])
-        table.add_row(
-            name,
-            f"{median:.1f}",
-            f"{size / median / 1e9:.2f}",
-            f"{statistics.median(ratios):.2f}",
-            f"{min(ratios):.2f}-{max(ratios):.2f}",
-            f"{above[name] / 1e6:.0f}" if name in above else "",
-        )
-    shutil.rmtree(source)
+    layers = " and ".join(str(case.layers) for case in cases)
+    table = Table(title=f"{cases[0].nbytes / 1e9:.1f} GB, {layers} layers, median of {repeats}")
+    columns = ["weights", "", "seconds", "GB/s", "of cp's rate", "range", "peak MB"]
+    for column in (*columns, *(["of bf16's rate", "range"] if quantised else [])):
+        table.add_column(column, justify="left" if column in ("weights", "") else "right")
+    for case in cases:
+        for name, seconds in case.runs.items():
+            peak = ""
+            if arguments := case.transforms.get(name):
+                peak = f"{(peak_bytes(directory, *arguments) - bare) / 1e6:.0f}"
+            table.add_row(
+                case.weights,
+                name,
+                f"{statistics.median(seconds):.1f}",
+                f"{statistics.median(case.rates(name)) / 1e9:.2f}",
+                *ratios(case.rates(name), case.rates("cp")),
+                peak,
+                *(ratios(case.rates(name), cases[0].rates(name)) if quantised else ()),
+            )
     return table
+
+
+def ratios(rates: Sequence[float], others: Sequence[float]) -> tuple[str, str]:
+    """The median of what one is of the other, in turn, and its range."""
+    found = [a / b for a, b in zip(rates, others, strict=True)]
+    return f"{statistics.median(found):.2f}", f"{min(found):.2f}-{max(found):.2f}"
 
 
 def main() -> None:
@@ -186,7 +229,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[2, 10])
     parser.add_argument("--directory", type=Path, help="where to write (default: a temporary one)")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quantised", action="store_true", help="4-bit weights instead of bf16")
+    parser.add_argument("--quantised", action="store_true", help="4-bit weights beside bf16")
     arguments = parser.parse_args()
     for gigabytes in arguments.gigabytes:
         with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:

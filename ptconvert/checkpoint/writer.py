@@ -62,7 +62,9 @@ class Move:
     def groups(self) -> int:
         """Into how many of its first axis' indices the source is divided, each with places of its
         own; 1 where all have the same."""
-        return max(len(np.atleast_2d(places)) for places in (self.take, self.put))
+        return max(
+            1 if isinstance(i, range) or i.ndim == 1 else len(i) for i in (self.take, self.put)
+        )
 
     def runs(self, group: int) -> Iterator[tuple[int, int, int]]:
         """(first in source, first in target, how many) of what lies together in both, in a
@@ -282,12 +284,14 @@ def write_arrays(
     progress: Callable[[int], object],
 ) -> None:
     """Fills targets with arrays of as many bytes."""
-    for name, array in arrays.items():
-        block = np.ascontiguousarray(array).data.cast("B")
-        assert len(block) == targets[name].nbytes, f"{name} is not of its target's size"
-        with targets[name].file.open("r+b") as stream:
-            _write(stream.fileno(), block, targets[name].offset)
-        progress(len(block))
+    with ExitStack() as stack:
+        files = dict.fromkeys(targets[name].file for name in arrays)
+        handles = {path: stack.enter_context(path.open("r+b")).fileno() for path in files}
+        for name, array in arrays.items():
+            block = np.ascontiguousarray(array).data.cast("B")
+            assert len(block) == targets[name].nbytes, f"{name} is not of its target's size"
+            _write(handles[targets[name].file], block, targets[name].offset)
+            progress(len(block))
 
 
 def _write(handle: int, block: memoryview, offset: int) -> None:
