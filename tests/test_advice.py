@@ -22,6 +22,7 @@ from ptconvert.estimate.compare import Setting, compare, faster
 from ptconvert.estimate.hardware import Link, Protocol, to_yaml
 from ptconvert.estimate.model import Workload, estimate, step
 from ptconvert.estimate.roofline import Pass, head_seconds, rank_bytes
+from ptconvert.estimate.sources import Sources
 from ptconvert.schedule.presets import dense_schedule
 
 GAINS = ("ttft", "tpot", "tokens_per_second")
@@ -294,7 +295,7 @@ def test_wrong_input_is_a_line(arguments: tuple[object, ...], what: str) -> None
 
 def test_a_box_without_links_has_no_ranks_of_its_own(tmp_path: Path) -> None:
     file = tmp_path / "one.yaml"
-    file.write_text(to_yaml(replace(H100, links=(), sources={}, name="one H100")))
+    file.write_text(to_yaml(replace(H100, links=(), sources=Sources(), name="one H100")))
     _, err = run_command("llama-3.1-8b", "--hardware", file, code=2)
     assert err == ("error: one H100 has no link that joins ranks: add one to it, or say --ranks 1")
     assert figures("llama-3.1-8b", "--hardware", file, "--ranks", 1)["ranks"] == 1

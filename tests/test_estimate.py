@@ -100,13 +100,24 @@ def test_all_reduce_formulas() -> None:
     assert seconds(8e6, 1, []) == 0
 
 
-def test_turning_peer_to_peer_off_makes_nothing_faster() -> None:
-    on, off = H100.links, read_hardware("h100-sxm-p2p-off").links
+@pytest.mark.parametrize(
+    ("with_it", "without"),
+    [
+        ("h100-sxm", "h100-sxm-p2p-off"),
+        *(
+            (f"{card}-pcie", f"{card}-p2p-off")
+            for card in ("rtx-3090", "rtx-4090", "rtx-5090", "rtx-5070-ti", "rtx-pro-6000")
+        ),
+    ],
+)
+def test_turning_peer_to_peer_off_makes_nothing_faster(with_it: str, without: str) -> None:
+    on, off = read_hardware(with_it), read_hardware(without)
+    assert on.device == off.device
     for one_shot, in_switch in ((True, False), (True, True), (False, True)):
         for ranks in (2, 4, 8):
             for nbytes in (2**n for n in range(34)):
                 slow, fast = (
-                    seconds(nbytes, ranks, x, one_shot=one_shot, in_switch=in_switch)
+                    seconds(nbytes, ranks, x.links, one_shot=one_shot, in_switch=in_switch)
                     for x in (off, on)
                 )
                 assert slow >= fast, (ranks, nbytes)
@@ -283,7 +294,7 @@ def test_more_tracks_than_ranks_cost_kernels() -> None:
 
 def test_a_vocabulary_cut_by_rank_is_exchanged_in_every_pass() -> None:
     """Over slow links most of what a schedule can't save: as much for each schedule."""
-    one, link = Pass(16, 1, past=100), read_hardware("2-workstations-10gbe").links[0]
+    one, link = Pass(16, 1, past=100), read_hardware("4-workstations-10gbe").links[0]
     hardware = replace(H100, links=(link,))
     alone = replace(VLLM, vocabulary="replicated")
     for schedule in (dense_schedule(LAYERS), SCHEDULES["parallel_track"]):

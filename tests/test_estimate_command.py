@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import subprocess
@@ -20,10 +21,11 @@ from ptconvert.checkpoint.config import converted_config
 from ptconvert.cli import main
 from ptconvert.errors import HardwareError
 from ptconvert.estimate.compare import UNCHECKED, Candidate, Setting, compare
-from ptconvert.estimate.hardware import Engine, engine_names, hardware_names
+from ptconvert.estimate.hardware import Engine, engine_names, hardware_names, read_hardware
 from ptconvert.estimate.model import Workload, step
 from ptconvert.estimate.report import lane_group, layer_group, to_html
 from ptconvert.estimate.roofline import Pass
+from ptconvert.estimate.sources import origins
 from ptconvert.models.guesses import most_guesses
 from ptconvert.models.shape import DTYPES, ModelShape
 from ptconvert.schedule.presets import PRESETS
@@ -114,6 +116,28 @@ def test_notes_and_the_accuracy_say_what_was_not_checked() -> None:
     assert json.loads(run_command(*fitted)[0])["accuracy"] == H100.accuracy
 
 
+def test_the_answer_says_what_is_measured_and_what_is_assumed(tmp_path: Path) -> None:
+    """In a line of the terminal, whole in --json, in both ways in the report."""
+    file, name = tmp_path / "report.html", "rtx-3090-p2p-off"
+    given = (*GIVEN[:4], name, *GIVEN[5:])
+    out = " ".join(run_command(*given, "--html", file)[0].split())
+    row = read_hardware(name)
+    assert f" {origins(row, row.sources)} " in out and "assumed: bandwidth that kernels" in out
+    sources = json.loads(run_command(*given, "--json")[0])["sources"]
+    assert sources == row.sources.by_kind() and set(sources) == {
+        "measured",
+        "data_sheet",
+        "assumed",
+    }
+    text = html.unescape(file.read_text())
+    assert origins(row, row.sources)[1:] in text
+    for kind, texts in sources.items():
+        for path, source in texts.items():
+            if path != "links.0.one_shot_us":  # there is none
+                line = re.search(f">{path}</td>.*?</tr>", text, flags=re.DOTALL)
+                assert line and source in line[0] and f">{kind.replace('_', ' ')}<" in line[0]
+
+
 def test_fewer_ranks_than_tracks_are_said_to_be_slow() -> None:
     """With what as many tracks as ranks would give, which is what the specs for them give; in one
     note of all. On one rank there is nothing to gain."""
@@ -167,12 +191,12 @@ def test_the_report_is_whole_and_draws_to_scale(tmp_path: Path) -> None:
     text = file.read_text()
     Balanced().feed(text)
     assert "<script" not in text and "http" not in text and "@media print" in text
-    headings = re.findall(r"<h2>(.*?)</h2>", text)
+    headings = re.findall(r"<h2>(.*?)</h2>", html.unescape(text))
     charts = [f"Speed-up against: {what}" for what in ("link speed", "batch", "ranks")]
     groups = [f"A layer group in a {what}" for what in ("decode step", "prefill")]
     assert headings == [
         *("Result", *groups, "By hand", *charts),
-        *("Where this is wrong", "Schedules"),
+        *("Where the hardware's numbers come from", "Where this is wrong", "Schedules"),
     ]
     assert "cut by rank" in text and UNCHECKED in text
     schedule = Schedule(PRESETS["ladder"](range(LAYERS)))
@@ -234,7 +258,7 @@ class Balanced(HTMLParser):
         ((*GIVEN[:5], "--ranks", 3), "--ranks 3: 3 ranks don't divide"),
         ((*GIVEN[:5], "--ranks", 16), "--ranks 16: llama-3.1-8b-balanced has 8 tracks"),
         ((*GIVEN[:3], "--hardware", "abacus", "--ranks", 8), "neither a file nor one of"),
-        ((*GIVEN[:3], "--hardware", "2-workstations-10gbe", "--ranks", 8), "at most 2 ranks"),
+        ((*GIVEN[:3], "--hardware", "4-workstations-10gbe", "--ranks", 8), "at most 4 ranks"),
         ((*GIVEN, "--engine", "steam"), "neither a file nor one of"),
         ((SPEC, "--hardware", "h100-sxm", "--ranks", 8), "needs --model"),
         ((SPEC, "--model", MODEL, "--ranks", 8), "--hardware NAME is missing"),

@@ -13,6 +13,7 @@ from ptconvert.cli import main
 from ptconvert.errors import HardwareError
 from ptconvert.estimate import measure
 from ptconvert.estimate.hardware import read_engine, read_hardware
+from ptconvert.estimate.sources import numbers
 from ptconvert.runtime.launch import Rank
 
 ENGINE = read_engine("ptconvert")
@@ -53,7 +54,8 @@ def test_the_row_gives_back_what_was_measured(ranks: int) -> None:
     for size, nbytes, measured in results[0]["reduces"]:
         if size == ranks or ranks > 2:
             assert seconds(nbytes, size, row.links) == pytest.approx(measured, rel=0.02)
-    assert set(row.sources) >= {"device.kernel_us", "links.0.base_us"}
+    assert row.sources.measured.keys() == {number.path for number in numbers(row)}
+    assert row.sources.by_kind().keys() == {"measured"}
 
 
 def test_the_overlap_share_explains_the_overlapped_step() -> None:

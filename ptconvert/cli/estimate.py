@@ -125,6 +125,7 @@ def _estimate(
         "engine_version": engine.version,
         "engine_date": engine.date,
         "accuracy": accuracy(setting),
+        "sources": row.sources.by_kind(),
         "ranks": ranks,
         "batch": workload.batch,
         "prompt_tokens": workload.prompt,

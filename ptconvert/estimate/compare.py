@@ -40,7 +40,8 @@ LIMITS = (
     "Pipeline stages and replicas are the same roofline, and there are no published runs to check "
     "them against. In a pipeline prompts go through whole; cut into chunks they would be faster.",
     "Every rank is equally fast, and nothing else uses the links. The numbers of hardware other "
-    "than H100 SXM are from data sheets and others' measurements; --measure replaces them.",
+    "than H100 SXM are from data sheets and others' measurements, or assumed, as each answer says; "
+    "--measure replaces them.",
 )
 
 

@@ -12,8 +12,9 @@ A hardware file describes one device and the links that join devices, innermost 
       - name: NVLink 4
         ranks: 8                  # devices that this level joins, lower levels included
         ...
-    sources:                      # where each number comes from, by its path
-      device.matmul_tflops: NVIDIA H100 data sheet
+    sources:                      # where each number comes from, by its kind and path (sources.py)
+      data_sheet:
+        device.matmul_tflops: NVIDIA H100 data sheet
 
 Fields, units and limits are those of the dataclasses here, from which the files are read and
 written. Every fault is a line `file:line: what, and what would be right`, all at once.
@@ -28,17 +29,16 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 from ptconvert.errors import HardwareError
+from ptconvert.estimate.sources import Sources
 from ptconvert.spec.reader import FORMAT, Found, choice, number, read
 
 _ENDINGS = ("none", "blocking", "overlapped", "all")
-
-
-def _sources() -> Any:
-    return field(default_factory=lambda: MappingProxyType({}))
+# What an answer calls numbers where it says which of them are measured.
+_FLOPS, _MEMORY, _REACH = "FLOP/s", "memory", "bandwidth that kernels reach"
+_KERNEL, _OVERLAP = "time of a kernel", "cost of overlap"
+_LATENCY, _BANDWIDTH = "link latency", "link bandwidth"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +57,19 @@ class Device:
     threads.
     """
 
-    matmul_tflops: float = number(1e-6)
-    memory_gb_s: float = number(1e-6)
-    memory_reach: float = number(1e-3, 1.0)
-    memory_gb: float = number(1e-3)
-    kernel_us: float = number()
-    overlap_share: float = number(0.0, 0.99)
-    bulk_overlap_share: float = number(0.0, 0.99)
-    batched_reach: float = number(1e-3, 1.0, 1.0)
-    reduces_at_once: int = number(1, 64, 1)
+    matmul_tflops: float = number(1e-6, about=_FLOPS)
+    memory_gb_s: float = number(1e-6, about=_MEMORY)
+    memory_reach: float = number(1e-3, 1.0, about=_REACH)
+    memory_gb: float = number(1e-3, about=_MEMORY)
+    kernel_us: float = number(about=_KERNEL)
+    overlap_share: float = number(0.0, 0.99, about=_OVERLAP)
+    bulk_overlap_share: float = number(0.0, 0.99, about=_OVERLAP)
+    batched_reach: float = number(1e-3, 1.0, 1.0, about=_REACH)
+    reduces_at_once: int = number(1, 64, 1, about=_OVERLAP)
     matmul_dtype: str = choice("bfloat16", "float32", default="bfloat16")
-    fp8_tflops: float = number(default=0.0)
-    int8_tflops: float = number(default=0.0)
-    fp4_tflops: float = number(default=0.0)
+    fp8_tflops: float = number(default=0.0, about=_FLOPS)
+    int8_tflops: float = number(default=0.0, about=_FLOPS)
+    fp4_tflops: float = number(default=0.0, about=_FLOPS)
 
     def tflops(self, product: str | None) -> float:
         """1e12 FLOP/s of what is multiplied in one of `models.quantised.PRODUCTS`, or in the
@@ -82,8 +82,8 @@ class Device:
 class Protocol:
     """One way of moving a message over a link: `step_us` per hop, `gb_s` (1e9 B/s) per rank."""
 
-    step_us: float = number()
-    gb_s: float = number(1e-6)
+    step_us: float = number(about=_LATENCY)
+    gb_s: float = number(1e-6, about=_BANDWIDTH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +99,11 @@ class Link:
 
     name: str
     ranks: int = number(1, 2**20)
-    base_us: float = number()
+    base_us: float = number(about=_LATENCY)
     algorithm: str = choice("ring", "tree", "ring or tree")
-    one_shot_us: float = number(default=0.0)
-    switch_us: float = number(default=0.0)
-    switch_gb_s: float = number(default=0.0)
+    one_shot_us: float = number(default=0.0, about=_LATENCY)
+    switch_us: float = number(default=0.0, about=_LATENCY)
+    switch_gb_s: float = number(default=0.0, about=_BANDWIDTH)
     protocols: tuple[Protocol, ...]
 
 
@@ -119,7 +119,7 @@ class Hardware:
     accuracy: str = ""
     device: Device
     links: tuple[Link, ...] = ()
-    sources: Mapping[str, str] = _sources()
+    sources: Sources = field(default_factory=Sources)
 
     @staticmethod
     def faults(found: Found) -> Iterator[tuple[int, str]]:
@@ -199,7 +199,7 @@ class Engine:
     vocabulary: str = choice("sharded", "replicated")
     one_shot: str = choice(*_ENDINGS)
     in_switch: str = choice(*_ENDINGS)
-    sources: Mapping[str, str] = _sources()
+    sources: Sources = field(default_factory=Sources)
 
     @property
     def edition(self) -> str:
@@ -250,25 +250,17 @@ def _find(name: str, directory: str) -> tuple[str, str]:
         raise HardwareError([f"{name}: can't be read as UTF-8 text: {error}"]) from None
 
 
-def numbers(row: object, path: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a row with its path, such as `links.0.protocols.1.gb_s`."""
-    if isinstance(row, int | float):
-        yield path, row
-    elif isinstance(row, tuple):
-        for index, item in enumerate(row):
-            yield from numbers(item, f"{path}.{index}")
-    elif dataclasses.is_dataclass(row):
-        for f in dataclasses.fields(row):
-            yield from numbers(getattr(row, f.name), f"{path}.{f.name}".lstrip("."))
-
-
 def to_yaml(row: Hardware) -> str:
     """The row as a file that reads back to it."""
     import yaml
 
-    fields = {"format": FORMAT, **dataclasses.asdict(dataclasses.replace(row, sources={}))}
-    fields["links"] = [{**x, "protocols": list(x["protocols"])} for x in fields["links"]]
-    fields["sources"] = dict(row.sources)
+    fields = {"format": FORMAT, **{f.name: getattr(row, f.name) for f in dataclasses.fields(row)}}
+    fields["device"] = dataclasses.asdict(row.device)
+    fields["links"] = [
+        {**dataclasses.asdict(link), "protocols": list(map(dataclasses.asdict, link.protocols))}
+        for link in row.links
+    ]
+    fields["sources"] = row.sources.by_kind()
     if not row.accuracy:
         del fields["accuracy"]
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)

@@ -29,9 +29,9 @@ from ptconvert.estimate.hardware import (
     Hardware,
     Link,
     Protocol,
-    numbers,
     read_engine,
 )
+from ptconvert.estimate.sources import Sources, numbers
 from ptconvert.estimate.timeline import run
 from ptconvert.modeling.config import CONFIGS
 from ptconvert.modeling.model import CAUSAL_LMS
@@ -258,7 +258,7 @@ def to_hardware(results: list[dict[str, Any]], backend: str, engine: Engine) -> 
         links=links,
     )
     how = f"ptconvert estimate --measure on {ranks} ranks, {backend}, {dtype}"
-    return replace(row, sources={path: how for path, _ in numbers(row)})
+    return replace(row, sources=Sources(measured={number.path: how for number in numbers(row)}))
 
 
 def _overlap_share(

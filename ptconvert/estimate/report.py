@@ -21,8 +21,10 @@ from ptconvert.estimate.compare import (
     over_ranks,
     several_tracks,
 )
+from ptconvert.estimate.hardware import Hardware
 from ptconvert.estimate.model import Estimate, reduction, vocabulary_seconds
 from ptconvert.estimate.roofline import Pass, kernel_seconds, kernels_of, sublayer_parts
+from ptconvert.estimate.sources import numbers, origins
 from ptconvert.estimate.timeline import Timeline
 from ptconvert.models.shape import TORCH_NAMES, ModelShape
 from ptconvert.report.charts import Bar, Lane, LaneGroup, Series, lanes, line_chart
@@ -78,6 +80,8 @@ def to_html(rows: Sequence[Row], setting: Setting) -> str:
         by_hand=_by_hand(s),
         reached=_reached(s),
         what_if=_what_if([row.candidate for row in rows[1:]], s),
+        origins=origins(s.hardware, s.hardware.sources),
+        numbers=_numbers(s.hardware),
         limits=LIMITS,
         schedules=[(row.candidate.name, row.candidate.schedule) for row in rows[1:]],
     )
@@ -260,6 +264,15 @@ def _each_once(shape: ModelShape) -> dict[str, Sublayer]:
                 which = "experts"
             found.setdefault(which, Sublayer(layer, kind))
     return found
+
+
+def _numbers(hardware: Hardware) -> list[list[str]]:
+    """The hardware's numbers, each with its kind and its source."""
+    return [
+        [number.path, f"{number.value:g}", *hardware.sources.of(number.path)]
+        for number in numbers(hardware)
+        if not number.is_default
+    ]
 
 
 def _reached(setting: Setting) -> str:

@@ -11,6 +11,7 @@ from rich.text import Text
 from ptconvert.estimate.advice import Advice, verdict
 from ptconvert.estimate.compare import Row, Setting, accuracy
 from ptconvert.estimate.report import left_out, notes, served_by, ways_table
+from ptconvert.estimate.sources import origins
 
 _LINES = {
     "all-reduces": "all-\nre-\nduces",
@@ -47,6 +48,7 @@ def print_estimates(
     for note in (*notes(rows, setting), *left_out(advice, setting)):
         console.print(Text(f"note: {note}", style="yellow"))
     console.print(Text(f"estimated; {accuracy(setting)}", style="dim"))
+    console.print(Text(origins(setting.hardware, setting.hardware.sources), style="dim"))
     console.print(Text(verdict(advice), style="bold"))
 
 
