@@ -39,11 +39,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
-def test_the_page_of_families_is_generated() -> None:
-    page = ROOT / "docs" / "families.md"
-    command = [sys.executable, str(page.with_suffix(".py"))]
+@pytest.mark.parametrize("script", sorted(ROOT.glob("docs/*.py")), ids=lambda p: p.stem)
+def test_a_generated_page_is_what_its_script_prints(script: Path) -> None:
+    page, command = script.with_suffix(".md"), [sys.executable, str(script)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert printed == page.read_text(encoding="utf-8"), "python docs/families.py > docs/families.md"
+    said = f"python docs/{script.name} > docs/{page.name}"
+    assert printed == page.read_text(encoding="utf-8"), said
 
 
 def test_the_readme_leads_to_every_page() -> None:

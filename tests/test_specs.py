@@ -38,6 +38,7 @@ def test_all_models_are_there() -> None:
     assert MODELS == [
         "gemma-4-31b",
         "gpt-oss-120b",
+        "llama-3.1-405b",
         "llama-3.1-70b",
         "llama-3.1-8b",
         "llama-3.2-1b",
@@ -59,7 +60,7 @@ def test_there_is_a_spec_of_as_many_tracks_as_ranks(specs: ModuleType) -> None:
     """For 2, 4 and 8 ranks, as far as the model's own spec goes, which one spec serves where no
     layer is held as tracks; each with nothing but its tracks changed, as examples/specs.py does."""
     expected = dict(specs.variants())
-    assert set(expected) == set(SPECS.glob("*-ranks.yaml")) and len(expected) == 46
+    assert set(expected) == set(SPECS.glob("*-ranks.yaml")) and len(expected) == 50
     for path, text in expected.items():
         assert path.read_text(encoding="utf-8") == text
         own, ranks = re.fullmatch(r"(.*)-(\d)-ranks", path.stem).groups()  # type: ignore[union-attr]
@@ -175,6 +176,7 @@ def parameters(shape: ModelShape) -> int:
         ("llama-3.2-1b", 1236),
         ("llama-3.1-8b", 8030),
         ("llama-3.1-70b", 70554),
+        ("llama-3.1-405b", 405853),
         ("qwen2.5-7b", 7616),
         ("qwen3-0.6b", 596),
         ("qwen3-8b", 8191),
