@@ -63,9 +63,10 @@ others wrote for it. For eight requests at once they leave too little to gain, s
 
 $ ptconvert estimate --model qwen3.6-35b-a3b --hardware 2-dgx-spark-one-shot --batch 8
 
-Much hangs on how NCCL is set up: where it takes one half of the cable, or TCP, two Sparks are
-slower than one, as [others found](https://al-engr.com/qwen3.6-tp2-result.html) with a model of
-27B. And no mixture was ever compared with a published run.
+Much hangs on how NCCL is set up: [3 GB/s as it
+comes](https://github.com/NVIDIA/dgx-spark-playbooks/issues/102), and with a model of 27B [two
+Sparks have been slower than one](https://al-engr.com/qwen3.6-tp2-result.html). No mixture was ever
+compared with a published run.
 
 ## A 27B hybrid on four RTX 3090
 
