@@ -65,6 +65,26 @@ def test_overlap_and_collectives(tmp_path: Path) -> None:
     assert seen[0].nbytes == 64
 
 
+def test_what_a_gpus_trace_has_beside(tmp_path: Path) -> None:
+    """Marks are there once more where the GPU ran what they launched, which is later; one rank's
+    NCCL has no kernels, only the host's event."""
+    made = transfer(31, 1, 1)
+    events = [
+        event("step prefill", 0, 100, cat="user_annotation"),
+        event("stage 1 a0~1", 0, 20, cat="user_annotation"),
+        event("stage 2 m0!", 20, 60, cat="user_annotation"),
+        event("stage 1 a0~1", 25, 20, 7, cat="gpu_user_annotation"),
+        event("sgemm", 25, 20, 7, cat="kernel"),
+        *(launch(30, asynchronous=True), made | {"name": "nccl:all_reduce"}),
+    ]
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": events}))
+    profile = Profile(path)
+    (seen,) = profile.collectives()["prefill"]
+    assert (seen.stage, seen.dtype) == ("2 m0!", "bfloat16")
+    assert [(t.stage, t.share) for t in profile.transfers()] == [("2 m0!", 1.0)]
+
+
 def test_what_lies_in_vllms_own_operation_is_no_collective_of_its_own(tmp_path: Path) -> None:
     outer = event("vllm::all_reduce", 10, 8) | {
         "args": {"Input Dims": [[4, 8]], "Input type": ["float"]}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver
@@ -27,8 +28,9 @@ from ptconvert.errors import CheckpointError
 from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement
 from ptconvert.runtime.counters import Profile
-from ptconvert.runtime.launch import Rank, launch
+from ptconvert.runtime.launch import Rank, _context, launch
 from ptconvert.runtime.load import load_rank, rank_bytes, shape_of
+from ptconvert.verify import session
 from ptconvert.verify.expected import Expected
 from ptconvert.verify.run import Report, Settings, _checks, verify
 from ptconvert.verify.session import Job, run_rank
@@ -115,6 +117,34 @@ def test_each_rank_reads_only_its_own_bytes(make_dense: MakeDense, convert: Conv
             own = rank_bytes(checkpoint, Placement(rank, ranks))
             assert own <= count < own + headers + 80_000
         assert own < checkpoint.nbytes * 1.2 / ranks
+
+
+def test_ranks_on_gpus_are_not_forked() -> None:
+    assert _context("cuda").get_start_method() == "spawn"
+    assert _context("cpu").get_start_method() == "forkserver"
+
+
+def held_at_the_end(job: Job, rank: Rank) -> dict[str, Any]:
+    """Whether a rank's layers are in memory while the single-process model runs."""
+    layers: list[Any] = []
+    load, reference = session.load_rank, session._against_one_process
+
+    def loading(*arguments: Any) -> Any:
+        model = load(*arguments)
+        layers.append(weakref.ref(model.get_decoder().layers))
+        return model
+
+    def asked(*arguments: Any) -> dict[str, Any]:
+        return reference(*arguments) | {"held": layers[0]() is not None}
+
+    session.load_rank, session._against_one_process = loading, asked
+    return run_rank(job, rank)["reference"]
+
+
+def test_a_rank_lets_go_of_its_layers(make_dense: MakeDense, convert: Convert) -> None:
+    path = convert(make_dense("llama"), 2, "use: ladder")
+    (found,) = launch(held_at_the_end, job(path), 1, "gloo", "cpu", 120)
+    assert not found["held"]
 
 
 @dataclass

@@ -98,7 +98,13 @@ class Profile:
 
     def __init__(self, trace: Path) -> None:
         events = json.loads(trace.read_text())["traceEvents"]
-        events = sorted((e for e in events if e.get("ph") == "X"), key=lambda e: float(e["ts"]))
+        # A GPU's kernels are under the same names once more, later than what launched them.
+        events = [
+            e
+            for e in events
+            if e.get("ph") == "X" and str(e.get("cat")).lower() != "gpu_user_annotation"
+        ]
+        events.sort(key=lambda e: float(e["ts"]))
         self._calls = [
             e
             for e in events
@@ -109,8 +115,11 @@ class Profile:
         self._launches = [e for e in self._calls if e["name"] == "c10d::allreduce_"]
         kernels = [e for e in events if e.get("cat") == "kernel"]
         reduces = [e for e in kernels if "nccl" in e["name"] and "AllReduce" in e["name"]]
-        # The all-reduces themselves, in launch order: NCCL's as kernels, gloo's on a thread.
-        self._transfers = reduces or [e for e in events if e["name"] == "gloo:all_reduce"]
+        # The all-reduces themselves, in launch order: NCCL's as kernels, gloo's on a thread. On one
+        # rank NCCL has no kernel for what is reduced in place, only what the host did.
+        self._transfers = reduces or [
+            e for e in events if e["name"] in ("gloo:all_reduce", "nccl:all_reduce")
+        ]
         streams = {e.get("tid") for e in reduces}
         main_thread = {e.get("tid") for e in self._launches}
         self._computing = _merged(

@@ -89,10 +89,7 @@ def launch(
     """
     with tempfile.TemporaryDirectory(prefix="ptconvert-ranks-") as name:
         directory = Path(name)
-        # Forked from one process that has imported what ranks need: importing it takes each as
-        # long as much of its work.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = _context(device)
         started = [
             context.Process(
                 target=_rank_main,
@@ -114,6 +111,18 @@ def launch(
         if failures:
             raise RanksFailed(failures, directory)
         return [json.loads((directory / f"result.{r}").read_text()) for r in range(ranks)]
+
+
+def _context(device: str) -> Any:
+    """How processes begin. On CPUs they are forked from one that has imported what ranks need:
+    importing it takes each as long as much of its work. CUDA can't be used in a process forked from
+    one that has asked for GPUs, as torchao, which transformers imports, does when it is imported.
+    """
+    if device == "cuda":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def _wait(processes: Sequence[BaseProcess], deadline: float) -> set[int]:

@@ -102,7 +102,7 @@ def run_rank(job: Job, rank: Rank) -> dict[str, Any]:
         "device": str(rank.device),
     }
     dist.barrier()  # nobody leaves while a peer may still need a connection
-    del model  # the single-process model takes its place in memory
+    del model, layers  # the single-process model takes its place in memory
     if rank.rank == 0:
         rank.journal.write("pass", "the single-process model")
         found["reference"] = _against_one_process(job, ids_BS, logits, tokens, rank.device)

@@ -94,6 +94,8 @@ def engine(path: Path, ranks: int, **arguments: Any) -> Iterator[Any]:
     """
     # Its core in this process: that starts faster, and an error arrives as what it is.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # Else attention by Triton rounds what is in float32 to TF32, further than is allowed here.
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     defaults: dict[str, Any] = {
         "worker_extension_cls": EXTENSION,
         "skip_tokenizer_init": True,
