@@ -85,8 +85,11 @@ def test_what_a_gpus_trace_has_beside(tmp_path: Path) -> None:
     assert [(t.stage, t.share) for t in profile.transfers()] == [("2 m0!", 1.0)]
 
 
-def test_what_lies_in_vllms_own_operation_is_no_collective_of_its_own(tmp_path: Path) -> None:
-    outer = event("vllm::all_reduce", 10, 8) | {
+@pytest.mark.parametrize("name", ["all_reduce", "flashinfer_trtllm_fused_allreduce_norm"])
+def test_what_lies_in_vllms_own_operation_is_no_collective_of_its_own(
+    name: str, tmp_path: Path
+) -> None:
+    outer = event(f"vllm::{name}", 10, 8) | {
         "args": {"Input Dims": [[4, 8]], "Input type": ["float"]}
     }
     events = [

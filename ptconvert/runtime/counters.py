@@ -17,8 +17,13 @@ import torch
 
 ALL_REDUCE = "all_reduce"
 # vLLM's blocking all-reduces, which don't pass through c10d, and which argument is the tensor: over
-# shared memory on CPU, and on GPUs whichever of its kernels vLLM picks.
-_VLLM_ALL_REDUCES = {"_C::shm_allreduce": 1, "vllm::all_reduce": 0}
+# shared memory on CPU, and on GPUs whichever of its kernels vLLM picks, or compiled one with the
+# norm after it (at -O2 on Hopper and Blackwell).
+_VLLM_ALL_REDUCES = {
+    "_C::shm_allreduce": 1,
+    "vllm::all_reduce": 0,
+    "vllm::flashinfer_trtllm_fused_allreduce_norm": 0,
+}
 BOUNDARY = "ptconvert::all_reduce_boundary"  # ours, in vLLM
 # c10d's own names of collectives in the form that gathers into, or scatters from, one tensor: vLLM
 # takes these on CPU where its ranks can't share memory.
