@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -127,18 +128,22 @@ def test_ranks_on_gpus_are_not_forked() -> None:
 def held_at_the_end(job: Job, rank: Rank) -> dict[str, Any]:
     """Whether a rank's layers are in memory while the single-process model runs."""
     layers: list[Any] = []
-    load, reference = session.load_rank, session._against_one_process
+    reference = session._against_one_process
 
     def loading(*arguments: Any) -> Any:
-        model = load(*arguments)
+        model = load_rank(*arguments)
         layers.append(weakref.ref(model.get_decoder().layers))
         return model
 
     def asked(*arguments: Any) -> dict[str, Any]:
         return reference(*arguments) | {"held": layers[0]() is not None}
 
-    session.load_rank, session._against_one_process = loading, asked
-    return run_rank(job, rank)["reference"]
+    with (
+        mock.patch.object(session, "load_rank", loading),
+        mock.patch.object(session, "_against_one_process", asked),
+    ):
+        found: dict[str, Any] = run_rank(job, rank)["reference"]
+    return found
 
 
 def test_a_rank_lets_go_of_its_layers(make_dense: MakeDense, convert: Convert) -> None:
