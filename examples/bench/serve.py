@@ -42,6 +42,17 @@ PRESETS = {
     "parallel_track, depth 4, overlap 1": "parallel_track, depth: 4, overlap: 1",
     "ladder": "ladder",
 }
+SIZES = {
+    "vocab_size": 1024,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 PHASES = ("prefill", "decode")
 PROMPT_TOKENS, NEW_TOKENS = 16, 17
 LIMIT_SECONDS = 580.0  # of all models on one network
@@ -68,10 +79,11 @@ class Row:
 
 
 class Loopback:
-    """In place of a Link: both ranks in this namespace."""
+    """In place of a Link: all ranks in this namespace."""
 
-    addresses = ("127.0.0.1", "127.0.0.1")
-    devices = ("lo", "lo")
+    def __init__(self, ranks: int = RANKS) -> None:
+        self.addresses = ["127.0.0.1"] * ranks
+        self.devices = ["lo"] * ranks
 
     def prefix(self, rank: int) -> list[str]:  # noqa: ARG002
         return []
@@ -83,67 +95,54 @@ class Loopback:
         pass
 
 
-def make_model(directory: Path) -> Path:
-    """A Llama of 16 layers with random weights: what is measured doesn't depend on them."""
+def make_model(directory: Path, **sizes: int) -> Path:
+    """A Llama of 16 layers, or of the `sizes` given, with random weights in bfloat16: what is
+    measured doesn't depend on them."""
     import torch
     import transformers
 
     torch.manual_seed(0)
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.LlamaConfig(
-        vocab_size=1024,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=16,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    config = transformers.LlamaConfig(**{**SIZES, **sizes})
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     return directory
 
 
-def on_rank(job: dict[str, Any]) -> dict[str, Any]:
-    """One rank: all models, taking turns; milliseconds by batch, phase and model."""
+def on_rank(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """One rank: all engines, taking turns; for each batch and prompt milliseconds by phase and
+    engine."""
     rank = int(os.environ["RANK"])
-    lockstep.bind(rank)
+    if job["bound"]:
+        lockstep.bind(rank)
     engines = {
         name: lockstep.engine(
-            Path(path),
+            Path(one["path"]),
             rank,
-            RANKS,
+            job["ranks"],
             Path(f"{job['rendezvous']}_{index}"),
-            dtype="bfloat16",
-            enforce_eager=not job["compiled"],
-            enable_prefix_caching=False,
-            max_model_len=256,
-            max_num_seqs=max(job["batches"]),
-            max_num_batched_tokens=max(256, max(job["batches"]) * PROMPT_TOKENS),
-            kv_cache_memory_bytes=2**27,
+            **one["arguments"],
         ).llm_engine
-        for index, (name, path) in enumerate(job["models"].items())
+        for index, (name, one) in enumerate(job["engines"].items())
     }
-    if job["network"] != "shm":
+    if job["over_gloo"]:
         import torch
         from vllm.distributed import get_tp_group
 
         get_tp_group().device_communicator.dist_module = torch.distributed
-    found: dict[str, Any] = {}
-    for batch in job["batches"]:
+    found = []
+    for batch, prompt in job["works"]:
         times: dict[str, Any] = {phase: {n: [] for n in engines} for phase in PHASES}
         for repeat in range(WARM_UP + job["repeats"]):
             for name, engine in engines.items():
-                prefill, decode = run(engine, batch, repeat)
+                prefill, decode = run(engine, batch, repeat, prompt)
                 if repeat >= WARM_UP:
                     times["prefill"][name].append(prefill)
                     times["decode"][name].append(decode)
-        found[str(batch)] = times
+        found.append({"batch": batch, "prompt": prompt, "times": times})
     return found
 
 
-def run(engine: Any, batch: int, repeat: int) -> tuple[float, float]:
+def run(engine: Any, batch: int, repeat: int, prompt: int) -> tuple[float, float]:
     """Milliseconds of the prefill of a batch, and of a decode step (median)."""
     import vllm
 
@@ -151,7 +150,7 @@ def run(engine: Any, batch: int, repeat: int) -> tuple[float, float]:
         temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False
     )
     for index in range(batch):
-        ids = [3 + (index * 7 + place * 3 + repeat) % 900 for place in range(PROMPT_TOKENS)]
+        ids = [3 + (index * 7 + place * 3 + repeat) % 900 for place in range(prompt)]
         engine.add_request(f"{batch}-{repeat}-{index}", {"prompt_token_ids": ids}, greedy)
     steps = []
     while engine.has_unfinished_requests():
@@ -161,12 +160,13 @@ def run(engine: Any, batch: int, repeat: int) -> tuple[float, float]:
     return steps[0], statistics.median(steps[1:])
 
 
-def rows_of(network: str, mode: str, found: dict[str, Any]) -> Iterator[Row]:
+def rows_of(network: str, mode: str, found: list[dict[str, Any]]) -> Iterator[Row]:
     """The rows of one network's measurements."""
-    for batch, times in found.items():
+    for one in found:
+        batch, times = one["batch"], one["times"]
         for phase in PHASES:
             base = times[phase][DENSE]
-            tokens = int(batch) * (PROMPT_TOKENS if phase == "prefill" else 1)
+            tokens = batch * (one["prompt"] if phase == "prefill" else 1)
             for model, ms in times[phase].items():
                 ratios = [b / a for a, b in zip(ms, base, strict=True)]
                 median = statistics.median(ms)
@@ -174,7 +174,7 @@ def rows_of(network: str, mode: str, found: dict[str, Any]) -> Iterator[Row]:
                     network,
                     mode,
                     model,
-                    int(batch),
+                    batch,
                     phase,
                     median,
                     min(ms),
@@ -186,28 +186,71 @@ def rows_of(network: str, mode: str, found: dict[str, Any]) -> Iterator[Row]:
                 )
 
 
-def measure(network: str, models: dict[str, Path], arguments: Any, directory: Path) -> list[Row]:
-    """Runs both ranks on a network; raises Failed where a rank does."""
-    link: Any = Link(int(network)) if network.isdigit() else Loopback()
-    mode = "compiled" if arguments.compiled else "eager"
+def engine_arguments(batches: Sequence[int], prompts: Sequence[int]) -> dict[str, Any]:
+    """vLLM's arguments with which each batch is prefilled in one step, in bfloat16."""
+    return {
+        "dtype": "bfloat16",
+        "enable_prefix_caching": False,
+        "max_model_len": max(256, max(prompts) + NEW_TOKENS),
+        "max_num_seqs": max(batches),
+        "max_num_batched_tokens": max(256, max(batches) * max(prompts)),
+    }
+
+
+def take_turns(
+    engines: dict[str, dict[str, Any]],
+    works: Sequence[tuple[int, int]],
+    repeats: int,
+    directory: Path,
+    *,
+    link: Any,
+    ranks: int = RANKS,
+    what: str = "",
+    bound: bool = True,
+    over_gloo: bool = False,
+) -> list[dict[str, Any]]:
+    """What `on_rank` finds on the first of so many ranks; raises Failed where one ends badly.
+
+    `engines` have a `path` and vLLM's `arguments` each; `works` are batch and prompt tokens.
+    `bound` gives each rank a core of its own; `over_gloo` has vLLM's collectives go over gloo.
+    """
     job, result = directory / "job.json", directory / "result.json"
     result.unlink(missing_ok=True)
     with link, lockstep.meeting(directory) as rendezvous:
         job.write_text(
             json.dumps(
                 {
-                    "network": network,
-                    "models": {name: str(path) for name, path in models.items()},
-                    "batches": arguments.batches,
-                    "repeats": arguments.repeats,
-                    "compiled": arguments.compiled,
+                    "engines": engines,
+                    "works": works,
+                    "repeats": repeats,
+                    "ranks": ranks,
+                    "bound": bound,
+                    "over_gloo": over_gloo,
                     "rendezvous": str(rendezvous),
                 }
             )
         )
-        what: list[str | Path] = [Path(__file__), "--on-rank", job, result]
-        on_ranks(link, f"{network}, {mode}", what, directory, LIMIT_SECONDS)
-    return list(rows_of(network, mode, json.loads(result.read_text())))
+        command: list[str | Path] = [Path(__file__), "--on-rank", job, result]
+        on_ranks(link, what, command, directory, LIMIT_SECONDS, ranks)
+    found: list[dict[str, Any]] = json.loads(result.read_text())
+    return found
+
+
+def measure(network: str, models: dict[str, Path], arguments: Any, directory: Path) -> list[Row]:
+    """Runs both ranks on a network; raises Failed where a rank does."""
+    mode = "compiled" if arguments.compiled else "eager"
+    of_vllm = engine_arguments(arguments.batches, [PROMPT_TOKENS])
+    of_vllm |= {"enforce_eager": not arguments.compiled, "kv_cache_memory_bytes": 2**27}
+    found = take_turns(
+        {name: {"path": str(path), "arguments": of_vllm} for name, path in models.items()},
+        [(batch, PROMPT_TOKENS) for batch in arguments.batches],
+        arguments.repeats,
+        directory,
+        link=Link(int(network)) if network.isdigit() else Loopback(),
+        what=f"{network}, {mode}",
+        over_gloo=network != "shm",
+    )
+    return list(rows_of(network, mode, found))
 
 
 def print_rows(rows: Sequence[Row]) -> None:

@@ -188,15 +188,16 @@ def on_ranks(
     arguments: Sequence[str | Path],
     directory: Path,
     limit: float = LIMIT_SECONDS,
+    ranks: int = RANKS,
 ) -> None:
-    """Runs this Python with arguments as both ranks; raises Failed unless both exit with 0."""
-    outputs = [directory / f"output.{rank}" for rank in range(RANKS)]
+    """Runs this Python with arguments as all ranks; raises Failed unless all exit with 0."""
+    outputs = [directory / f"output.{rank}" for rank in range(ranks)]
     running: list[subprocess.Popen[bytes]] = []
     try:
         for rank, output in enumerate(outputs):
             variables = {
                 "RANK": str(rank),
-                "WORLD_SIZE": str(RANKS),
+                "WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": link.addresses[0],
                 "MASTER_PORT": "29500",
                 "GLOO_SOCKET_IFNAME": link.devices[rank],
@@ -290,11 +291,13 @@ def make_model(directory: Path) -> Path:
     return directory
 
 
-def convert(source: Path, destination: Path, preset: str) -> Counts:
+def convert(source: Path, destination: Path, preset: str, tracks: int = RANKS) -> Counts:
     """Converts all layers to a preset; returns what its schedule promises."""
     checkpoint = open_checkpoint(source)
     layers = ModelShape.from_config(checkpoint.config).layers
-    text = f"format: 1\ntracks: {RANKS}\nschedule:\n  - {{layers: 0-{layers - 1}, use: {preset}}}\n"
+    text = (
+        f"format: 1\ntracks: {tracks}\nschedule:\n  - {{layers: 0-{layers - 1}, use: {preset}}}\n"
+    )
     plan = plan_conversion(checkpoint, parse_spec(text, preset), source_name=source.name)
     execute(plan, destination)
     return plan.schedule.counts
