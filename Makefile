@@ -15,12 +15,19 @@ SGLANG_BIN := $(SGLANG_VENV)/bin
 SGLANG_READY := $(SGLANG_VENV)/.ready
 SGLANG_PIP := $(SGLANG_BIN)/pip install -q -c constraints-sglang.txt
 
+GPU_VENV := .venv-gpu
+GPU_BIN := $(GPU_VENV)/bin
+GPU_READY := $(GPU_VENV)/.ready
+GPU_PIP := $(GPU_BIN)/pip install -q -c constraints-vllm.txt
+GPU_TESTS := $(GPU_BIN)/python -m pytest -rs tests/gpu
+
 QUANTISED_VENV := .venv-quantised
 QUANTISED_BIN := $(QUANTISED_VENV)/bin
 QUANTISED_READY := $(QUANTISED_VENV)/.ready
 QUANTISED_PIP := $(QUANTISED_BIN)/pip install -q -c constraints-quantised.txt
 
-.PHONY: help demo real test test-vllm newest-vllm test-sglang test-quantised lint clean
+.PHONY: help demo real test test-vllm newest-vllm test-gpu test-gpus test-sglang test-quantised \
+	lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -65,10 +72,35 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	touch $@
 
 test-vllm: $(VLLM_READY)  ## the tests that need vLLM, in an environment of their own
-	$(VLLM_BIN)/python -m pytest tests/serving
+	$(VLLM_BIN)/python -m pytest tests/serving tests/gpu/test_examples.py \
+		tests/gpu/test_vllm_on_gpus.py
 
 newest-vllm:  ## whether the newest vLLM has what the plugin takes, by its source
 	$(PYTHON) tests/newest_vllm.py
+
+# vLLM's build for CUDA, and the torch for CUDA that it asks for. (Never run on a GPU; all that was
+# looked at is that the pins of constraints-vllm.txt are those that vLLM asks for.)
+$(GPU_READY): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_BIN)/pip install -q --upgrade pip
+	$(GPU_PIP) vllm
+	$(GPU_PIP) hypothesis 'lm_eval[hf]' pytest rich scipy wrapt
+	$(GPU_BIN)/pip install -q --no-deps -e .
+	touch $@
+
+# Each part has its limit in seconds, and is interrupted there; they add up to less than ten minutes.
+test-gpu: $(GPU_READY)  ## on one GPU, in less than ten minutes: tests, throughput, CUDA graphs
+	CUDA_VISIBLE_DEVICES=0 timeout -s INT 320 $(GPU_TESTS) -m gpu
+	CUDA_VISIBLE_DEVICES=0 timeout -s INT 100 $(GPU_BIN)/python examples/gpu/throughput.py
+	CUDA_VISIBLE_DEVICES=0 timeout -s INT 170 $(GPU_BIN)/python examples/gpu/graphs.py
+
+RANKS := 2
+test-gpus: $(GPU_READY)  ## on RANKS=2, 4 or 8 GPUs, in less than half an hour; writes here.yaml
+	timeout -s INT 600 $(GPU_TESTS) -m gpus
+	timeout -s INT 600 $(GPU_BIN)/python examples/gpu/latency.py --ranks $(RANKS) \
+		--all-reduces nccl p2p-off --row here.yaml
+	timeout -s INT 600 $(GPU_BIN)/python examples/gpu/latency.py --ranks $(RANKS) --runtime vllm \
+		--all-reduces nccl custom fused p2p-off
 
 # SGLang asks for CUDA packages throughout; what it takes on CPUs is what vLLM takes, and a little
 # more. Two packages that no registry has for CPUs are stood in for, in tests/serving_sglang.
@@ -108,4 +140,4 @@ test-quantised: $(QUANTISED_READY)  ## the tests with checkpoints that real quan
 	$(QUANTISED_BIN)/python -m pytest tests/quantised
 
 clean:  ## remove environments and what demo and real made
-	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(QUANTISED_VENV) demo real
+	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(QUANTISED_VENV) $(GPU_VENV) demo real

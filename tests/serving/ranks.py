@@ -23,9 +23,11 @@ BLOCK = 32  # tokens in a block of the KV cache; whole blocks are what prefix ca
 def main() -> None:
     rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     meeting = sys.argv[4]  # how the files begin in which the ranks meet, one for each engine
-    lockstep.bind(rank)
+    cases = json.loads((directory / "cases.json").read_text())
+    if all(case["device"] == "cpu" for case in cases):
+        lockstep.bind(rank)
     found = {}
-    for index, case in enumerate(json.loads((directory / "cases.json").read_text())):
+    for index, case in enumerate(cases):
         place = rank, ranks
         if case["alone"] is not None:  # one of the processes, as the only rank
             if case["alone"] != rank:
@@ -70,6 +72,8 @@ def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[s
         max_num_seqs=8,
         max_model_len=256,
         kv_cache_memory_bytes=2**26,
+        gpu_memory_utilization=0.3,  # that much must be free, and others' engines may be here
+        **case["arguments"],
     )
     prompts, new = case["prompts"], case["new_tokens"]
     default_loader.safetensors_weights_iterator = read

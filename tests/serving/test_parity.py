@@ -108,9 +108,14 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def case_of(name: str, path: Path | str, alone: int | None = None) -> dict[str, Any]:
-    """A case as ranks.py reads it; `alone` is the process that runs it by itself, if one does."""
+def case_of(
+    name: str, path: Path | str, alone: int | None = None, device: str = "cpu", **arguments: Any
+) -> dict[str, Any]:
+    """A case as ranks.py reads it; `alone` is the process that runs it by itself, if one does, and
+    `arguments` are vLLM's, beside those of all cases."""
     return {
+        "device": device,
+        "arguments": arguments,
         "name": name if alone is None else f"{name}, alone",
         "path": str(path),
         "eager": CASES[name].eager,

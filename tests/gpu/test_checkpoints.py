@@ -1,0 +1,75 @@
+"""Converting on a machine with a GPU, and what a GPU's model is saved as."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LAYERS, Convert, MakeDense, byte_level, load, spec_text
+from places import on
+from test_transform import back, same, tensors
+
+from ptconvert.calibrate.conversion import calibrate
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import execute, plan_conversion
+from ptconvert.measure.windows import Windows
+from ptconvert.spec.document import parse_spec
+
+PLACES = ["cpu", on(1, "cuda")]
+TOLERANCE = 1e-4  # of logits, as `verify` has it in fp32
+
+
+def quiet(*_: object) -> None:
+    """No progress."""
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_to_a_gpu_and_back(
+    device: str, make_dense: MakeDense, convert: Convert, tmp_path: Path
+) -> None:
+    """The same logits there, the same bytes when it is saved from there, and the source again."""
+    source = make_dense("llama-biases", torch.bfloat16)
+    path = convert(source, 4, "use: parallel_track, depth: 2")
+    ids_BS = torch.arange(24).view(2, 12) + 3
+    with torch.no_grad():
+        expected_BSV = load(path)(ids_BS).logits
+        there_BSV = load(path, device_map=device)(ids_BS.to(device)).logits
+    assert there_BSV.device.type == device
+    torch.testing.assert_close(there_BSV.cpu(), expected_BSV, atol=TOLERANCE, rtol=0)
+    load(path, dtype="auto", device_map=device).save_pretrained(tmp_path / "saved")
+    assert same(tensors(tmp_path / "saved"), tensors(path))
+    assert same(tensors(back(tmp_path / "saved", tmp_path / "back")), tensors(source))
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_what_a_text_decides(device: str, make_dense: MakeDense, tmp_path: Path) -> None:
+    """Affinity and guesses come out about as on a CPU, and the model that they make runs there."""
+    source = open_checkpoint(byte_level(make_dense, tmp_path / "source"))
+    ids = torch.randint(3, 96, (20, 25), generator=torch.Generator().manual_seed(0))
+    windows = Windows(ids, 25, ids.numel())
+    for top, key in (("assignment: affinity\n", "affinity_between_tracks"), (GUESS, "guesses")):
+        spec = parse_spec(spec_text(4, "use: parallel_track, depth: 2", top), "spec.yaml")
+        figures = {}
+        for where in ("cpu", device):
+            known, figures[where] = calibrate(
+                source, spec, windows, where, "float32", tmp_path, quiet
+            )
+        here, there = (_numbers(figures[where][key]) for where in ("cpu", device))
+        assert here and there == pytest.approx(here, rel=0.02)
+        plan = plan_conversion(source, spec, source_name="source", calibration=known)
+        execute(plan, tmp_path / key)
+        model = load(tmp_path / key, device_map=device)
+        assert torch.isfinite(model(ids[:2].to(device)).logits).all()
+
+
+GUESS = "guess: {rank: 8}\n"
+
+
+def _numbers(figures: Any) -> list[float]:
+    """The errors of the guesses, or the affinities before and after."""
+    if isinstance(figures, list):
+        assert len(figures) <= 2 * LAYERS
+        return [row["error"] for row in figures]
+    return [float(value) for value in figures.values()]
