@@ -12,11 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import infer_auto_device_map
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import compute_module_sizes
-from conftest import LAYERS, Convert, MakeDense, load
+from conftest import LAYERS, SIZES, VARIANTS, Convert, MakeDense, load, spec_text
 from test_modeling import SCHEDULES, left_padded
+from transformers import AutoModelForCausalLM
+
+from ptconvert.checkpoint.calibration import Calibration
+from ptconvert.checkpoint.config import converted_config
+from ptconvert.spec.document import parse_spec
+from ptconvert.verify.session import greedy_steps
 
 OUTSIDE = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")
 
@@ -67,6 +74,36 @@ def test_streams_follow_the_layers_from_device_to_device(
         assert cached[:LAYERS] == ["cpu"] * 3 + ["meta"] * 3
         next_ids_B1 = ids_BS[:, :1]
         assert model(next_ids_B1, past_key_values=out.past_key_values).logits.is_meta
+
+
+def on_meta(variant: str) -> Any:
+    """A converted model of a variant, all of which is on that device."""
+    family, settings = VARIANTS[variant]
+    config = getattr(transformers, f"{family}ForCausalLM").config_class(**{**SIZES, **settings})
+    spec = parse_spec(spec_text(2, "use: parallel_track, depth: 2"), "spec.yaml")
+    own = converted_config(config.to_dict(), spec, spec.schedule(), "dense", Calibration(), {})
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(**own)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+# Of each kind that has code of its own in a forward pass, but mixtures: which experts tokens choose
+# isn't known there.
+KINDS = ["llama-biases", "mistral-window", "gemma2", "gemma4_text", "hyperclovax", "cohere2"]
+KINDS += ["qwen3_5_text"]
+
+
+@pytest.mark.parametrize("variant", KINDS)
+def test_nothing_is_made_on_another_device(variant: str) -> None:
+    """By a prefill and a cached step, as on a GPU; torch refuses sums over two devices."""
+    model = on_meta(variant)
+    ids_BS = torch.zeros(2, 5, dtype=torch.long, device="meta")
+    for _, step in greedy_steps(model, ids_BS, 2):
+        logits_BSV, tokens_B1 = step()
+        assert logits_BSV.is_meta and tokens_B1.is_meta
+    model.get_decoder().norm.weight = torch.nn.Parameter(torch.zeros(32))
+    with pytest.raises(RuntimeError, match="device cpu"):
+        next(greedy_steps(model, ids_BS, 1))[1]()
 
 
 def test_a_layer_is_never_divided_between_devices(make_dense: MakeDense, convert: Convert) -> None:

@@ -19,7 +19,7 @@ import serve
 
 EAGER = "eager"
 MODES: dict[str, dict[str, Any]] = {
-    EAGER: {"enforce_eager": True},
+    EAGER: {},
     "compiled": {"compilation_config": {"cudagraph_mode": "NONE"}},
     "piecewise": {"compilation_config": {"cudagraph_mode": "PIECEWISE"}},
     "graphs": {},
@@ -37,7 +37,7 @@ def work(given: argparse.Namespace, directory: Path) -> None:
     over = {}
     for name, path in paths.items():
         for mode in modes:
-            engines[f"{name}, {mode}"] = path, MODES[mode]
+            engines[f"{name}, {mode}"] = path, {**MODES[mode], "enforce_eager": mode == EAGER}
             over[f"{name}, {mode}"] = f"{name}, {EAGER}"
     found = measuring.in_vllm(engines, given, 1, directory, "graphs")
     rows = list(measuring.rows_of(found, over))
@@ -50,6 +50,6 @@ if __name__ == "__main__":
     arguments.add_argument("--tracks", type=measuring.count, default=4)
     arguments.add_argument("--modes", choices=list(MODES), nargs="+", help="beside eager")
     arguments.add_argument(
-        "--presets", choices=list(serve.PRESETS), nargs="+", default=["parallel_track, depth 4"]
+        "--presets", choices=list(serve.PRESETS), nargs="*", default=["parallel_track, depth 4"]
     )
     measuring.run("graphs", arguments, work)

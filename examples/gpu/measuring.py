@@ -148,8 +148,9 @@ def in_vllm(
     what: str,
 ) -> Found:
     """Times of vLLM's engines of these models, with these arguments of vLLM's each, in turns on so
-    many ranks."""
+    many ranks; on a CPU eager unless they say otherwise, as compiling takes longest."""
     own = serve.engine_arguments(given.batches, given.prompts) | {
+        "enforce_eager": given.device == "cpu",
         "async_scheduling": False,  # a step's time is that of its own tokens
         "kv_cache_memory_bytes": 2**31 if given.device == "cuda" else 2**27,
         "gpu_memory_utilization": 0.9 / len(models),
