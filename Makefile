@@ -90,16 +90,16 @@ $(GPU_READY): pyproject.toml constraints-vllm.txt
 
 # Each part has its limit in seconds, and is interrupted there; they add up to less than ten minutes.
 test-gpu: $(GPU_READY)  ## on one GPU, in less than ten minutes: tests, throughput, CUDA graphs
-	CUDA_VISIBLE_DEVICES=0 timeout -s INT 320 $(GPU_TESTS) -m gpu
-	CUDA_VISIBLE_DEVICES=0 timeout -s INT 100 $(GPU_BIN)/python examples/gpu/throughput.py
-	CUDA_VISIBLE_DEVICES=0 timeout -s INT 170 $(GPU_BIN)/python examples/gpu/graphs.py
+	CUDA_VISIBLE_DEVICES=0 timeout -k 10 -s INT 320 $(GPU_TESTS) -m gpu
+	CUDA_VISIBLE_DEVICES=0 timeout -k 10 -s INT 100 $(GPU_BIN)/python examples/gpu/throughput.py
+	CUDA_VISIBLE_DEVICES=0 timeout -k 10 -s INT 170 $(GPU_BIN)/python examples/gpu/graphs.py
 
 RANKS := 2
 test-gpus: $(GPU_READY)  ## on RANKS=2, 4 or 8 GPUs, in less than half an hour; writes here.yaml
-	timeout -s INT 600 $(GPU_TESTS) -m gpus
-	timeout -s INT 600 $(GPU_BIN)/python examples/gpu/latency.py --ranks $(RANKS) \
+	timeout -k 10 -s INT 600 $(GPU_TESTS) -m gpus
+	timeout -k 10 -s INT 600 $(GPU_BIN)/python examples/gpu/latency.py --ranks $(RANKS) \
 		--all-reduces nccl p2p-off --row here.yaml
-	timeout -s INT 600 $(GPU_BIN)/python examples/gpu/latency.py --ranks $(RANKS) --runtime vllm \
+	timeout -k 10 -s INT 600 $(GPU_BIN)/python examples/gpu/latency.py --ranks $(RANKS) --runtime vllm \
 		--all-reduces nccl custom fused p2p-off
 
 # SGLang asks for CUDA packages throughout; what it takes on CPUs is what vLLM takes, and a little

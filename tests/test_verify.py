@@ -29,11 +29,11 @@ from ptconvert.errors import CheckpointError
 from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement
 from ptconvert.runtime.counters import Profile
-from ptconvert.runtime.launch import Rank, _context, launch
+from ptconvert.runtime.launch import Rank, _context, _device, launch
 from ptconvert.runtime.load import load_rank, rank_bytes, shape_of
 from ptconvert.verify import session
 from ptconvert.verify.expected import Expected
-from ptconvert.verify.run import Report, Settings, _checks, verify
+from ptconvert.verify.run import Report, Settings, _backend, _checks, verify
 from ptconvert.verify.session import Job, run_rank
 
 PROMPT, NEW, BATCH = 5, 2, 2
@@ -123,6 +123,33 @@ def test_each_rank_reads_only_its_own_bytes(make_dense: MakeDense, convert: Conv
 def test_ranks_on_gpus_are_not_forked() -> None:
     assert _context("cuda").get_start_method() == "spawn"
     assert _context("cpu").get_start_method() == "forkserver"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "backend", "devices"),
+    [
+        (1, 1, "nccl", [0]),
+        (1, 2, "gloo", [0, 0]),
+        (2, 4, "gloo", [0, 1, 0, 1]),
+        (2, 2, "nccl", [0, 1]),
+    ],
+)
+def test_ranks_share_out_the_gpus(
+    gpus: int, ranks: int, backend: str, devices: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL where there is one for each, else gloo, and then times are said to mean nothing."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    found, notes = _backend(replace(SETTINGS, ranks=ranks, device="cuda"))
+    assert found == backend and bool(notes) == (backend == "gloo")
+    assert [_device("cuda", rank).index for rank in range(ranks)] == devices
+    assert [device.index for device in chosen] == devices
+    if backend == "gloo":
+        with pytest.raises(CheckpointError, match="nccl needs a GPU per rank"):
+            _backend(replace(SETTINGS, ranks=ranks, device="cuda", backend="nccl"))
 
 
 def held_at_the_end(job: Job, rank: Rank) -> dict[str, Any]:
