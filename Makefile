@@ -96,11 +96,11 @@ test-gpu: $(GPU_READY)  ## on one GPU, in less than ten minutes: tests, throughp
 
 RANKS := 2
 test-gpus: $(GPU_READY)  ## on RANKS=2, 4 or 8 GPUs, in less than half an hour; writes here.yaml
-	timeout -k 10 -s INT 600 $(GPU_TESTS) -m gpus
-	timeout -k 10 -s INT 600 $(GPU_BIN)/python examples/gpu/latency.py --ranks $(RANKS) \
+	timeout -k 10 -s INT 500 $(GPU_TESTS) -m gpus
+	timeout -k 10 -s INT 700 $(GPU_BIN)/python examples/gpu/latency.py --ranks $(RANKS) \
 		--all-reduces nccl p2p-off --row here.yaml
-	timeout -k 10 -s INT 600 $(GPU_BIN)/python examples/gpu/latency.py --ranks $(RANKS) --runtime vllm \
-		--all-reduces nccl custom fused p2p-off
+	timeout -k 10 -s INT 560 $(GPU_BIN)/python examples/gpu/latency.py --ranks $(RANKS) --runtime vllm \
+		--all-reduces nccl custom fused p2p-off --presets 'parallel_track, depth 4'
 
 # SGLang asks for CUDA packages throughout; what it takes on CPUs is what vLLM takes, and a little
 # more. Two packages that no registry has for CPUs are stood in for, in tests/serving_sglang.
