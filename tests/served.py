@@ -13,10 +13,13 @@ from conftest import LAYERS, random_model, spec_text
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ptconvert.checkpoint.calibration import Assignment, Calibration
+from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.checkpoint.section import read_section, source_config
 from ptconvert.convert.transform import Plan, execute, plan_conversion
 from ptconvert.engines.verify import Answers
 from ptconvert.models.guesses import guess_tensors
+from ptconvert.models.shape import ModelShape
 from ptconvert.spec.document import parse_spec
 from ptconvert.verify.session import greedy_steps
 
@@ -71,7 +74,9 @@ def calibration(dense: Path, tracks: int, schedule: str, top: str) -> Calibratio
 def greedy(path: Path, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
     """What the transformers model, all tracks in this process, answers in fp32: tokens and their
     log-probabilities."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    # eager, for sdpa leaves out Gemma 2's soft cap
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, **options).eval()
     tokens, log_probabilities = [], []
     for _, step in greedy_steps(model, torch.tensor([prompt]), new_tokens):
         logits, chosen_11 = step()
@@ -96,6 +101,12 @@ def random_calibration(plan: Plan) -> Calibration:
         for _, name, size in guess_tensors(shape, ranks, plan.tracks)
     }
     return Calibration(orders, {"guess": ranks}, tensors)
+
+
+def shape_of(path: Path) -> ModelShape:
+    """The shape of a conversion's source."""
+    config = read_config(path)
+    return ModelShape.from_config(source_config(config, read_section(config)))
 
 
 def prompts() -> list[list[int]]:

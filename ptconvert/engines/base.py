@@ -8,6 +8,7 @@ tokens of all requests in a batch, D the residual stream's width.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,9 +19,9 @@ from torch import nn
 
 from ptconvert.checkpoint.section import Section
 from ptconvert.errors import ConfigError
-from ptconvert.modeling.executor import PerTrack, Streams, Update, run_program
-from ptconvert.modeling.layers import guess_modules
-from ptconvert.models.families import FAMILIES, common_name, guesses_of
+from ptconvert.modeling.executor import PerTrack, Streams, Update, add_per_track, run_program
+from ptconvert.modeling.layers import guess_modules, multiplied
+from ptconvert.models.families import FAMILIES, Family, common_name, guesses_of
 from ptconvert.models.shape import HEAD, ModelShape
 from ptconvert.schedule.lower import Step
 from ptconvert.schedule.stages import BLOCKS, Kind
@@ -34,17 +35,28 @@ RENAMED = {
         for bias in sorted({r.name for f in FAMILIES.values() for r in f.layer if r.is_common_bias})
     },
     re.compile(r"^(model\.layers\.\d+)\.tracks\."): r"\1.parts.",
-    re.compile(r"^(model\.layers\.\d+)\.(?!parts\.|common\.|assignment\.)"): rf"\1.parts.{WHOLE}.",
+    re.compile(
+        r"^(model\.layers\.\d+)\.(?!parts\.|common\.|after\.|assignment\.)"
+    ): rf"\1.parts.{WHOLE}.",
 }
+
+
+def renamed(family: Family) -> dict[re.Pattern[str], str]:
+    """The same for a family, whose norms after sublayers, if it has such, are apart."""
+    after = "|".join(filter(None, (family.block(kind).after for kind in BLOCKS)))
+    if not after:
+        return RENAMED
+    norms = re.compile(rf"^(model\.layers\.\d+)\.(?:common\.)?({after})\.")
+    return {norms: r"\1.after.\2.", **RENAMED}
 
 
 class Serving(Protocol):
     """What an engine gives on one rank. `part` is a decoder layer that it made."""
 
     def decoder_layer(self, index: int, track: int | None, count: int) -> nn.Module:
-        """The family's decoder layer as the engine has it: the shard of rank 0 of `count` for a
-        track, this rank's shard for a layer held dense (`track` None). All-reduces and biases of
-        its output projections are taken out by whoever asks."""
+        """The family's decoder layer as the engine has it: one that takes a track's tensors whole,
+        of `count` tracks, this rank's shard of a layer held dense (`track` None). All-reduces and
+        biases of its output projections are taken out by whoever asks; experts have none."""
 
     def window(self, part: Any) -> int | None:
         """How many tokens the layer attends to; None for all."""
@@ -79,7 +91,8 @@ class ServedLayer(nn.Module):
     """One layer as a rank holds it: its tracks, or its shard of a layer held dense.
 
     `tracks` are the rank's own (global numbers), None for a layer held dense; `count` are all.
-    `guesses` are the ranks of the tracks' guesses, for the sublayers that have one.
+    `guesses` are the ranks of the tracks' guesses, for the sublayers that have one; `scales` are
+    what tracks multiply the norm of their own partial by where sums are normed, if not 1/sqrt(n).
     """
 
     def __init__(
@@ -90,8 +103,10 @@ class ServedLayer(nn.Module):
         tracks: range | None,
         count: int,
         guesses: Mapping[Kind, int],
+        scales: Mapping[Kind, float],
     ) -> None:
         super().__init__()
+        self.scales = {kind: scales.get(kind, 1 / math.sqrt(count)) for kind in BLOCKS}
         self.parts = nn.ModuleDict()
         if tracks is None:
             self.parts[WHOLE] = serving.decoder_layer(index, None, count)
@@ -101,20 +116,24 @@ class ServedLayer(nn.Module):
                 part.guess = guess_modules(shape.width, guesses)
             self.parts[str(track)] = part
         self.family = shape.family
+        self.after = nn.ModuleDict()  # norms of what sublayers give, which all tracks know
         for kind in BLOCKS:
             block = self.family.block(kind)
             for part in self.parts.values():
-                linear = getattr(getattr(part, block.name), block.output)
-                linear.reduce_results = False
-                linear.register_parameter("bias", None)
+                if block.after is not None and hasattr(part, block.after):
+                    self.after[block.after] = part._modules.pop(block.after)
+                linear = getattr(getattr(part, block.name), block.output, None)
+                if linear is not None:  # which a mixture of experts isn't
+                    linear.reduce_results = False
+                    linear.register_parameter("bias", None)
         self.common = nn.ParameterDict()  # output biases, which all ranks know
-        for name in (common_name(rule.name) for rule in shape.rules_of(index) if rule.common):
+        for name in (common_name(r.name) for r in shape.rules_of(index) if r.is_common_bias):
             self.common[name] = nn.Parameter(torch.zeros(shape.width), requires_grad=False)
 
     def norms(self, kind: Kind) -> list[Any]:
-        """The norm before the attention or the MLP, for each part."""
-        norm = str(self.family.block(kind).norm)  # those that engines serve have one
-        return [getattr(part, norm) for part in self.parts.values()]
+        """The norm before the attention or the MLP, for each part; None where there is none."""
+        norm = self.family.block(kind).norm
+        return [None if norm is None else getattr(part, norm) for part in self.parts.values()]
 
     def run(
         self,
@@ -130,15 +149,34 @@ class ServedLayer(nn.Module):
         call = serving.mlp if kind is Kind.MLP else serving.attention
         parts: list[Any] = list(self.parts.values())
         partials = [call(part, x_TD, context) for part, x_TD in zip(parts, normed, strict=True)]
+        block = self.family.block(kind)
+        bias_D: torch.Tensor | None = self.common.get(block.common_bias, None)
+        after: Any = getattr(self.after, str(block.after), None)
+
+        def joined(out_TD: torch.Tensor) -> torch.Tensor:
+            normed_TD: torch.Tensor = out_TD if after is None else after(out_TD)
+            return multiplied(parts[0], self.family, normed_TD)
+
+        own: PerTrack | None = None
+        if after is None:
+            partials = kept = [joined(partial_TD) for partial_TD in partials]
+        elif guess:
+            own = kept = [self.scales[kind] * joined(partial_TD) for partial_TD in partials]
         guessed = guesses_of(kind)
         guesses: PerTrack | None = None
         if guess and guessed in getattr(parts[0], "guess", ()):
             guesses = [
-                part.guess[guessed](x_TD, partial_TD)
-                for part, x_TD, partial_TD in zip(parts, normed, partials, strict=True)
+                part.guess[guessed](x_TD, kept_TD)
+                for part, x_TD, kept_TD in zip(parts, normed, kept, strict=True)
             ]
-        bias: torch.Tensor | None = self.common.get(self.family.block(kind).common_bias, None)
-        return Update(partials, bias, guesses)
+        if after is None:
+            return Update(partials, None if bias_D is None else joined(bias_D), guesses)
+
+        def join(sum_TD: torch.Tensor) -> torch.Tensor:
+            return joined(sum_TD if bias_D is None else sum_TD + bias_D)
+
+        sum_1TD = functools.reduce(operator.add, partials)[None]
+        return Update([sum_1TD], None, guesses, own, (join,))
 
 
 def served_layers(
@@ -150,8 +188,9 @@ def served_layers(
     layers = nn.ModuleList()
     for index in range(shape.layers):
         guesses = {s.kind: rank for s, rank in section.guesses.items() if s.layer == index}
+        scales = {s.kind: scale for s, scale in section.scales.items() if s.layer == index}
         tracks = local_tracks if index in tracked else None
-        layer = ServedLayer(serving, shape, index, tracks, section.tracks, guesses)
+        layer = ServedLayer(serving, shape, index, tracks, section.tracks, guesses, scales)
         wanted = config.sliding_window if types[index] == "sliding_attention" else None
         for part in layer.parts.values():
             if serving.window(part) != wanted:
@@ -207,6 +246,8 @@ class ServedPass:
         # Earlier ones first: they are ready soonest, and a blocking one beside them would only
         # share the link. (A stage that blocks launches nothing beside itself.)
         waits = [bucket for bucket in step.merges if step.overlapped or bucket != step.index]
+        if streams.buckets[step.bucket].normed or any(streams.buckets[b].normed for b in waits):
+            return self._boundary_of_norms(step, streams, local_BSD, waits)
         merged_TD: torch.Tensor | None = None
         if step.overlapped or waits:
             launch = step.index if step.overlapped else None
@@ -221,12 +262,33 @@ class ServedPass:
         # reads, and with it the launch.
         return merged_TD
 
+    def _boundary_of_norms(
+        self, step: Step, streams: Streams, local_kTD: torch.Tensor, waits: Iterable[int]
+    ) -> torch.Tensor | None:
+        """The same where sums are normed: those of several sublayers lie one after another, as many
+        in each all-reduce as it takes, so each is waited for by itself."""
+        merged_TD: torch.Tensor | None = None
+        if step.overlapped:
+            merged_TD = self.serving.boundary(local_kTD, step.index, [])[0]
+        for index in waits:
+            bucket = streams.buckets[index]
+            like_kTD = local_kTD[:1].expand(len(bucket.normed), *local_kTD.shape[1:])
+            joins_TD = bucket.joins(self.serving.boundary(like_kTD, None, [index]))
+            merged_TD = joins_TD if merged_TD is None else merged_TD + joins_TD
+        if step.launches and not step.overlapped:
+            joins_TD = streams.buckets[step.index].joins(self.serving.all_reduce(local_kTD))
+            merged_TD = joins_TD if merged_TD is None else merged_TD + joins_TD
+        return merged_TD
+
     def _read(
         self, norms: Sequence[Any], streams: Streams, own: PerTrack | None
     ) -> list[torch.Tensor]:
         """What each part's sublayer reads, normed; `own` is what each track adds to the stream for
         itself only. What was merged is added to the stream on the way, inside the fused
         add-and-norm where nothing else needs the stream as it was."""
+        if norms[0] is None:
+            base_TD = streams.settled()
+            return [base_TD] * len(norms) if own is None else add_per_track([base_TD], own)
         if own is not None:
             base_TD = streams.settled()
             return [

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.by_layer import opened_by_layer
 from ptconvert.runtime.counters import ALL_REDUCE
 from ptconvert.schedule.schedule import Schedule
@@ -35,18 +36,26 @@ def single_process(
 
 
 def count_checks(
-    by_rank: list[Passes], schedule: Schedule, width: int, new_tokens: int
+    by_rank: list[Passes], schedule: Schedule, shape: ModelShape, new_tokens: int
 ) -> list[Check]:
-    """Each pass's all-reduces on each rank, against the schedule: one prefill, then decoding."""
+    """Each pass's all-reduces on each rank, against the schedule of a model of this shape: one
+    prefill, then decoding."""
+    ranks = len(by_rank)
     overlapped = sum(step.overlapped for step in schedule.program)
     promised = {True: overlapped, False: schedule.counts.all_reduces - overlapped}
+    carried = [shape.payloads(count) for count in schedule.carried if count]
+    apart = [(streams,) if shape.norms_sums else () for streams in carried]
     checks = []
     for name, part in (("prefill", slice(0, 1)), ("decode", slice(1, None))):
         wrong = [
             f"rank {rank}, pass {number}: {departure}"
             for rank, passes in enumerate(by_rank)
             for number, one in enumerate(passes[part], 1)
-            if (departure := _departure(one, promised, width, len(by_rank)))
+            if (
+                departure := _departure(
+                    one, promised, [(*k, one["tokens"], shape.width) for k in apart], ranks
+                )
+            )
         ]
         seen = {len(passes[part]) for passes in by_rank}
         wanted = 1 if name == "prefill" else new_tokens - 1
@@ -54,25 +63,26 @@ def count_checks(
             wrong.append(f"{sorted(seen)} passes, not {wanted}")
         said = (
             f"{promised[False]} blocking and {promised[True]} asynchronous per forward pass, in "
-            f"{wanted} passes, on {len(by_rank)} ranks"
+            f"{wanted} passes, on {ranks} ranks"
         )
         checks.append(Check(f"all-reduces in {name}", not wrong, wrong[0] if wrong else said))
     return checks
 
 
 def _departure(
-    one: dict[str, Any], promised: dict[bool, int], width: int, ranks: int
+    one: dict[str, Any], promised: dict[bool, int], sizes: list[tuple[int, ...]], ranks: int
 ) -> str | None:
-    """How a pass's all-reduces part from what is promised; one rank alone sends nothing."""
+    """How a pass's all-reduces part from those promised, and from their sizes; one rank alone sends
+    nothing."""
     reduces = [c for c in one["collectives"] if c["op"] == ALL_REDUCE]
     for asynchronous, kind in ((False, "blocking"), (True, "asynchronous")):
         seen = sum(c["asynchronous"] is asynchronous for c in reduces)
         wanted = promised[asynchronous] if ranks > 1 else 0
         if seen != wanted:
             return f"{seen} {kind} all-reduces, the schedule has {wanted}"
-    shapes = {tuple(c["shape"]) for c in reduces}
-    if shapes - {(one["tokens"], width)}:
-        return f"all-reduced {sorted(shapes)}, not {one['tokens']}x{width}"
+    shapes = sorted(tuple(c["shape"]) for c in reduces)
+    if ranks > 1 and shapes != sorted(sizes):
+        return f"all-reduced {sorted({*shapes})}, the schedule {sorted({*sizes})}"
     return None
 
 

@@ -105,7 +105,8 @@ def share_of(count: int, track: int, tracks: int, together: int = 1) -> range:
     """
     groups = count // together
     first = track * groups // tracks
-    return range(first * together, max((track + 1) * groups // tracks, first + 1) * together)
+    last = max((track + 1) * groups // tracks, min(first + 1, groups))  # of nothing, nothing
+    return range(first * together, last * together)
 
 
 # And what only some families have, and isn't divided.

@@ -43,6 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"quantization": "fp8"}, ["quantization fp8", "bfloat16"]),
         ({"enable_lora": True}, ["enable_lora", "merge"]),
         ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size 2", "tensor_parallel_size"]),
+        ({"enable_dbo": True}, ["enable_dbo", "the schedule says what runs beside"]),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(
@@ -64,6 +65,40 @@ def test_what_sees_is_refused_by_name(name: str, tmp_path: Path) -> None:
     execute(plan_conversion(source, spec, source_name="source"), tmp_path / "model")
     with pytest.raises(ValueError, match=f"a converted {name} isn't served in vLLM"):
         EngineArgs(str(tmp_path / "model")).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"enable_expert_parallel": True}, "enable_expert_parallel: each track has a share of"),
+        ({"data_parallel_size": 2}, "data_parallel_size 2: vLLM would cut experts over all"),
+    ],
+)
+def test_other_cuts_of_experts_are_refused(
+    arguments: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    from vllm import EngineArgs
+
+    path = make_model(tmp_path, "mixtral", 2, "use: ladder")
+    with pytest.raises(ValueError, match=why):
+        EngineArgs(str(path), tensor_parallel_size=2, **arguments).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("variant", "why"),
+    [
+        ("ernie4_5", "use_bias True: vLLM's layers for it have no biases"),
+        ("qwen3_moe", "shared_expert_intermediate_size 32: vLLM would add experts"),
+    ],
+)
+def test_what_vllms_layers_are_not_is_refused_by_name(
+    variant: str, why: str, tmp_path: Path
+) -> None:
+    from vllm import EngineArgs
+
+    path = make_model(tmp_path, variant, 2, "use: ladder")
+    with pytest.raises(ValueError, match=why):
+        EngineArgs(str(path)).create_engine_config()
 
 
 def test_context_parallelism_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,11 +22,12 @@ from conftest import LAYERS, random_model
 from drawing import drawn_schedule, spans_both
 from reference import reference_logits
 from safetensors.torch import load_file, save_file
-from served import MIXED, SIZES, apart, calibration, greedy, make_model, prompts
+from served import MIXED, SIZES, apart, calibration, greedy, make_model, prompts, shape_of
 
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.section import read_section
 from ptconvert.engines.verify import TOLERANCE, Answers, count_checks
+from ptconvert.engines.vllm.families import SERVED
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 
@@ -43,6 +45,7 @@ class Case:
     top: str = ""
     eager: bool = True
     layers: int = LAYERS
+    sizes: Mapping[str, Any] = field(default_factory=dict)
 
 
 # A dense layer before tracks, endings of every kind, and a stage of two sublayers; no more layers
@@ -50,6 +53,16 @@ class Case:
 COMPILED = """  - {layers: 0-0, use: tensor_parallel}
   - {layers: 1-3, stages: "a1|m1! a2~2 m2^2 a3. m3!"}
 """
+# Every other family that is served; what vLLM has no layers for is changed.
+GEMMA = {"attention_bias": False, "tie_word_embeddings": False}
+OTHERS: dict[str, Mapping[str, Any]] = {
+    **{"ministral3": {}, "phi3": {}, "phi3-two-kv": {}, "cwm": {}, "seed_oss": {}, "smollm3": {}},
+    **{"ernie4_5": {"use_bias": False}, "glm": {"attention_bias": True}, "granite": {}},
+    **{"hyperclovax-no-norms-after": {}, "mixtral": {}},
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), GEMMA),
+    **{"glm4": {"attention_bias": True}, "exaone4": {}, "hyperclovax": {}, "qwen2-window": {}},
+    "qwen3_moe": {"shared_expert_intermediate_size": 0},
+}
 GUESSES = "assignment: {method: affinity}\nguess: {rank: 8}\n"
 CASES = {
     "parallel_track, depth 1": Case("llama", 2, "use: parallel_track, depth: 1"),
@@ -69,6 +82,9 @@ CASES = {
     "guesses, in flight": Case("llama", 2, "use: delayed, delay: 2", GUESSES),
     "compiled": Case("llama-biases", 4, COMPILED, eager=False, layers=4),
     "compiled, guesses": Case("llama", 2, COMPILED, GUESSES, False, 4),
+    **{name: Case(name, 2, COMPILED, layers=4, sizes=sizes) for name, sizes in OTHERS.items()},
+    "compiled, a mixture": Case("mixtral", 4, COMPILED, eager=False, layers=4),
+    "compiled, sums that are normed": Case("glm4", 4, COMPILED, eager=False, layers=4),
     "dense": Case("llama", 0),
 }
 WITH_FAULTS = (
@@ -102,7 +118,9 @@ def drawn() -> list[tuple[str, str]]:
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         name: make_model(
-            tmp_path_factory.mktemp("model"), c.variant, c.tracks, c.schedule, c.top, c.layers
+            tmp_path_factory.mktemp("model"),
+            *(c.variant, c.tracks, c.schedule, c.top, c.layers),
+            **c.sizes,
         )
         for name, c in CASES.items()
     }
@@ -194,6 +212,10 @@ def schedule_of(path: Path) -> Schedule:
     return read_section(read_config(path)).schedule
 
 
+def test_every_family_that_is_served_is_here() -> None:
+    assert set(SERVED) == {c.variant.split("-")[0] for c in CASES.values()}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_answers_of_the_single_process_model(
     name: str, found: Any, references: dict[str, Answers]
@@ -207,13 +229,14 @@ def test_answers_of_the_single_process_model(
 @pytest.mark.parametrize("name", [n for n in CASES if CASES[n].tracks])
 def test_all_reduces_are_the_schedules(name: str, found: Any, paths: dict[str, Path]) -> None:
     passes = [rank["passes"] for rank in of_case(found, name)]
-    width = SIZES["hidden_size"]
-    checks = count_checks(passes, schedule_of(paths[name]), width, new_tokens=3)
+    shape = shape_of(paths[name])
+    checks = count_checks(passes, schedule_of(paths[name]), shape, new_tokens=3)
     assert all(check.ok for check in checks), checks
     for wrong in (dense_schedule(LAYERS), Schedule.parse("a0. m0!")):
-        assert not all(c.ok for c in count_checks(passes, wrong, width, new_tokens=3))
+        assert not all(c.ok for c in count_checks(passes, wrong, shape, new_tokens=3))
+    wider = replace(shape, width=shape.width + 1)
     assert not all(
-        c.ok for c in count_checks(passes, schedule_of(paths[name]), width + 1, new_tokens=3)
+        c.ok for c in count_checks(passes, schedule_of(paths[name]), wider, new_tokens=3)
     )
 
 

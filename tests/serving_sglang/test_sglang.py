@@ -12,14 +12,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import LAYERS, random_model, spec_text
 from quantising import quantise
-from served import MIXED, SIZES, apart, check_chat, greedy, make_model, prompts, with_words
+from served import (
+    MIXED,
+    SIZES,
+    apart,
+    check_chat,
+    greedy,
+    make_model,
+    prompts,
+    shape_of,
+    with_words,
+)
 
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.reader import open_checkpoint
@@ -127,13 +137,14 @@ def test_answers_of_the_single_process_model(
 def test_all_reduces_are_the_schedules(
     name: str, found: dict[str, Any], paths: dict[str, Path]
 ) -> None:
-    passes, width = found[name]["passes"], SIZES["hidden_size"]
+    passes, shape = found[name]["passes"], shape_of(paths[name])
     schedule = read_section(read_config(paths[name])).schedule
-    checks = count_checks(passes, schedule, width, new_tokens=3)
+    checks = count_checks(passes, schedule, shape, new_tokens=3)
     assert all(check.ok for check in checks), checks
     for wrong in (dense_schedule(LAYERS), Schedule.parse("a0. m0!")):
-        assert not all(c.ok for c in count_checks(passes, wrong, width, new_tokens=3))
-    assert not all(c.ok for c in count_checks(passes, schedule, width + 1, new_tokens=3))
+        assert not all(c.ok for c in count_checks(passes, wrong, shape, new_tokens=3))
+    wider = replace(shape, width=shape.width + 1)
+    assert not all(c.ok for c in count_checks(passes, schedule, wider, new_tokens=3))
 
 
 def test_every_family_is_one_of_the_cases() -> None:

@@ -71,7 +71,7 @@ def verify_in_sglang(path: Path, settings: Settings, eager: bool = False) -> Rep
     reference = single_process(path, ids_BS, answers, getattr(torch, dtype))
     checks = [
         *as_converted(path, section),
-        *count_checks(passes, section.schedule, shape.width, settings.new_tokens),
+        *count_checks(passes, section.schedule, shape, settings.new_tokens),
         *answer_checks(answers, reference, dtype),
     ]
     named = f"sglang {sglang.__version__}"

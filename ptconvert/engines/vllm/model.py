@@ -13,17 +13,16 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
-from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
 from ptconvert.checkpoint.section import read_section, source_config
-from ptconvert.engines.base import RENAMED, ServedPass, is_for_others, own_weights, served_layers
+from ptconvert.engines.base import ServedPass, is_for_others, own_weights, renamed, served_layers
+from ptconvert.engines.vllm.families import SERVED
 from ptconvert.engines.vllm.layers import VLLMServing
 from ptconvert.modeling.layers import Placement
 from ptconvert.models.shape import ModelShape
@@ -52,15 +51,24 @@ class PTConvertModel(nn.Module):
             prefix=maybe_prefix(prefix, "embed_tokens"),
             disable_tp=True,
         )
-        self.serving = VLLMServing(vllm_config, shape.family.classes["AutoModelForCausalLM"])
+        self.served = SERVED[shape.model_type]
+        self.embeds_scale: Any = self.served.embeds(config) if self.served.embeds else None
+        if self.served.rounded:
+            self.embeds_scale = float(torch.tensor(self.embeds_scale, dtype=config.dtype))
+        self.renamed = renamed(shape.family)
+        self.serving = VLLMServing(vllm_config, shape.model_type)
         self.layers = served_layers(self.serving, section, shape, config, self.local_tracks)
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        layer: Any
+        for index, layer in enumerate(self.layers):
+            self.serving.check(index, layer.parts.values(), shape.rules_of(index))
+        norm: Any = next(m for m in self.layers[0].modules() if hasattr(m, "variance_epsilon"))
+        self.norm = type(norm)(config.hidden_size, eps=norm.variance_epsilon)
         _split_graphs_at_boundaries(self.program, vllm_config.compilation_config)
 
-    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed_input_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         """(tokens,) ids to (tokens, width)."""
         embedded_TD: torch.Tensor = self.embed_tokens(input_ids)
-        return embedded_TD
+        return embedded_TD if self.embeds_scale is None else embedded_TD * self.embeds_scale
 
     def forward(
         self,
@@ -69,16 +77,13 @@ class PTConvertModel(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The normed stream after the last stage, (tokens, width), the same on every rank."""
-        base_TD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        base_TD = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         one_pass = ServedPass(self.serving, self.layers, positions)
         return one_pass.decode(self.program, base_TD, self.norm, self.waiting_weight)
 
 
 class PTConvertForCausalLM(nn.Module):
     """A converted causal language model; its config decides family and schedule."""
-
-    # q, k, v and gate, up are stacked as in vLLM's Llama
-    hf_to_vllm_mapper = WeightsMapper(orig_to_new_regex=RENAMED) | LlamaModel.hf_to_vllm_mapper
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
@@ -87,7 +92,15 @@ class PTConvertForCausalLM(nn.Module):
         self.lm_head = ParallelLMHead(
             config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
         )
-        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.hf_to_vllm_mapper = (
+            WeightsMapper(orig_to_new_regex=self.model.renamed) | self.model.serving.mapper
+        )
+        served = self.model.served
+        self.logits_processor = LogitsProcessor(
+            config.vocab_size,
+            scale=served.logits(config) if served.logits else 1.0,
+            soft_cap=getattr(config, served.soft_cap) if served.soft_cap else None,
+        )
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(tokens,) ids to (tokens, width)."""

@@ -11,8 +11,14 @@ from ptconvert.checkpoint.section import Section
 from ptconvert.engines.vllm.families import SERVED
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.model import section_of
-from ptconvert.models.families import MODEL_TYPE_PREFIX
+from ptconvert.models.families import EXPERT_COUNTS, MODEL_TYPE_PREFIX
 from ptconvert.spec.terms import wrong_ranks
+
+_NEVER = {
+    "enable_expert_parallel": "each track has a share of every expert",
+    "enable_eplb": "each track has a share of every expert",
+    "enable_dbo": "the schedule says what runs beside its all-reduces",
+}
 
 
 class ServingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
@@ -36,6 +42,10 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
             f"a converted {family} isn't served in vLLM, of converted models only "
             f"{', '.join(SERVED)}; transformers runs it"
         )
+    else:
+        for key, why in SERVED[family].refused.items():
+            if value := getattr(model.hf_config, key, None):
+                yield f"{key} {value}: {why}; transformers runs it"
     ranks = parallel.tensor_parallel_size
     if reason := wrong_ranks("the checkpoint", section.tracks, ranks):
         yield f"tensor_parallel_size {ranks}: {reason}"
@@ -52,6 +62,16 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
                 f"{name} {getattr(parallel, name)}: ranks would share keys and values, but each "
                 "track has its own; leave it at 1"
             )
+    for name, why in _NEVER.items():
+        if getattr(parallel, name, False):
+            yield f"{name}: {why}; leave it out"
+    if parallel.data_parallel_size > 1 and any(
+        getattr(model.hf_config, k, 0) for k in EXPERT_COUNTS
+    ):
+        yield (
+            f"data_parallel_size {parallel.data_parallel_size}: vLLM would cut experts over all "
+            "replicas' ranks, but tracks are cut already; start servers of their own"
+        )
     if parallel.pipeline_parallel_size > 1:
         yield (
             f"pipeline_parallel_size {parallel.pipeline_parallel_size}: a schedule's all-reduces "

@@ -64,7 +64,7 @@ def verify_in_vllm(path: Path, settings: Settings, eager: bool = False) -> Repor
     reference = single_process(path, ids_BS, answers, getattr(torch, dtype))
     checks = [
         *as_converted(path, section),
-        *count_checks(passes, section.schedule, shape.width, settings.new_tokens),
+        *count_checks(passes, section.schedule, shape, settings.new_tokens),
         *answer_checks(answers, reference, dtype),
     ]
     named, mode = f"vllm {vllm.__version__}", "eager" if eager else "compiled"
