@@ -106,7 +106,7 @@ class ServedLayer(nn.Module):
         scales: Mapping[Kind, float],
     ) -> None:
         super().__init__()
-        self.scales = {kind: scales.get(kind, 1 / math.sqrt(count)) for kind in BLOCKS}
+        self.scales = {guesses_of(k): scales.get(k, 1 / math.sqrt(count)) for k in BLOCKS}
         self.parts = nn.ModuleDict()
         if tracks is None:
             self.parts[WHOLE] = serving.decoder_layer(index, None, count)
@@ -149,7 +149,7 @@ class ServedLayer(nn.Module):
         call = serving.mlp if kind is Kind.MLP else serving.attention
         parts: list[Any] = list(self.parts.values())
         partials = [call(part, x_TD, context) for part, x_TD in zip(parts, normed, strict=True)]
-        block = self.family.block(kind)
+        block, guessed = self.family.block(kind), guesses_of(kind)
         bias_D: torch.Tensor | None = self.common.get(block.common_bias, None)
         after: Any = getattr(self.after, str(block.after), None)
 
@@ -161,8 +161,7 @@ class ServedLayer(nn.Module):
         if after is None:
             partials = kept = [joined(partial_TD) for partial_TD in partials]
         elif guess:
-            own = kept = [self.scales[kind] * joined(partial_TD) for partial_TD in partials]
-        guessed = guesses_of(kind)
+            own = kept = [self.scales[guessed] * joined(partial_TD) for partial_TD in partials]
         guesses: PerTrack | None = None
         if guess and guessed in getattr(parts[0], "guess", ()):
             guesses = [
