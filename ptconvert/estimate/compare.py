@@ -26,10 +26,9 @@ LIMITS = (
     "static, its prefill one pass. Published throughput at batch 256 under continuous batching is "
     "15% off on average, up to 35%, and with prompts of up to 2048 and 4096 new tokens Parallel "
     "Track gains nothing there where 7 to 13% are estimated.",
-    "Sliding windows are not modelled, and of quantised weights only that fewer bytes are read, "
-    "not that some devices multiply them faster. Neither these nor mixtures of experts were "
-    "checked against published runs. Prompts of 63,000 tokens under TensorRT-LLM take 69% of what "
-    "is estimated.",
+    "Sliding windows, quantised weights and mixtures of experts were not checked against published "
+    "runs; a layer with a window is taken to keep no more cache than that. Prompts of 63,000 "
+    "tokens under TensorRT-LLM take 69% of what is estimated.",
     "Overlap at batch 16 and beyond with peer-to-peer off is overestimated: ladder on 8 ranks "
     "gains 28 to 35% where 36 to 58% are estimated.",
     "Speed-ups on two nodes over InfiniBand are underestimated, by 9% on average and up to 17%: "

@@ -40,7 +40,8 @@ class Workload:
 
     @property
     def decode(self) -> Pass:
-        """The decode step halfway, whose time is the mean as it grows linearly with the cache."""
+        """The decode step halfway, whose time is the mean as it grows linearly with the cache, but
+        where a window fills on the way."""
         return Pass(self.batch, 1, self.prompt + self.new // 2, self.prompt + self.new)
 
 

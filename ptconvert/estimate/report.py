@@ -260,6 +260,8 @@ def _each_once(shape: ModelShape) -> dict[str, Sublayer]:
             name = which = _NAMES[kind]
             if kind is Kind.ATTENTION and shape.is_linear(layer):
                 which = f"linear {name}"
+            elif kind is Kind.ATTENTION and (window := shape.window_of(layer)):
+                which = f"{name}, window {window:,}"
             elif kind is Kind.MLP and shape.is_mixture(layer):
                 which = "experts"
             found.setdefault(which, Sublayer(layer, kind))

@@ -42,6 +42,20 @@ class Pass:
         """New tokens of all sequences."""
         return self.sequences * self.tokens
 
+    def attended(self, window: int | None = None) -> float:
+        """How many tokens a new one attends to, itself among them, in the mean over the new ones:
+        the i-th to past + i, or to as many as the window has (Mistral 7B, arXiv 2310.06825)."""
+        if window is None:
+            return self.past + (self.tokens + 1) / 2
+        within = min(max(window - self.past, 0), self.tokens)  # new tokens that see all before them
+        seen = within * (self.past + (within + 1) / 2) + (self.tokens - within) * window
+        return seen / self.tokens
+
+    def cached(self, window: int | None = None) -> float:
+        """How many tokens of a sequence all of the new ones attend to together."""
+        whole = self.past + self.tokens
+        return whole if window is None else min(whole, window + self.tokens - 1)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -218,6 +232,7 @@ def _attention(
     """Projections, and attention over the cache, of one of `cut` parts."""
     if shape.kv_latent:
         return _latent_attention(shape, weights, cut, one)
+    window = shape.window_of(layer)
     kv_heads, head_size = shape.kv_heads_of(layer), shape.head_size_of(layer)
     queries = shape.heads * head_size / cut
     # and values, elements per token; heads are replicated where there are fewer than parts
@@ -225,9 +240,9 @@ def _attention(
     moved = one.total * (4 * shape.width + 3 * queries + keys)  # norm, addition; in and out
     size = _bytes(shape)
     projections = _projections(weights, moved * size, one)
-    so_far = one.past + (one.tokens + 1) / 2  # the mean over the new tokens, causally
-    attended = one.allocated if engine.cache == "allocated" else so_far
-    cached = one.allocated if engine.cache == "allocated" else one.past + one.tokens
+    attended, cached = one.attended(window), one.cached(window)
+    if engine.cache == "allocated":
+        attended = cached = min(one.allocated, window or one.allocated)
     reads = shape.heads // kv_heads if engine.kv_reads == "per query head" else 1
     read = one.sequences * cached * keys * reads / engine.kv_reach
     scores = 0.0
@@ -247,9 +262,9 @@ def _latent_attention(shape: ModelShape, weights: Weights, cut: int, one: Pass) 
     moved = one.total * (4 * shape.width + 3 * heads * shape.latent_query_size + latent)
     size = _bytes(shape)
     projections = _projections(weights, moved * size, one)
-    attended = one.past + (one.tokens + 1) / 2  # the mean over the new tokens, causally
+    attended = one.attended()
     flops = 2 * one.total * attended * heads * (latent + shape.kv_latent)
-    read = one.sequences * (one.past + one.tokens) * latent
+    read = one.sequences * one.cached() * latent
     return projections, Part(flops, (read + one.total * latent) * size)
 
 
@@ -289,7 +304,8 @@ def rank_bytes(
     """Bytes of weights and KV cache, or states, that a rank holds for a pass.
 
     A rank holds tracks / ranks tracks of each of the `tracked` layers, with KV heads of their own,
-    and their guesses.
+    and their guesses. Of a layer with a window the engine keeps no more than that, once a prompt
+    has gone through.
     """
     first = {shape.alike(layer): layer for layer in reversed(range(shape.layers))}
     alike = Counter((first[shape.alike(layer)], layer in tracked) for layer in range(shape.layers))
@@ -302,7 +318,8 @@ def rank_bytes(
             cache = one.sequences * one.allocated * shape.kv_latent_rope
         else:
             kv_heads = max(shape.kv_heads_of(layer) // cut, 1)
-            cache = one.sequences * one.allocated * 2 * kv_heads * shape.head_size_of(layer)
+            held = min(one.allocated, shape.window_of(layer) or one.allocated)
+            cache = one.sequences * held * 2 * kv_heads * shape.head_size_of(layer)
         weights = sum(_weights(shape, Sublayer(layer, which), cut).nbytes for which in BLOCKS)
         layers += count * cut // ranks * (weights + cache * size)
     rows = shape.vocabulary / (ranks if engine.vocabulary == "sharded" else 1)

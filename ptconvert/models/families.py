@@ -261,10 +261,13 @@ class Family:
     other null. What sublayers add to the stream is multiplied by the config's `multiplier`, where
     there is one; and the stream after a layer by that layer's buffer `scalar`. Where layers'
     attention is of two `kinds`, full first, config.json says which by `layer_types`, or by the key
-    `full_every` of how many one is full, or it is one of so many, and the `last_full`; linear
-    attention is the block `linear`. Where one of the keys `experts` says how many there are, MLPs
-    are mixtures of them, but where one of the keys `dense` says that a layer has one; `shared` says
-    what these call experts that all tokens go to, if there are any. With
+    `full_every` of how many one is full, or it is one of so many, and the `last_full`; or by the
+    key `full_until` of how many are at first; or they follow each other as a `cycle`. With none of
+    these all layers are of the second kind. Those with SLIDING attention see the `sliding_window`
+    of the last tokens, where config.json says one, and `use_sliding_window` where that is among
+    the defaults. Linear attention is the block `linear`. Where one of the keys `experts` says how
+    many there are, MLPs are mixtures of them, but where one of the keys `dense` says that a layer
+    has one; `shared` says what these call experts that all tokens go to, if there are any. With
     `layer_more` checkpoints hold a layer after the last, which predicts further tokens; it comes
     along. With `parallel` attention and MLP of a layer are side by side: both read what enters it.
     `own_keys` gives a config.json in the keys that are read here, where others say the same, by it
@@ -285,6 +288,8 @@ class Family:
     kinds: tuple[str, str] = (FULL, LINEAR)
     full_every: str | int | None = None
     last_full: bool = False
+    full_until: str | None = None
+    cycle: tuple[str, ...] = ()
     own_keys: Callable[[Mapping[str, object], Sequence[int]], Mapping[str, object]] = (
         lambda config, _: config
     )
@@ -303,6 +308,11 @@ class Family:
 
     def __reduce__(self) -> tuple[Callable[[str], Family], tuple[str]]:
         return named, (self.model_type,)  # a model that is copied or pickled holds one
+
+    @property
+    def kinds_differ(self) -> bool:
+        """Whether layers of its two kinds have tensors of their own."""
+        return any(rule.of in self.kinds for rule in self.layer)
 
     @property
     def classes(self) -> Mapping[str, str]:
@@ -449,6 +459,9 @@ _COHERE = _norms("input_layernorm") + _ATTENTION + _MLP + _ATTENTION_BIASES
 _BEHIND_ONE_NORM = Block("mlp", "input_layernorm", "down_proj")
 _BIASED_FINAL_NORM = ("norm.weight", "norm.bias")
 _SIZES = (_KV_HEADS, "head_dim")
+_WINDOWED = (FULL, SLIDING)
+_SWITCHED_WINDOW = {"use_sliding_window": False, "sliding_window": 4096}
+_QWEN_DEFAULTS = {"num_key_value_heads": 32, **_SWITCHED_WINDOW, "max_window_layers": 28}
 
 
 def _in(kind: str, *rules: TensorRule) -> tuple[TensorRule, ...]:
@@ -587,8 +600,14 @@ _MIXED_DEFAULTS = {
 }
 
 
-_GEMMA_DEFAULTS = _defaults(num_key_value_heads=4, head_dim=256, tie_word_embeddings=True)
-_GEMMA4_DEFAULTS = _defaults(**_GEMMA_DEFAULTS, num_global_key_value_heads=4, global_head_dim=256)
+_GEMMA_DEFAULTS = _defaults(
+    num_key_value_heads=4, head_dim=256, tie_word_embeddings=True, sliding_window=4096
+)
+_GEMMA4_DEFAULTS = _defaults(
+    **{**_GEMMA_DEFAULTS, "sliding_window": 1024},
+    num_global_key_value_heads=4,
+    global_head_dim=256,
+)
 _SHARED_KEYS = MappingProxyType({"num_kv_shared_layers": "its layers share keys and values"})
 _GEMMA4 = Family(
     "gemma4_text",
@@ -600,11 +619,11 @@ _GEMMA4 = Family(
         *_MLP,
         TensorRule("layer_scalar", (ONE,), common=True),
     ),
-    _defaults(**_GEMMA4_DEFAULTS, hidden_size_per_layer_input=256),
+    _defaults(**{**_GEMMA4_DEFAULTS, "sliding_window": 512}, hidden_size_per_layer_input=256),
     attention=_GEMMA_ATTENTION,
     mlp=_GEMMA_MLP,
     scalar="layer_scalar",
-    kinds=(FULL, SLIDING),
+    kinds=_WINDOWED,
     full_every=6,
     last_full=True,
     base_model="TextModel",
@@ -628,22 +647,27 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "mistral",
                 "Mistral",
                 _LLAMA,
-                _defaults(num_key_value_heads=8),
+                _defaults(num_key_value_heads=8, sliding_window=4096),
                 nullable=("head_dim",),
+                kinds=_WINDOWED,
             ),
             Family(
                 "qwen2",
                 "Qwen2",
                 _LLAMA + _qkv_biases(None),
-                _defaults(num_key_value_heads=32),
+                _defaults(**_QWEN_DEFAULTS),
                 nullable=(_KV_HEADS,),
+                kinds=_WINDOWED,
+                full_until="max_window_layers",
             ),
             Family(
                 "qwen3",
                 "Qwen3",
                 _LLAMA + _qk_norms() + _ATTENTION_BIASES,
-                _defaults(num_key_value_heads=32, head_dim=128),
+                _defaults(**_QWEN_DEFAULTS, head_dim=128),
                 nullable=(_KV_HEADS,),
+                kinds=_WINDOWED,
+                full_until="max_window_layers",
             ),
             Family(
                 "qwen3_vl_text",
@@ -663,6 +687,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     *_FUSED_MLP,
                 ),
                 nullable=(_KV_HEADS,),
+                kinds=_WINDOWED,
             ),
             Family(
                 "granite",
@@ -686,6 +711,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "Ministral3",
                 _LLAMA,
                 _defaults(num_key_value_heads=8, head_dim=128),
+                kinds=_WINDOWED,
             ),
             Family(
                 "ernie4_5",
@@ -698,8 +724,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "smollm3",
                 "SmolLM3",
                 _LLAMA_BIASED,
-                _defaults(num_key_value_heads=4, tie_word_embeddings=True),
+                _defaults(
+                    num_key_value_heads=4, tie_word_embeddings=True, use_sliding_window=False
+                ),
                 nullable=(_KV_HEADS,),
+                kinds=_WINDOWED,
+                cycle=(FULL, FULL, FULL, SLIDING),
             ),
             Family(
                 "glm",
@@ -757,6 +787,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 nullable=("head_dim",),
                 mlp=Block("mlp", "post_attention_layernorm", "c_proj"),
                 final_norm=_BIASED_FINAL_NORM,
+                kinds=_WINDOWED,
             ),
             Family(
                 "arcee",
@@ -768,7 +799,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "cwm",
                 "Cwm",
                 _LLAMA,
-                _defaults(num_key_value_heads=8, head_dim=128),
+                _defaults(num_key_value_heads=8, head_dim=128, sliding_window=8192),
+                kinds=_WINDOWED,
+                cycle=(FULL, SLIDING, SLIDING, SLIDING),
             ),
             Family(
                 "gemma",
@@ -791,15 +824,19 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 _GEMMA_DEFAULTS,
                 attention=_GEMMA_ATTENTION,
                 mlp=_GEMMA_MLP,
+                kinds=_WINDOWED,
+                full_every=2,
             ),
             Family(
                 "gemma3_text",
                 "Gemma3",
                 _GEMMA_NORMS + _ATTENTION + _qk_norms() + _MLP + _ATTENTION_BIASES,
-                _GEMMA_DEFAULTS,
+                _defaults(**_GEMMA_DEFAULTS, sliding_window_pattern=6),
                 attention=_GEMMA_ATTENTION,
                 mlp=_GEMMA_MLP,
                 base_model="TextModel",
+                kinds=_WINDOWED,
+                full_every="sliding_window_pattern",
             ),
             _GEMMA4,
             replace(
@@ -834,9 +871,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     *_qk_norms(),
                     *_MLP,
                 ),
-                _defaults(num_key_value_heads=32),
+                _defaults(num_key_value_heads=32, sliding_window=4096, sliding_window_pattern=4),
                 attention=Block("self_attn", None, "o_proj", "post_attention_layernorm"),
                 mlp=Block("mlp", None, "down_proj", "post_feedforward_layernorm"),
+                kinds=_WINDOWED,
+                full_every="sliding_window_pattern",
             ),
             Family(
                 "hyperclovax",
@@ -865,10 +904,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "cohere2",
                 "Cohere2",
                 _COHERE,
-                _defaults(tie_word_embeddings=True),
+                _defaults(tie_word_embeddings=True, sliding_window=4096, sliding_window_pattern=4),
                 nullable=(_KV_HEADS,),
                 mlp=_BEHIND_ONE_NORM,
                 parallel=True,
+                kinds=_WINDOWED,
+                full_every="sliding_window_pattern",
             ),
             Family(
                 "qwen3_5_text",
@@ -892,6 +933,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     *_QWEN_EXPERTS,
                 ),
                 _defaults(
+                    **_SWITCHED_WINDOW,
                     num_key_value_heads=4,
                     moe_intermediate_size=768,
                     num_experts=128,
@@ -899,6 +941,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ),
                 experts=("num_experts", "num_local_experts"),
                 dense=_DENSE_BY_STEP,
+                kinds=_WINDOWED,
             ),
             Family(
                 "mixtral",
@@ -919,6 +962,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 _defaults(num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2),
                 nullable=("head_dim",),
                 experts=("num_local_experts", "num_experts"),
+                kinds=_WINDOWED,
             ),
             Family(
                 "glm4_moe",
@@ -993,6 +1037,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     ),
                 ),
                 _defaults(
+                    sliding_window=128,
                     num_key_value_heads=8,
                     head_dim=64,
                     attention_bias=True,
@@ -1000,6 +1045,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     num_experts_per_tok=4,
                 ),
                 experts=("num_local_experts", "num_experts"),
+                kinds=_WINDOWED,
+                full_every=2,
             ),
             Family(
                 "qwen3_next",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -22,6 +22,7 @@ from ptconvert.models.families import (
     NEURONS,
     ORDERS,
     SIZES,
+    SLIDING,
     UNSUPPORTED,
     Axis,
     Block,
@@ -89,10 +90,10 @@ class ModelShape:
     `dtype` is safetensors' name of the weights' type, None where config.json doesn't say. `kinds`
     say what each layer is, and `rules` what tensors such a layer has. `wrapper` is what the model
     is the language model of, where it is one. `apart` says that a checkpoint holds each expert by
-    itself. `quantised` are the tensors that it holds of each layer with quantised weights, None of
-    lm_head; `widths` say what each number of such weights takes, by the weight's name, as
-    config.json has it. `together` are how many neurons go to a track as one where not all tracks
-    have as many, by what config.json calls their count.
+    itself. Sliding attention sees the last `window` tokens. `quantised` are the tensors that it
+    holds of each layer with quantised weights, None of lm_head; `widths` say what each number of
+    such weights takes, by the weight's name, as config.json has it. `together` are how many neurons
+    go to a track as one where not all tracks have as many, by what config.json calls their count.
     """
 
     family: Family
@@ -123,6 +124,7 @@ class ModelShape:
     rope_size: int = 0
     nope_size: int = 0
     latent_value_size: int = 0
+    window: int = 0
     wrapper: Wrapper | None = None
     apart: bool = False
     quantised: Mapping[int | None, tuple[TensorRule, ...]] = field(default_factory=dict)
@@ -266,6 +268,10 @@ class ModelShape:
         """Whether a layer's attention is linear: it has a state of one size, and no cache of all
         tokens."""
         return LINEAR in self.kinds[layer]
+
+    def window_of(self, layer: int) -> int | None:
+        """The last tokens, itself among them, that a token attends to in a layer; None for all."""
+        return (self.window or None) if SLIDING in self.kinds[layer] else None
 
     def is_mixture(self, layer: int) -> bool:
         """Whether a layer's MLP is a mixture of experts."""
@@ -573,23 +579,29 @@ class ModelShape:
         config = language_config(config)
         family = _family(config, wrapper, where)
 
-        def size(key: str, otherwise: int | None = None, most: int = _MAX_SIZE) -> int:
+        def size(
+            key: str, otherwise: int | None = None, most: int = _MAX_SIZE, least: int = 1
+        ) -> int:
             value = config.get(key, family.defaults.get(key))
             if value is None and (
                 key not in {**family.defaults, **config} or key in family.nullable
             ):
                 value = otherwise
-            if type(value) is not int or not 1 <= value <= most:
+            if type(value) is not int or not least <= value <= most:
                 was = f"is {_short(value)}" if key in config else "is missing"
-                raise ConfigError(f"{where}: {key} {was}; it must be a whole number, 1 to {most}")
+                raise ConfigError(
+                    f"{where}: {key} {was}; it must be a whole number, {least} to {most}"
+                )
             return value
 
         layers = size("num_hidden_layers", most=MAX_LAYERS)
+        window, known = 0, {**family.defaults, **config}
+        switched = "use_sliding_window" in family.defaults
+        if SLIDING in family.kinds and (not switched or known["use_sliding_window"]):
+            window = size("sliding_window") if known.get("sliding_window") else 0
         attention: tuple[str | None, ...] = (None,) * layers
-        if family.full_every is not None:
-            every = family.full_every
-            every = size(every) if isinstance(every, str) else every
-            attention = _kinds(family, config.get("layer_types"), layers, every, where)
+        if family.kinds_differ or window:
+            attention = _kinds(family, config.get("layer_types"), layers, size, where)
         try:
             config = family.own_keys(config, [i for i in range(layers) if attention[i] == FULL])
         except ConfigError as error:
@@ -628,6 +640,7 @@ class ModelShape:
             dtype=config_dtype(config, where),
             kinds=kinds,
             rules=rules,
+            window=window,
             wrapper=wrapper,
             **others,
         )
@@ -675,12 +688,21 @@ def _module(layer: str, rule: TensorRule) -> str | None:
 
 
 def _kinds(
-    family: Family, given: object, layers: int, full_every: int, where: str
+    family: Family, given: object, layers: int, size: Callable[..., int], where: str
 ) -> tuple[str, ...]:
-    """Of which kind each layer is. Raises ConfigError."""
+    """Of which kind each layer is, where `size` reads a key of config.json. Raises ConfigError."""
     full, other = family.kinds
-    if given is None:
-        given = [other if (i + 1) % full_every else full for i in range(layers)]
+    if not (family.full_every or family.full_until or family.cycle):
+        return (other,) * layers
+    if given is None and family.full_until:
+        first = size(family.full_until, least=0)
+        given = [full if i < first else other for i in range(layers)]
+    elif given is None and family.full_every:
+        every = family.full_every
+        every = size(every) if isinstance(every, str) else every
+        given = [other if (i + 1) % every else full for i in range(layers)]
+    elif given is None:
+        given = list(itertools.islice(itertools.cycle(family.cycle), layers))
     if (
         not isinstance(given, list)
         or len(given) != layers
