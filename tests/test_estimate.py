@@ -339,3 +339,31 @@ def test_linear_attention_has_a_state_and_no_cache() -> None:
     full = 8 * 2 * 4096 * 2 * 4 * 256 * 2  # layers, sequences, tokens, K and V, heads, size, bytes
     held = [rank_bytes(shape, VLLM, 1, Pass(n, 1, 0, 4096)) for n in (2, 0)]
     assert held[0] - held[1] == full + 24 * 2 * state * 4
+
+
+DEEPSEEK = {  # V3's sizes; the others are its class's
+    **{"model_type": "deepseek_v3", "hidden_size": 7168, "num_hidden_layers": 61},
+    **{"num_attention_heads": 128, "intermediate_size": 18432, "vocab_size": 129280},
+    "dtype": "bfloat16",
+}
+
+
+def test_latent_attention_by_hand() -> None:
+    """A decode step of 3 sequences reads the latents of 512 + 64 numbers once for all heads, of
+    which 8 ranks have 16 each; a prefill attends with keys of 128 + 64 and values of 128."""
+    shape, first = ModelShape.from_config(DEEPSEEK), Sublayer(0, Kind.ATTENTION)
+    rank = 7168 * 1536 + 16 * 192 * 1536 + 7168 * 576 + 16 * 256 * 512 + 7168 * 16 * 128
+    rank += 1536 + 512  # the latents' norms
+    decode = Pass(3, 1, past=999, allocated=4096)
+    weights, core = sublayer_parts(first, shape, VLLM, 8, decode)
+    assert weights.flops == 2 * 3 * rank
+    assert weights.nbytes == 2 * (rank + 3 * (4 * 7168 + 3 * 16 * 192 + 576))
+    assert core == Part(2 * 3 * 1000 * 16 * (576 + 512), 2 * 3 * 1001 * 576)
+    prefill = sublayer_parts(first, shape, VLLM, 8, Pass(3, 1000, 0, 4096))[1]
+    assert prefill.flops == 2 * 3000 * 500.5 * 16 * (192 + 128)
+    assert prefill.nbytes == 2 * (2 * 3000 * 576 + 2 * 3000 * 16 * 320)
+    # after others its keys and values come out of their latents again
+    later = sublayer_parts(first, shape, VLLM, 8, Pass(3, 1000, 1000, 4096))[1]
+    assert later.flops == 2 * 3000 * 1500.5 * 16 * 320 + 2 * 3000 * 16 * 256 * 512
+    held = [rank_bytes(shape, VLLM, 8, Pass(n, 1, 0, 4096)) for n in (3, 0)]
+    assert held[0] - held[1] == 3 * 61 * 4096 * 576 * 2  # on each rank, whatever their number

@@ -254,18 +254,27 @@ def _attention(
 
 
 def _latent_attention(shape: ModelShape, weights: Weights, cut: int, one: Pass) -> tuple[Part, ...]:
-    """The same of latent attention as engines serve it (DeepSeek-V2, arXiv 2405.04434, with the
-    projections out of the latent absorbed): each head attends over the latents that are cached,
-    which every part has whole, and reads them as its values.
+    """The same of latent attention (MLA; DeepSeek-V2, arXiv 2405.04434), in the cheaper of two
+    forms, as engines serve it.
+
+    Absorbed, in decode steps: each head attends over the latents that are cached, which every part
+    has whole, and reads them as its values; the products out of the latent are with queries and
+    with what was attended to. Expanded, in prefills: each head has keys and values of its own,
+    which come out of the cached latents anew, are written and read. Latents are read at the
+    bandwidth reached, as FlashMLA says of itself (3000 of 3350 GB/s of an H800), whatever share an
+    engine's attention over keys and values reaches.
     """
     heads, latent = shape.heads / cut, shape.kv_latent_rope
     moved = one.total * (4 * shape.width + 3 * heads * shape.latent_query_size + latent)
     size = _bytes(shape)
     projections = _projections(weights, moved * size, one)
-    attended = one.attended()
-    flops = 2 * one.total * attended * heads * (latent + shape.kv_latent)
-    read = one.sequences * one.cached() * latent
-    return projections, Part(flops, (read + one.total * latent) * size)
+    scores, cached = 2 * one.total * one.attended() * heads, one.sequences * one.cached()
+    read = cached * latent + one.total * latent
+    absorbed = Part(scores * (latent + shape.kv_latent), read * size)
+    own = shape.latent_query_size + shape.latent_value_size  # of a head's key and value
+    again = 2 * one.sequences * one.past * heads * shape.latent_kv_size * shape.kv_latent
+    expanded = Part(scores * own + again, (read + 2 * cached * heads * own) * size)
+    return projections, min(absorbed, expanded, key=lambda part: part.flops)
 
 
 def _mlp(shape: ModelShape, sublayer: Sublayer, cut: int, one: Pass) -> tuple[Part, ...]:
