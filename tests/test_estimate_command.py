@@ -76,6 +76,8 @@ def test_what_the_pages_show_is_what_is_printed() -> None:
     no = printed("llama-3.1-8b", "a100-sxm", "--ranks", 2)
     end = lines.index(next(line for line in lines if line.startswith("estimated")))
     yes, refused = (next(i for i, line in enumerate(x) if "onvert" in line) for x in (lines, no))
+    drafted = printed("llama-3.1-70b", "h100-pcie", "--speculate", 3, "--accepted", 1.5)
+    assert "\n".join(drafted[1 : drafted.index(next(x for x in drafted if "note" in x))]) in page
     assert "\n".join(lines) in page and "\n".join(lines[:end]) in readme
     assert "\n".join(lines[yes:]) in readme and "\n".join(no[refused:]) in readme
 

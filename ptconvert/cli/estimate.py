@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,9 @@ from ptconvert.models.guesses import most_guesses
 from ptconvert.models.shape import DTYPES, ModelShape
 from ptconvert.spec.document import read_spec
 
+if TYPE_CHECKING:
+    from ptconvert.estimate.model import Speculation
+
 
 @click.command()
 @click.argument("specs", metavar="[SPEC]...", nargs=-1)
@@ -30,6 +33,25 @@ from ptconvert.spec.document import read_spec
 @shared("--batch")
 @shared("--prompt", 1024)
 @shared("--new", 512)
+@click.option(
+    "--speculate",
+    type=click.IntRange(1, 64),
+    metavar="K",
+    help="Speculative decoding: tokens drafted for each decode step.",
+)
+@click.option(
+    "--accepted",
+    type=click.FloatRange(min=0),
+    metavar="A",
+    help="How many of K are right, on average.",
+)
+@click.option(
+    "--draft",
+    type=click.Choice(["ngram", "layer"]),
+    default="ngram",
+    show_default=True,
+    help="What drafts: the text so far, or one more layer (MTP, EAGLE).",
+)
 @shared("--dtype", "auto", says="auto: the model's")
 @shared("--json")
 @shared("--html")
@@ -105,7 +127,9 @@ def _estimate(
     assert shape is not None
     if options["dtype"] != "auto":
         shape = replace(shape, dtype=DTYPES[options["dtype"]])
-    workload = Workload(options["batch"], options["prompt"], options["new"])
+    workload = Workload(
+        *(options["batch"], options["prompt"], options["new"]), _speculation(options)
+    )
     if ranks is None:
         ranks = shape.most_tracks(row.whole())
         if ranks < row.whole():
@@ -130,11 +154,30 @@ def _estimate(
         "batch": workload.batch,
         "prompt_tokens": workload.prompt,
         "new_tokens": workload.new,
+        "tokens_per_step": workload.tokens_per_step,
         "notes": notes(rows, setting),
         "rows": [one.to_json() for one in rows],
         "verdict": advice.to_json(),
     }
     print_figures(figures, options["as_json"], lambda c: print_estimates(c, rows, advice, setting))
+
+
+def _speculation(options: dict[str, Any]) -> Speculation:
+    """The speculative decoding that options say."""
+    from ptconvert.estimate.model import Speculation
+
+    drafted, accepted, draft = (options[name] for name in ("speculate", "accepted", "draft"))
+    if drafted is None:
+        if accepted is not None or draft != "ngram":
+            raise click.UsageError("--accepted and --draft need --speculate K, the tokens drafted")
+        return Speculation(0, 0.0)
+    if accepted is None or not accepted <= drafted:
+        was = "is missing" if accepted is None else f"is {accepted:g}"
+        raise click.UsageError(
+            f"--accepted {was}; it must say how many of {drafted} drafted tokens are right, 0 to "
+            f"{drafted}"
+        )
+    return Speculation(drafted, accepted, draft == "layer")
 
 
 def _candidate(spec: Path, name: str, shape: ModelShape | None) -> tuple[Any, ModelShape | None]:

@@ -7,7 +7,7 @@ request: a prefill, then decode steps at a cache that grows.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ptconvert.estimate.collective import Reduction, Transfer, all_gather, all_reduce
 from ptconvert.estimate.hardware import Engine, Hardware
@@ -15,6 +15,7 @@ from ptconvert.estimate.roofline import (
     NO_GUESSES,
     Pass,
     head_seconds,
+    joining_part,
     logits_of,
     rank_bytes,
     stage_seconds,
@@ -22,7 +23,18 @@ from ptconvert.estimate.roofline import (
 from ptconvert.estimate.timeline import Timeline, run
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.schedule import Schedule
-from ptconvert.schedule.stages import Sublayer
+from ptconvert.schedule.stages import BLOCKS, Sublayer
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """Decode steps that verify `drafted` tokens, of which `accepted` are right in the mean, and add
+    one of their own (Leviathan et al., arXiv 2211.17192). They come from the text so far, at no
+    cost, or from one more `layer` of the model's (an MTP or EAGLE head), one after another."""
+
+    drafted: int
+    accepted: float
+    layer: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,7 @@ class Workload:
     batch: int
     prompt: int
     new: int
+    speculation: Speculation = Speculation(0, 0.0)
 
     @property
     def prefill(self) -> Pass:
@@ -42,15 +55,21 @@ class Workload:
     def decode(self) -> Pass:
         """The decode step halfway, whose time is the mean as it grows linearly with the cache, but
         where a window fills on the way."""
-        return Pass(self.batch, 1, self.prompt + self.new // 2, self.prompt + self.new)
+        drafted, whole = self.speculation.drafted, self.prompt + self.new
+        return Pass(self.batch, 1 + drafted, self.prompt + self.new // 2, whole, drafted)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """What a decode step adds to each sequence in the mean."""
+        return 1 + self.speculation.accepted
 
 
 @dataclass(frozen=True)
 class Estimate:
     """What serving a workload would take; `tokens_per_second` is of the whole batch.
 
-    `ttft` and `tpot` are seconds to the first token and per further token; `memory` the bytes of
-    weights and cache on one rank.
+    `ttft` and `tpot` are seconds to the first token and per further token, of which a decode step
+    gives one or more; `memory` the bytes of weights and cache on one rank.
     """
 
     schedule: Schedule
@@ -141,6 +160,30 @@ def vocabulary_seconds(
     return reduction(shape, hardware, engine, ranks, one).blocking.seconds + gathered.seconds
 
 
+def draft_seconds(
+    shape: ModelShape, hardware: Hardware, engine: Engine, ranks: int, workload: Workload
+) -> float:
+    """Seconds in which a layer drafts the tokens of a decode step, one after another; 0 without.
+
+    It is as the model's last, is cut by rank, and waits for the all-reduces of its own, whatever
+    the schedule; its logits are lm_head's. The host has no more to do than for the step.
+    """
+    if not workload.speculation.layer:
+        return 0.0
+    verified, last = workload.decode, shape.layers - 1
+    one = replace(verified, tokens=1, drafted=0)
+    alone, device = replace(engine, step_us=0.0), hardware.device
+    sublayers = [Sublayer(last, kind) for kind in BLOCKS]
+    computed = stage_seconds(sublayers, shape, device, alone, ranks, one)
+    computed += joining_part(shape, one).seconds(device, alone)
+    computed += head_seconds(shape, device, alone, ranks, one)
+    waited = (1 if shape.family.parallel else 2) * reduction(
+        shape, hardware, alone, ranks, one
+    ).blocking.seconds
+    waited += vocabulary_seconds(shape, hardware, alone, ranks, one)
+    return workload.speculation.drafted * (computed + waited)
+
+
 def estimate(
     schedule: Schedule,
     shape: ModelShape,
@@ -160,13 +203,19 @@ def estimate(
     )
     tracked = _tracked(schedule, ranks, tracks)
     ttft = prefill.seconds + engine.request_us * 1e-6
-    whole = ttft + (workload.new - 1) * decode.seconds
+    drafting = draft_seconds(shape, hardware, engine, ranks, workload)
+    tpot = (decode.seconds + drafting) / workload.tokens_per_step
+    whole = ttft + (workload.new - 1) * tpot
+    speculation = workload.speculation
     return Estimate(
         schedule,
         ttft,
-        decode.seconds,
+        tpot,
         workload.batch * workload.new / whole,
         prefill,
         decode,
-        rank_bytes(shape, engine, ranks, workload.decode, tracks, tracked, guesses),
+        rank_bytes(
+            *(shape, engine, ranks, workload.decode, tracks, tracked, guesses),
+            drafting=speculation.layer,
+        ),
     )

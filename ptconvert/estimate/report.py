@@ -22,7 +22,7 @@ from ptconvert.estimate.compare import (
     several_tracks,
 )
 from ptconvert.estimate.hardware import Hardware
-from ptconvert.estimate.model import Estimate, reduction, vocabulary_seconds
+from ptconvert.estimate.model import Estimate, Workload, reduction, vocabulary_seconds
 from ptconvert.estimate.roofline import Pass, kernel_seconds, kernels_of, sublayer_parts
 from ptconvert.estimate.sources import numbers, origins
 from ptconvert.estimate.timeline import Timeline
@@ -66,6 +66,7 @@ def to_html(rows: Sequence[Row], setting: Setting) -> str:
             "ranks": s.ranks,
             "batch": workload.batch,
             "tokens per sequence": f"{workload.prompt:,} + {workload.new:,}",
+            **({"drafted": drafted(workload)} if drafted(workload) else {}),
             "dtype": dtype(s),
         },
         verdict=verdict(advice),
@@ -91,6 +92,13 @@ def served_by(setting: Setting) -> str:
     """The engine, and the version that its numbers are of."""
     edition = setting.engine.edition
     return f"{setting.engine_name} ({edition})" if edition else setting.engine_name
+
+
+def drafted(workload: Workload) -> str:
+    """What speculative decoding drafts, and how much of it is right; empty without."""
+    by = "by one more layer" if workload.speculation.layer else "from the text"
+    s = workload.speculation
+    return f"{s.drafted} tokens a step {by}, {s.accepted:g} right" if s.drafted else ""
 
 
 def dtype(setting: Setting) -> str:

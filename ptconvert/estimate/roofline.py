@@ -29,13 +29,20 @@ NO_GUESSES: Mapping[Sublayer, int] = MappingProxyType({})
 class Pass:
     """One forward pass: `tokens` new tokens in each of `sequences`, after `past` cached ones.
 
-    `allocated` is the cache's length in tokens, for engines that attend to all of it.
+    `allocated` is the cache's length in tokens, for engines that attend to all of it. Of the new
+    tokens of a decode step so many are `drafted`, of which it says whether they are right.
     """
 
     sequences: int
     tokens: int
     past: int = 0
     allocated: int = 0
+    drafted: int = 0
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether it isn't a decode step, whose kernels are in a graph."""
+        return self.tokens > 1 + self.drafted
 
     @property
     def total(self) -> int:
@@ -149,7 +156,7 @@ def kernels_of(kind: Kind, engine: Engine) -> float:
 
 def kernel_seconds(kernels: float, device: Device, engine: Engine, one: Pass) -> float:
     """The fixed time of some kernels of a pass."""
-    launch = engine.prefill_launch_us if one.tokens > 1 else 0.0
+    launch = engine.prefill_launch_us if one.is_prefill else 0.0
     return kernels * (device.kernel_us + launch) * 1e-6
 
 
@@ -165,9 +172,17 @@ def head_seconds(shape: ModelShape, device: Device, engine: Engine, ranks: int, 
     return part.seconds(device, engine) + fixed
 
 
+def joining_part(shape: ModelShape, one: Pass) -> Part:
+    """The work of the product that makes a drafting layer's input of the stream and the embedding
+    of the next token (DeepSeek-V3, arXiv 2412.19437, section 2.2), whole on each rank."""
+    weights, size = 2 * shape.width**2, _bytes(shape)
+    nbytes = (weights + one.total * 3 * shape.width) * size
+    return Part(2 * one.total * weights, nbytes, weights * size if one.total > 1 else 0.0)
+
+
 def logits_of(engine: Engine, one: Pass) -> int:
     """Of how many tokens there are logits."""
-    return one.total if engine.logits == "all" else one.sequences
+    return one.total if engine.logits == "all" else one.sequences * (1 + one.drafted)
 
 
 def _bytes(shape: ModelShape) -> int:
@@ -215,7 +230,8 @@ def _state(shape: ModelShape, cut: int) -> float:
 def _linear_attention(shape: ModelShape, weights: Weights, cut: int, one: Pass) -> tuple[Part, ...]:
     """Projections, and the state of one of `cut` parts, by the gated delta rule (Gated DeltaNet,
     arXiv 2412.06464): a token reads the state by its key, writes it, and reads it by its query, 2
-    FLOPs each for each number of it. It is held in fp32, and a pass goes over it once.
+    FLOPs each for each number of it. It is held in fp32, and a pass goes over it once; after each
+    drafted token it is kept, as the next may be wrong.
     """
     values = shape.linear_value_heads * shape.linear_value_size / cut
     keys = shape.linear_key_heads * shape.linear_key_size / cut
@@ -223,7 +239,7 @@ def _linear_attention(shape: ModelShape, weights: Weights, cut: int, one: Pass) 
     size = _bytes(shape)
     projections = _projections(weights, moved * size, one)
     state = _state(shape, cut)
-    return projections, Part(6 * one.total * state, 2 * 4 * one.sequences * state)
+    return projections, Part(6 * one.total * state, 4 * one.sequences * state * (2 + one.drafted))
 
 
 def _attention(
@@ -309,20 +325,24 @@ def rank_bytes(
     tracks: int = 0,
     tracked: frozenset[int] = frozenset(),
     guesses: Mapping[Sublayer, int] = NO_GUESSES,
+    drafting: bool = False,
 ) -> float:
     """Bytes of weights and KV cache, or states, that a rank holds for a pass.
 
     A rank holds tracks / ranks tracks of each of the `tracked` layers, with KV heads of their own,
     and their guesses. Of a layer with a window the engine keeps no more than that, once a prompt
-    has gone through.
+    has gone through. With a `drafting` layer it holds one more, as `draft_seconds` says.
     """
     first = {shape.alike(layer): layer for layer in reversed(range(shape.layers))}
     alike = Counter((first[shape.alike(layer)], layer in tracked) for layer in range(shape.layers))
     layers, size = 0.0, _bytes(shape)
+    if drafting:
+        alike[first[shape.alike(shape.layers - 1)], False] += 1
+        layers += 2 * shape.width**2 * size
     for (layer, as_tracks), count in alike.items():
         cut = max(tracks, ranks) if as_tracks else ranks
         if shape.is_linear(layer):
-            cache = one.sequences * _state(shape, cut) * 4 / size
+            cache = one.sequences * (1 + one.drafted) * _state(shape, cut) * 4 / size
         elif shape.kv_latent:
             cache = one.sequences * one.allocated * shape.kv_latent_rope
         else:

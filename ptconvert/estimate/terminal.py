@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ptconvert.estimate.advice import Advice, verdict
 from ptconvert.estimate.compare import Row, Setting, accuracy
-from ptconvert.estimate.report import left_out, notes, served_by, ways_table
+from ptconvert.estimate.report import drafted, left_out, notes, served_by, ways_table
 from ptconvert.estimate.sources import origins
 
 _LINES = {
@@ -27,9 +27,11 @@ def print_estimates(
 ) -> None:
     """Estimates of schedules against tensor parallelism's and the alternatives', and a verdict."""
     workload = setting.workload
+    drafts = drafted(workload)
     title = (
         f"{setting.hardware.name}, {served_by(setting)}, {setting.ranks} ranks, batch "
         f"{workload.batch}, {workload.prompt} + {workload.new} tokens"
+        f"{f', drafted {drafts}' if drafts else ''}"
     )
     table = Table(
         box=None,
