@@ -31,6 +31,10 @@ FOUR = replace(PLAIN, speculation=Speculation(4, 2.5))
 LAYER = replace(PLAIN, speculation=Speculation(4, 2.5, layer=True))
 
 
+def drafting_of(workload: Workload, ranks: int = 8) -> float:
+    return draft_seconds(SHAPE, H100, VLLM, ranks, workload.decode, workload.speculation)
+
+
 def test_a_step_that_verifies_by_hand() -> None:
     """Llama-3.1-70B on 8 ranks: 2 sequences of 5 tokens, which read weights and cache once."""
     one = FOUR.decode
@@ -80,9 +84,9 @@ def test_a_layer_that_drafts_by_hand() -> None:
     waited = 2 * reduction(SHAPE, H100, VLLM, 8, one).blocking.seconds
     waited += vocabulary_seconds(SHAPE, H100, VLLM, 8, one)
     each = attention + mlp + joining + head + kernels + waited
-    drafting = draft_seconds(SHAPE, H100, VLLM, 8, LAYER)
+    drafting = drafting_of(LAYER)
     assert drafting == pytest.approx(4 * each)
-    assert draft_seconds(SHAPE, H100, VLLM, 8, FOUR) == 0
+    assert drafting_of(FOUR) == 0
     ours, free = (estimate(SHAPE.dense, SHAPE, H100, VLLM, 8, x) for x in (LAYER, FOUR))
     assert ours.tpot == pytest.approx(free.tpot + drafting / 3.5) and ours.ttft == free.ttft
     weights = (8192 * 8192 * 2 + 2 * 8192 * 1024 + 3 * 8192 * 28672) / 8 + 2 * 8192**2
@@ -95,7 +99,7 @@ def test_a_pipeline_drafts_on_its_last_device() -> None:
         pipeline(Setting(SHAPE, H100, VLLM, "vllm", 8, replace(x, batch=1)))
         for x in (LAYER, FOUR, PLAIN)
     )
-    more = draft_seconds(SHAPE, H100, VLLM, 1, replace(LAYER, batch=1)) / 3.5
+    more = drafting_of(replace(LAYER, batch=1), 1) / 3.5
     assert ours.tpot == pytest.approx(free.tpot + more) and free.tpot < plain.tpot / 3
     assert ours.memory > free.memory
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ from ptconvert.spec.document import read_spec
 
 if TYPE_CHECKING:
     from ptconvert.estimate.model import Speculation
+    from ptconvert.estimate.server import Load
+
+CHUNK = 2048  # vLLM's max_num_batched_tokens, where a device's memory doesn't ask for more
 
 
 @click.command()
@@ -51,6 +55,18 @@ if TYPE_CHECKING:
     default="ngram",
     show_default=True,
     help="What drafts: the text so far, or one more layer (MTP, EAGLE).",
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=0, min_open=True, max=1e6),
+    metavar="R",
+    help="Also serve requests that come at random, R a second, their prompts in chunks.",
+)
+@click.option(
+    "--chunk",
+    type=click.IntRange(1, 2**20),
+    metavar="TOKENS",
+    help=f"Tokens of a server's step at most, those of prompts among them.  [{CHUNK}]",
 )
 @shared("--dtype", "auto", says="auto: the model's")
 @shared("--json")
@@ -112,6 +128,7 @@ def _estimate(
     from ptconvert.estimate.hardware import read_engine, read_hardware
     from ptconvert.estimate.model import Workload
     from ptconvert.estimate.report import notes
+    from ptconvert.estimate.server import Served, servers
     from ptconvert.estimate.terminal import print_estimates
 
     row = read_hardware(hardware)
@@ -127,6 +144,7 @@ def _estimate(
     assert shape is not None
     if options["dtype"] != "auto":
         shape = replace(shape, dtype=DTYPES[options["dtype"]])
+    load = _load(options)
     workload = Workload(
         *(options["batch"], options["prompt"], options["new"]), _speculation(options)
     )
@@ -139,10 +157,11 @@ def _estimate(
     setting = Setting(shape, row, engine, engine_name, ranks, workload)
     rows = compare(candidates or recipes(setting), setting)
     advice = advise(rows, setting)
+    served = Served(load, servers(rows, setting, load)) if load else None
     if options["html_file"]:
         from ptconvert.estimate.report import to_html
 
-        options["html_file"].write_text(to_html(rows, setting), encoding="utf-8")
+        options["html_file"].write_text(to_html(rows, setting, served), encoding="utf-8")
     figures = {
         "hardware": row.name,
         "engine": engine_name,
@@ -157,9 +176,28 @@ def _estimate(
         "tokens_per_step": workload.tokens_per_step,
         "notes": notes(rows, setting),
         "rows": [one.to_json() for one in rows],
+        **({"server": served.to_json()} if served else {}),
         "verdict": advice.to_json(),
     }
-    print_figures(figures, options["as_json"], lambda c: print_estimates(c, rows, advice, setting))
+    print_figures(
+        figures,
+        options["as_json"],
+        lambda console: print_estimates(console, rows, advice, setting, served),
+    )
+
+
+def _load(options: dict[str, Any]) -> Load | None:
+    """The requests that come to a server, as options say."""
+    from ptconvert.estimate.server import Load
+
+    rate, chunk = options["rate"], options["chunk"]
+    if rate is None:
+        if chunk is not None:
+            raise click.UsageError("--chunk needs --rate R, the requests that come in a second")
+        return None
+    if math.isnan(rate):
+        raise click.UsageError("--rate is nan; it must be a number of requests a second")
+    return Load(rate, chunk or CHUNK)
 
 
 def _speculation(options: dict[str, Any]) -> Speculation:

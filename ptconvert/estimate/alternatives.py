@@ -61,7 +61,9 @@ def pipeline(setting: Setting) -> Served:
     """A share of the layers on each rank, which the requests go through one after another."""
     s, together = setting, _together(setting)
     workload, groups = replace(s.workload, batch=together), math.ceil(s.workload.batch / together)
-    drafting = draft_seconds(s.shape, s.hardware, s.engine, 1, workload)
+    drafting = draft_seconds(
+        *(s.shape, s.hardware, s.engine, 1, workload.decode, workload.speculation)
+    )
     first, first_slowest = _through(setting, workload.prefill)
     token, token_slowest = _through(setting, workload.decode, drafting)
     ttft = first + (groups - 1) * first_slowest + s.engine.request_us * 1e-6

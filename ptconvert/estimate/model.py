@@ -99,7 +99,7 @@ def step(
     hardware's links don't join so many ranks.
     """
     hardware.check_ranks(ranks)
-    tracked = _tracked(schedule, ranks, tracks)
+    tracked = several_tracked(schedule, ranks, tracks)
     alike = [shape.alike(layer) for layer in range(shape.layers)]
     known: dict[object, float] = {}  # a model has a few kinds of stages, many times over
     stages = []
@@ -123,7 +123,7 @@ def step(
     return run(schedule, stages, head, moved, hardware.device, outside)
 
 
-def _tracked(schedule: Schedule, ranks: int, tracks: int) -> frozenset[int]:
+def several_tracked(schedule: Schedule, ranks: int, tracks: int) -> frozenset[int]:
     """The layers of which a rank runs more than one track."""
     return schedule.track_layers if tracks > ranks else frozenset()
 
@@ -161,17 +161,22 @@ def vocabulary_seconds(
 
 
 def draft_seconds(
-    shape: ModelShape, hardware: Hardware, engine: Engine, ranks: int, workload: Workload
+    shape: ModelShape,
+    hardware: Hardware,
+    engine: Engine,
+    ranks: int,
+    verified: Pass,
+    speculation: Speculation,
 ) -> float:
-    """Seconds in which a layer drafts the tokens of a decode step, one after another; 0 without.
+    """Seconds in which a layer drafts the tokens that a decode step verifies, one after another; 0
+    without such a layer.
 
     It is as the model's last, is cut by rank, and waits for the all-reduces of its own, whatever
     the schedule; its logits are lm_head's. The host has no more to do than for the step.
     """
-    if not workload.speculation.layer:
+    if not speculation.layer:
         return 0.0
-    verified, last = workload.decode, shape.layers - 1
-    one = replace(verified, tokens=1, drafted=0)
+    last, one = shape.layers - 1, replace(verified, tokens=1, drafted=0, beside=None)
     alone, device = replace(engine, step_us=0.0), hardware.device
     sublayers = [Sublayer(last, kind) for kind in BLOCKS]
     computed = stage_seconds(sublayers, shape, device, alone, ranks, one)
@@ -181,7 +186,7 @@ def draft_seconds(
         shape, hardware, alone, ranks, one
     ).blocking.seconds
     waited += vocabulary_seconds(shape, hardware, alone, ranks, one)
-    return workload.speculation.drafted * (computed + waited)
+    return speculation.drafted * (computed + waited)
 
 
 def estimate(
@@ -201,12 +206,12 @@ def estimate(
         step(schedule, shape, hardware, engine, ranks, one, tracks=tracks, guesses=guesses)
         for one in passes
     )
-    tracked = _tracked(schedule, ranks, tracks)
+    tracked = several_tracked(schedule, ranks, tracks)
     ttft = prefill.seconds + engine.request_us * 1e-6
-    drafting = draft_seconds(shape, hardware, engine, ranks, workload)
+    speculation = workload.speculation
+    drafting = draft_seconds(shape, hardware, engine, ranks, workload.decode, speculation)
     tpot = (decode.seconds + drafting) / workload.tokens_per_step
     whole = ttft + (workload.new - 1) * tpot
-    speculation = workload.speculation
     return Estimate(
         schedule,
         ttft,

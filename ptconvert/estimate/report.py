@@ -24,6 +24,7 @@ from ptconvert.estimate.compare import (
 from ptconvert.estimate.hardware import Hardware
 from ptconvert.estimate.model import Estimate, Workload, reduction, vocabulary_seconds
 from ptconvert.estimate.roofline import Pass, kernel_seconds, kernels_of, sublayer_parts
+from ptconvert.estimate.server import Served
 from ptconvert.estimate.sources import numbers, origins
 from ptconvert.estimate.timeline import Timeline
 from ptconvert.models.shape import TORCH_NAMES, ModelShape
@@ -50,7 +51,7 @@ HEADER = (
 )
 
 
-def to_html(rows: Sequence[Row], setting: Setting) -> str:
+def to_html(rows: Sequence[Row], setting: Setting, served: Served | None = None) -> str:
     """The report as one self-contained document."""
     s, workload = setting, setting.workload
     subtitle = f"{s.hardware.name}, {served_by(s)}; {accuracy(s)}."
@@ -74,6 +75,7 @@ def to_html(rows: Sequence[Row], setting: Setting) -> str:
         rows=body,
         best=[best] if best else [],
         notes=[*notes(rows, s), *left_out(advice, s)],
+        served=served,
         timelines={
             "decode step": _timelines(rows, "decode step", lambda e: e.decode),
             "prefill": _timelines(rows, "prefill", lambda e: e.prefill),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -30,24 +30,31 @@ class Pass:
     """One forward pass: `tokens` new tokens in each of `sequences`, after `past` cached ones.
 
     `allocated` is the cache's length in tokens, for engines that attend to all of it. Of the new
-    tokens of a decode step so many are `drafted`, of which it says whether they are right.
+    tokens of a decode step so many are `drafted`, of which it says whether they are right. Of a
+    server's mean step sequences and tokens are fractions, and prompts may go through `beside` them.
     """
 
-    sequences: int
-    tokens: int
-    past: int = 0
-    allocated: int = 0
+    sequences: float
+    tokens: float
+    past: float = 0
+    allocated: float = 0
     drafted: int = 0
+    beside: Pass | None = None
 
     @property
     def is_prefill(self) -> bool:
         """Whether it isn't a decode step, whose kernels are in a graph."""
-        return self.tokens > 1 + self.drafted
+        return self.tokens > 1 + self.drafted or self.beside is not None
 
     @property
-    def total(self) -> int:
+    def alike(self) -> tuple[Pass, ...]:
+        """The sequences that have as many tokens each, which attention takes by themselves."""
+        return (self,) if self.beside is None else (replace(self, beside=None), self.beside)
+
+    @property
+    def total(self) -> float:
         """New tokens of all sequences."""
-        return self.sequences * self.tokens
+        return sum(part.sequences * part.tokens for part in self.alike)
 
     def attended(self, window: int | None = None) -> float:
         """How many tokens a new one attends to, itself among them, in the mean over the new ones:
@@ -180,9 +187,11 @@ def joining_part(shape: ModelShape, one: Pass) -> Part:
     return Part(2 * one.total * weights, nbytes, weights * size if one.total > 1 else 0.0)
 
 
-def logits_of(engine: Engine, one: Pass) -> int:
+def logits_of(engine: Engine, one: Pass) -> float:
     """Of how many tokens there are logits."""
-    return one.total if engine.logits == "all" else one.sequences * (1 + one.drafted)
+    if engine.logits == "all":
+        return one.total
+    return sum(part.sequences * (1 + part.drafted) for part in one.alike)
 
 
 def _bytes(shape: ModelShape) -> int:
@@ -239,7 +248,11 @@ def _linear_attention(shape: ModelShape, weights: Weights, cut: int, one: Pass) 
     size = _bytes(shape)
     projections = _projections(weights, moved * size, one)
     state = _state(shape, cut)
-    return projections, Part(6 * one.total * state, 4 * one.sequences * state * (2 + one.drafted))
+    recurrences = (
+        Part(6 * part.total * state, 4 * part.sequences * state * (2 + part.drafted))
+        for part in one.alike
+    )
+    return projections, *recurrences
 
 
 def _attention(
@@ -256,17 +269,20 @@ def _attention(
     moved = one.total * (4 * shape.width + 3 * queries + keys)  # norm, addition; in and out
     size = _bytes(shape)
     projections = _projections(weights, moved * size, one)
-    attended, cached = one.attended(window), one.cached(window)
-    if engine.cache == "allocated":
-        attended = cached = min(one.allocated, window or one.allocated)
     reads = shape.heads // kv_heads if engine.kv_reads == "per query head" else 1
-    read = one.sequences * cached * keys * reads / engine.kv_reach
-    scores = 0.0
-    if one.tokens > 1:
-        heads = shape.heads / cut
-        scores = engine.score_passes * one.total * attended * heads
-    core = Part(4 * one.total * attended * queries, (read + scores + one.total * keys) * size)
-    return projections, core
+    cores = []
+    for part in one.alike:
+        attended, cached = part.attended(window), part.cached(window)
+        if engine.cache == "allocated":
+            attended = cached = min(part.allocated, window or part.allocated)
+        read = part.sequences * cached * keys * reads / engine.kv_reach
+        scores = 0.0
+        if part.tokens > 1:
+            heads = shape.heads / cut
+            scores = engine.score_passes * part.total * attended * heads
+        flops = 4 * part.total * attended * queries
+        cores.append(Part(flops, (read + scores + part.total * keys) * size))
+    return projections, *cores
 
 
 def _latent_attention(shape: ModelShape, weights: Weights, cut: int, one: Pass) -> tuple[Part, ...]:
@@ -284,13 +300,16 @@ def _latent_attention(shape: ModelShape, weights: Weights, cut: int, one: Pass) 
     moved = one.total * (4 * shape.width + 3 * heads * shape.latent_query_size + latent)
     size = _bytes(shape)
     projections = _projections(weights, moved * size, one)
-    scores, cached = 2 * one.total * one.attended() * heads, one.sequences * one.cached()
-    read = cached * latent + one.total * latent
-    absorbed = Part(scores * (latent + shape.kv_latent), read * size)
     own = shape.latent_query_size + shape.latent_value_size  # of a head's key and value
-    again = 2 * one.sequences * one.past * heads * shape.latent_kv_size * shape.kv_latent
-    expanded = Part(scores * own + again, (read + 2 * cached * heads * own) * size)
-    return projections, min(absorbed, expanded, key=lambda part: part.flops)
+    cores = []
+    for part in one.alike:
+        scores, cached = 2 * part.total * part.attended() * heads, part.sequences * part.cached()
+        read = cached * latent + part.total * latent
+        absorbed = Part(scores * (latent + shape.kv_latent), read * size)
+        again = 2 * part.sequences * part.past * heads * shape.latent_kv_size * shape.kv_latent
+        expanded = Part(scores * own + again, (read + 2 * cached * heads * own) * size)
+        cores.append(min(absorbed, expanded, key=lambda part: part.flops))
+    return projections, *cores
 
 
 def _mlp(shape: ModelShape, sublayer: Sublayer, cut: int, one: Pass) -> tuple[Part, ...]:

@@ -11,6 +11,7 @@ from rich.text import Text
 from ptconvert.estimate.advice import Advice, verdict
 from ptconvert.estimate.compare import Row, Setting, accuracy
 from ptconvert.estimate.report import drafted, left_out, notes, served_by, ways_table
+from ptconvert.estimate.server import Served
 from ptconvert.estimate.sources import origins
 
 _LINES = {
@@ -23,7 +24,11 @@ _LINES = {
 
 
 def print_estimates(
-    console: Console, rows: Sequence[Row], advice: Advice, setting: Setting
+    console: Console,
+    rows: Sequence[Row],
+    advice: Advice,
+    setting: Setting,
+    served: Served | None = None,
 ) -> None:
     """Estimates of schedules against tensor parallelism's and the alternatives', and a verdict."""
     workload = setting.workload
@@ -33,25 +38,27 @@ def print_estimates(
         f"{workload.batch}, {workload.prompt} + {workload.new} tokens"
         f"{f', drafted {drafts}' if drafts else ''}"
     )
-    table = Table(
-        box=None,
-        pad_edge=False,
-        collapse_padding=True,
-        header_style="bold",
-    )
-    header, body = ways_table(rows, advice)
+    console.print(Text(title, style="italic"), soft_wrap=True)
+    console.print(_table(*ways_table(rows, advice)))
+    if served and served.fits:
+        console.print(Text(served.title, style="italic"), soft_wrap=True)
+        console.print(_table(served.header, served.body))
+    saturated = served.notes if served else []
+    for note in (*notes(rows, setting), *left_out(advice, setting), *saturated):
+        console.print(Text(f"note: {note}", style="yellow"))
+    console.print(Text(f"estimated; {accuracy(setting)}", style="dim"))
+    console.print(Text(origins(setting.hardware, setting.hardware.sources), style="dim"))
+    console.print(Text(verdict(advice), style="bold"))
+
+
+def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     for name in header:
         left = name == header[0]
         table.add_column(_broken(name), justify="left" if left else "right", overflow="fold")
     for line in body:
         table.add_row(*line)
-    console.print(Text(title, style="italic"), soft_wrap=True)
-    console.print(table)
-    for note in (*notes(rows, setting), *left_out(advice, setting)):
-        console.print(Text(f"note: {note}", style="yellow"))
-    console.print(Text(f"estimated; {accuracy(setting)}", style="dim"))
-    console.print(Text(origins(setting.hardware, setting.hardware.sources), style="dim"))
-    console.print(Text(verdict(advice), style="bold"))
+    return table
 
 
 def _broken(heading: str) -> str:

@@ -1,0 +1,267 @@
+"""A server's steady state: requests that arrive at a rate, and share their steps.
+
+Requests come at random times, r a second, each with a prompt of P tokens and N new ones. A step has
+all requests that decode, with d tokens of which y are kept (1 and 1, or more with speculative
+decoding), and beside them prompts in chunks, up to C tokens in all (Agrawal et al., Sarathi-Serve,
+arXiv 2403.02310; vLLM's max_num_batched_tokens). Where x requests come, and go, in a mean step:
+
+    n = x (N-1) / y            requests decode, as each does for (N-1)/y steps (Little, "A Proof for
+                               the Queuing Formula L = lambda W", Operations Research 9(3), 1961)
+    k = ceil(P / (C - n d))    steps that a prompt takes, with P/k tokens in each
+    f = min(1, k x)            is the share of steps that have chunks, of max(1, k x) prompts
+    s = f s(n, chunks) + (1-f) s(n, none)    seconds of a step, and of drafting for it
+    r = x / s                  which rises with x
+
+Each chunk reads the weights anew, in a step with the decoding requests, and attends to its prompt
+so far. A token takes s / y. The first one comes after what is left of the step that runs, the
+prompts before, its own chunks, and the engine's time for a request. The prompts before are a queue
+of one server with the same service S for each, that of a prompt in steps of C tokens: of
+rho S / (2 (1 - rho)) seconds, where rho = r S (Pollaczek and Khinchine). The server saturates where
+a step has C tokens, n d + P x, or the cache of n + k x requests, each in the mean of P + N/2
+tokens, fills the memory: beyond that rate there is no steady state.
+
+Lengths are all alike, nothing is preempted, and the host has as much to do for a step as for one of
+a static batch. Nobody's published runs were compared with this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ptconvert.estimate.compare import Candidate, Row, Setting
+from ptconvert.estimate.model import draft_seconds, several_tracked, step
+from ptconvert.estimate.roofline import Pass, rank_bytes
+
+_HALVINGS = 40
+
+
+@dataclass(frozen=True)
+class Load:
+    """How many requests come in a second, and how many tokens a step has at most."""
+
+    rate: float
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Steady:
+    """A server at a rate below saturation: how many requests decode at a time, seconds to a
+    request's first token and per further token, and all that it generates in a second."""
+
+    running: float
+    ttft: float
+    tpot: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Server:
+    """A way to serve a load: its steady state, None where it has none; the requests that it serves
+    in a second at most, and what there is no more of then."""
+
+    name: str
+    steady: Steady | None
+    most: float
+    limit: str
+
+    def to_json(self) -> dict[str, Any]:
+        """In SI units."""
+        steady = self.steady
+        return {
+            "name": self.name,
+            "most_requests_per_second": self.most,
+            "limited_by": self.limit,
+            "running": steady.running if steady else None,
+            "ttft_seconds": steady.ttft if steady else None,
+            "tpot_seconds": steady.tpot if steady else None,
+            "tokens_per_second": steady.tokens_per_second if steady else None,
+        }
+
+
+@dataclass(frozen=True)
+class Served:
+    """What all of the ways do under a load."""
+
+    load: Load
+    servers: Sequence[Server]
+
+    @property
+    def fits(self) -> list[Server]:
+        """Those that hold a request."""
+        return [server for server in self.servers if server.most]
+
+    @property
+    def header(self) -> list[str]:
+        """Of a table of them."""
+        return ["server", "at most /s", "running", "TTFT ms", "TPOT ms", "tokens/s"]
+
+    @property
+    def body(self) -> list[list[str]]:
+        """And its lines."""
+        return [
+            [
+                *(server.name, f"{server.most:,.2f}"),
+                *(
+                    (f"{s.running:,.1f}", f"{s.ttft * 1e3:,.0f}", f"{s.tpot * 1e3:,.2f}")
+                    if (s := server.steady)
+                    else "---"
+                ),
+                f"{s.tokens_per_second:,.0f}" if s else "-",
+            ]
+            for server in self.fits
+        ]
+
+    @property
+    def notes(self) -> list[str]:
+        """Which have no steady state, in a line."""
+        over = [server for server in self.fits if server.steady is None]
+        said = (f"{x.name}, at most {x.most:,.2f} ({x.limit})" for x in over)
+        if not over:
+            return []
+        return [
+            f"At {self.load.rate:g} requests a second these saturate, and have no steady state: "
+            f"{'; '.join(said)}."
+        ]
+
+    @property
+    def title(self) -> str:
+        """What the load is."""
+        return f"{self.load.rate:g} requests a second, {self.load.chunk:,} tokens in a step at most"
+
+    def to_json(self) -> dict[str, Any]:
+        """In SI units."""
+        return {
+            "requests_per_second": self.load.rate,
+            "tokens_in_a_step": self.load.chunk,
+            "notes": self.notes,
+            "ways": [server.to_json() for server in self.servers],
+        }
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The steps of a candidate's server, by how many requests come in one."""
+
+    candidate: Candidate
+    setting: Setting
+    chunk: int
+
+    def decoding(self, x: float) -> float:
+        """Requests that decode."""
+        workload = self.setting.workload
+        return x * (workload.new - 1) / workload.tokens_per_step
+
+    def free(self, x: float) -> float:
+        """Tokens that a step has for prompts."""
+        return self.chunk - self.decoding(x) * self.setting.workload.decode.tokens
+
+    def chunks(self, x: float) -> int:
+        """Steps that a prompt takes."""
+        return math.ceil(self.setting.workload.prompt / self.free(x))
+
+    def prefilling(self, x: float) -> float:
+        """Prompts that have chunks in a mean step."""
+        return self.chunks(x) * x
+
+    def seconds(self, x: float, prompts: float) -> float:
+        """Of a step with chunks of so many prompts, beside at least one request that decodes."""
+        s, candidate, workload = self.setting, self.candidate, self.setting.workload
+        tokens, own = workload.prompt / self.chunks(x), max(1.0, self.decoding(x))
+        before = (workload.prompt - tokens) / 2  # in the mean over a prompt's chunks
+        chunk = Pass(prompts, tokens, before, workload.decode.allocated)
+        one = replace(workload.decode, sequences=own, beside=chunk if prompts else None)
+        ran = step(
+            *(candidate.schedule, s.shape, s.hardware, s.engine, s.ranks, one),
+            tracks=candidate.tracks,
+            guesses=candidate.guesses,
+        )
+        drafting = draft_seconds(
+            *(s.shape, s.hardware, s.engine, s.ranks, one, workload.speculation)
+        )
+        return ran.seconds + drafting
+
+    def mean(self, x: float) -> float:
+        """Seconds of a mean step."""
+        prompts = self.prefilling(x)
+        share = min(1.0, prompts)
+        with_chunks = share * self.seconds(x, max(1.0, prompts))
+        return with_chunks + ((1 - share) * self.seconds(x, 0) if share < 1 else 0.0)
+
+    def steady(self, x: float) -> Steady:
+        """The state in which so many requests come in a step."""
+        s, workload = self.setting, self.setting.workload
+        mean, prompts, chunks = self.mean(x), self.prefilling(x), self.chunks(x)
+        rate, running = x / mean, self.decoding(x)
+        full = self.free(x) * chunks / workload.prompt  # prompts in a step of as much as it takes
+        service = workload.prompt / self.free(x) * self.seconds(x, full)
+        load = rate * service
+        waited = min(1.0, running + prompts) * mean / 2 + load * service / (2 * (1 - load))
+        own = chunks * self.seconds(x, max(1.0, prompts))
+        ttft = waited + own + s.engine.request_us * 1e-6
+        tpot = mean / workload.tokens_per_step
+        return Steady(running, ttft, tpot, rate * workload.new)
+
+
+def servers(rows: Sequence[Row], setting: Setting, load: Load) -> list[Server]:
+    """What each row's server does under a load, and replicas that share it."""
+    found = [serve(row.candidate, setting, load) for row in rows]
+    if setting.ranks == 1:
+        return found
+    s, alone = setting, replace(setting, ranks=1)
+    dense = Candidate("replicas", s.shape.dense, 1)
+    one = serve(dense, alone, replace(load, rate=load.rate / s.ranks))
+    steady = one.steady and replace(
+        one.steady,
+        running=one.steady.running * s.ranks,
+        tokens_per_second=one.steady.tokens_per_second * s.ranks,
+    )
+    return [*found, replace(one, steady=steady, most=one.most * s.ranks)]
+
+
+def serve(candidate: Candidate, setting: Setting, load: Load) -> Server:
+    """What a candidate's server does under a load."""
+    steps, workload = _Steps(candidate, setting, load.chunk), setting.workload
+    mean_cache = replace(workload.decode, allocated=workload.prompt + workload.new // 2)
+    tracked = several_tracked(candidate.schedule, setting.ranks, candidate.tracks)
+
+    def held(requests: float) -> float:
+        return rank_bytes(
+            *(setting.shape, setting.engine, setting.ranks),
+            *(replace(mean_cache, sequences=requests), candidate.tracks, tracked),
+            candidate.guesses,
+            drafting=workload.speculation.layer,
+        )
+
+    weights, memory = held(0), setting.hardware.device.memory_gb * 1e9
+    room = (memory - weights) / (held(1) - weights)  # requests
+
+    def in_step(x: float) -> bool:
+        return steps.free(x) > workload.prompt * x
+
+    def in_memory(x: float) -> bool:
+        return steps.decoding(x) + steps.prefilling(x) <= room
+
+    most_in_step = _largest(in_step, load.chunk / workload.prompt)
+    most = _largest(in_memory, most_in_step) if room >= 1 else 0.0
+    limit = "full memory" if most < most_in_step else "full steps"
+    if not most:
+        return Server(candidate.name, None, 0.0, limit)
+    top = most / steps.mean(most)
+    if load.rate >= top:
+        return Server(candidate.name, None, top, limit)
+    x = _largest(lambda x: x / steps.mean(x) <= load.rate, most)
+    return Server(candidate.name, steps.steady(x), top, limit)
+
+
+def _largest(holds: Callable[[float], bool], below: float) -> float:
+    """The largest number below another up to which a condition holds, 0 where it does for none."""
+    if holds(below):
+        return below
+    least, most = 0.0, below
+    for _ in range(_HALVINGS):
+        middle = (least + most) / 2
+        least, most = (middle, most) if holds(middle) else (least, middle)
+    return least
