@@ -215,6 +215,10 @@ def test_a_server_is_printed(tmp_path: Path) -> None:
         f"tensor_parallel, at most {base['most_requests_per_second']:,.2f} ({base['limited_by']})"
         in said
     )
+    big = ("--model", "llama-3.1-405b", "--hardware", "l40s-pcie", "--rate", 2)
+    out = run_command(*big)[0]
+    assert "note: No server here holds the weights and one request's cache." in out
+    assert "tokens in a step at most" not in out
     assert "server" not in json.loads(run_command(*GIVEN, "--json")[0])
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from estimating import GPT_FAST, H100, ROOT, VLLM
 from hypothesis import given
 from hypothesis import strategies as st
+from test_estimate_command import run_command
 from transformers import AutoConfig
 
 from ptconvert.checkpoint.files import read_config
@@ -131,3 +133,10 @@ def test_long_prompts_decode_faster_with_a_window() -> None:
         assert (ours.tpot < 0.7 * theirs.tpot) is faster
         assert (ours.tpot == theirs.tpot) is not faster
         assert (ours.ttft < 0.7 * theirs.ttft) is faster
+
+
+def test_the_report_has_a_row_for_a_layer_with_a_window(tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    run_command("--model", "gpt-oss-120b", "--hardware", "h100-sxm", "--html", file)
+    rows = [f">{name}<" for name in ("attention, window 128", "attention", "experts")]
+    assert all(file.read_text().count(row) >= 2 for row in rows)  # a prefill's and a decode step's

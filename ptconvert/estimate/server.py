@@ -119,6 +119,8 @@ class Served:
         """Which have no steady state, in a line."""
         over = [server for server in self.fits if server.steady is None]
         said = (f"{x.name}, at most {x.most:,.2f} ({x.limit})" for x in over)
+        if not self.fits:
+            return ["No server here holds the weights and one request's cache."]
         if not over:
             return []
         return [
