@@ -89,6 +89,7 @@ def test_other_cuts_of_experts_are_refused(
     [
         ("ernie4_5", "use_bias True: vLLM's layers for it have no biases"),
         ("qwen3_moe", "shared_expert_intermediate_size 32: vLLM would add experts"),
+        ("glm4", "float16: it overflows there, as vLLM says; use bfloat16 or float32"),
     ],
 )
 def test_what_vllms_layers_are_not_is_refused_by_name(
@@ -98,7 +99,28 @@ def test_what_vllms_layers_are_not_is_refused_by_name(
 
     path = make_model(tmp_path, variant, 2, "use: ladder")
     with pytest.raises(ValueError, match=why):
+        EngineArgs(str(path), dtype="float16").create_engine_config()
+
+
+def test_an_activation_that_experts_have_not_is_refused(tmp_path: Path) -> None:
+    from vllm import EngineArgs
+
+    path = make_model(tmp_path, "mixtral", 2, "use: ladder", hidden_act="gelu")
+    with pytest.raises(ValueError, match="hidden_act gelu: vLLM's experts would be activated by"):
         EngineArgs(str(path)).create_engine_config()
+
+
+@pytest.mark.parametrize(("longest", "says"), [(256, False), (512, True)])
+def test_factors_for_long_prompts_are_told_of(
+    longest: int, says: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from test_parity import with_rope
+    from vllm import EngineArgs
+
+    path = make_model(tmp_path, "phi3-two-kv", 2, "use: ladder", **with_rope("phi3-two-kv"))
+    with caplog.at_level("WARNING", logger="ptconvert"):
+        EngineArgs(str(path), max_model_len=longest).create_engine_config()
+    assert ("takes the factors for long prompts for all" in caplog.text) == says
 
 
 def test_context_parallelism_is_refused(tmp_path: Path) -> None:

@@ -54,15 +54,41 @@ COMPILED = """  - {layers: 0-0, use: tensor_parallel}
   - {layers: 1-3, stages: "a1|m1! a2~2 m2^2 a3. m3!"}
 """
 # Every other family that is served; what vLLM has no layers for is changed.
-GEMMA = {"attention_bias": False, "tie_word_embeddings": False}
+# And positions as published models have them: partial, long, by kind of layer, with scaled queries.
+ROPE: dict[str, dict[str, Any]] = {
+    "phi3": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    "phi3-two-kv": {
+        **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 256},
+        **{"short_factor": [1 + i / 16 for i in range(16)], "long_factor": [4.0] * 16},
+    },
+    "ministral3": {
+        **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "beta_fast": 32.0},
+        **{"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+        "original_max_position_embeddings": 16,
+    },
+    "gemma3_text": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    },
+}
+UNTIED = {"tie_word_embeddings": False}  # or the last token answers, whatever the layers do
 OTHERS: dict[str, Mapping[str, Any]] = {
     **{"ministral3": {}, "phi3": {}, "phi3-two-kv": {}, "cwm": {}, "seed_oss": {}, "smollm3": {}},
     **{"ernie4_5": {"use_bias": False}, "glm": {"attention_bias": True}, "granite": {}},
     **{"hyperclovax-no-norms-after": {}, "mixtral": {}},
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), GEMMA),
+    **{"gemma": {**UNTIED, "attention_bias": False}, "gemma3_text": UNTIED},
+    # whose embeddings' scale would be another in bf16
+    "gemma2": {**UNTIED, "dtype": torch.bfloat16, "hidden_size": 160},
     **{"glm4": {"attention_bias": True}, "exaone4": {}, "hyperclovax": {}, "qwen2-window": {}},
     "qwen3_moe": {"shared_expert_intermediate_size": 0},
 }
+
+
+def with_rope(variant: str) -> dict[str, Any]:
+    """A variant's positions, as a key of its config."""
+    return {"rope_parameters": ROPE[variant]} if variant in ROPE else {}
+
+
 GUESSES = "assignment: {method: affinity}\nguess: {rank: 8}\n"
 CASES = {
     "parallel_track, depth 1": Case("llama", 2, "use: parallel_track, depth: 1"),
@@ -82,7 +108,10 @@ CASES = {
     "guesses, in flight": Case("llama", 2, "use: delayed, delay: 2", GUESSES),
     "compiled": Case("llama-biases", 4, COMPILED, eager=False, layers=4),
     "compiled, guesses": Case("llama", 2, COMPILED, GUESSES, False, 4),
-    **{name: Case(name, 2, COMPILED, layers=4, sizes=sizes) for name, sizes in OTHERS.items()},
+    **{
+        name: Case(name, 2, COMPILED, layers=4, sizes={**sizes, **with_rope(name)})
+        for name, sizes in OTHERS.items()
+    },
     "compiled, a mixture": Case("mixtral", 4, COMPILED, eager=False, layers=4),
     "compiled, sums that are normed": Case("glm4", 4, COMPILED, eager=False, layers=4),
     "dense": Case("llama", 0),

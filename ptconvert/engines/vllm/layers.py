@@ -65,7 +65,7 @@ class VLLMServing:
     def decoder_layer(self, index: int, track: int | None, count: int) -> nn.Module:
         whole = self._vllm_config.model_config.hf_config
         config = TrackConfig(whole, track or 0, 1 if track is None else count)
-        for name, value in self._served.given.items():
+        for name, value in self._served.given(whole).items():
             setattr(config, name, value)
         if track is None:
             return self._layer(config, index, f"model.layers.{index}")

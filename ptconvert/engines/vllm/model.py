@@ -54,7 +54,8 @@ class PTConvertModel(nn.Module):
         self.served = SERVED[shape.model_type]
         self.embeds_scale: Any = self.served.embeds(config) if self.served.embeds else None
         if self.served.rounded:
-            self.embeds_scale = float(torch.tensor(self.embeds_scale, dtype=config.dtype))
+            rounded = torch.tensor(self.embeds_scale, dtype=vllm_config.model_config.dtype)
+            self.embeds_scale = float(rounded)
         self.renamed = renamed(shape.family)
         self.serving = VLLMServing(vllm_config, shape.model_type)
         self.layers = served_layers(self.serving, section, shape, config, self.local_tracks)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ptconvert.checkpoint.section import Section
-from ptconvert.engines.vllm.families import SERVED
+from ptconvert.engines.vllm.families import SERVED, Served
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.model import section_of
 from ptconvert.models.families import EXPERT_COUNTS, MODEL_TYPE_PREFIX
@@ -32,6 +34,34 @@ class ServingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
         refused = list(_refused(vllm_config, section))
         if refused:
             raise ConfigError("; ".join(refused))
+        longest = vllm_config.model_config.max_model_len
+        rope = getattr(config, "rope_parameters", None) or {}
+        known = rope.get("original_max_position_embeddings", longest)
+        if rope.get("rope_type") == "longrope" and longest > known:
+            logging.getLogger(__name__).warning(
+                "longrope with max_model_len %d: vLLM takes the factors for long prompts for all, "
+                "also for its dense model, and transformers only beyond %d tokens",
+                longest,
+                known,
+            )
+
+
+def _unlike(served: Served, config: Any, dtype: torch.dtype) -> Iterator[str]:
+    """Why vLLM's layers would compute something else than transformers', or nothing that is good
+    for anything; what they lack in tensors is seen when they are built."""
+    for key, why in served.refused.items():
+        if value := getattr(config, key, None):
+            yield f"{key} {value}: {why}"
+    if not served.float16 and dtype == torch.float16:
+        yield "float16: it overflows there, as vLLM says; use bfloat16 or float32"
+    if getattr(config, "is_causal", True) is False:
+        yield "is_causal False: vLLM would let tokens see later ones"
+    if _experts(config) and config.hidden_act != "silu":
+        yield f"hidden_act {config.hidden_act}: vLLM's experts would be activated by silu"
+
+
+def _experts(config: Any) -> bool:
+    return any(getattr(config, count, 0) for count in EXPERT_COUNTS)
 
 
 def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
@@ -43,9 +73,8 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
             f"{', '.join(SERVED)}; transformers runs it"
         )
     else:
-        for key, why in SERVED[family].refused.items():
-            if value := getattr(model.hf_config, key, None):
-                yield f"{key} {value}: {why}; transformers runs it"
+        reasons = _unlike(SERVED[family], model.hf_config, model.dtype)
+        yield from (f"{reason}; transformers runs it" for reason in reasons)
     ranks = parallel.tensor_parallel_size
     if reason := wrong_ranks("the checkpoint", section.tracks, ranks):
         yield f"tensor_parallel_size {ranks}: {reason}"
@@ -65,9 +94,7 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
     for name, why in _NEVER.items():
         if getattr(parallel, name, False):
             yield f"{name}: {why}; leave it out"
-    if parallel.data_parallel_size > 1 and any(
-        getattr(model.hf_config, k, 0) for k in EXPERT_COUNTS
-    ):
+    if parallel.data_parallel_size > 1 and _experts(model.hf_config):
         yield (
             f"data_parallel_size {parallel.data_parallel_size}: vLLM would cut experts over all "
             "replicas' ranks, but tracks are cut already; start servers of their own"
