@@ -85,8 +85,12 @@ OTHERS: dict[str, Mapping[str, Any]] = {
 
 
 def with_rope(variant: str) -> dict[str, Any]:
-    """A variant's positions, as a key of its config."""
-    return {"rope_parameters": ROPE[variant]} if variant in ROPE else {}
+    """A variant's positions, as keys of its config."""
+    rope = ROPE.get(variant)
+    if rope is None:
+        return {}
+    known = {k: v for k, v in rope.items() if k == "original_max_position_embeddings"}
+    return {"rope_parameters": rope, **known}  # Phi-3's class reads it beside the others
 
 
 GUESSES = "assignment: {method: affinity}\nguess: {rank: 8}\n"
