@@ -43,7 +43,7 @@ def test_answers_and_all_reduces(
     device: str, ranks: int, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens and log-probabilities under each; eager, where passes can be told apart, counts."""
-    from served import MIXED, SIZES, apart, greedy, make_model, prompts
+    from served import MIXED, apart, greedy, make_model, prompts, shape_of
     from test_parity import NEW_TOKENS, case_of, of_case, run_cases, schedule_of
 
     from ptconvert.engines.verify import TOLERANCE, count_checks
@@ -64,5 +64,5 @@ def test_answers_and_all_reduces(
             assert apart(rank["again"], reference) <= TOLERANCE, case["name"]
         if case["eager"]:
             passes = [rank["passes"] for rank in of_case(found, case["name"])]
-            checks = count_checks(passes, schedule_of(path), SIZES["hidden_size"], new_tokens=3)
+            checks = count_checks(passes, schedule_of(path), shape_of(path), new_tokens=3)
             assert all(check.ok for check in checks), checks
