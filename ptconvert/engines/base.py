@@ -266,18 +266,17 @@ class ServedPass:
     ) -> torch.Tensor | None:
         """The same where sums are normed: those of several sublayers lie one after another, as many
         in each all-reduce as it takes, so each is waited for by itself."""
-        merged_TD: torch.Tensor | None = None
+        joining: list[torch.Tensor] = []
         if step.overlapped:
-            merged_TD = self.serving.boundary(local_kTD, step.index, [])[0]
+            joining.append(self.serving.boundary(local_kTD, step.index, [])[0])
         for index in waits:
             bucket = streams.buckets[index]
             like_kTD = local_kTD[:1].expand(len(bucket.normed), *local_kTD.shape[1:])
-            joins_TD = bucket.joins(self.serving.boundary(like_kTD, None, [index]))
-            merged_TD = joins_TD if merged_TD is None else merged_TD + joins_TD
+            joining.append(bucket.joins(self.serving.boundary(like_kTD, None, [index])))
         if step.launches and not step.overlapped:
-            joins_TD = streams.buckets[step.index].joins(self.serving.all_reduce(local_kTD))
-            merged_TD = joins_TD if merged_TD is None else merged_TD + joins_TD
-        return merged_TD
+            reduced_kTD = self.serving.all_reduce(local_kTD)
+            joining.append(streams.buckets[step.index].joins(reduced_kTD))
+        return functools.reduce(operator.add, joining) if joining else None
 
     def _read(
         self, norms: Sequence[Any], streams: Streams, own: PerTrack | None

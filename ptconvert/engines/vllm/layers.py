@@ -38,14 +38,11 @@ class VLLMServing:
     """vLLM on one rank, for one of the families SERVED."""
 
     def __init__(self, vllm_config: Any, family: str) -> None:
-        self._vllm_config, self._served = vllm_config, SERVED[family]
-        self._causal_lm = ModelRegistry.models[self._served.model].load_model_cls()
-
-    @property
-    def mapper(self) -> WeightsMapper:
-        """From a checkpoint's names of a layer's tensors to those of vLLM's layer."""
+        self._vllm_config, self.served = vllm_config, SERVED[family]
+        self._causal_lm = ModelRegistry.models[self.served.model].load_model_cls()
         own = getattr(self._causal_lm, "hf_to_vllm_mapper", LlamaModel.hf_to_vllm_mapper)
-        return WeightsMapper(orig_to_new_substr={f".{self._served.mlp}.": ".mlp."}) | own
+        # from a checkpoint's names of a layer's tensors to those of vLLM's layer
+        self.mapper = WeightsMapper(orig_to_new_substr={f".{self.served.mlp}.": ".mlp."}) | own
 
     def check(self, index: int, parts: Iterable[nn.Module], rules: Iterable[TensorRule]) -> None:
         """Raises ConfigError where vLLM's layer has other tensors than the checkpoint's: what one
@@ -65,7 +62,7 @@ class VLLMServing:
     def decoder_layer(self, index: int, track: int | None, count: int) -> nn.Module:
         whole = self._vllm_config.model_config.hf_config
         config = TrackConfig(whole, track or 0, 1 if track is None else count)
-        for name, value in self._served.given(whole).items():
+        for name, value in self.served.given(whole).items():
             setattr(config, name, value)
         if track is None:
             return self._layer(config, index, f"model.layers.{index}")
@@ -74,7 +71,7 @@ class VLLMServing:
 
     def _layer(self, config: Any, index: int, prefix: str) -> nn.Module:
         """The family's decoder layer; families differ in which of these arguments they take."""
-        name = self._served.model.removesuffix("ForCausalLM") + "DecoderLayer"
+        name = self.served.model.removesuffix("ForCausalLM") + "DecoderLayer"
         layer_class = getattr(sys.modules[self._causal_lm.__module__], name)
         vllm_config = copy.copy(self._vllm_config)
         vllm_config.model_config = copy.copy(vllm_config.model_config)
@@ -88,15 +85,15 @@ class VLLMServing:
         }
         taken = inspect.signature(layer_class).parameters
         layer: Any = layer_class(**{k: v for k, v in given.items() if k in taken})
-        layer.mlp = layer._modules.pop(self._served.mlp)
-        if self._served.interleaved:
+        layer.mlp = layer._modules.pop(self.served.mlp)
+        if self.served.interleaved:
             layer.self_attn.rotary_emb = get_rope(
                 layer.self_attn.head_dim,
                 max_position=config.max_position_embeddings,
                 rope_parameters=config.rope_parameters,
                 is_neox_style=False,
             )
-        if self._served.rotated is not None and not getattr(config, self._served.rotated)[index]:
+        if self.served.rotated is not None and not getattr(config, self.served.rotated)[index]:
             layer.self_attn.rotary_emb = NoPositions()
         for module in layer.modules():
             if isinstance(module, MoERunner):

@@ -22,7 +22,6 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 
 from ptconvert.checkpoint.section import read_section, source_config
 from ptconvert.engines.base import ServedPass, is_for_others, own_weights, renamed, served_layers
-from ptconvert.engines.vllm.families import SERVED
 from ptconvert.engines.vllm.layers import VLLMServing
 from ptconvert.modeling.layers import Placement
 from ptconvert.models.shape import ModelShape
@@ -51,13 +50,13 @@ class PTConvertModel(nn.Module):
             prefix=maybe_prefix(prefix, "embed_tokens"),
             disable_tp=True,
         )
-        self.served = SERVED[shape.model_type]
-        self.embeds_scale: Any = self.served.embeds(config) if self.served.embeds else None
-        if self.served.rounded:
-            rounded = torch.tensor(self.embeds_scale, dtype=vllm_config.model_config.dtype)
-            self.embeds_scale = float(rounded)
         self.renamed = renamed(shape.family)
         self.serving = VLLMServing(vllm_config, shape.model_type)
+        served = self.serving.served
+        self.embeds_scale: Any = served.embeds(config) if served.embeds else None
+        if served.rounded:
+            rounded = torch.tensor(self.embeds_scale, dtype=vllm_config.model_config.dtype)
+            self.embeds_scale = float(rounded)
         self.layers = served_layers(self.serving, section, shape, config, self.local_tracks)
         layer: Any
         for index, layer in enumerate(self.layers):
@@ -96,7 +95,7 @@ class PTConvertForCausalLM(nn.Module):
         self.hf_to_vllm_mapper = (
             WeightsMapper(orig_to_new_regex=self.model.renamed) | self.model.serving.mapper
         )
-        served = self.model.served
+        served = self.model.serving.served
         self.logits_processor = LogitsProcessor(
             config.vocab_size,
             scale=served.logits(config) if served.logits else 1.0,
