@@ -30,6 +30,7 @@ import measuring
 import serve
 from slow_link import Failed, Missing
 
+from ptconvert.engines import own_all_reduces
 from ptconvert.estimate.hardware import to_yaml
 from ptconvert.estimate.measure import measure
 from ptconvert.verify.run import Settings, verify
@@ -119,11 +120,11 @@ def work(given: argparse.Namespace, directory: Path) -> None:
 
 
 def _write_row(file: Path, way: str, ranks: int) -> None:
-    row = measure(ranks)
-    assert row is not None, "this isn't run under torchrun"
+    found = measure(ranks, own_all_reduces())
+    assert found is not None, "this isn't run under torchrun"
     if way == P2P_OFF:
         file = file.with_stem(f"{file.stem}-{P2P_OFF}")
-    file.write_text(to_yaml(row), encoding="utf-8")
+    file.write_text(to_yaml(found.hardware), encoding="utf-8")
 
 
 if __name__ == "__main__":

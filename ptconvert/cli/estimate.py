@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import click
+from rich.console import Console
 
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.section import SECTION
@@ -96,7 +99,7 @@ def estimate(
     if listing:
         return _list()
     if measure is not None:
-        return _measure(measure, ranks)
+        return _measure(measure, ranks, options["as_json"])
     hardware, model = options["hardware"], options["model"]
     if model is None and len(specs) == 1 and _is_model(specs[0]):
         model, specs = specs[0], ()
@@ -234,20 +237,38 @@ def _candidate(spec: Path, name: str, shape: ModelShape | None) -> tuple[Any, Mo
     return Candidate(name, schedule, read.tracks, guesses), None
 
 
-def _measure(out: Path, ranks: int | None) -> None:
+def _measure(out: Path, ranks: int | None, as_json: bool) -> None:
+    from ptconvert.engines import own_all_reduces
     from ptconvert.estimate.hardware import to_yaml
-    from ptconvert.estimate.measure import measure
+    from ptconvert.estimate.measure import P2P_OFF, has_peers, measure
+    from ptconvert.estimate.terminal import print_measured
     from ptconvert.runtime.launch import under_torchrun
 
     if not out.resolve().parent.is_dir():
         raise click.UsageError(f"{out}: the directory {out.resolve().parent} does not exist")
     if ranks is None and not under_torchrun():
         raise click.UsageError("give the number of processes: --ranks R")
+    makers = own_all_reduces()
     with waiting("measuring all-reduces, matrix products and memory"):
-        row = measure(ranks)
-    if row is not None:
-        out.write_text(to_yaml(row), encoding="utf-8")
-        click.echo(f"{out}: {row.name}")
+        found = measure(ranks, makers)
+    if found is None:
+        return
+    written = {out: found}
+    if has_peers() and not under_torchrun():
+        with mock.patch.dict(os.environ, {P2P_OFF: "1"}), waiting("the same, peer-to-peer off"):
+            other = measure(ranks, makers)
+        assert other is not None
+        written[out.with_stem(f"{out.stem}-p2p-off")] = other
+    for file, one in written.items():
+        file.write_text(to_yaml(one.hardware), encoding="utf-8")
+    figures = [{"file": str(file), **one.to_json()} for file, one in written.items()]
+
+    def show(console: Console) -> None:
+        for file, one in written.items():
+            print_measured(console, one)
+            console.print(f"{file}: {one.hardware.name}")
+
+    print_figures({"rows": figures}, as_json, show)
 
 
 def _list() -> None:

@@ -24,16 +24,33 @@ class ServingEngine:
 
     `package` must be importable, else `install` says how to get it. `verify` runs a checkpoint with
     `ptconvert.verify`'s settings in the engine, eagerly or compiled, and returns its report.
+    `own_all_reduce` makes the engine's own all-reduce by itself, where it has one
+    (`estimate.sweep.Maker`).
     """
 
     package: str
     install: str
     verify: Callable[[Path, Any, bool], Any]
+    own_all_reduce: Callable[[Any, Any], Any] | None = None
+
+    @property
+    def installed(self) -> bool:
+        return importlib.util.find_spec(self.package) is not None
 
 
 def engine_names() -> list[str]:
     """The engines that are registered, installed or not."""
     return sorted(entry.name for entry in entry_points(group=GROUP))
+
+
+def own_all_reduces() -> dict[str, Callable[[Any, Any], Any]]:
+    """What makes the own all-reduce of each engine that is installed and has one."""
+    found: dict[str, Callable[[Any, Any], Any]] = {}
+    for entry in entry_points(group=GROUP):
+        engine: ServingEngine = entry.load()
+        if engine.own_all_reduce is not None and engine.installed:
+            found[entry.name] = engine.own_all_reduce
+    return found
 
 
 def find_engine(name: str) -> ServingEngine:
@@ -43,6 +60,6 @@ def find_engine(name: str) -> ServingEngine:
         break
     else:
         raise EngineError(f"{name} is no serving engine; there are {', '.join(engine_names())}")
-    if importlib.util.find_spec(engine.package) is None:
+    if not engine.installed:
         raise EngineError(f"{name} is not installed: {engine.install}")
     return engine

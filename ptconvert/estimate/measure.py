@@ -4,7 +4,8 @@ All ranks measure at the same time, as they will share the machine when they ser
 come from a tiny model in the runtime that `verify` uses, so that an all-reduce is timed between
 stages that really end at different moments: a decode step of it with a single all-reduce, with a
 blocking one after each stage, and with as many overlapped. Rates and bandwidths come from large
-operands. Of repeats the fastest counts, as what disturbs a measurement only ever adds to it.
+operands; what all-reduces take by size, from `sweep`. Of repeats the fastest counts, as what
+disturbs a measurement only ever adds to it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -22,16 +24,11 @@ import torch.distributed as dist
 
 from ptconvert.checkpoint.section import SECTION_FORMAT
 from ptconvert.errors import HardwareError
-from ptconvert.estimate.collective import Reduction, Transfer
-from ptconvert.estimate.hardware import (
-    Device,
-    Engine,
-    Hardware,
-    Link,
-    Protocol,
-    read_engine,
-)
+from ptconvert.estimate.collective import Reduction, Transfer, all_reduce
+from ptconvert.estimate.fit import Point, digits, fit_links, with_one_shot, with_token
+from ptconvert.estimate.hardware import Device, Engine, Hardware, read_engine
 from ptconvert.estimate.sources import Sources, numbers
+from ptconvert.estimate.sweep import BESIDE, Maker, chained, settle, sweep
 from ptconvert.estimate.timeline import run
 from ptconvert.modeling.config import CONFIGS
 from ptconvert.modeling.model import CAUSAL_LMS
@@ -51,32 +48,77 @@ _SIZES: dict[str, int] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
-_MESSAGES = [2**n for n in range(12, 24, 2)]  # bytes, 4 KiB to 4 MiB
 _REPEATS = 9
+_ONE_SHOT = 2**18  # bytes up to which one-shot kernels are used by those that have them
+_SAID = ("NCCL_", "GLOO_")  # variables that change what is measured
 _GLOO_THREADS = 2  # torch.distributed's ProcessGroupGloo has as many by default
 _TIMEOUT_SECONDS = 300.0
 
 
-def measure(ranks: int | None) -> Hardware | None:
+P2P_OFF = "NCCL_P2P_DISABLE"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An all-reduce of `nbytes` over `ranks` by a way, one of several in a row, in seconds: the
+    slowest rank's; `said` is what the fitted formulas give, None for an engine's own kernel."""
+
+    way: str
+    ranks: int
+    nbytes: int
+    seconds: float
+    said: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row, the all-reduces behind it, and what there is to say of them."""
+
+    hardware: Hardware
+    samples: list[Sample]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.hardware.name,
+            "samples": [vars(sample) for sample in self.samples],
+            "notes": self.notes,
+        }
+
+
+def measure(ranks: int | None, makers: Mapping[str, Maker]) -> Measured | None:
     """Measures `ranks` new processes, or torchrun's; None on all of torchrun's ranks but the first.
 
-    GPUs and NCCL where there is one for each rank of this machine, else CPU and gloo. Raises
-    HardwareError where a rank fails.
+    GPUs and NCCL where there is one for each rank of this machine, else CPU and gloo. `makers` are
+    of engines' own all-reduces. Raises HardwareError where a rank fails, or sums are wrong.
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks or 1))
-    gpus = torch.cuda.device_count() if dist.is_nccl_available() else 0
-    device, backend = ("cuda", "nccl") if gpus >= local else ("cpu", "gloo")
+    device = "cuda" if gpus() >= local else "cpu"
+    backend = "nccl" if device == "cuda" else "gloo"
     try:
         if under_torchrun():
-            results = join(measure_rank, None, backend, device, _TIMEOUT_SECONDS)
+            results = join(measure_rank, dict(makers), backend, device, _TIMEOUT_SECONDS)
         else:
-            results = launch(measure_rank, None, ranks or 1, backend, device, _TIMEOUT_SECONDS)
+            how = ranks or 1, backend, device, _TIMEOUT_SECONDS
+            results = launch(measure_rank, dict(makers), *how)
     except RanksFailed as error:
         raise HardwareError([f"measuring failed: {error}"]) from None
-    return to_hardware(results, backend, read_engine(ENGINE)) if results else None
+    return to_measured(results, backend, read_engine(ENGINE)) if results else None
 
 
-def measure_rank(_: None, rank: Rank) -> dict[str, Any]:
+def gpus() -> int:
+    """The GPUs of this machine that NCCL could join."""
+    return torch.cuda.device_count() if dist.is_nccl_available() else 0
+
+
+def has_peers() -> bool:
+    """Whether GPUs of this machine read each other's memory, as far as they and the environment
+    say."""
+    off = os.environ.get(P2P_OFF, "0") != "0"
+    return not off and gpus() > 1 and torch.cuda.can_device_access_peer(0, 1)
+
+
+def measure_rank(makers: Mapping[str, Maker], rank: Rank) -> dict[str, Any]:
     """What one rank finds, in seconds and bytes, as JSON types."""
     if rank.device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // rank.ranks))
@@ -86,7 +128,7 @@ def measure_rank(_: None, rank: Rank) -> dict[str, Any]:
         found["copy_bytes"] = _copy_rate(rank)
         found["read_bytes"] = [_read_rate(rank, tokens) for tokens in (1, 16)]
         found["steps"] = _steps(rank)
-        found["reduces"] = _reduces(rank)
+        found["sweep"] = sweep(rank, makers)
     dist.barrier()
     return found
 
@@ -107,31 +149,11 @@ def _dtype(rank: Rank) -> torch.dtype:
     return torch.bfloat16 if rank.device.type == "cuda" else torch.float32
 
 
-def _seconds(rank: Rank, work: Callable[[], object], times: int) -> float:
-    """The time of a call, in the fastest repeat of `times` calls that all ranks begin together."""
-    work()
-    found = []
-    for _ in range(_REPEATS):
-        dist.barrier()
-        _settle(rank)
-        started = time.perf_counter()
-        for _ in range(times):
-            work()
-        _settle(rank)
-        found.append((time.perf_counter() - started) / times)
-    return min(found)
-
-
-def _settle(rank: Rank) -> None:
-    if rank.device.type == "cuda":
-        torch.cuda.synchronize(rank.device)
-
-
 def _matmul_rate(rank: Rank) -> float:
     """FLOP/s of a large square matrix product."""
     size = 8192 if rank.device.type == "cuda" else 768
     a = torch.randn(size, size, device=rank.device, dtype=_dtype(rank))
-    return 2 * size**3 / _seconds(rank, lambda: a @ a, 4)
+    return 2 * size**3 / chained(rank, lambda: a @ a, 4)
 
 
 def _copy_rate(rank: Rank) -> float:
@@ -139,7 +161,7 @@ def _copy_rate(rank: Rank) -> float:
     nbytes = 2**30 if rank.device.type == "cuda" else 2**26
     a = torch.zeros(nbytes, dtype=torch.uint8, device=rank.device)
     b = torch.empty_like(a)
-    return 2 * nbytes / _seconds(rank, lambda: b.copy_(a), 4)
+    return 2 * nbytes / chained(rank, lambda: b.copy_(a), 4)
 
 
 def _read_rate(rank: Rank, tokens: int) -> float:
@@ -149,7 +171,7 @@ def _read_rate(rank: Rank, tokens: int) -> float:
         torch.randn(size, size, device=rank.device, dtype=_dtype(rank)) for _ in range(count)
     ]
     x = torch.randn(tokens, size, device=rank.device, dtype=_dtype(rank))
-    seconds = _seconds(rank, lambda: [x @ weight.T for weight in weights], 1)
+    seconds = chained(rank, lambda: [x @ weight.T for weight in weights], 1)
     return count * weights[0].nbytes / seconds
 
 
@@ -183,10 +205,10 @@ def _decode_seconds(rank: Rank, model: Any, ids: torch.Tensor, steps: int = 16) 
     found = []
     for _ in range(steps):
         dist.barrier()
-        _settle(rank)
+        settle(rank)
         started = time.perf_counter()
         cache = model(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
-        _settle(rank)
+        settle(rank)
         found.append(time.perf_counter() - started)
     return found
 
@@ -197,36 +219,12 @@ def _lockstep(ranks: list[list[list[float]]]) -> float:
     return min(statistics.fmean(map(max, zip(*steps, strict=True))) for steps in repeats)
 
 
-def _reduces(rank: Rank) -> list[tuple[int, int, float]]:
-    """(ranks, bytes, seconds) of all-reduces, among 2, 4, ... and all ranks."""
-    found = []
-    sizes = [2**n for n in range(1, 11) if 2**n < rank.ranks] + [rank.ranks]
-    for size in sizes if rank.ranks > 1 else []:
-        group = dist.new_group(list(range(size)))
-        for nbytes in _MESSAGES:
-            dist.barrier()
-            if rank.rank < size:
-                tensor = torch.zeros(nbytes // 4, device=rank.device)
-                found.append((size, nbytes, _reduce_seconds(rank, tensor, group)))
-        dist.destroy_process_group(group)
-    return found
-
-
-def _reduce_seconds(rank: Rank, tensor: torch.Tensor, group: Any) -> float:
-    times = []
-    for _ in range(20):
-        dist.barrier(group)
-        _settle(rank)
-        started = time.perf_counter()
-        dist.all_reduce(tensor, group=group)
-        _settle(rank)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[5:])
-
-
-def to_hardware(results: list[dict[str, Any]], backend: str, engine: Engine) -> Hardware:
-    """The row that all ranks' measurements make: the slowest rank's rates and times."""
+def to_measured(results: list[dict[str, Any]], backend: str, engine: Engine) -> Measured:
+    """The row that all ranks' measurements make: the slowest rank's rates and times. Raises
+    HardwareError where the sums of the backend's own all-reduces were wrong."""
     ranks = len(results)
+    swept = [result["sweep"] for result in results]
+    notes = _faults(swept, backend)
     steps = {k: _lockstep([r["steps"][k] for r in results]) for k in results[0]["steps"]}
     operators = _LAYERS * (engine.attention_kernels + engine.mlp_kernels) + engine.head_kernels
     # Two schedules differ by 2L - 1 all-reduces; computation is what is left without any.
@@ -247,18 +245,109 @@ def to_hardware(results: list[dict[str, Any]], backend: str, engine: Engine) -> 
         bulk_overlap_share=0.0,
         matmul_dtype=dtype,
     )
-    if ranks > 1:
+    levels = [ranks for ranks, _ in swept[0]["levels"]]
+    names = [name for _, name in swept[0]["levels"]]
+    slowest = _slowest(swept)
+    wrong = {name for one in swept for name in one["wrong"]}
+    links = chain = fit_links(_points(slowest, {backend}), levels, names)
+    if links:
         share = _overlap_share(steps, reduce_seconds, kernel, engine, device)
-        device = replace(device, overlap_share=share, bulk_overlap_share=share)
-    links = (_link(results, reduce_seconds),) if ranks > 1 else ()
+        beside = [one["beside"] for one in swept]
+        device = replace(device, overlap_share=share, bulk_overlap_share=_bulk_share(beside))
+        notes.append(_said_beside(device.bulk_overlap_share))
+        notes.append(_said_between(reduce_seconds))
+        token = _SIZES["hidden_size"] * (2 if dtype == "bfloat16" else 4)
+        links = with_token(links, token, reduce_seconds)
+        owns = {way for way, _, _ in slowest} - {backend} - wrong
+        links = with_one_shot(links, _points(slowest, owns, _ONE_SHOT))
     row = Hardware(
         name=f"{ranks} ranks here: {results[0]['name']}, {backend}",
         engine=ENGINE,
         device=_rounded(device),
         links=links,
     )
-    how = f"ptconvert estimate --measure on {ranks} ranks, {backend}, {dtype}"
-    return replace(row, sources=Sources(measured={number.path: how for number in numbers(row)}))
+    how = f"ptconvert estimate --measure, {_conditions(ranks, levels, backend, dtype)}"
+    row = replace(row, sources=Sources(measured={number.path: how for number in numbers(row)}))
+    samples = [
+        Sample(way, n, m, t, all_reduce(m, n, chain).seconds if way == backend else None)
+        for (way, n, m), t in slowest.items()
+        if way not in wrong
+    ]
+    return Measured(row, samples, notes)
+
+
+def _slowest(swept: list[dict[str, Any]]) -> dict[tuple[str, int, int], float]:
+    """Of each way, number of ranks and size, the slowest rank's seconds."""
+    found: dict[tuple[str, int, int], float] = {}
+    for way, ranks, nbytes, seconds in (sample for one in swept for sample in one["samples"]):
+        key = (way, ranks, nbytes)
+        found[key] = max(seconds, found.get(key, 0.0))
+    return found
+
+
+def _points(
+    slowest: Mapping[tuple[str, int, int], float], ways: set[str], most: float = float("inf")
+) -> list[Point]:
+    return [Point(n, m, t) for (way, n, m), t in slowest.items() if way in ways and m <= most]
+
+
+def _faults(swept: list[dict[str, Any]], backend: str) -> list[str]:
+    """What there is to say of wrong sums and of the ranks' order. Raises HardwareError where the
+    backend's own are wrong, as peer-to-peer of GPUs that don't have it can be."""
+    wrong: dict[str, set[int]] = {}
+    for one in swept:
+        for way, sizes in one["wrong"].items():
+            wrong.setdefault(way, set()).update(sizes)
+    if backend in wrong:
+        sizes = ", ".join(map(str, sorted(wrong[backend])))
+        peers = backend == "nccl" and os.environ.get(P2P_OFF, "0") == "0"
+        cure = f"; with {P2P_OFF}=1 it may be right" if peers else ""
+        raise HardwareError([f"{backend} gives wrong sums of {sizes} bytes on these ranks{cure}"])
+    notes = [
+        f"{way} gives wrong sums of {', '.join(map(str, sorted(sizes)))} bytes, and is left out"
+        for way, sizes in wrong.items()
+    ]
+    order = swept[0]["order"]
+    if order != sorted(order):
+        said = ",".join(map(str, order))
+        notes.append(
+            f"closest ranks aren't neighbours: CUDA_VISIBLE_DEVICES={said} would have it so"
+        )
+    return notes
+
+
+def _bulk_share(beside: list[dict[str, float]]) -> float:
+    """What an all-reduce of many bytes takes from the products beside it, as a share of its own
+    time, by the slowest rank's times."""
+    reduce, products, both = (max(one[k] for one in beside) for k in ("reduce", "products", "both"))
+    return min(max((both - products) / reduce, 0.0), 0.99)
+
+
+def _said_beside(share: float) -> str:
+    size = f"{BESIDE // 2**20} MiB"
+    if share > 0.9:
+        return f"computation doesn't go on beside an all-reduce of {size}: overlap won't help here"
+    return f"{1 - share:.0%} of an all-reduce of {size} goes on beside computation"
+
+
+def _said_between(seconds: float) -> str:
+    return (
+        f"between a model's stages, where ranks wait for each other, one token's takes "
+        f"{seconds * 1e6:,.0f} us: the row's fixed time is by that"
+    )
+
+
+def _conditions(ranks: int, levels: list[int], backend: str, dtype: str) -> str:
+    """Under which a row was measured."""
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    library = f"torch {torch.__version__}"
+    if backend == "nccl":
+        version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        library += f", NCCL {'.'.join(map(str, version))}"
+    said = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(_SAID)]
+    joined = " of ".join(map(str, levels)) or str(ranks)
+    of = f"{joined} ranks, {machines} machine(s), {backend}, {dtype}, {library}"
+    return ", ".join([of, *said, datetime.now(UTC).date().isoformat()])
 
 
 def _overlap_share(
@@ -278,42 +367,8 @@ def _overlap_share(
     return float(min(shares, key=lambda share: abs(seconds(float(share)) - steps["overlapped"])))
 
 
-def _link(results: list[dict[str, Any]], reduce_seconds: float) -> Link:
-    """Base, step and bandwidth by least squares on relative errors, and the base as in the model.
-
-    The sweep over sizes and ranks gives step and bandwidth; the base is what one token's
-    all-reduce took between real stages, where ranks also wait for each other.
-    """
-    ranks = len(results)
-    slowest: dict[tuple[int, int], float] = {}
-    for result in results:
-        for size, nbytes, seconds in result["reduces"]:
-            slowest[size, nbytes] = max(seconds, slowest.get((size, nbytes), 0.0))
-    points = [(n, m, t) for (n, m), t in slowest.items()]
-    terms = np.array([[1.0, 2 * (n - 1), 2 * (n - 1) / n * m] for n, m, _ in points])
-    used = [0, 2] if ranks == 2 else [0, 1, 2]  # two ranks can't tell base and steps apart
-    times = np.array([t for _, _, t in points])
-    solved = np.zeros(3)
-    solved[used] = np.linalg.lstsq(terms[:, used] / times[:, None], np.ones(len(times)))[0]
-    step, per_byte = max(solved[1], 0.0), max(solved[2], 1e-12)
-    base = max(reduce_seconds - 2 * (ranks - 1) * step, 0.0)
-    protocol = Protocol(step_us=_digits(step * 1e6), gb_s=_digits(1e-9 / per_byte))
-    return Link(
-        name="between the ranks",
-        ranks=ranks,
-        base_us=_digits(base * 1e6),
-        algorithm="ring",
-        protocols=(protocol,),
-    )
-
-
 def _rounded(device: Device) -> Device:
     rounded: dict[str, Any] = {
-        name: _digits(value) for name, value in vars(device).items() if isinstance(value, float)
+        name: digits(value) for name, value in vars(device).items() if isinstance(value, float)
     }
     return replace(device, **rounded)
-
-
-def _digits(value: float) -> float:
-    """The value to 4 significant digits: more would suggest a precision that isn't there."""
-    return float(f"{value:.4g}")

@@ -10,9 +10,11 @@ from rich.text import Text
 
 from ptconvert.estimate.advice import Advice, verdict
 from ptconvert.estimate.compare import Row, Setting, accuracy
+from ptconvert.estimate.measure import Measured, Sample
 from ptconvert.estimate.report import drafted, left_out, notes, served_by, ways_table
 from ptconvert.estimate.server import Served
 from ptconvert.estimate.sources import origins
+from ptconvert.report.terminal import figures_table
 
 _LINES = {
     "all-reduces": "all-\nre-\nduces",
@@ -49,6 +51,28 @@ def print_estimates(
     console.print(Text(f"estimated; {accuracy(setting)}", style="dim"))
     console.print(Text(origins(setting.hardware, setting.hardware.sources), style="dim"))
     console.print(Text(verdict(advice), style="bold"))
+
+
+def print_measured(console: Console, found: Measured) -> None:
+    """All-reduces by size, in us: each way's, and what the fit of the process group's own is off
+    by."""
+    if found.samples:
+        columns = list(dict.fromkeys((s.way, s.ranks) for s in found.samples))
+        cells = {(s.way, s.ranks, s.nbytes): _sample(s) for s in found.samples}
+        sizes = sorted({sample.nbytes for sample in found.samples})
+        names = [f"{way},\n{ranks} ranks" for way, ranks in columns]
+        table = figures_table("all-reduce\nof", *names, title="us (fitted)")
+        for nbytes in sizes:
+            line = [cells.get((*column, nbytes), "-") for column in columns]
+            table.add_row(f"{nbytes / 2**10:,.0f} KiB", *line)
+        console.print(table)
+    for note in found.notes:
+        console.print(Text(f"note: {note}", style="yellow"))
+
+
+def _sample(sample: Sample) -> str:
+    said = "" if sample.said is None else f" ({sample.said / sample.seconds - 1:+.0%})"
+    return f"{sample.seconds * 1e6:,.0f}{said}"
 
 
 def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> Table:

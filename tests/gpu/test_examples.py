@@ -13,6 +13,7 @@ import torch
 from places import VLLM
 
 from ptconvert.estimate.hardware import read_hardware
+from ptconvert.estimate.measure import Measured
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "gpu"
 DEPTH_4 = "parallel_track, depth 4"
@@ -57,14 +58,16 @@ def test_latency(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """On two ranks; what they would be measured as is another test's."""
-    rows = {2: read_hardware("h100-sxm")}
-    monkeypatch.setattr("ptconvert.estimate.measure.measure", rows.__getitem__)
+    row = read_hardware("h100-sxm")
+    monkeypatch.setattr(
+        "ptconvert.estimate.measure.measure", lambda ranks, _: {2: Measured(row, [], [])}[ranks]
+    )
     only = ("--device", "cpu", "--ranks", 2, "--batches", 1, "--repeats", 1, "--presets", DEPTH_4)
     assert run("latency", *only, "--json", "--row", tmp_path / "here.yaml") == 0
     (line,) = capsys.readouterr().out.splitlines()
     other = f"{DEPTH_4}: tensor parallel"
     check(json.loads(line)["rows"], {DEPTH_4: other, other: other})
-    assert read_hardware(str(tmp_path / "here.yaml")) == rows[2]
+    assert read_hardware(str(tmp_path / "here.yaml")) == row
 
 
 @VLLM

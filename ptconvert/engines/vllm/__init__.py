@@ -55,4 +55,10 @@ def _verify(path: Path, settings: Any, eager: bool) -> Any:
     return verify_in_vllm(path, settings, eager)
 
 
-ENGINE = ServingEngine("vllm", "pip install 'ptconvert[vllm]'", _verify)
+def _own_all_reduce(device: Any, group: Any) -> Any:
+    from ptconvert.engines.vllm.kernels import own_all_reduce
+
+    return own_all_reduce(device, group)
+
+
+ENGINE = ServingEngine("vllm", "pip install 'ptconvert[vllm]'", _verify, _own_all_reduce)
