@@ -71,18 +71,21 @@ def calibration(dense: Path, tracks: int, schedule: str, top: str) -> Calibratio
     return None if plan.complete else random_calibration(plan)
 
 
-def greedy(path: Path, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
-    """What the transformers model, all tracks in this process, answers in fp32: tokens and their
-    log-probabilities."""
+def greedy(path: Path, prompts: list[list[int]], new_tokens: int) -> Answers:
+    """What the transformers model, all tracks in this process, answers in fp32 to each prompt by
+    itself: tokens and their log-probabilities."""
     # eager, for sdpa leaves out Gemma 2's soft cap
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     model = transformers.AutoModelForCausalLM.from_pretrained(path, **options).eval()
-    tokens, log_probabilities = [], []
-    for _, step in greedy_steps(model, torch.tensor([prompt]), new_tokens):
-        logits, chosen_11 = step()
-        tokens.append(int(chosen_11))
-        log_probabilities.append(float(logits[0, -1].log_softmax(-1)[tokens[-1]]))
-    return tokens, log_probabilities
+    answers = []
+    for prompt in prompts:
+        tokens, log_probabilities = [], []
+        for _, step in greedy_steps(model, torch.tensor([prompt]), new_tokens):
+            logits, chosen_11 = step()
+            tokens.append(int(chosen_11))
+            log_probabilities.append(float(logits[0, -1].log_softmax(-1)[tokens[-1]]))
+        answers.append((tokens, log_probabilities))
+    return answers
 
 
 def random_calibration(plan: Plan) -> Calibration:
@@ -154,6 +157,6 @@ def check_chat(server: str, path: Path) -> None:
     pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     ids = tokenizer(f"<s> {words} ", add_special_tokens=False).input_ids
-    tokens, _ = greedy(path, ids, 6)
+    ((tokens, _),) = greedy(path, [ids], 6)
     assert "".join(pieces).split() == tokenizer.decode(tokens).split()
     assert sum(bool(piece) for piece in pieces) > 1  # it came in pieces

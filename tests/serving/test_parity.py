@@ -232,7 +232,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) -> A
 @pytest.fixture(scope="session")
 def references(paths: dict[str, Path]) -> dict[str, Answers]:
     """What the single-process model answers, prompt by prompt."""
-    return {name: [greedy(path, p, NEW_TOKENS) for p in prompts()] for name, path in paths.items()}
+    return {name: greedy(path, prompts(), NEW_TOKENS) for name, path in paths.items()}
 
 
 def of_case(found: Any, name: str) -> list[dict[str, Any]]:

@@ -117,7 +117,7 @@ def found(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
 
 
 def answers_of(path: Path) -> Answers:
-    return [greedy(path, prompt, NEW_TOKENS) for prompt in prompts()]
+    return greedy(path, prompts(), NEW_TOKENS)
 
 
 @pytest.mark.parametrize("name", CASES)
