@@ -1,31 +1,55 @@
-"""One rank of test_parity.py's engines: python ranks.py RANK RANKS DIRECTORY MEETING.
+"""The ranks of test_parity.py's engines: processes that run each case in an engine.
 
-Reads DIRECTORY/cases.json, runs each case in an engine and writes DIRECTORY/found.RANK.json.
+They are forked from one that has imported vLLM, which takes longer than most of the cases.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
-import sys
+import multiprocessing
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "bench"))
 import lockstep
 
 BLOCK = 32  # tokens in a block of the KV cache; whole blocks are what prefix caching reuses
+freeze = gc.freeze
+_forking = multiprocessing.get_context("forkserver")
+_forking.set_forkserver_preload(
+    ["ptconvert.engines.vllm.verify", "ptconvert.engines.vllm.model", "vllm.v1.worker.gpu_worker"]
+)
 
 
-def main() -> None:
-    rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    meeting = sys.argv[4]  # how the files begin in which the ranks meet, one for each engine
+def start(rank: int, ranks: int, directory: Path, meeting: Path) -> ForkServerProcess:
+    """A rank that reads DIRECTORY/cases.json and writes DIRECTORY/found.RANK.json and
+    DIRECTORY/output.RANK; `meeting` is how the files begin in which ranks meet, one for each
+    engine."""
+    with mock.patch.dict("os.environ", OMP_NUM_THREADS="1"):  # see lockstep.bind
+        given = rank, ranks, directory, meeting, dict(os.environ)
+        process = _forking.Process(target=_main, args=given)
+        process.start()
+    return process
+
+
+def _main(
+    rank: int, ranks: int, directory: Path, meeting: Path, environment: dict[str, str]
+) -> None:
+    os.environ.update(environment)  # else that of the first test that started a rank
+    with (directory / f"output.{rank}").open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     cases = json.loads((directory / "cases.json").read_text())
     if all(case["device"] == "cpu" for case in cases):
         lockstep.bind(rank)
+    engines_start_faster()
     found = {}
     for index, case in enumerate(cases):
         place = rank, ranks
@@ -41,6 +65,23 @@ def main() -> None:
     (directory / f"found.{rank}.json").write_text(json.dumps(found))
 
 
+def engines_start_faster() -> None:
+    """Leaves out what vLLM does at the start and the end of each engine because it expects one in a
+    process: three quarters of what a small one takes.
+
+    It looks for garbage seven times, each time among all that was imported, unless that is frozen
+    (see `run`); and in all that was imported for Triton's kernels, to replace them once more. What
+    class a model has it asks in a process of its own, so as to import nothing in this one.
+    """
+    from vllm.model_executor.models import registry
+    from vllm.platforms import current_platform
+
+    gc.freeze = gc.unfreeze = lambda: None  # else an engine's end undoes ours
+    once = functools.cache(current_platform.register_triton_kernel_overrides)
+    current_platform.register_triton_kernel_overrides = once
+    registry._run_in_subprocess = lambda ask: ask()
+
+
 def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[str, Any]:
     """Answers, counted passes, and answers with each fault; the engine is gone afterwards."""
     from vllm.config import set_current_vllm_config
@@ -50,6 +91,8 @@ def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[s
     from ptconvert.engines.vllm.verify import generate
     from ptconvert.schedule.schedule import Schedule
 
+    gc.collect()
+    freeze()  # what is left of engines before this one: modules
     files: list[str] = []
     read = default_loader.safetensors_weights_iterator
 
@@ -145,7 +188,3 @@ def faults(model: Any) -> Iterator[tuple[str, Callable[[], None]]]:
         left_out = mock.patch.object(Guess, "forward", lambda *given: torch.zeros_like(given[2]))
         left_out.start()
         yield "a guess is left out", left_out.stop
-
-
-if __name__ == "__main__":
-    main()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +18,7 @@ import torch
 from calibrating import for_reference, permuted
 from conftest import LAYERS, random_model
 from drawing import drawn_schedule, spans_both
+from ranks import start
 from reference import reference_logits
 from safetensors.torch import load_file, save_file
 from served import MIXED, SIZES, apart, calibration, greedy, make_model, prompts, shape_of
@@ -188,35 +187,25 @@ def ruined(converted: Path, directory: Path) -> str:
     return str(directory / "{rank}")
 
 
-def run_cases(directory: Path, cases: list[dict[str, Any]], ranks: int) -> Any:
-    """Findings of ranks.py on each rank, for all cases in the same processes."""
+def run_cases(directory: Path, cases: list[dict[str, Any]], count: int) -> Any:
+    """Findings of ranks.py on each of `count` ranks, for all cases in the same processes."""
     for case in cases:
         case.update(prompts=prompts(), new_tokens=NEW_TOKENS)
     (directory / "cases.json").write_text(json.dumps(cases))
-    script = Path(__file__).with_name("ranks.py")
-    outputs = [(directory / f"output.{rank}").open("wb") for rank in range(ranks)]
     with lockstep.meeting(directory) as meeting:
-        running = [
-            subprocess.Popen(
-                [sys.executable, script, str(rank), str(ranks), directory, meeting],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            for rank, output in enumerate(outputs)
-        ]
+        running = [start(rank, count, directory, meeting) for rank in range(count)]
         deadline = time.monotonic() + LIMIT_SECONDS
-        while any(p.poll() is None for p in running) and not any(p.poll() for p in running):
+        while any(p.is_alive() for p in running) and not any(p.exitcode for p in running):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.2)
-        codes = [process.poll() for process in running]
-        for process, output in zip(running, outputs, strict=True):
+        codes = [process.exitcode for process in running]
+        for process in running:
             process.kill()
-            process.wait()
-            output.close()
-    said = [(directory / f"output.{rank}").read_text()[-2000:] for rank in range(ranks)]
-    assert codes == [0] * ranks, "\n".join(said)
-    return [json.loads((directory / f"found.{r}.json").read_text()) for r in range(ranks)]
+            process.join()
+    said = [(directory / f"output.{rank}").read_text()[-2000:] for rank in range(count)]
+    assert codes == [0] * count, "\n".join(said)
+    return [json.loads((directory / f"found.{r}.json").read_text()) for r in range(count)]
 
 
 @pytest.fixture(scope="session")
