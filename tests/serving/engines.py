@@ -12,7 +12,6 @@ CORES = sorted(os.sched_getaffinity(0))
 os.environ.pop("OMP_NUM_THREADS", None)
 os.environ.update(
     VLLM_CPU_OMP_THREADS_BIND="|".join(str(CORES[rank % len(CORES)]) for rank in range(2)),
-    VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_NO_USAGE_STATS="1",
     VLLM_LOGGING_LEVEL="ERROR",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",

@@ -28,6 +28,7 @@ from ptconvert.engines.vllm.families import SERVED
 from ptconvert.spec.document import parse_spec
 
 LIMIT_SECONDS = 400
+CACHE = str(2**26)  # bytes of keys and values; vLLM would take half of the machine's memory
 
 
 @pytest.fixture(scope="session")
@@ -179,7 +180,7 @@ def server(
         port = probe.getsockname()[1]
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint)]
     command += ["--tensor-parallel-size", "2", "--dtype", "float32", "--enforce-eager"]
-    command += ["--port", str(port), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--host", "127.0.0.1", "--kv-cache-memory-bytes", CACHE]
     log = tmp_path_factory.mktemp("server") / "log"
     environment = named_vllm | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("wb") as stream:
@@ -244,12 +245,12 @@ def test_lm_eval_scores_as_with_the_transformers_model(
     data = tmp_path / "words.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "words.yaml").write_text(TASK.format(data=data))
-    scores, samples = {}, {}
+    scores, samples, cache = {}, {}, f"kv_cache_memory_bytes={CACHE}"
     with contextlib.ExitStack() as running:
         processes = {}
         for model, more in (
             ("hf", "trust_remote_code=True"),
-            ("vllm", "tensor_parallel_size=2,enforce_eager=True,max_model_len=256"),
+            ("vllm", f"tensor_parallel_size=2,enforce_eager=True,max_model_len=256,{cache}"),
         ):
             command = [sys.executable, "-m", "lm_eval", "--model", model, "--tasks", "words"]
             command += ["--model_args", f"pretrained={checkpoint},dtype=float32,{more}"]
