@@ -170,6 +170,8 @@ class ToyServing:
 class ToyLayer(nn.Module):
     """Two tracks, each a linear for attention and one for MLP, with a bias that all know."""
 
+    scalar = None
+
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(4)

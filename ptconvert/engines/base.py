@@ -42,12 +42,16 @@ RENAMED = {
 
 
 def renamed(family: Family) -> dict[re.Pattern[str], str]:
-    """The same for a family, whose norms after sublayers, if it has such, are apart."""
-    after = "|".join(filter(None, (family.block(kind).after for kind in BLOCKS)))
-    if not after:
-        return RENAMED
-    norms = re.compile(rf"^(model\.layers\.\d+)\.(?:common\.)?({after})\.")
-    return {norms: r"\1.after.\2.", **RENAMED}
+    """The same for a family, whose norms after sublayers, if it has such, are apart, and what the
+    stream is multiplied by after a layer is all tracks'."""
+    found = {}
+    if after := "|".join(filter(None, (family.block(kind).after for kind in BLOCKS))):
+        norms = re.compile(rf"^(model\.layers\.\d+)\.(?:common\.)?({after})\.")
+        found[norms] = r"\1.after.\2."
+    if family.scalar is not None:
+        scalar = re.compile(rf"^(model\.layers\.\d+)\.({family.scalar})$")
+        found[scalar] = r"\1.common.\2"
+    return found | RENAMED
 
 
 class Serving(Protocol):
@@ -122,13 +126,21 @@ class ServedLayer(nn.Module):
             for part in self.parts.values():
                 if block.after is not None and hasattr(part, block.after):
                     self.after[block.after] = part._modules.pop(block.after)
-                linear = getattr(getattr(part, block.name), block.output, None)
-                if linear is not None:  # which a mixture of experts isn't
-                    linear.reduce_results = False
-                    linear.register_parameter("bias", None)
+                for module in getattr(part, block.name).modules():
+                    if hasattr(module, "reduce_results"):  # an output projection
+                        module.reduce_results = False
+                        module.register_parameter("bias", None)
         self.common = nn.ParameterDict()  # output biases, which all ranks know
         for name in (common_name(r.name) for r in shape.rules_of(index) if r.is_common_bias):
             self.common[name] = nn.Parameter(torch.zeros(shape.width), requires_grad=False)
+        if self.family.scalar is not None:
+            self.common[self.family.scalar] = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    @property
+    def scalar(self) -> torch.Tensor | None:
+        """What the stream is multiplied by after the layer, if it is."""
+        name = self.family.scalar
+        return None if name is None else self.common[name]
 
     def norms(self, kind: Kind) -> list[Any]:
         """The norm before the attention or the MLP, for each part; None where there is none."""
@@ -222,8 +234,13 @@ class ServedPass:
     ) -> torch.Tensor:
         """The normed stream after the last step, (T, D), the same on every rank."""
         streams = Streams(base_TD)
-        run_program(program, streams, self, waiting_weight)
+        run_program(program, streams, self, waiting_weight, scalar=self._scalar)
         return self._read([norm], streams, None)[0]
+
+    def _scalar(self, index: int) -> torch.Tensor | None:
+        layer: Any = self.layers[index]
+        scalar: torch.Tensor | None = layer.scalar
+        return scalar
 
     def run(self, step: Step, streams: Streams) -> Update:
         own = streams.own(step)

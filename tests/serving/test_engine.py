@@ -86,19 +86,32 @@ def test_other_cuts_of_experts_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("variant", "why"),
+    ("variant", "sizes", "why"),
     [
-        ("ernie4_5", "use_bias True: vLLM's layers for it have no biases"),
-        ("qwen3_moe", "shared_expert_intermediate_size 32: vLLM would add experts"),
-        ("glm4", "float16: it overflows there, as vLLM says; use bfloat16 or float32"),
+        ("ernie4_5", {}, "use_bias True: vLLM's layers for it have no biases"),
+        ("qwen3_moe", {}, "shared_expert_intermediate_size 32: vLLM would add experts"),
+        ("glm4", {}, "float16: it overflows there, as vLLM says; use bfloat16 or float32"),
+        ("glm4_moe", {}, "float16: it overflows there, as vLLM says; use bfloat16 or float32"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit 5.0: vLLM's layers for it have 7.0"),
+        ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha 1.0: vLLM's layers for it have 1.702"),
+        ("gpt_oss", {"rms_norm_eps": 1e-6}, "rms_norm_eps 1e-06: vLLM's layers for it have 1e-05"),
+        ("deepseek_v3", {}, "attention_bias True: vLLM's layers for it have no biases"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave False: vLLM's layers for it"),
+        (
+            "deepseek_v3",
+            {},
+            "tensor_parallel_size 1: vLLM plans attention to latents .MLA. for one",
+        ),
+        ("cohere", {}, "attention_bias True: vLLM's layers for it have no biases"),
+        ("cohere2", {"attention_bias": True}, "attention_bias True: vLLM's layers for it have no"),
     ],
 )
 def test_what_vllms_layers_are_not_is_refused_by_name(
-    variant: str, why: str, tmp_path: Path
+    variant: str, sizes: dict[str, Any], why: str, tmp_path: Path
 ) -> None:
     from vllm import EngineArgs
 
-    path = make_model(tmp_path, variant, 2, "use: ladder")
+    path = make_model(tmp_path, variant, 2, "use: ladder", **sizes)
     with pytest.raises(ValueError, match=why):
         EngineArgs(str(path), dtype="float16").create_engine_config()
 

@@ -69,7 +69,14 @@ ROPE: dict[str, dict[str, Any]] = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     },
+    "deepseek_v3": {
+        **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 32.0},
+        **{"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+        "original_max_position_embeddings": 64,
+    },
+    "hunyuan_v1_dense": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0},
 }
+ALTERNATING = ["sliding_attention", "full_attention"] * 2
 UNTIED = {"tie_word_embeddings": False}  # or the last token answers, whatever the layers do
 OTHERS: dict[str, Mapping[str, Any]] = {
     **{"ministral3": {}, "phi3": {}, "phi3-two-kv": {}, "cwm": {}, "seed_oss": {}, "smollm3": {}},
@@ -80,6 +87,20 @@ OTHERS: dict[str, Mapping[str, Any]] = {
     "gemma2": {**UNTIED, "dtype": torch.bfloat16, "hidden_size": 160},
     **{"glm4": {"attention_bias": True}, "exaone4": {}, "hyperclovax": {}, "qwen2-window": {}},
     "qwen3_moe": {"shared_expert_intermediate_size": 0},
+    "glm4_moe": {},
+    "gpt_oss": {"intermediate_size": 128},  # as many for a rank as vLLM's experts on CPUs take
+    # the one size of latents that vLLM's attention to them takes on CPUs
+    "deepseek_v3": {
+        **{"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "num_key_value_heads": 4},
+        "attention_bias": False,
+    },
+    "gemma4_text": {**UNTIED, "layer_types": ALTERNATING, "global_head_dim": 64},
+    "gemma4_unified_text": {
+        **{**UNTIED, "layer_types": ALTERNATING, "global_head_dim": 64},
+        "attention_k_eq_v": False,
+    },
+    **{"apertus": {}, "nemotron": {}, "arcee": {}, "jais2": {}, "hunyuan_v1_dense": {}},
+    **{"starcoder2": UNTIED, "cohere": {**UNTIED, "attention_bias": False}, "cohere2": UNTIED},
 }
 
 
@@ -114,6 +135,13 @@ CASES = {
     **{
         name: Case(name, 2, COMPILED, layers=4, sizes={**sizes, **with_rope(name)})
         for name, sizes in OTHERS.items()
+    },
+    **{
+        f"compiled, {name}": Case(
+            name, 2, COMPILED, eager=False, layers=4, sizes={**OTHERS[name], **with_rope(name)}
+        )
+        # whose walk over the layers, or what runs in these, differs from all others'
+        for name in ("gpt_oss", "deepseek_v3", "gemma4_text", "cohere2", "hunyuan_v1_dense")
     },
     "compiled, a mixture": Case("mixtral", 4, COMPILED, eager=False, layers=4),
     "compiled, sums that are normed": Case("glm4", 4, COMPILED, eager=False, layers=4),
@@ -245,7 +273,9 @@ def test_answers_of_the_single_process_model(
     for rank in of_case(found, name):
         assert apart(rank["answers"], references[name]) <= TOLERANCE
         assert apart(rank["again"], references[name]) <= TOLERANCE
-        assert rank["cached"] > 0  # so "again" came out of the prefix cache
+        # "again" came out of the prefix cache, which vLLM on CPUs hasn't for latents
+        latent = bool(SERVED[CASES[name].variant.split("-")[0]].latent)
+        assert (rank["cached"] > 0) != latent
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if CASES[n].tracks])

@@ -26,10 +26,13 @@ def register() -> None:
     import vllm
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
     import ptconvert
-    from ptconvert.engines.vllm.refusals import ServingConfig
+    from ptconvert.engines.vllm.families import SERVED
+    from ptconvert.engines.vllm.refusals import LatentConfig, ServingConfig
     from ptconvert.modeling.model import MODELS
+    from ptconvert.models.families import MODEL_TYPE_PREFIX
 
     if said := unknown(vllm.__version__):
         logging.getLogger(__name__).warning(said)
@@ -37,6 +40,9 @@ def register() -> None:
     for model in MODELS.values():
         ModelRegistry.register_model(model.__name__, _MODEL)
         MODELS_CONFIG_MAP[model.__name__] = ServingConfig
+    for family, served in SERVED.items():
+        if served.latent:
+            MODEL_ARCH_CONFIG_CONVERTORS[f"{MODEL_TYPE_PREFIX}{family}"] = LatentConfig
 
 
 def unknown(version: str) -> str | None:

@@ -3,7 +3,7 @@ needs; all were compared with transformers' (tests/serving)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -16,24 +16,39 @@ class Served:
     `model` is the causal language model there whose decoder layers it has: its own, or where vLLM
     has only its Transformers backend, one whose layers compute the same, `given` what its own
     config says in other words. (Qwen2's take no size of heads, so that a track couldn't have
-    fewer.) These call its MLP `mlp`. Rotary positions turn neighbouring channels where they are
-    `interleaved`, else those of both halves of a head; `rotated` is what its config calls a list of
-    which layers have them. Its `embeds` are multiplied by a number of its config, `rounded` to the
-    model's dtype or not, and so are its `logits`, whose `soft_cap` has that name in it. With a
-    config key of `refused` vLLM's layers would be others, as it says, and without `float16` vLLM
-    refuses that.
+    fewer.) They are of the class `layer`, if that isn't called after the model, and call attention
+    and MLP `attention` and `mlp`; `tensors` are the names in a checkpoint that have others there,
+    `passed` what the attention is called with beside the rest. Norms between sublayers are made of
+    vLLM's class `norm`, if its layer has others. Rotary positions turn neighbouring channels where
+    they are `interleaved`, else those of both halves of a head; `rotated` is what its config calls
+    a list of which layers have them, and `normed_after` the norms of queries and keys that follow
+    them; `keys_as_values` are the layers whose keys are their values too. With `latent` attention
+    (MLA) these tensors are parts of others there, where vLLM keeps the latents in its cache. Its
+    `embeds` are multiplied by a number of its config, `rounded` to the model's dtype or not, and so
+    are its `logits`, whose `soft_cap` has that name in it. With a config key of `refused` vLLM's
+    layers would be others, as it says; those of `fixed` have a value built in, and any other is
+    refused. Without `float16` vLLM refuses that.
     """
 
     model: str
+    layer: str | None = None
+    attention: str = "self_attn"
     mlp: str = "mlp"
+    tensors: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    passed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    norm: str | None = None
     given: Callable[[Any], Mapping[str, Any]] = lambda config: {}  # noqa: ARG005
     interleaved: bool = False
+    normed_after: tuple[str, str] | None = None
+    latent: Mapping[str, tuple[str, int]] = field(default_factory=lambda: MappingProxyType({}))
+    keys_as_values: Callable[[Any], Sequence[int]] = lambda config: ()  # noqa: ARG005
     rotated: str | None = None
     embeds: Callable[[Any], float] | None = None
     rounded: bool = False
     logits: Callable[[Any], float] | None = None
     soft_cap: str | None = None
     refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     float16: bool = True
 
 
@@ -48,6 +63,14 @@ def _gemma(name: str, soft_cap: str | None = None, **more: Any) -> Served:
     return Served(f"{name}ForCausalLM", embeds=width, rounded=True, soft_cap=soft_cap, **more)
 
 
+def _keys_as_values(config: Any) -> Sequence[int]:
+    kinds = config.layer_types if config.attention_k_eq_v else ()
+    return [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+
+
+_GEMMA4 = _gemma("Gemma4", "final_logit_softcapping", keys_as_values=_keys_as_values)
+
+
 def _llama_4_scaling(config: Any) -> Mapping[str, Any]:
     """What queries are multiplied by at late positions, as vLLM's Mistral reads it."""
     rope = config.rope_parameters
@@ -56,6 +79,33 @@ def _llama_4_scaling(config: Any) -> Mapping[str, Any]:
         "beta": rope["llama_4_scaling_beta"],
     }
     return {"llama_4_scaling": scaling}
+
+
+def _ungated(norm: str, eps: str, **more: Any) -> Served:
+    """Nemotron's layers, whose MLP has no gate, with other norms; `eps` is theirs in its config."""
+
+    def given(config: Any) -> Mapping[str, Any]:
+        biased = getattr(config, "use_bias", None)
+        biases = {} if biased is None else {"attention_bias": biased, "mlp_bias": biased}
+        return {"norm_eps": getattr(config, eps), **biases}
+
+    return Served("NemotronForCausalLM", norm=norm, given=given, **more)
+
+
+def _cohere(**more: Any) -> Served:
+    return Served(
+        "CohereForCausalLM",
+        norm="LayerNorm",
+        logits=lambda config: config.logit_scale,
+        refused=_without("attention_bias", "vLLM's layers for it have no biases"),
+        **more,
+    )
+
+
+def _narrower(config: Any) -> Mapping[str, Any]:
+    """vLLM lets Cohere's windows reach one token further than transformers."""
+    window = config.sliding_window
+    return {} if window is None else {"sliding_window": window - 1}
 
 
 _NO_CHUNKS = _without(
@@ -109,5 +159,55 @@ SERVED: Mapping[str, Served] = MappingProxyType(
             ),
         ),
         "mixtral": Served("MixtralForCausalLM", mlp="block_sparse_moe"),
+        # vLLM divides what shared experts give in float16, and multiplies it again nowhere
+        "glm4_moe": Served("Glm4MoeForCausalLM", float16=False),
+        "gpt_oss": Served(
+            "GptOssForCausalLM",
+            layer="TransformerBlock",
+            attention="attn",
+            tensors=MappingProxyType(
+                {
+                    ".experts.gate_up_proj_bias": ".experts.w13_bias",
+                    ".experts.down_proj_bias": ".experts.w2_bias",
+                    ".experts.gate_up_proj": ".experts.w13_weight",
+                    ".experts.down_proj": ".experts.w2_weight",
+                }
+            ),
+            fixed=MappingProxyType(
+                {"rms_norm_eps": 1e-5, "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+            ),
+        ),
+        "deepseek_v3": Served(
+            "DeepseekV2ForCausalLM",
+            given=lambda _: {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+            passed=MappingProxyType({"llama_4_scaling": None}),
+            latent=MappingProxyType(
+                {
+                    ".q_a_proj.": (".fused_qkv_a_proj.", 0),
+                    ".kv_a_proj_with_mqa.": (".fused_qkv_a_proj.", 1),
+                }
+            ),
+            refused=_without("attention_bias", "vLLM's layers for it have no biases"),
+            fixed=MappingProxyType({"rms_norm_eps": 1e-6, "rope_interleave": True}),
+            float16=False,
+        ),
+        "gemma4_text": _GEMMA4,
+        "gemma4_unified_text": _GEMMA4,
+        "apertus": Served("ApertusForCausalLM"),
+        "nemotron": Served("NemotronForCausalLM"),
+        "arcee": _ungated("RMSNorm", "rms_norm_eps"),
+        "jais2": _ungated("LayerNorm", "layer_norm_eps"),
+        "starcoder2": _ungated(
+            "LayerNorm",
+            "norm_epsilon",
+            tensors=MappingProxyType(
+                {".mlp.c_fc.": ".mlp.up_proj.", ".mlp.c_proj.": ".mlp.down_proj."}
+            ),
+        ),
+        "cohere": _cohere(),
+        "cohere2": _cohere(given=_narrower),
+        "hunyuan_v1_dense": Served(
+            "LlamaForCausalLM", normed_after=("query_layernorm", "key_layernorm")
+        ),
     }
 )

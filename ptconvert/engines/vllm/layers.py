@@ -8,30 +8,51 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from vllm import ir
-from vllm.distributed import parallel_state, tensor_model_parallel_all_reduce
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    parallel_state,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers import layernorm
+from vllm.model_executor.layers.activation import XIELU
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.fused_moe import MoERunner
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models import ModelRegistry
-from vllm.model_executor.models.llama import LlamaModel
+from vllm.model_executor.models.glm4_moe import Glm4MoeModel
+from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
+from vllm.model_executor.models.nemotron import NemotronLayerNorm1P
 from vllm.model_executor.models.utils import WeightsMapper
 
 from ptconvert.engines.vllm.collectives import all_reduce_boundary, finished
 from ptconvert.engines.vllm.families import SERVED
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.layers import TrackConfig
-from ptconvert.models.families import TensorRule
+from ptconvert.models.families import FAMILIES, HEAD, KV_HEAD, TensorRule
 
 _EXPERTS = "layer.mlp.experts."  # which vLLM packs, and checks itself
+_NORMS = (RMSNorm, GemmaRMSNorm, LayerNorm, NemotronLayerNorm1P)  # between sublayers
+
+
+class LayerConfig(TrackConfig):
+    """A track's config, of the class that the model's has, which vLLM's layers ask for."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self._config)
 
 
 class VLLMServing:
@@ -39,10 +60,32 @@ class VLLMServing:
 
     def __init__(self, vllm_config: Any, family: str) -> None:
         self._vllm_config, self.served = vllm_config, SERVED[family]
-        self._causal_lm = ModelRegistry.models[self.served.model].load_model_cls()
-        own = getattr(self._causal_lm, "hf_to_vllm_mapper", LlamaModel.hf_to_vllm_mapper)
-        # from a checkpoint's names of a layer's tensors to those of vLLM's layer
-        self.mapper = WeightsMapper(orig_to_new_substr={f".{self.served.mlp}.": ".mlp."}) | own
+        causal_lm = ModelRegistry.models[self.served.model].load_model_cls()
+        self._module = sys.modules[causal_lm.__module__]
+        self._named = self.served.model.removesuffix("ForCausalLM")
+        # From a checkpoint's names of a layer's tensors to those of vLLM's layer: which of them are
+        # one there, vLLM's classes say, and where none does, that is as in most.
+        classes = causal_lm, getattr(self._module, f"{self._named}Model"), Glm4MoeModel
+        mappers = filter(None, (getattr(c, "hf_to_vllm_mapper", None) for c in classes))
+        stacked = next(m.orig_to_new_stacked for m in mappers if m.orig_to_new_stacked)
+        renamed = {f".{self.served.mlp}.": ".mlp.", **self.served.tensors}
+        for name in self.served.normed_after or ():
+            renamed[f".{name}."] = f".rotary_emb.{name}."
+        layers = self.served.keys_as_values(vllm_config.model_config.hf_config)
+        either = "|".join(map(str, layers)) or "none"
+        self.mapper = WeightsMapper(
+            orig_to_new_regex={
+                re.compile(rf"^(model\.layers\.(?:{either})\..*)\.k_proj\."): r"\1.kv_proj."
+            },
+            orig_to_new_substr=renamed,
+            orig_to_new_stacked={
+                **stacked,
+                ".kv_proj.": (".qkv_proj.", ["k", "v"]),
+                **(self.served.latent if vllm_config.model_config.use_mla else {}),
+            },
+        )
+        rules = FAMILIES[family].layer
+        self._by_head = {r.name for r in rules if r.axes and r.axes[0] in (HEAD, KV_HEAD)}
 
     def check(self, index: int, parts: Iterable[nn.Module], rules: Iterable[TensorRule]) -> None:
         """Raises ConfigError where vLLM's layer has other tensors than the checkpoint's: what one
@@ -51,6 +94,7 @@ class VLLMServing:
         stored = {name for name in stored if name and not name.startswith(_EXPERTS)}
         for part in parts:
             own = {f"layer.{name}" for name, _ in part.named_parameters()}
+            own |= stored & {f"layer.{name}" for name, _ in part.named_buffers()}
             own = {name for name in own if not name.startswith((_EXPERTS, "layer.guess."))}
             if differ := sorted(stored ^ own):
                 held = "the checkpoint" if differ[0] in stored else "vLLM"
@@ -61,7 +105,7 @@ class VLLMServing:
 
     def decoder_layer(self, index: int, track: int | None, count: int) -> nn.Module:
         whole = self._vllm_config.model_config.hf_config
-        config = TrackConfig(whole, track or 0, 1 if track is None else count)
+        config = LayerConfig(whole, track or 0, 1 if track is None else count)
         for name, value in self.served.given(whole).items():
             setattr(config, name, value)
         if track is None:
@@ -71,8 +115,7 @@ class VLLMServing:
 
     def _layer(self, config: Any, index: int, prefix: str) -> nn.Module:
         """The family's decoder layer; families differ in which of these arguments they take."""
-        name = self.served.model.removesuffix("ForCausalLM") + "DecoderLayer"
-        layer_class = getattr(sys.modules[self._causal_lm.__module__], name)
+        layer_class = getattr(self._module, self.served.layer or f"{self._named}DecoderLayer")
         vllm_config = copy.copy(self._vllm_config)
         vllm_config.model_config = copy.copy(vllm_config.model_config)
         vllm_config.model_config.hf_config = vllm_config.model_config.hf_text_config = config
@@ -85,7 +128,13 @@ class VLLMServing:
         }
         taken = inspect.signature(layer_class).parameters
         layer: Any = layer_class(**{k: v for k, v in given.items() if k in taken})
+        layer.self_attn = layer._modules.pop(self.served.attention)
         layer.mlp = layer._modules.pop(self.served.mlp)
+        if self.served.norm is not None:
+            for name, norm in list(layer.named_children()):
+                if hasattr(norm, "weight"):
+                    made = getattr(layernorm, self.served.norm)
+                    setattr(layer, name, norm_as(made, norm, config.hidden_size))
         if self.served.interleaved:
             layer.self_attn.rotary_emb = get_rope(
                 layer.self_attn.head_dim,
@@ -95,18 +144,42 @@ class VLLMServing:
             )
         if self.served.rotated is not None and not getattr(config, self.served.rotated)[index]:
             layer.self_attn.rotary_emb = NoPositions()
+        if self.served.normed_after is not None:
+            layer.self_attn.rotary_emb = PositionsThenNorms(
+                layer.self_attn.rotary_emb,
+                {
+                    name: RMSNorm(layer.self_attn.head_dim, eps=config.rms_norm_eps)
+                    for name in self.served.normed_after
+                },
+            )
+        for parameter, tensor in layer.named_parameters():
+            if parameter in self._by_head:
+                tensor.weight_loader = _load_own_heads
         for module in layer.modules():
             if isinstance(module, MoERunner):
                 module.moe_config.skip_final_all_reduce = True
+            elif isinstance(module, GptOssRoutedExperts):
+                module.load_weights = functools.partial(_load_experts, module)
+            elif isinstance(module, XIELU):  # which has bfloat16 whatever the model has
+                module.to(torch.get_default_dtype())
         found: nn.Module = layer
         return found
 
+    def final_norm(self, layer: nn.Module) -> nn.Module:
+        """The norm of the stream after the last layer, such as those in a layer."""
+        norm = next(module for module in layer.modules() if isinstance(module, _NORMS))
+        width = self._vllm_config.model_config.hf_config.hidden_size
+        return norm_as(type(norm), norm, width)
+
     def window(self, part: Any) -> int | None:
-        window: int | None = part.self_attn.attn.sliding_window
+        attends = (Attention, MLAAttention)
+        attention = next(m for m in part.self_attn.modules() if isinstance(m, attends))
+        window: int | None = attention.sliding_window
         return window
 
     def attention(self, part: Any, x_TD: torch.Tensor, context: Any) -> torch.Tensor:
-        return finished(part.self_attn(positions=context, hidden_states=x_TD))
+        more = self.served.passed
+        return finished(part.self_attn(positions=context, hidden_states=x_TD, **more))
 
     def mlp(self, part: Any, x_TD: torch.Tensor, context: Any) -> torch.Tensor:  # noqa: ARG002
         return finished(part.mlp(x_TD))
@@ -114,15 +187,21 @@ class VLLMServing:
     def add_norm(
         self, norm: Any, delta_TD: torch.Tensor, base_TD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(norm, LayerNorm):
+            sum_TD = delta_TD + base_TD
+            return norm(sum_TD), sum_TD
         normed_TD, sum_TD = norm(delta_TD, base_TD)
         return normed_TD, sum_TD
 
     def norm_of_sum(self, norm: Any, own_TD: torch.Tensor, base_TD: torch.Tensor) -> torch.Tensor:
+        normed_TD: torch.Tensor
+        if not isinstance(norm, RMSNorm | GemmaRMSNorm):
+            normed_TD = norm(own_TD + base_TD)
+            return normed_TD
         add_norm = ir.ops.fused_add_rms_norm  # the functional form: it overwrites nothing
         weight_D = norm.weight.data
         if isinstance(norm, GemmaRMSNorm):
             weight_D = 1 + weight_D.float()
-        normed_TD: torch.Tensor
         normed_TD, _ = add_norm(own_TD, base_TD, weight_D, norm.variance_epsilon)
         return normed_TD
 
@@ -134,6 +213,52 @@ class VLLMServing:
         self, local_TD: torch.Tensor, launch: int | None, waits: list[int]
     ) -> torch.Tensor:
         return all_reduce_boundary(local_TD, launch, waits)
+
+
+def norm_as(made: type[nn.Module], norm: Any, width: int) -> nn.Module:
+    """A norm of a class and a width, with another's epsilon, and a bias if that has one."""
+    epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    if made is LayerNorm:
+        return LayerNorm(width, epsilon, bias=getattr(norm, "bias", None) is not None)
+    return made(width, epsilon)
+
+
+def _load_experts(experts: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
+    """Loads gpt-oss' experts, each tensor of all of them, by vLLM's loader of one."""
+    for name, tensor in weights:
+        for expert, one in enumerate(tensor):
+            experts.weight_loader(
+                *(getattr(experts, name), one, name, f"gpt_oss_{name.split('_')[0]}", expert, False)
+            )
+        yield name
+
+
+def _load_own_heads(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Loads what has a row for each head: a track's own, or this rank's of a layer held dense."""
+    own, heads = len(parameter), len(tensor)
+    if own < heads:
+        first = get_tensor_model_parallel_rank() * heads // get_tensor_model_parallel_world_size()
+        tensor = tensor[first : first + own]
+    parameter.data.copy_(tensor)
+
+
+class PositionsThenNorms(nn.Module):
+    """Rotary positions and then norms of queries and keys, head by head."""
+
+    def __init__(self, rotary: nn.Module, norms: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.rotary, self._names = rotary, tuple(norms)
+        for name, norm in norms.items():
+            self.add_module(name, norm)
+
+    def forward(
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        norms: list[Any] = [getattr(self, name) for name in self._names]
+        return tuple(
+            norm(x_TQ.unflatten(-1, (-1, norm.hidden_size))).flatten(-2)
+            for norm, x_TQ in zip(norms, self.rotary(positions, query, key), strict=True)
+        )
 
 
 class NoPositions(nn.Module):

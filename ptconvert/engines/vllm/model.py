@@ -61,8 +61,7 @@ class PTConvertModel(nn.Module):
         layer: Any
         for index, layer in enumerate(self.layers):
             self.serving.check(index, layer.parts.values(), shape.rules_of(index))
-        norm: Any = next(m for m in self.layers[0].modules() if hasattr(m, "variance_epsilon"))
-        self.norm = type(norm)(config.hidden_size, eps=norm.variance_epsilon)
+        self.norm = self.serving.final_norm(self.layers[0])
         _split_graphs_at_boundaries(self.program, vllm_config.compilation_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from ptconvert.checkpoint.section import Section
 from ptconvert.engines.vllm.families import SERVED, Served
@@ -23,6 +24,14 @@ _NEVER = {
 }
 
 
+class LatentConfig(ModelArchConfigConvertorBase):  # type: ignore[misc]
+    """What vLLM reads of a config where attention goes through latents (MLA), which it knows by the
+    model's type."""
+
+    def is_deepseek_mla(self) -> bool:
+        return True
+
+
 class ServingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
     """vLLM's hook for an architecture, which it runs before it starts any worker."""
 
@@ -34,6 +43,9 @@ class ServingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
         refused = list(_refused(vllm_config, section))
         if refused:
             raise ConfigError("; ".join(refused))
+        own = MODELS_CONFIG_MAP.get(SERVED[_family(config)].model)
+        if own is not None:  # what vLLM sees to for the family's own models
+            own.verify_and_update_config(vllm_config)
         longest = vllm_config.model_config.max_model_len
         rope = getattr(config, "rope_parameters", None) or {}
         known = rope.get("original_max_position_embeddings", longest)
@@ -52,6 +64,9 @@ def _unlike(served: Served, config: Any, dtype: torch.dtype) -> Iterator[str]:
     for key, why in served.refused.items():
         if value := getattr(config, key, None):
             yield f"{key} {value}: {why}"
+    for key, fixed in served.fixed.items():
+        if (value := getattr(config, key, fixed)) != fixed:
+            yield f"{key} {value}: vLLM's layers for it have {fixed}"
     if not served.float16 and dtype == torch.float16:
         yield "float16: it overflows there, as vLLM says; use bfloat16 or float32"
     if getattr(config, "is_causal", True) is False:
@@ -60,13 +75,18 @@ def _unlike(served: Served, config: Any, dtype: torch.dtype) -> Iterator[str]:
         yield f"hidden_act {config.hidden_act}: vLLM's experts would be activated by silu"
 
 
+def _family(config: Any) -> str:
+    family: str = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
+    return family
+
+
 def _experts(config: Any) -> bool:
     return any(getattr(config, count, 0) for count in EXPERT_COUNTS)
 
 
 def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    family = model.hf_config.model_type.removeprefix(MODEL_TYPE_PREFIX)
+    family = _family(model.hf_config)
     if family not in SERVED:
         yield (
             f"a converted {family} isn't served in vLLM, of converted models only "
@@ -78,6 +98,12 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
     ranks = parallel.tensor_parallel_size
     if reason := wrong_ranks("the checkpoint", section.tracks, ranks):
         yield f"tensor_parallel_size {ranks}: {reason}"
+    elif section.tracks != ranks and model.use_mla:
+        yield (
+            f"tensor_parallel_size {ranks}: vLLM plans attention to latents (MLA) for one number "
+            f"of heads, but a track has fewer than a rank; use {section.tracks}, or "
+            "VLLM_MLA_DISABLE=1, which keeps whole keys and values"
+        )
     if model.quantization is not None:
         yield (
             f"quantization {model.quantization}: converted models are served in bfloat16, float16 "
