@@ -122,8 +122,8 @@ class ServedLayer(nn.Module):
         self.family = shape.family
         self.after = nn.ModuleDict()  # norms of what sublayers give, which all tracks know
         for kind in BLOCKS:
-            block = self.family.block(kind)
             for part in self.parts.values():
+                block = self.family.block_of(kind, part)
                 if block.after is not None and hasattr(part, block.after):
                     self.after[block.after] = part._modules.pop(block.after)
                 for module in getattr(part, block.name).modules():
@@ -161,7 +161,7 @@ class ServedLayer(nn.Module):
         call = serving.mlp if kind is Kind.MLP else serving.attention
         parts: list[Any] = list(self.parts.values())
         partials = [call(part, x_TD, context) for part, x_TD in zip(parts, normed, strict=True)]
-        block, guessed = self.family.block(kind), guesses_of(kind)
+        block, guessed = self.family.block_of(kind, parts[0]), guesses_of(kind)
         bias_D: torch.Tensor | None = self.common.get(block.common_bias, None)
         after: Any = getattr(self.after, str(block.after), None)
 

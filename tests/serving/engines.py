@@ -6,7 +6,15 @@ These tests need vLLM, which wants an environment of its own: `make test-vllm`.
 from __future__ import annotations
 
 import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
+# Qwen3.5's layers lie in a module that imports torchvision, which a torch for CPUs can't load.
+if find_spec("torchvision") is None:
+    sys.path.append(str(Path(__file__).parents[1] / "serving_sglang" / "standins"))
+    given = [os.environ.get("PYTHONPATH"), sys.path[-1]]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, given))
 CORES = sorted(os.sched_getaffinity(0))
 # vLLM gives its ranks cores and threads itself, and communicates in another way where this is set.
 os.environ.pop("OMP_NUM_THREADS", None)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import delta_rule
 import lockstep
 
 BLOCK = 32  # tokens in a block of the KV cache; whole blocks are what prefix caching reuses
@@ -49,6 +50,7 @@ def _main(
     cases = json.loads((directory / "cases.json").read_text())
     if all(case["device"] == "cpu" for case in cases):
         lockstep.bind(rank)
+        delta_rule.install()
     engines_start_faster()
     found = {}
     for index, case in enumerate(cases):
@@ -101,22 +103,24 @@ def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[s
         return read(weights_files, *arguments, **keywords)
 
     default_loader.safetensors_weights_iterator = recording
+    settings = {
+        "dtype": "float32",
+        "block_size": BLOCK,
+        "max_num_batched_tokens": 64,  # less than the longest prompt, so that it comes in chunks
+        "enable_chunked_prefill": True,
+        "enable_prefix_caching": True,
+        "max_num_seqs": 8,
+        "max_model_len": 256,
+        "kv_cache_memory_bytes": 2**26,
+        "gpu_memory_utilization": 0.3,  # that much must be free, and others' engines may be here
+    }
     llm = lockstep.engine(
         Path(case["path"].format(rank=rank)),
         rank,
         ranks,
         rendezvous,
-        dtype="float32",
         enforce_eager=case["eager"],
-        block_size=BLOCK,
-        max_num_batched_tokens=64,  # less than the longest prompt, so that it comes in chunks
-        enable_chunked_prefill=True,
-        enable_prefix_caching=True,
-        max_num_seqs=8,
-        max_model_len=256,
-        kv_cache_memory_bytes=2**26,
-        gpu_memory_utilization=0.3,  # that much must be free, and others' engines may be here
-        **case["arguments"],
+        **(settings | case["arguments"]),
     )
     prompts, new = case["prompts"], case["new_tokens"]
     default_loader.safetensors_weights_iterator = read

@@ -116,6 +116,52 @@ def test_what_vllms_layers_are_not_is_refused_by_name(
         EngineArgs(str(path), dtype="float16").create_engine_config()
 
 
+@pytest.mark.parametrize(
+    ("changed", "arguments", "why"),
+    [
+        ({}, {"dtype": "float32"}, "float32: vLLM's linear attention on CPUs takes bfloat16 only"),
+        ({"hidden_act": "gelu"}, {}, "hidden_act gelu: vLLM's linear attention knows silu only"),
+        (
+            {},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "speculative_config: not tried where layers have linear attention",
+        ),
+    ],
+)
+def test_what_linear_attention_does_not_is_refused(
+    changed: dict[str, Any], arguments: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    from vllm import EngineArgs
+
+    path = make_model(tmp_path, "qwen3_next", 2, "use: ladder", **changed)
+    with pytest.raises(ValueError, match=why):
+        EngineArgs(str(path), **{"dtype": "bfloat16", **arguments}).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "heads", "channels"),
+    [
+        ("use: parallel_track, depth: 2", 4, 2 * 2 * 4 + 4 * 4),  # a track's, 4 on 2 ranks
+        ("use: ladder", 8, 2 * 4 * 4 + 8 * 4),  # a rank's
+        (MIXED, 8, 2 * 4 * 4 + 8 * 4),  # both; the larger
+    ],
+)
+def test_states_of_linear_attention_are_those_that_a_rank_holds(
+    schedule: str, heads: int, channels: int, tmp_path: Path
+) -> None:
+    """Of 8 key heads and 16 value heads of 4 channels, with 4 taps."""
+    from vllm import EngineArgs
+
+    from ptconvert.engines.vllm.hybrid import PTConvertHybridForCausalLM
+
+    path = make_model(tmp_path, "qwen3_next", 4, schedule)
+    arguments = EngineArgs(str(path), dtype="bfloat16", tensor_parallel_size=2)
+    config = arguments.create_engine_config()
+    assert config.model_config.is_hybrid
+    shapes = PTConvertHybridForCausalLM.get_mamba_state_shape_from_config(config)
+    assert shapes == ((3, channels), (heads, 4, 4))
+
+
 def test_an_activation_that_experts_have_not_is_refused(tmp_path: Path) -> None:
     from vllm import EngineArgs
 

@@ -101,6 +101,7 @@ OTHERS: dict[str, Mapping[str, Any]] = {
     },
     **{"apertus": {}, "nemotron": {}, "arcee": {}, "jais2": {}, "hunyuan_v1_dense": {}},
     **{"starcoder2": UNTIED, "cohere": {**UNTIED, "attention_bias": False}, "cohere2": UNTIED},
+    **{"qwen3_5_text": {}, "qwen3_next": {}, "qwen3_5_moe_text": {}},
 }
 
 
@@ -145,6 +146,8 @@ CASES = {
     },
     "compiled, a mixture": Case("mixtral", 4, COMPILED, eager=False, layers=4),
     "compiled, sums that are normed": Case("glm4", 4, COMPILED, eager=False, layers=4),
+    "compiled, linear attention": Case("qwen3_5_text", 4, COMPILED, eager=False, layers=4),
+    "compiled, with experts too": Case("qwen3_next", 4, COMPILED, eager=False, layers=4),
     "dense": Case("llama", 0),
 }
 WITH_FAULTS = (

@@ -14,6 +14,7 @@ from ptconvert.engines import ServingEngine
 
 VERSIONS = ("0.32", "0.33")  # that the plugin was run with
 _MODEL = "ptconvert.engines.vllm.model:PTConvertForCausalLM"
+_HYBRID = "ptconvert.engines.vllm.hybrid:PTConvertHybridForCausalLM"
 
 
 def register() -> None:
@@ -32,13 +33,14 @@ def register() -> None:
     from ptconvert.engines.vllm.families import SERVED
     from ptconvert.engines.vllm.refusals import LatentConfig, ServingConfig
     from ptconvert.modeling.model import MODELS
-    from ptconvert.models.families import MODEL_TYPE_PREFIX
+    from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX
 
     if said := unknown(vllm.__version__):
         logging.getLogger(__name__).warning(said)
     ptconvert.register()
-    for model in MODELS.values():
-        ModelRegistry.register_model(model.__name__, _MODEL)
+    for name, model in MODELS.items():
+        hybrid = name in FAMILIES and FAMILIES[name].linear is not None
+        ModelRegistry.register_model(model.__name__, _HYBRID if hybrid else _MODEL)
         MODELS_CONFIG_MAP[model.__name__] = ServingConfig
     for family, served in SERVED.items():
         if served.latent:

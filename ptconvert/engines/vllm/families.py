@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from ptconvert.models.families import MODEL_TYPE_PREFIX
+
 
 @dataclass(frozen=True)
 class Served:
@@ -106,6 +108,13 @@ def _narrower(config: Any) -> Mapping[str, Any]:
     """vLLM lets Cohere's windows reach one token further than transformers."""
     window = config.sliding_window
     return {} if window is None else {"sliding_window": window - 1}
+
+
+def _gated_delta_net(config: Any) -> Mapping[str, Any]:
+    """What transformers' classes are, whatever a config says: their name decides on the MLP, and
+    what comes out of either attention is gated."""
+    own = {"model_type": config.model_type.removeprefix(MODEL_TYPE_PREFIX)}
+    return {**own, "attn_output_gate": True, "output_gate_type": "silu"}
 
 
 _NO_CHUNKS = _without(
@@ -209,5 +218,8 @@ SERVED: Mapping[str, Served] = MappingProxyType(
         "hunyuan_v1_dense": Served(
             "LlamaForCausalLM", normed_after=("query_layernorm", "key_layernorm")
         ),
+        "qwen3_5_text": Served("Qwen3_5ForCausalLM", given=_gated_delta_net),
+        "qwen3_5_moe_text": Served("Qwen3_5ForCausalLM", given=_gated_delta_net),
+        "qwen3_next": Served("Qwen3NextForCausalLM", given=_gated_delta_net),
     }
 )

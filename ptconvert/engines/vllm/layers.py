@@ -43,6 +43,7 @@ from ptconvert.errors import ConfigError
 from ptconvert.modeling.layers import TrackConfig
 from ptconvert.models.families import FAMILIES, HEAD, KV_HEAD, TensorRule
 
+_LINEAR = "linear_attn"  # what layers with linear attention call it, in vLLM as in checkpoints
 _EXPERTS = "layer.mlp.experts."  # which vLLM packs, and checks itself
 _NORMS = (RMSNorm, GemmaRMSNorm, LayerNorm, NemotronLayerNorm1P)  # between sublayers
 
@@ -60,12 +61,15 @@ class VLLMServing:
 
     def __init__(self, vllm_config: Any, family: str) -> None:
         self._vllm_config, self.served = vllm_config, SERVED[family]
-        causal_lm = ModelRegistry.models[self.served.model].load_model_cls()
+        try:
+            causal_lm = ModelRegistry.models[self.served.model].load_model_cls()
+        except ImportError as error:
+            raise ConfigError(f"vLLM's {self.served.model} can't be imported: {error}") from error
         self._module = sys.modules[causal_lm.__module__]
         self._named = self.served.model.removesuffix("ForCausalLM")
         # From a checkpoint's names of a layer's tensors to those of vLLM's layer: which of them are
         # one there, vLLM's classes say, and where none does, that is as in most.
-        classes = causal_lm, getattr(self._module, f"{self._named}Model"), Glm4MoeModel
+        classes = causal_lm, getattr(self._module, f"{self._named}Model", None), Glm4MoeModel
         mappers = filter(None, (getattr(c, "hf_to_vllm_mapper", None) for c in classes))
         stacked = next(m.orig_to_new_stacked for m in mappers if m.orig_to_new_stacked)
         renamed = {f".{self.served.mlp}.": ".mlp.", **self.served.tensors}
@@ -108,12 +112,18 @@ class VLLMServing:
         config = LayerConfig(whole, track or 0, 1 if track is None else count)
         for name, value in self.served.given(whole).items():
             setattr(config, name, value)
+        layer: nn.Module
         if track is None:
-            return self._layer(config, index, f"model.layers.{index}")
+            layer = self._layer(config, index, f"model.layers.{index}")
+            return layer
         with _alone():  # one number in the name, for vLLM to find
-            return self._layer(config, index, f"model.track{track}.layers.{index}")
+            layer = self._layer(config, index, f"model.track{track}.layers.{index}")
+        if hasattr(layer, _LINEAR):
+            for name in ("A_log", "dt_bias"):  # theirs would ask for a rank's shard, and only later
+                del getattr(layer.linear_attn, name).weight_loader
+        return layer
 
-    def _layer(self, config: Any, index: int, prefix: str) -> nn.Module:
+    def _layer(self, config: Any, index: int, prefix: str) -> Any:
         """The family's decoder layer; families differ in which of these arguments they take."""
         layer_class = getattr(self._module, self.served.layer or f"{self._named}DecoderLayer")
         vllm_config = copy.copy(self._vllm_config)
@@ -122,13 +132,15 @@ class VLLMServing:
         given = {
             "vllm_config": vllm_config,
             "config": config,
+            "layer_type": (getattr(config, "layer_types", None) or {index: None})[index],
             "cache_config": vllm_config.cache_config,
             "quant_config": None,
             "prefix": prefix,
         }
         taken = inspect.signature(layer_class).parameters
         layer: Any = layer_class(**{k: v for k, v in given.items() if k in taken})
-        layer.self_attn = layer._modules.pop(self.served.attention)
+        if not hasattr(layer, _LINEAR):
+            layer.self_attn = layer._modules.pop(self.served.attention)
         layer.mlp = layer._modules.pop(self.served.mlp)
         if self.served.norm is not None:
             for name, norm in list(layer.named_children()):
@@ -162,8 +174,7 @@ class VLLMServing:
                 module.load_weights = functools.partial(_load_experts, module)
             elif isinstance(module, XIELU):  # which has bfloat16 whatever the model has
                 module.to(torch.get_default_dtype())
-        found: nn.Module = layer
-        return found
+        return layer
 
     def final_norm(self, layer: nn.Module) -> nn.Module:
         """The norm of the stream after the last layer, such as those in a layer."""
@@ -172,12 +183,16 @@ class VLLMServing:
         return norm_as(type(norm), norm, width)
 
     def window(self, part: Any) -> int | None:
+        if hasattr(part, _LINEAR):
+            return None
         attends = (Attention, MLAAttention)
         attention = next(m for m in part.self_attn.modules() if isinstance(m, attends))
         window: int | None = attention.sliding_window
         return window
 
     def attention(self, part: Any, x_TD: torch.Tensor, context: Any) -> torch.Tensor:
+        if hasattr(part, _LINEAR):
+            return finished(part.linear_attn(hidden_states=x_TD))
         more = self.served.passed
         return finished(part.self_attn(positions=context, hidden_states=x_TD, **more))
 

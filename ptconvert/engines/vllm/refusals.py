@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from ptconvert.checkpoint.section import Section
 from ptconvert.engines.vllm.families import SERVED, Served
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.model import section_of
-from ptconvert.models.families import EXPERT_COUNTS, MODEL_TYPE_PREFIX
+from ptconvert.models.families import EXPERT_COUNTS, LINEAR, MODEL_TYPE_PREFIX
 from ptconvert.spec.terms import wrong_ranks
 
+LINEAR_ON_CPUS = {torch.bfloat16}  # dtypes that vLLM's kernels for linear attention take there
 _NEVER = {
     "enable_expert_parallel": "each track has a share of every expert",
     "enable_eplb": "each track has a share of every expert",
@@ -80,6 +82,20 @@ def _family(config: Any) -> str:
     return family
 
 
+def _linear(vllm_config: Any) -> Iterator[str]:
+    """What vLLM's linear attention doesn't do, where a model has that."""
+    model = vllm_config.model_config
+    if LINEAR not in (getattr(model.hf_config, "layer_types", None) or ()):
+        return
+    if model.hf_config.hidden_act != "silu":
+        yield f"hidden_act {model.hf_config.hidden_act}: vLLM's linear attention knows silu only"
+    if current_platform.is_cpu() and model.dtype not in LINEAR_ON_CPUS:
+        dtype = str(model.dtype).removeprefix("torch.")
+        yield f"{dtype}: vLLM's linear attention on CPUs takes bfloat16 only"
+    if vllm_config.speculative_config is not None:
+        yield "speculative_config: not tried where layers have linear attention; leave it out"
+
+
 def _experts(config: Any) -> bool:
     return any(getattr(config, count, 0) for count in EXPERT_COUNTS)
 
@@ -95,6 +111,7 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
     else:
         reasons = _unlike(SERVED[family], model.hf_config, model.dtype)
         yield from (f"{reason}; transformers runs it" for reason in reasons)
+        yield from _linear(vllm_config)
     ranks = parallel.tensor_parallel_size
     if reason := wrong_ranks("the checkpoint", section.tracks, ranks):
         yield f"tensor_parallel_size {ranks}: {reason}"
