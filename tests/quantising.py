@@ -6,9 +6,10 @@ cutting keeps each where it belongs. Checkpoints that real tools made are in tes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,14 +179,18 @@ def _unpack(bits: int) -> Callable[[Tensors], torch.Tensor]:
     return means
 
 
-def _gptq(act_order: bool = False) -> Callable[[int, int, torch.Generator], Tensors]:
+def _gptq(
+    group: int = GROUP, zeros: bool = False, act_order: bool = False
+) -> Callable[[int, int, torch.Generator], Tensors]:
     def draw(o: int, i: int, rng: torch.Generator) -> Tensors:
         index = torch.randperm(i, generator=rng) if act_order else torch.arange(i)
+        size = (i // group, o)
+        middle = torch.full(size, 7)  # kept less one, of values from 0 to 15
         return {
             "qweight": packed(_ints(16, (i, o), rng), 0),
-            "qzeros": packed(_ints(16, (i // GROUP, o), rng), 1),
-            "scales": _scales((i // GROUP, o), rng).half(),
-            "g_idx": (index // GROUP).int(),
+            "qzeros": packed(_ints(16, size, rng) if zeros else middle, 1),
+            "scales": _scales(size, rng).half(),
+            "g_idx": (index // group).int(),
         }
 
     return draw
@@ -254,6 +259,7 @@ def _method(name: str, **more: Any) -> dict[str, Any]:
 
 
 _4_BIT = {"bits": 4, "group_size": GROUP}
+_IN_32 = {"bits": 4, "group_size": 32}  # the least that vLLM takes of GPTQ
 _FP8_BLOCK = _method("fp8", weight_block_size=[BLOCK, BLOCK], activation_scheme="dynamic")
 _CT_BLOCK = _compressed(8, "float", "block", "float-quantized", block_structure=[BLOCK, BLOCK])
 _W4 = _compressed(4, "int", "group", "pack-quantized", group_size=GROUP)
@@ -284,13 +290,23 @@ FORMATS: Mapping[str, Format] = {
     "W4A16 with zero points": Format(_W4_ZEROS, _pack(4, zeros=True), _unpack(4), 8, GROUP),
     "W4A16 in act-order": Format(_W4_ACT, _pack(4, act_order=True), _unpack(4), 1, 8),
     "W8A16": Format(_W8, _pack(8), _unpack(8), 1, GROUP),
-    "GPTQ": Format(_method("gptq", **_4_BIT, desc_act=False), _gptq(), _of_gptq, 8, GROUP),
+    "GPTQ": Format(
+        _method("gptq", **_4_BIT, desc_act=False, sym=True), _gptq(), _of_gptq, 8, GROUP
+    ),
+    "GPTQ in groups of 32": Format(
+        _method("gptq", **_IN_32, desc_act=False, sym=True), _gptq(32), _of_gptq, 8, 32
+    ),
+    "GPTQ with zero points": Format(
+        _method("gptq", **_4_BIT, desc_act=False, sym=False),
+        *(_gptq(zeros=True), _of_gptq, 8, GROUP),
+    ),
     "GPTQ in act-order": Format(
-        _method("gptq", **_4_BIT, desc_act=True), _gptq(act_order=True), _of_gptq, 8, 8
+        _method("gptq", **_4_BIT, desc_act=True, sym=False),
+        *(_gptq(zeros=True, act_order=True), _of_gptq, 8, 8),
     ),
     "AutoRound": Format(
-        _method("auto-round", **_4_BIT, sym=True, packing_format="auto_round:auto_gptq"),
-        *(_gptq(), _of_gptq, 8, GROUP),
+        _method("auto-round", **_IN_32, sym=True, packing_format="auto_round:auto_gptq"),
+        *(_gptq(32), _of_gptq, 8, 32),
     ),
     "AWQ": Format(_method("awq", **_4_BIT, zero_point=True), _awq, _of_awq, 8, GROUP),
     "NVFP4": Format(
@@ -330,6 +346,14 @@ def quantise(
             kept = form.draw(outputs, inputs, rng)
             tensors |= {f"{module}.{end}": part for end, part in kept.items()}
     return write(dense, destination, tensors, {**form.config, **more})
+
+
+@contextlib.contextmanager
+def changed(path: Path) -> Iterator[dict[str, Any]]:
+    """A checkpoint's quantization_config, to be changed."""
+    config = json.loads((path / "config.json").read_text())
+    yield config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
 
 
 def write(dense: Path, destination: Path, tensors: Tensors, quantization: Any) -> Path:

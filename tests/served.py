@@ -77,15 +77,17 @@ def greedy(path: Path, prompts: list[list[int]], new_tokens: int) -> Answers:
     # eager, for sdpa leaves out Gemma 2's soft cap
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     model = transformers.AutoModelForCausalLM.from_pretrained(path, **options).eval()
-    answers = []
-    for prompt in prompts:
-        tokens, log_probabilities = [], []
-        for _, step in greedy_steps(model, torch.tensor([prompt]), new_tokens):
-            logits, chosen_11 = step()
-            tokens.append(int(chosen_11))
-            log_probabilities.append(float(logits[0, -1].log_softmax(-1)[tokens[-1]]))
-        answers.append((tokens, log_probabilities))
-    return answers
+    return [answer(model, prompt, new_tokens) for prompt in prompts]
+
+
+def answer(model: Any, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
+    """The same of a model that is open, to one prompt."""
+    tokens, log_probabilities = [], []
+    for _, step in greedy_steps(model, torch.tensor([prompt]), new_tokens):
+        logits, chosen_11 = step()
+        tokens.append(int(chosen_11))
+        log_probabilities.append(float(logits[0, -1].log_softmax(-1)[tokens[-1]]))
+    return tokens, log_probabilities
 
 
 def random_calibration(plan: Plan) -> Calibration:

@@ -22,6 +22,7 @@ from ptconvert.engines.base import ServedPass, is_for_others, own_weights
 from ptconvert.engines.sglang.refusals import check as check_sglang
 from ptconvert.engines.sglang.refusals import unpadded
 from ptconvert.engines.vllm import unknown
+from ptconvert.engines.vllm.formats import unserved
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.executor import OneProcess, Streams, TorchEngine, Update, run_program
 from ptconvert.models.shape import HEAD, ModelShape
@@ -78,6 +79,70 @@ def test_what_sglang_cannot_serve_is_refused_by_name(
     with pytest.raises(ConfigError) as refused:
         check_sglang(shape, section, **{"ranks": 2, "on_cpu": False, **settings})
     assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def compressed(form: str, taken: Any = None, **weights: Any) -> dict[str, Any]:
+    """A quantization_config of compressed-tensors with one scheme."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": taken}
+    named = {"quant_method": "compressed-tensors", "format": form}
+    return {**named, "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+
+
+_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": True}
+_FOUR = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16, "symmetric": True}
+_INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+_TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
+_BLOCKS = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "ranks", "said"),
+    [
+        (_GPTQ | {"desc_act": True}, 1, "groups in act-order (desc_act, actorder): vLLM would"),
+        (compressed("pack-quantized", **_FOUR, actorder="group"), 1, "groups in act-order"),
+        (_GPTQ | {"sym": False}, 1, "GPTQ with sym false: vLLM would leave its zero points out"),
+        (
+            compressed("int-quantized", _TOKEN, **{**_INT8, "symmetric": False}),
+            1,
+            "INT8 weights with zero points: vLLM has symmetric ones only",
+        ),
+        (compressed("int-quantized", **_INT8), 1, "INT8 weights beside activations that aren't"),
+        (
+            _GPTQ | {"group_size": 64},
+            2,
+            "tensor_parallel_size 2: model.layers.0.mlp.down_proj keeps 64 of its inputs together, "
+            "and each rank would have 48 of them; take fewer ranks",
+        ),
+        (
+            _BLOCKS | {"weight_block_size": [32, 32]},
+            2,
+            "model.layers.0.mlp.gate_proj keeps 32 of its outputs together",
+        ),
+    ],
+)
+def test_what_of_quantised_checkpoints_vllm_cannot_serve_is_refused_by_name(
+    quantization: dict[str, Any], ranks: int, said: str
+) -> None:
+    config = random_model("llama", intermediate_size=96, head_dim=64).config.to_dict()
+    shape, section = ModelShape.from_config(config), Section(dense_schedule(6), 2, "sum", {})
+    (refused,) = unserved(quantization, shape, section, ranks)
+    assert said in refused and "\n" not in refused
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        *(_GPTQ, _BLOCKS, {"quant_method": "awq", "w_bit": 4, "q_group_size": 16}),
+        _GPTQ | {"desc_act": True, "group_size": -1},  # one group: its order says nothing
+        compressed("pack-quantized", **_FOUR, actorder="weight"),
+        compressed("pack-quantized", **{**_FOUR, "symmetric": False}),
+        compressed("int-quantized", _TOKEN, **_INT8),
+    ],
+)
+def test_what_of_quantised_checkpoints_vllm_serves(quantization: dict[str, Any]) -> None:
+    config = random_model("llama", intermediate_size=96, head_dim=64).config.to_dict()
+    shape, section = ModelShape.from_config(config), Section(dense_schedule(6), 2, "sum", {})
+    assert list(unserved(quantization, shape, section, 2)) == []
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.32.0+cpu"])

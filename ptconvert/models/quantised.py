@@ -15,7 +15,7 @@ import enum
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -98,7 +98,8 @@ _READ = (
     "modelopt",
     "mxfp4",
 )
-_UNITS = ("group_size", "q_group_size", "block_structure", "weight_block_size")
+_GROUPS = ("group_size", "q_group_size")  # along a weight's inputs
+BLOCKS = ("block_structure", "weight_block_size")  # along both of its axes
 # Of methods whose quantization_config needn't say it.
 _IMPLIED: Mapping[object, frozenset[int]] = MappingProxyType(
     {"mxfp4": frozenset((32,)), "modelopt": frozenset((16,))}
@@ -133,23 +134,28 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return next(given, None)
 
 
-def unit_sizes(quantization: Mapping[str, Any], module: str | None = None) -> frozenset[int]:
-    """Sizes of the groups and blocks that a quantization_config speaks of, anywhere in it; of one
-    module where it says which scheme is whose."""
+def unit_sizes(
+    quantization: Mapping[str, Any],
+    module: str | None = None,
+    keys: Collection[str] = (*_GROUPS, *BLOCKS),
+) -> frozenset[int]:
+    """Sizes of the groups and blocks that a quantization_config speaks of, anywhere in it, by some
+    of the `keys` that it has for them; of one module where it says which scheme is whose."""
     if module is not None and (own := _scheme(quantization, module)) is not None:
         quantization = {**quantization, "config_groups": {"own": own}}
 
     def found(value: Any, is_unit: bool = False) -> Iterator[int]:
         if isinstance(value, Mapping):
             for key, inner in value.items():
-                yield from found(inner, key in _UNITS)
+                yield from found(inner, key in keys)
         elif isinstance(value, list) and is_unit:
             for inner in value:
                 yield from found(inner, is_unit)
         elif type(value) is int and is_unit and value > 1:
             yield value
 
-    return frozenset(found(quantization)) | _IMPLIED.get(_method(quantization), frozenset())
+    implied = _IMPLIED.get(_method(quantization)) if "group_size" in keys else None
+    return frozenset(found(quantization)) | (implied or frozenset())
 
 
 def _method(quantization: Mapping[str, object]) -> object:
@@ -205,6 +211,13 @@ def in_place_of(weight: str, names: Container[str]) -> Mapping[str, Kept]:
         table = _LINEAR
     found = {end: kept for end, kept in table.items() if before + end in names}
     return {} if found.keys() <= {"weight"} else found
+
+
+def weight_of(name: str) -> str:
+    """What a linear's weight is called, by the name of one of the tensors that it may be kept as;
+    the name itself where it is none of them."""
+    before, dot, end = name.rpartition(".")
+    return f"{before}{dot}weight" if end in _LINEAR else name
 
 
 def beginning(weight: str, names: Container[str]) -> str:

@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("arguments", "words"),
     [
         ({"tensor_parallel_size": 3}, ["4 tracks", "1, 2, 4 ranks"]),
-        ({"quantization": "fp8"}, ["quantization fp8", "bfloat16"]),
+        ({"quantization": "fp8"}, ["quantization fp8", "aren't quantised; leave it out"]),
         ({"enable_lora": True}, ["enable_lora", "merge"]),
         ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size 2", "tensor_parallel_size"]),
         ({"enable_dbo": True}, ["enable_dbo", "the schedule says what runs beside"]),

@@ -1,7 +1,7 @@
 """Converted checkpoints in vLLM: the plugin, the model, and what counts its collectives.
 
-Everything but this module and the list of families imports vLLM, which is an extra:
-`ptconvert[vllm]`.
+Everything but this module, the list of families and that of formats imports vLLM, which is an
+extra: `ptconvert[vllm]`.
 """
 
 from __future__ import annotations

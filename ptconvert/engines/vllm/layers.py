@@ -37,14 +37,19 @@ from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
 from vllm.model_executor.models.nemotron import NemotronLayerNorm1P
 from vllm.model_executor.models.utils import WeightsMapper
 
+from ptconvert.checkpoint.section import Section
 from ptconvert.engines.vllm.collectives import all_reduce_boundary, finished
 from ptconvert.engines.vllm.families import SERVED
+from ptconvert.engines.vllm.quantised import by_names, name_fused
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.layers import TrackConfig
 from ptconvert.models.families import FAMILIES, HEAD, KV_HEAD, TensorRule
+from ptconvert.models.quantised import weight_of
+from ptconvert.models.shape import ModelShape
 
 _LINEAR = "linear_attn"  # what layers with linear attention call it, in vLLM as in checkpoints
 _EXPERTS = "layer.mlp.experts."  # which vLLM packs, and checks itself
+_CACHE = "layer.self_attn.attn."  # whose scales a checkpoint may have, or not
 _NORMS = (RMSNorm, GemmaRMSNorm, LayerNorm, NemotronLayerNorm1P)  # between sublayers
 
 
@@ -57,10 +62,11 @@ class LayerConfig(TrackConfig):
 
 
 class VLLMServing:
-    """vLLM on one rank, for one of the families SERVED."""
+    """vLLM on one rank, for a converted model of one of the families SERVED."""
 
-    def __init__(self, vllm_config: Any, family: str) -> None:
-        self._vllm_config, self.served = vllm_config, SERVED[family]
+    def __init__(self, vllm_config: Any, shape: ModelShape, section: Section) -> None:
+        self._vllm_config, self.served = vllm_config, SERVED[shape.model_type]
+        self._shape, self._together = shape, section.together
         try:
             causal_lm = ModelRegistry.models[self.served.model].load_model_cls()
         except ImportError as error:
@@ -88,8 +94,11 @@ class VLLMServing:
                 **(self.served.latent if vllm_config.model_config.use_mla else {}),
             },
         )
-        rules = FAMILIES[family].layer
+        rules = FAMILIES[shape.model_type].layer
         self._by_head = {r.name for r in rules if r.axes and r.axes[0] in (HEAD, KV_HEAD)}
+        if vllm_config.quant_config is not None:
+            weights = {rule.name for rules in shape.rules.values() for rule in rules}
+            name_fused(vllm_config.quant_config, self.mapper.orig_to_new_stacked, weights)
 
     def check(self, index: int, parts: Iterable[nn.Module], rules: Iterable[TensorRule]) -> None:
         """Raises ConfigError where vLLM's layer has other tensors than the checkpoint's: what one
@@ -99,7 +108,8 @@ class VLLMServing:
         for part in parts:
             own = {f"layer.{name}" for name, _ in part.named_parameters()}
             own |= stored & {f"layer.{name}" for name, _ in part.named_buffers()}
-            own = {name for name in own if not name.startswith((_EXPERTS, "layer.guess."))}
+            apart = (_EXPERTS, _CACHE, "layer.guess.")
+            own = {weight_of(name) for name in own if not name.startswith(apart)}
             if differ := sorted(stored ^ own):
                 held = "the checkpoint" if differ[0] in stored else "vLLM"
                 raise ConfigError(
@@ -109,32 +119,37 @@ class VLLMServing:
 
     def decoder_layer(self, index: int, track: int | None, count: int) -> nn.Module:
         whole = self._vllm_config.model_config.hf_config
-        config = LayerConfig(whole, track or 0, 1 if track is None else count)
+        tracks = 1 if track is None else count
+        config = LayerConfig(whole, track or 0, tracks, self._together if tracks > 1 else {})
         for name, value in self.served.given(whole).items():
             setattr(config, name, value)
+        named = self._shape.layer(index)
         layer: nn.Module
         if track is None:
-            layer = self._layer(config, index, f"model.layers.{index}")
+            layer = self._layer(config, index, f"model.layers.{index}", named)
             return layer
         with _alone():  # one number in the name, for vLLM to find
-            layer = self._layer(config, index, f"model.track{track}.layers.{index}")
+            prefix = f"model.track{track}.layers.{index}"
+            layer = self._layer(config, index, prefix, f"{named}tracks.{track}.")
         if hasattr(layer, _LINEAR):
             for name in ("A_log", "dt_bias"):  # theirs would ask for a rank's shard, and only later
                 del getattr(layer.linear_attn, name).weight_loader
         return layer
 
-    def _layer(self, config: Any, index: int, prefix: str) -> Any:
-        """The family's decoder layer; families differ in which of these arguments they take."""
+    def _layer(self, config: Any, index: int, prefix: str, named: str) -> Any:
+        """The family's decoder layer, whose modules the checkpoint calls `named` and more; families
+        differ in which of these arguments they take."""
         layer_class = getattr(self._module, self.served.layer or f"{self._named}DecoderLayer")
         vllm_config = copy.copy(self._vllm_config)
         vllm_config.model_config = copy.copy(vllm_config.model_config)
         vllm_config.model_config.hf_config = vllm_config.model_config.hf_text_config = config
+        vllm_config.quant_config = by_names(vllm_config.quant_config, f"{prefix}.", named)
         given = {
             "vllm_config": vllm_config,
             "config": config,
             "layer_type": (getattr(config, "layer_types", None) or {index: None})[index],
             "cache_config": vllm_config.cache_config,
-            "quant_config": None,
+            "quant_config": vllm_config.quant_config,
             "prefix": prefix,
         }
         taken = inspect.signature(layer_class).parameters

@@ -23,6 +23,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from ptconvert.checkpoint.section import read_section, source_config
 from ptconvert.engines.base import ServedPass, is_for_others, own_weights, renamed, served_layers
 from ptconvert.engines.vllm.layers import VLLMServing
+from ptconvert.engines.vllm.quantised import check_loaded
 from ptconvert.modeling.layers import Placement
 from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.counters import BOUNDARY
@@ -51,7 +52,7 @@ class PTConvertModel(nn.Module):
             disable_tp=True,
         )
         self.renamed = renamed(shape.family)
-        self.serving = VLLMServing(vllm_config, shape.model_type)
+        self.serving = VLLMServing(vllm_config, shape, section)
         served = self.serving.served
         self.embeds_scale: Any = served.embeds(config) if served.embeds else None
         if served.rounded:
@@ -88,8 +89,12 @@ class PTConvertForCausalLM(nn.Module):
         super().__init__()
         self.config = config = vllm_config.model_config.hf_config
         self.model = PTConvertModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.quant_config = vllm_config.quant_config
         self.lm_head = ParallelLMHead(
-            config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=self.quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
         )
         self.hf_to_vllm_mapper = (
             WeightsMapper(orig_to_new_regex=self.model.renamed) | self.model.serving.mapper
@@ -131,6 +136,8 @@ class PTConvertForCausalLM(nn.Module):
         own = own_weights(weights, self.model.local_tracks, self.config.tie_word_embeddings)
         loader = AutoWeightsLoader(self)
         loaded: set[str] = loader.load_weights(own, mapper=self.hf_to_vllm_mapper)
+        if self.quant_config is not None:
+            check_loaded(self, loaded)
         return loaded
 
 

@@ -11,11 +11,14 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-from ptconvert.checkpoint.section import Section
+from ptconvert.checkpoint.section import Section, source_config
 from ptconvert.engines.vllm.families import SERVED, Served
+from ptconvert.engines.vllm.formats import unserved
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.model import section_of
 from ptconvert.models.families import EXPERT_COUNTS, LINEAR, MODEL_TYPE_PREFIX
+from ptconvert.models.quantised import QUANTIZATION
+from ptconvert.models.shape import ModelShape
 from ptconvert.spec.terms import wrong_ranks
 
 LINEAR_ON_CPUS = {torch.bfloat16}  # dtypes that vLLM's kernels for linear attention take there
@@ -121,10 +124,14 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
             f"of heads, but a track has fewer than a rank; use {section.tracks}, or "
             "VLLM_MLA_DISABLE=1, which keeps whole keys and values"
         )
-    if model.quantization is not None:
+    quantization = getattr(model.hf_config, QUANTIZATION, None)
+    if quantization is not None:
+        shape = ModelShape.from_config(source_config(model.hf_config.to_dict(), section))
+        yield from unserved(quantization, shape, section, ranks)
+    elif model.quantization is not None:
         yield (
-            f"quantization {model.quantization}: converted models are served in bfloat16, float16 "
-            "or float32 only"
+            f"quantization {model.quantization}: converted models are served as their weights are "
+            "kept, and these aren't quantised; leave it out"
         )
     if vllm_config.lora_config is not None:
         yield "enable_lora: adapters name a dense model's layers; merge them before converting"
