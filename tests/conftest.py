@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,25 @@ import hypothesis
 import pytest
 import torch
 import transformers
+from forking import Run, forking
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
+from ptconvert.runtime.launch import PRELOADED
 from ptconvert.spec.document import parse_spec
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("unhurried")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+
+# What ranks are forked from imports this, too, and what heals: once, and not in each rank.
+FORKED = ["conftest", "ptconvert.heal.run", "transformers.trainer"]
+PRELOADED.extend(name for name in FORKED if name not in PRELOADED)
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 # What serving engines are needed for, each in an environment of its own: `make test-vllm`, ...
 APART = {"serving": "vllm", "serving_sglang": "sglang"}
@@ -187,6 +197,7 @@ SCALES = {"qwen3_next": 0.05, "qwen3_5_moe_text": 0.05}
 # What a script begins with that is to run as where ptconvert isn't installed.
 WITHOUT_PTCONVERT = """
 import sys
+assert "ptconvert" not in sys.modules
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "ptconvert":
@@ -194,8 +205,27 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 """
 
+# What opening a model imports of them.
+TRANSFORMERS = [
+    *("torch", "torch._dynamo", "transformers.modeling_utils", "transformers.generation.utils"),
+    *("transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"),
+]
+
 MakeDense = Callable[..., Path]
 Convert = Callable[..., Path]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays; no collection of garbage needs to look through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def run_without_ptconvert(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Runs a script that begins with WITHOUT_PTCONVERT in a process that has transformers."""
+    with forking(*TRANSFORMERS, HF_HOME=str(tmp_path_factory.mktemp("home"))) as run:
+        yield run
 
 
 def random_model(variant: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -21,7 +18,8 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import Convert, MakeDense, byte_level, load
+from conftest import WITHOUT_PTCONVERT, Convert, MakeDense, byte_level, load
+from forking import Run
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from lm_eval.api.metrics import mean
@@ -152,17 +150,19 @@ def test_source_scores_are_those_of_lm_evals_own_backend(
 
 
 def test_plain_lm_eval_scores_a_converted_checkpoint(
-    source: Path, settings: Settings, convert: Convert, tmp_path: Path
+    source: Path, settings: Settings, convert: Convert, run_without_ptconvert: Run, tmp_path: Path
 ) -> None:
-    """In a process of its own that never imports ptconvert: lm-eval with trust_remote_code."""
+    """In a process of its own that can't import ptconvert: lm-eval with trust_remote_code."""
     converted = convert(source, 4, "use: parallel_track, depth: 2")
     arguments = f"pretrained={converted},trust_remote_code=True,dtype=float32"
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", arguments]
+    command = ["run", "--model", "hf", "--model_args", arguments]
     command += ["--tasks", *MADE, "--include_path", str(settings.include_path[0])]
     command += ["--limit", "6", "--batch_size", "4", "--device", "cpu"]
     command += ["--output_path", str(tmp_path / "out")]
-    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    script = (
+        f"{WITHOUT_PTCONVERT}\nimport runpy; runpy.run_module('lm_eval', None, '__main__', True)"
+    )
+    done = run_without_ptconvert(script, *command, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     written = next((tmp_path / "out").rglob("results_*.json"))
     theirs = json.loads(written.read_text())["results"]

@@ -8,8 +8,6 @@ import json
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from conftest import SIZES, WITHOUT_PTCONVERT, Convert, MakeDense, byte_level, load, spec_text
+from forking import Run
 from reference import reference_logits
 from safetensors.torch import load_file, save_file
 from test_modeling import SCHEDULES, TOLERANCE, difference, left_padded
@@ -83,7 +82,11 @@ def test_experts_apart_or_fused(
 
 @pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral", "gpt_oss"])
 def test_it_opens_without_ptconvert_and_saves_as_it_was(
-    variant: str, make_dense: MakeDense, convert: Convert, tmp_path: Path
+    variant: str,
+    make_dense: MakeDense,
+    convert: Convert,
+    run_without_ptconvert: Run,
+    tmp_path: Path,
 ) -> None:
     path, ids_BS = convert(make_dense(variant), 2, SCHEDULES["track-2-rest"]), left_padded(1)[0]
     with torch.no_grad():
@@ -96,7 +99,8 @@ with torch.no_grad():
     torch.save(model(torch.tensor({ids_BS.tolist()})).logits, {str(tmp_path / "logits.pt")!r})
 model.save_pretrained({str(tmp_path / "again")!r})
 """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    done = run_without_ptconvert(script, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert torch.allclose(torch.load(tmp_path / "logits.pt"), expected, atol=TOLERANCE)
     assert same(tensors(tmp_path / "again"), tensors(path))
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from calibrating import TOP, random_calibration
 from conftest import WITHOUT_PTCONVERT, Convert, MakeDense, load, spec_text
+from forking import Run, forking
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import check_unchanged, plan_to_dense
@@ -44,16 +43,18 @@ print(type(model).__module__)
 
 @pytest.mark.parametrize("variant", ["llama-biases", "qwen3"])
 def test_opens_without_ptconvert(
-    variant: str, make_dense: MakeDense, convert: Convert, tmp_path: Path
+    variant: str,
+    make_dense: MakeDense,
+    convert: Convert,
+    run_without_ptconvert: Run,
+    tmp_path: Path,
 ) -> None:
     source, use = make_dense(variant), "use: parallel_track, depth: 2"
     schedule = parse_spec(spec_text(4, use), "s").schedule()
     calibration = random_calibration(source, schedule, 4)
     converted = convert(source, 4, use, TOP, calibration=calibration)
     arguments = [converted, tmp_path / "saved", tmp_path / "logits.pt"]
-    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", REMOTE, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    done = run_without_ptconvert(REMOTE, *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "transformers_modules" in done.stdout
     with torch.no_grad():
@@ -65,7 +66,9 @@ def test_opens_without_ptconvert(
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_a_checkpoint_written_by_an_earlier_version_opens_as_it_did(tmp_path: Path) -> None:
+def test_a_checkpoint_written_by_an_earlier_version_opens_as_it_did(
+    run_without_ptconvert: Run, tmp_path: Path
+) -> None:
     """Written on 2026-11-28: dense and tracks, overlapped endings, an assignment and guesses."""
     path, logits = tmp_path / "old", tmp_path / "logits.pt"
     shutil.unpack_archive(OLD, path)
@@ -73,15 +76,17 @@ def test_a_checkpoint_written_by_an_earlier_version_opens_as_it_did(tmp_path: Pa
     ids, expected = torch.tensor(told["ids"]), torch.tensor(told["logits"])
     with torch.no_grad():
         torch.testing.assert_close(load(path)(ids).logits[0, -1], expected, atol=1e-4, rtol=0)
-    arguments = [str(path), str(tmp_path / "saved"), str(logits)]
-    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", REMOTE, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    arguments = [path, tmp_path / "saved", logits]
+    done = run_without_ptconvert(REMOTE, *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     torch.testing.assert_close(torch.load(logits)[0, -1], expected, atol=1e-4, rtol=0)
     check_unchanged(plan_to_dense(open_checkpoint(path)))  # its tensors are still its source's
 
 
+UNDER_TRANSFORMERS = [
+    *("torch", "torch._dynamo", "torch.distributed.tensor", "torchao", "scipy.optimize"),
+    *("huggingface_hub", "tokenizers", "safetensors.torch", "accelerate"),
+]
 ORDERS = [
     "import ptconvert; from transformers import AutoModelForCausalLM as Auto",
     "import ptconvert, transformers; Auto = transformers.AutoModelForCausalLM",
@@ -95,19 +100,24 @@ ORDERS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def run_with_torch() -> Iterator[Run]:
+    """Runs a script in a process that has what transformers imports, and not itself."""
+    with forking(*UNDER_TRANSFORMERS) as run:
+        yield run
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_opens_whatever_is_imported_first(
-    order: str, make_dense: MakeDense, convert: Convert
+    order: str, make_dense: MakeDense, convert: Convert, run_with_torch: Run, tmp_path: Path
 ) -> None:
     path = convert(make_dense("llama"), 4, "use: parallel_track, depth: 2")
     code = (
+        "import sys\nassert not {'transformers', 'ptconvert'} & {*sys.modules}\n"
         f"path = {str(path)!r}\n{order}\n"
         "assert type(Auto.from_pretrained(path)).__module__ == 'ptconvert.modeling.model'"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-    )
+    done = run_with_torch(code, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import seeing
 import torch
 import transformers
 from conftest import WITHOUT_PTCONVERT, Convert, load, randomised, spec_text
+from forking import Run
 from reference import reference_logits
 from safetensors.torch import load_file, save_file
 from test_families import check_table
@@ -162,7 +161,9 @@ def test_what_makes_pixels_of_pictures_comes_along(convert: Convert) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "llava", "gemma4"])
-def test_it_opens_without_ptconvert(name: str, convert: Convert, tmp_path: Path) -> None:
+def test_it_opens_without_ptconvert(
+    name: str, convert: Convert, run_without_ptconvert: Run, tmp_path: Path
+) -> None:
     path, inputs = convert(SOURCES[name], 2, SCHEDULES["track-2-rest"]), looking(name)
     expected = logits(path, inputs)
     torch.save(inputs, tmp_path / "inputs.pt")
@@ -176,7 +177,8 @@ with torch.no_grad():
 model.save_pretrained({str(tmp_path / "again")!r})
 torch.save(logits, {str(tmp_path / "logits.pt")!r})
 """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    done = run_without_ptconvert(script, folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert apart(torch.load(tmp_path / "logits.pt"), expected, inputs) < TOLERANCE
     assert apart(logits(tmp_path / "again", inputs), expected, inputs) < TOLERANCE
 

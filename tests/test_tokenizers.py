@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import seeing
 from conftest import WITHOUT_PTCONVERT, MakeDense, spec_text
+from forking import Run
 from lm_eval.models.huggingface import HFLM
 from tokenizing import CLASSES, TEXTS, facts, put, trained
 from transformers import AutoTokenizer
@@ -24,18 +22,19 @@ from ptconvert.spec.document import parse_spec
 
 REMOTE = (
     WITHOUT_PTCONVERT
-    + """import json
-sys.path.insert(0, sys.argv[1])
+    + """import functools, json
 from pathlib import Path
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, dynamic_module_utils
+# parsed anew each time it is opened, which takes ten times as long as all else
+dynamic_module_utils.get_imports = functools.cache(dynamic_module_utils.get_imports)
 from tokenizing import CLASSES, facts, put, trained
 bpe, found = trained(), {}
-for converted in map(Path, sys.argv[3:]):
+for converted in map(Path, sys.argv[2:]):
     for name in CLASSES:
         put(converted, bpe, name)
         tokenizer = AutoTokenizer.from_pretrained(converted, trust_remote_code=True)
         found[f"{converted.parent.name} {name}"] = facts(tokenizer)
-Path(sys.argv[2]).write_text(json.dumps(found))
+Path(sys.argv[1]).write_text(json.dumps(found))
 """
 )
 SPEC = parse_spec(spec_text(2, "use: parallel_track, depth: 2"), "s")
@@ -83,13 +82,13 @@ def test_with_ptconvert_imported(pairs: dict[str, tuple[Path, Path]]) -> None:
             assert facts(AutoTokenizer.from_pretrained(converted)) == expected, (source, name)
 
 
-def test_by_remote_code(pairs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+def test_by_remote_code(
+    pairs: dict[str, tuple[Path, Path]], run_without_ptconvert: Run, tmp_path: Path
+) -> None:
     """Where ptconvert isn't installed."""
     told = tmp_path / "found.json"
-    script = [sys.executable, "-c", REMOTE, str(Path(__file__).parent), str(told)]
-    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    paths = [str(converted) for _, converted in pairs.values()]
-    done = subprocess.run([*script, *paths], capture_output=True, text=True, check=False, env=env)
+    paths = [converted for _, converted in pairs.values()]
+    done = run_without_ptconvert(REMOTE, told, *paths, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     found, bpe = json.loads(told.read_text()), trained()
     for family, (source, _) in pairs.items():
