@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,12 @@ from ptconvert.heal.settings import Settings
 from ptconvert.measure import divergence
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.opening import open_model, section_of
-from ptconvert.runtime.launch import PRELOADED
+from ptconvert.runtime.launch import _context, _end, _wait
 from ptconvert.schedule.schedule import Schedule
 
 pytest.importorskip("peft", reason="peft is not installed")
-TEXT = Path(ptconvert.__file__).parent / "spec" / "document.py"
+# Of few windows, which are measured after each part of a training.
+TEXT = Path(ptconvert.__file__).parent / "spec" / "strict_yaml.py"
 SIZE = ("--window", 32, "--tokens", 2560, "--batch-size", 4, "--evaluations", 4)
 QUICK = (*SIZE, "--learning-rate", 1e-3, "--block-learning-rate", 1e-3)
 SCHEDULE = "use: parallel_track, depth: 2"
@@ -256,19 +257,22 @@ def test_the_model_cards_command_shows_three_of_many_texts() -> None:
 # Going on
 
 
-def heal_into(log: Path, arguments: Sequence[str]) -> None:
-    """Runs heal, all of whose output goes into a file."""
-    with log.open("wb") as file:
-        for stream in (1, 2):
+def into(*files: Path) -> None:
+    """From now on this process prints into these files: its standard output, and its errors."""
+    for stream, path in enumerate(files, 1):
+        with path.open("ab") as file:
             os.dup2(file.fileno(), stream)
-    main(["heal", *arguments])
+
+
+def heal_into(log: Path, arguments: list[str]) -> None:
+    """Runs heal, all of whose output goes into a file."""
+    into(log, log)
+    command(arguments)
 
 
 def killed(arguments: Sequence[object], line: str, log: Path) -> None:
     """Runs heal in a process of its own and kills it when it has printed a line that begins so."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=heal_into, args=(log, [str(a) for a in arguments]))
+    process = _context("cpu").Process(target=heal_into, args=(log, [str(a) for a in arguments]))
     process.start()
     while process.is_alive():
         printed = log.read_text().splitlines() if log.exists() else []
@@ -441,62 +445,96 @@ def test_the_yardstick_trains_the_source_on_the_text_itself(source: Path, tmp_pa
     assert moved.keys() == set(names) and losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize("top_k", [None, 16])
-def test_two_processes(source: Path, convert: Convert, tmp_path: Path, top_k: int | None) -> None:
-    """Under torchrun, on gloo; blocks by the first process, the teacher's answers by both."""
+def command(arguments: list[str]) -> None:
+    """heal, as its user calls it."""
+    main(["heal", *arguments])
+
+
+def as_rank(
+    work: Callable[[list[str]], None], arguments: list[str], rank: int, port: int, folder: Path
+) -> None:
+    """Runs `work` where torchrun's variables say that it is one of two processes."""
+    into(folder / "stdout.txt", folder / "stderr.txt")
+    of_all = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    told = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", **of_all}
+    os.environ.update({name: str(value) for name, value in told.items()})
+    work(arguments)
+
+
+def in_two(
+    work: Callable[[list[str]], None], arguments: Sequence[object], folder: Path
+) -> tuple[str, str]:
+    """What two processes print that are started as by torchrun, but forked."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    given = [str(a) for a in arguments]
+    context = _context("cpu")
+    started = [
+        context.Process(target=as_rank, args=(work, given, rank, port, folder), daemon=True)
+        for rank in range(2)
+    ]
+    try:
+        for process in started:
+            process.start()
+        _wait(started, time.monotonic() + 300)
+    finally:
+        _end(started)
+    out, err = ((folder / f"{name}.txt").read_text() for name in ("stdout", "stderr"))
+    assert [process.exitcode for process in started] == [0, 0], err
+    return out, err
+
+
+def by_torchrun(_: object, arguments: Sequence[object], __: Path) -> tuple[str, str]:
+    """What is printed under torchrun itself."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    given = [sys.executable, *launcher, "-m", "ptconvert", "heal", *map(str, arguments)]
+    done = subprocess.run(given, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("started", "top_k"), [(by_torchrun, None), (in_two, 16)])
+def test_two_processes(
+    source: Path, convert: Convert, tmp_path: Path, started: Any, top_k: int | None
+) -> None:
+    """On gloo; blocks by the first process, the teacher's answers by both."""
     converted, out, cache = convert(source, 4, MIDDLE), tmp_path / "out", tmp_path / "cache"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = (converted, out, "--teacher", source, "--text", TEXT, *QUICK, "--blockwise")
     kept = () if top_k is None else ("--top-k", top_k, "--cache", cache)
-    done = subprocess.run(
-        [
-            sys.executable,
-            *launch,
-            "-m",
-            "ptconvert",
-            "heal",
-            *map(str, (*arguments, *kept)),
-            "--json",
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)  # so only one process printed it
+    printed, said = started(command, (*arguments, *kept, "--json"), tmp_path)
+    figures = json.loads(printed)  # so only one process printed it
     assert kls(figures)["KL"] < kls(figures)["blockwise"] < kls(figures)["before"]
-    assert "step 10 of 10" in done.stderr  # half as many steps as one process takes
+    assert "step 10 of 10" in said  # half as many steps as one process takes
     assert differing(converted, out)
 
 
-SHARDED = """
-import os, sys
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from transformers import Trainer
-from ptconvert.cli import main
+def sharded(arguments: list[str]) -> None:
+    """heal, after whose training it is looked at that this process holds a half of all."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+    from transformers import Trainer
 
-train = Trainer.train
-def watched(trainer, *arguments, **options):
-    done = train(trainer, *arguments, **options)
-    models = [trainer.model_wrapped]
-    if trainer.teacher is not None:
-        models.append(trainer.teacher.get_decoder().layers)
-    assert (len(models) == 1) == ("--top-k" in sys.argv)
-    for model in models:
-        for parameter in model.parameters():
-            assert isinstance(parameter, DTensor)
-            assert parameter.to_local().numel() * 2 == parameter.numel()
-    for model in filter(None, (trainer.model_wrapped, trainer.teacher)):
-        assert all(isinstance(layer, FSDPModule) for layer in model.get_decoder().layers)
-    moments = [s["exp_avg"] for s in trainer.optimizer.state.values()]
-    assert moments and all(isinstance(moment, DTensor) for moment in moments)
-    print(f"rank {os.environ['RANK']} held a half", file=sys.stderr)
-    return done
-Trainer.train = watched
-main()
-"""
+    train = Trainer.train
+
+    def watched(trainer: Any, *given: Any, **options: Any) -> Any:
+        done = train(trainer, *given, **options)
+        models = [trainer.model_wrapped]
+        if trainer.teacher is not None:
+            models.append(trainer.teacher.get_decoder().layers)
+        assert (len(models) == 1) == ("--top-k" in arguments)
+        for model in models:
+            for parameter in model.parameters():
+                assert isinstance(parameter, DTensor)
+                assert parameter.to_local().numel() * 2 == parameter.numel()
+        for model in filter(None, (trainer.model_wrapped, trainer.teacher)):
+            assert all(isinstance(layer, FSDPModule) for layer in model.get_decoder().layers)
+        moments = [s["exp_avg"] for s in trainer.optimizer.state.values()]
+        assert moments and all(isinstance(moment, DTensor) for moment in moments)
+        print(f"rank {os.environ['RANK']} held a half", file=sys.stderr)
+        return done
+
+    Trainer.train = watched  # of this process, which ends with it
+    command(arguments)
 
 
 @pytest.mark.parametrize(("schedule", "top_k"), [(MIDDLE, None), (SCHEDULE, None), (MIDDLE, 16)])
@@ -510,22 +548,10 @@ def test_fsdp(
     kept = () if top_k is None else ("--top-k", top_k, "--cache", tmp_path / "cache")
     options = (*few, "--learning-rate", 1e-3, *kept)
     one = heal(converted, tmp_path / "one", source, *options, "--batch-size", 4)
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"),
-            *("2", script, "heal", converted, out, "--teacher", source, "--json", "--fsdp"),
-            *("--batch-size", "2", *map(str, options)),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert all(f"rank {rank} held a half" in done.stderr for rank in (0, 1))
-    assert kls(json.loads(done.stdout)) == pytest.approx(kls(one), abs=1e-5)
+    arguments = (converted, out, "--teacher", source, "--json", "--fsdp", "--batch-size", 2)
+    printed, said = in_two(sharded, (*arguments, *options), tmp_path)
+    assert all(f"rank {rank} held a half" in said for rank in (0, 1))
+    assert kls(json.loads(printed)) == pytest.approx(kls(one), abs=1e-5)
     ours, theirs = (
         open_model(open_checkpoint(p), "float32", "cpu") for p in (out, tmp_path / "one")
     )
