@@ -79,7 +79,7 @@ def go(source: Path, tmp_path: Path, tokens: int = 2048, top: str = "") -> None:
     made = figures("transform", source, converted, "--spec", spec, *size)
     assert made["all_reduces"]["before"] == 2 * half
     assert made["all_reduces"]["after"] <= half and made["calibration"]["guesses"]
-    proved = run("verify", converted, "--ranks", 2, "--repeats", 1)
+    proved = run("verify", converted, "--ranks", 2, "--repeats", 1, "--prompt", 4, "--new", 3)
     assert "all checks hold" in proved
     undone = tensors(back(converted, tmp_path / "back"))
     assert same(undone, seeing.under_todays_names(tensors(source)))
