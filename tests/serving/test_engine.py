@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import seeing
 from conftest import spec_text
 from served import MIXED, WORDS, check_chat, make_model, with_words
 
+from ptconvert.checkpoint import section
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.engines.verify import TOLERANCE
@@ -181,6 +184,37 @@ def test_factors_for_long_prompts_are_told_of(
     with caplog.at_level("WARNING", logger="ptconvert"):
         EngineArgs(str(path), max_model_len=longest).create_engine_config()
     assert ("takes the factors for long prompts for all" in caplog.text) == says
+
+
+def test_compiled_graphs_are_kept_by_the_program_and_the_code_they_are_of(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same config.json lowered in another way, and an upgrade, compile anew."""
+    from vllm import EngineArgs
+
+    import ptconvert
+    from ptconvert.schedule import schedule
+
+    def key() -> str:
+        found: str = EngineArgs(str(checkpoint)).create_engine_config().compute_hash()
+        return found
+
+    def late(stages: Any) -> Any:
+        return tuple(replace(step, completes=()) for step in lower(stages))
+
+    keys, lower = [key(), key()], schedule.lower
+    with monkeypatch.context() as lowered:
+        section._parse.cache_clear()
+        lowered.setattr(schedule, "lower", late)
+        keys.append(key())
+    section._parse.cache_clear()
+    package = shutil.copytree(Path(ptconvert.__file__).parent, tmp_path / "ptconvert")
+    monkeypatch.setattr(ptconvert, "__file__", str(package / "__init__.py"))
+    keys.append(key())
+    with (package / "schedule" / "lower.py").open("a") as file:
+        file.write("# mended")
+    keys.append(key())
+    assert [keys.index(one) for one in keys] == [0, 0, 2, 0, 4]
 
 
 def test_context_parallelism_is_refused(tmp_path: Path) -> None:

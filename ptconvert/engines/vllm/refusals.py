@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
+import ptconvert
 from ptconvert.checkpoint.section import Section, source_config
 from ptconvert.engines.vllm.families import SERVED, Served
 from ptconvert.engines.vllm.formats import unserved
@@ -51,6 +54,7 @@ class ServingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
         own = MODELS_CONFIG_MAP.get(SERVED[_family(config)].model)
         if own is not None:  # what vLLM sees to for the family's own models
             own.verify_and_update_config(vllm_config)
+        config.ptconvert_compiled = compiled_by(section)
         longest = vllm_config.model_config.max_model_len
         rope = getattr(config, "rope_parameters", None) or {}
         known = rope.get("original_max_position_embeddings", longest)
@@ -61,6 +65,21 @@ class ServingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
                 longest,
                 known,
             )
+
+
+def compiled_by(section: Section) -> str:
+    """What a compiled graph is of, beside config.json: the program that it walks, and ptconvert.
+
+    vLLM's key of its compile cache has all of the model's config, and so this; of ptconvert's code
+    it knows by itself only the files that dynamo traces, which lowering is none of.
+    """
+    digest = hashlib.sha256(repr(section.schedule.program).encode())
+    package = Path(ptconvert.__file__).parent
+    for file in sorted(package.rglob("*.py")):  # as the version is the same between releases
+        text = file.read_bytes()
+        digest.update(f"\0{file.relative_to(package)} {len(text)}\0".encode())
+        digest.update(text)
+    return f"{ptconvert.__version__} {digest.hexdigest()}"
 
 
 def _unlike(served: Served, config: Any, dtype: torch.dtype) -> Iterator[str]:
