@@ -11,6 +11,7 @@ import torch
 from conftest import VARIANTS, Convert, MakeDense, load
 from reference import reference_logits
 from transformers import StaticCache
+from transformers.distributed import DistributedConfig
 
 TOLERANCE = 1e-4
 REST = "  - {{layers: 0-{0}, use: tensor_parallel}}\n  - {{layers: {1}-5, {2}}}\n"
@@ -307,6 +308,31 @@ def test_what_tracks_have_no_answer_to_is_refused(make_dense: MakeDense, convert
         model(input_ids=ids_BS, output_hidden_states=True)
     with pytest.raises(ValueError, match="exactly one"):
         model()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"tp_plan": "auto"},
+        {"tp_size": 2},
+        {"distributed_config": DistributedConfig(tp_size=2)},
+        {"distributed_config": DistributedConfig(pp_size=2)},
+    ],
+)
+def test_transformers_own_cuts_are_refused(
+    asked: dict[str, Any], make_dense: MakeDense, convert: Convert
+) -> None:
+    """By its plan each rank would compute all tracks."""
+    path = convert(make_dense("llama"), 2, "use: ladder")
+    with pytest.raises(ValueError, match=r"_(plan|size): transformers would cut layers, but each"):
+        load(path, **asked)
+    assert not load(path).supports_tp_plan
+
+
+def test_continuous_batching_is_refused(make_dense: MakeDense, convert: Convert) -> None:
+    model = load(convert(make_dense("llama"), 2, "use: ladder"))
+    with pytest.raises(ValueError, match="continuous batching: transformers' paged cache has an"):
+        model.generate_batch([[5, 6, 7]], max_new_tokens=2)
 
 
 def test_ladder_authors_checkpoint_opens_as_ladder(make_dense: MakeDense, convert: Convert) -> None:

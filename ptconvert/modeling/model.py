@@ -58,6 +58,7 @@ from ptconvert.schedule.stages import Kind, Sublayer
 
 logger = logging.get_logger(__name__)
 WHOLE = Placement()
+_CUTS = ("tp_plan", "tp_size", "ep_size", "pp_size")  # of transformers' DistributedConfig
 _NO_STATES = "tracks have no one state per layer"
 
 
@@ -255,8 +256,16 @@ class Scheduled(PreTrainedModel):  # type: ignore[misc]
         """As transformers', with the LoRA that lies beside quantised weights, which takes peft.
 
         Raises ValueError where a decoder is opened without what is around it, whose modules have
-        other names than the adapter's.
+        other names than the adapter's; and where transformers is to cut the model itself.
         """
+        distributed = kwargs.get("distributed_config")
+        cuts = {name: kwargs.get(name) for name in ("tp_plan", "tp_size")}
+        cuts |= {name: getattr(distributed, name, None) for name in _CUTS if distributed}
+        if asked := [name for name, value in cuts.items() if value not in (None, 1, {})]:
+            raise ValueError(
+                f"{asked[0]}: transformers would cut layers, but each rank has tracks of its own; "
+                "serve it in vLLM or SGLang, or leave this out"
+            )
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
         section: dict[str, Any] = getattr(model.config, SECTION, None) or {}
@@ -272,6 +281,13 @@ class Scheduled(PreTrainedModel):  # type: ignore[misc]
             folder["subfolder"] = "/".join(inside)
             model.load_adapter(pretrained_model_name_or_path, adapter_kwargs=folder)
         return found
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Raises ValueError: neither this nor what begins with it, `generate_batch`, is there."""
+        raise ValueError(
+            "continuous batching: transformers' paged cache has an entry for each layer, and "
+            "tracks one each; use generate, or serve it in vLLM or SGLang"
+        )
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers', with the modelling file beside it, so that the result opens as this
