@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,10 +22,16 @@ from ptconvert.checkpoint.config import converted_config
 from ptconvert.cli import main
 from ptconvert.errors import HardwareError
 from ptconvert.estimate.compare import UNCHECKED, Candidate, Setting, compare
-from ptconvert.estimate.hardware import Engine, engine_names, hardware_names, read_hardware
-from ptconvert.estimate.model import Workload, step
+from ptconvert.estimate.hardware import (
+    Engine,
+    engine_names,
+    hardware_names,
+    read_engine,
+    read_hardware,
+)
+from ptconvert.estimate.model import Workload, step, vocabulary_seconds
 from ptconvert.estimate.report import lane_group, layer_group, to_html
-from ptconvert.estimate.roofline import Pass
+from ptconvert.estimate.roofline import Pass, head_seconds
 from ptconvert.estimate.sources import origins
 from ptconvert.models.guesses import most_guesses
 from ptconvert.models.shape import DTYPES, ModelShape
@@ -87,6 +94,25 @@ def test_what_the_pages_show_is_what_is_printed() -> None:
     assert "\n".join(served[note:stop]) in page
     assert "\n".join(lines) in page and "\n".join(lines[:end]) in readme
     assert "\n".join(lines[yes:]) in readme and "\n".join(no[refused:]) in readme
+
+
+def test_a_whole_vocabulary_gathers_nothing_and_reads_all_of_lm_head() -> None:
+    """By the formulas of docs/estimate.md: what is saved is the all-reduce of the embeddings and
+    the gathering of logits, what it costs is reading lm_head's other shares."""
+    one, steps = Pass(1, 1, 1024), {}
+    for vocabulary in ("sharded", "replicated"):
+        options = (*GIVEN, "--vocabulary", vocabulary, "--json")
+        (_, ours) = json.loads(run_command(*options)[0])["rows"]
+        steps[vocabulary] = ours["tpot_seconds"]
+    row, engine = read_hardware("l40s-pcie"), read_engine("vllm")
+    shape = ModelShape.from_config(json.loads(MODEL.read_text()))
+    saved = vocabulary_seconds(shape, row, engine, 8, one)
+    whole = replace(engine, vocabulary="replicated")
+    more = head_seconds(shape, row.device, whole, 8, one) - head_seconds(
+        *(shape, row.device, engine, 8, one)
+    )
+    assert saved > 0 and more > 0
+    assert steps["replicated"] - steps["sharded"] == pytest.approx(more - saved, rel=1e-6)
 
 
 def test_several_specs_and_what_does_not_fit() -> None:

@@ -36,6 +36,7 @@ CHUNK = 2048  # vLLM's max_num_batched_tokens, where a device's memory doesn't a
 @shared("--revision")
 @shared("--hardware")
 @shared("--engine", says="the hardware's")
+@shared("--vocabulary", says="the engine's")
 @shared("--ranks", says="all that the hardware joins")
 @shared("--batch")
 @shared("--prompt", 1024)
@@ -136,7 +137,7 @@ def _estimate(
 
     row = read_hardware(hardware)
     engine_name = options["engine"] or row.engine
-    engine = read_engine(engine_name)
+    engine = read_engine(engine_name, options["vocabulary"])
     shape = model_shape(model, options["revision"]) if model else None
     candidates: list[Candidate] = []
     for spec in specs:

@@ -14,6 +14,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _COUNT = click.IntRange(1, 2**20)
 _TOKENS = click.IntRange(1, 2**24)
 SEQUENCES = 65_536
+VOCABULARIES = "sharded", "replicated"  # as an engine's row has it
 
 
 class BatchSize(click.ParamType):  # type: ignore[type-arg]
@@ -59,6 +60,10 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--seed": {"type": click.IntRange(0), "help": "Of all that is drawn at random."},
     "--hardware": {"metavar": "NAME|FILE", "help": "A row of `estimate --list`, or a file."},
     "--engine": {"metavar": "NAME|FILE", "help": "What serves it, as `estimate --list` has it."},
+    "--vocabulary": {
+        "type": click.Choice(VOCABULARIES),
+        "help": "Whether ranks share embedding and lm_head, or each has all and gathers no logits.",
+    },
     "--ranks": {"type": _COUNT, "help": "Ranks that share the model."},
     "--batch": {"type": _COUNT, "default": 1, "help": "Requests at once."},
     "--prompt": {"type": _TOKENS, "metavar": "TOKENS", "help": "Length of each prompt."},

@@ -72,6 +72,7 @@ def _for_the_spec(command: F) -> F:
 )
 @shared("--hardware")
 @shared("--engine", says="the hardware's")
+@shared("--vocabulary", says="the engine's")
 @shared("--ranks", says="one per track")
 @shared("--batch")
 @shared("--prompt", 1024)
@@ -163,7 +164,7 @@ def _settle_objective(options: dict[str, Any]) -> None:
         for name, value in (("--hardware NAME", hardware), ("--max-loss X", options["max_loss"])):
             if value is None:
                 raise click.UsageError(f"to minimise latency, plan needs {name}")
-    elif unused := given("hardware", "engine", "ranks", "batch", "prompt", "new"):
+    elif unused := given("hardware", "engine", "vocabulary", "ranks", "batch", "prompt", "new"):
         raise click.UsageError(
             f"{unused}: for latency only; give --hardware NAME and leave out --objective syncs"
         )
@@ -288,7 +289,7 @@ def _objective(options: dict[str, Any], shape: ModelShape) -> Objective:
     hardware, ranks = read_hardware(options["hardware"]), options["ranks"] or tracks
     if tracks % ranks:
         raise PlanError(f"--ranks {ranks} doesn't divide --tracks {tracks}")
-    engine = read_engine(options["engine"] or hardware.engine)
+    engine = read_engine(options["engine"] or hardware.engine, options["vocabulary"])
     workload = Workload(options["batch"], options["prompt"], options["new"])
 
     def seconds(schedule: Schedule) -> float:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from importlib.resources.abc import Traversable
 from itertools import pairwise
@@ -229,10 +229,12 @@ def read_hardware(name: str) -> Hardware:
     return read(Hardware, text, where, "a hardware file", HardwareError)
 
 
-def read_engine(name: str) -> Engine:
-    """An engine by its name in the package, or a file. Raises HardwareError with all faults."""
+def read_engine(name: str, vocabulary: str | None = None) -> Engine:
+    """An engine by its name in the package, or a file; with a `vocabulary` in place of its own.
+    Raises HardwareError with all faults."""
     text, where = _find(name, "engines")
-    return read(Engine, text, where, "an engine file", HardwareError)
+    engine = read(Engine, text, where, "an engine file", HardwareError)
+    return engine if vocabulary is None else replace(engine, vocabulary=vocabulary)
 
 
 def _find(name: str, directory: str) -> tuple[str, str]:
