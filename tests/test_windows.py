@@ -53,6 +53,19 @@ def test_the_layers_with_a_window_are_those_of_transformers(model_type: str, on:
     assert any(expected) is (on or model_type not in ON)
 
 
+def test_the_windows_of_smollm3_are_where_no_rope_is() -> None:
+    """By its class: every so many layers, which needn't be four, or as a list says."""
+    config = {**SIZES, "model_type": "smollm3", **ON["smollm3"]}
+    flags = [layer % 3 for layer in range(34)]
+    for more in ({"no_rope_layer_interval": 3}, {"no_rope_layers": flags}):
+        theirs = AutoConfig.for_model(**config, **more)
+        expected = [7 if kind == SLIDING else None for kind in theirs.layer_types]
+        assert windows(ModelShape.from_config({**config, **more})) == expected
+        assert 11 <= sum(map(bool, expected)) <= 12
+    with pytest.raises(ConfigError, match=r"no_rope_layers is \[1, 0\]; it must have a "):
+        ModelShape.from_config({**config, "no_rope_layers": [1, 0]})
+
+
 def test_layer_types_say_which_layers_have_the_window() -> None:
     types = ["full_attention", "sliding_attention"] * 17
     config = {**SIZES, "model_type": "gemma2", "sliding_window": 9, "layer_types": types}
@@ -132,7 +145,7 @@ def test_long_prompts_decode_faster_with_a_window() -> None:
         )
         assert (ours.tpot < 0.7 * theirs.tpot) is faster
         assert (ours.tpot == theirs.tpot) is not faster
-        assert (ours.ttft < 0.7 * theirs.ttft) is faster
+        assert (ours.ttft < 0.8 * theirs.ttft) is faster
 
 
 def test_the_report_has_a_row_for_a_layer_with_a_window(tmp_path: Path) -> None:

@@ -262,9 +262,10 @@ class Family:
     there is one; and the stream after a layer by that layer's buffer `scalar`. Where layers'
     attention is of two `kinds`, full first, config.json says which by `layer_types`, or by the key
     `full_every` of how many one is full, or it is one of so many, and the `last_full`; or by the
-    key `full_until` of how many are at first; or they follow each other as a `cycle`. With none of
-    these all layers are of the second kind. Those with SLIDING attention see the `sliding_window`
-    of the last tokens, where config.json says one, and `use_sliding_window` where that is among
+    key `full_until` of how many are at first; or they follow each other as a `cycle`; or `full_by`
+    has the key of a list of which are and, without it, of how many one isn't. With none of these
+    all layers are of the second kind. Those with SLIDING attention see the `sliding_window` of the
+    last tokens, where config.json says one, and `use_sliding_window` where that is among
     the defaults. Linear attention is the block `linear`. Where one of the keys `experts` says how
     many there are, MLPs are mixtures of them, but where one of the keys `dense` says that a layer
     has one; `shared` says what these call experts that all tokens go to, if there are any. With
@@ -290,6 +291,7 @@ class Family:
     last_full: bool = False
     full_until: str | None = None
     cycle: tuple[str, ...] = ()
+    full_by: tuple[str, str] | None = None
     own_keys: Callable[[Mapping[str, object], Sequence[int]], Mapping[str, object]] = (
         lambda config, _: config
     )
@@ -725,11 +727,14 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "SmolLM3",
                 _LLAMA_BIASED,
                 _defaults(
-                    num_key_value_heads=4, tie_word_embeddings=True, use_sliding_window=False
+                    num_key_value_heads=4,
+                    tie_word_embeddings=True,
+                    use_sliding_window=False,
+                    no_rope_layer_interval=4,
                 ),
                 nullable=(_KV_HEADS,),
                 kinds=_WINDOWED,
-                cycle=(FULL, FULL, FULL, SLIDING),
+                full_by=("no_rope_layers", "no_rope_layer_interval"),
             ),
             Family(
                 "glm",

@@ -601,7 +601,7 @@ class ModelShape:
             window = size("sliding_window") if known.get("sliding_window") else 0
         attention: tuple[str | None, ...] = (None,) * layers
         if family.kinds_differ or window:
-            attention = _kinds(family, config.get("layer_types"), layers, size, where)
+            attention = _kinds(family, config, layers, size, where)
         try:
             config = family.own_keys(config, [i for i in range(layers) if attention[i] == FULL])
         except ConfigError as error:
@@ -688,12 +688,29 @@ def _module(layer: str, rule: TensorRule) -> str | None:
 
 
 def _kinds(
-    family: Family, given: object, layers: int, size: Callable[..., int], where: str
+    family: Family,
+    config: Mapping[str, object],
+    layers: int,
+    size: Callable[..., int],
+    where: str,
 ) -> tuple[str, ...]:
     """Of which kind each layer is, where `size` reads a key of config.json. Raises ConfigError."""
     full, other = family.kinds
-    if not (family.full_every or family.full_until or family.cycle):
+    if not (family.full_every or family.full_until or family.cycle or family.full_by):
         return (other,) * layers
+    given = config.get("layer_types")
+    if given is None and family.full_by:
+        listed, every_key = family.full_by
+        flags = config.get(listed)
+        if flags is None:
+            every = size(every_key)
+            flags = [(i + 1) % every for i in range(layers)]
+        if not isinstance(flags, list) or len(flags) != layers:
+            raise ConfigError(
+                f"{where}: {listed} is {_short(flags)}; it must have a number for each of {layers} "
+                "layers"
+            )
+        given = [full if flag else other for flag in flags]
     if given is None and family.full_until:
         first = size(family.full_until, least=0)
         given = [full if i < first else other for i in range(layers)]
