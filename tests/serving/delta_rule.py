@@ -72,11 +72,11 @@ def attend(
         mixed_CT = F.conv1d(x_TC.T, layer.conv1d.weight, groups=x_TC.shape[1])
         own_sizes = [size // layer.tp_size for size in sizes]
         parts = torch.split(F.silu(mixed_CT).T, own_sizes, dim=-1)
-        q, k = (part[None].unflatten(-1, (-1, layer.head_k_dim)) for part in parts[:2])
+        q, k = (part.reshape(1, len(part), -1, layer.head_k_dim) for part in parts[:2])
         out, state = torch_recurrent_gated_delta_rule(
             q.repeat_interleave(heads, dim=2),
             k.repeat_interleave(heads, dim=2),
-            parts[2][None].unflatten(-1, (-1, layer.head_v_dim)),
+            parts[2].reshape(1, len(parts[2]), -1, layer.head_v_dim),
             g=-layer.A_log.exp() * F.softplus(a_TH[own] + layer.dt_bias)[None],
             beta=b_TH[own].sigmoid()[None],
             initial_state=states[slot].mT[None] if continues else None,

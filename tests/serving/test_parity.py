@@ -53,7 +53,8 @@ COMPILED = """  - {layers: 0-0, use: tensor_parallel}
   - {layers: 1-3, stages: "a1|m1! a2~2 m2^2 a3. m3!"}
 """
 # Every other family that is served; what vLLM has no layers for is changed.
-# And positions as published models have them: partial, long, by kind of layer, with scaled queries.
+# And positions as published models have them: partial, long, by kind of layer, with scaled queries,
+# by axes of pictures, which there are none of.
 ROPE: dict[str, dict[str, Any]] = {
     "phi3": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     "phi3-two-kv": {
@@ -64,6 +65,10 @@ ROPE: dict[str, dict[str, Any]] = {
         **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "beta_fast": 32.0},
         **{"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
         "original_max_position_embeddings": 16,
+    },
+    "qwen3_5_text": {
+        **{"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+        **{"mrope_section": [2, 1, 1], "mrope_interleaved": True},
     },
     "gemma3_text": {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
