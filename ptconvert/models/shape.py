@@ -715,8 +715,7 @@ def _kinds(
         first = size(family.full_until, least=0)
         given = [full if i < first else other for i in range(layers)]
     elif given is None and family.full_every:
-        every = family.full_every
-        every = size(every) if isinstance(every, str) else every
+        every = size(family.full_every) if isinstance(family.full_every, str) else family.full_every
         given = [other if (i + 1) % every else full for i in range(layers)]
     elif given is None:
         given = list(itertools.islice(itertools.cycle(family.cycle), layers))

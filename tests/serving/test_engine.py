@@ -194,6 +194,7 @@ def test_compiled_graphs_are_kept_by_the_program_and_the_code_they_are_of(
 
     import ptconvert
     from ptconvert.schedule import schedule
+    from ptconvert.schedule.lower import lower
 
     def key() -> str:
         found: str = EngineArgs(str(checkpoint)).create_engine_config().compute_hash()
@@ -202,7 +203,7 @@ def test_compiled_graphs_are_kept_by_the_program_and_the_code_they_are_of(
     def late(stages: Any) -> Any:
         return tuple(replace(step, completes=()) for step in lower(stages))
 
-    keys, lower = [key(), key()], schedule.lower
+    keys = [key(), key()]
     with monkeypatch.context() as lowered:
         section._parse.cache_clear()
         lowered.setattr(schedule, "lower", late)
