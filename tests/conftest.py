@@ -248,6 +248,8 @@ def randomised(model: Any, dtype: torch.dtype, scale: float = 0.25) -> Any:
         for name, buffer in model.named_buffers():
             if name.endswith("layer_scalar"):
                 buffer.copy_(0.5 + torch.rand_like(buffer))
+            elif name.endswith("e_score_correction_bias"):  # which chooses experts
+                buffer.copy_(0.2 * torch.randn_like(buffer))
     return model.to(dtype).eval()
 
 

@@ -92,7 +92,7 @@ OTHERS: dict[str, Mapping[str, Any]] = {
     "gemma2": {**UNTIED, "dtype": torch.bfloat16, "hidden_size": 160},
     **{"glm4": {"attention_bias": True}, "exaone4": {}, "hyperclovax": {}, "qwen2-window": {}},
     "qwen3_moe": {"shared_expert_intermediate_size": 0},
-    "glm4_moe": {},
+    "glm4_moe": {"n_routed_experts": 8, "n_group": 2, "routed_scaling_factor": 2.5},
     "gpt_oss": {"intermediate_size": 128},  # as many for a rank as vLLM's experts on CPUs take
     # the one size of latents that vLLM's attention to them takes on CPUs
     "deepseek_v3": {
