@@ -123,9 +123,7 @@ _BLOCKS = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_sch
 def test_what_of_quantised_checkpoints_vllm_cannot_serve_is_refused_by_name(
     quantization: dict[str, Any], ranks: int, said: str
 ) -> None:
-    config = random_model("llama", intermediate_size=96, head_dim=64).config.to_dict()
-    shape, section = ModelShape.from_config(config), Section(dense_schedule(6), 2, "sum", {})
-    (refused,) = unserved(quantization, shape, section, ranks)
+    (refused,) = unserved_of(quantization, ranks)
     assert said in refused and "\n" not in refused
 
 
@@ -140,9 +138,21 @@ def test_what_of_quantised_checkpoints_vllm_cannot_serve_is_refused_by_name(
     ],
 )
 def test_what_of_quantised_checkpoints_vllm_serves(quantization: dict[str, Any]) -> None:
-    config = random_model("llama", intermediate_size=96, head_dim=64).config.to_dict()
-    shape, section = ModelShape.from_config(config), Section(dense_schedule(6), 2, "sum", {})
-    assert list(unserved(quantization, shape, section, 2)) == []
+    assert unserved_of(quantization, 2) == []
+
+
+def unserved_of(quantization: dict[str, Any], ranks: int, family: str = "llama") -> list[str]:
+    """What of a small model so quantised vLLM is told not to serve, all its layers held dense."""
+    config = random_model(family, intermediate_size=96, head_dim=64).config.to_dict()
+    shape = ModelShape.from_config({**config, "quantization_config": quantization})
+    return list(unserved(quantization, shape, Section(dense_schedule(6), 2, "sum", {}), ranks))
+
+
+def test_of_a_mixture_vllm_serves_quantised_attention_only() -> None:
+    (refused,) = unserved_of(_BLOCKS, 1, "mixtral")
+    assert refused == "quantised experts aren't served in vLLM; transformers runs it"
+    left = [f"model.layers.{layer}.block_sparse_moe.experts" for layer in range(6)]
+    assert unserved_of(_BLOCKS | {"modules_to_not_convert": left}, 1, "mixtral") == []
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.32.0+cpu"])

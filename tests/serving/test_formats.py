@@ -199,9 +199,10 @@ def test_faults_are_seen(name: str, found: Any, references: dict[str, Answers]) 
 # published quantization_config says.
 _LOCAL = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
 _STATIC = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+_GROUP = {**_STATIC, "strategy": "group", "group_size": 16, "dynamic": True}
 LOADED: dict[str, dict[str, Any] | None] = {
     "block FP8": None,
-    "compressed block FP8": None,
+    "compressed block FP8": _GROUP,
     "FP8 per tensor": {**_STATIC, "dynamic": False},
     "W8A16": None,
     "NVFP4": {**_LOCAL, "symmetric": True, "dynamic": "local"},
@@ -232,13 +233,16 @@ class NoKernel:
     def get_min_capability(cls) -> int:
         return -1
 
+    def input_quant_key(self) -> None:
+        pass
+
 
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.kernels import linear
     from vllm.platforms import current_platform
 
-    for name in ("", "_FP8", "_FP8_BLOCK", "_NVFP4", "_MXFP4"):
+    for name in ("", "_FP8", "_FP8_BLOCK", "_WFP8A16", "_NVFP4", "_MXFP4"):
         kernels = getattr(linear, f"_POSSIBLE{name}_KERNELS")
         monkeypatch.setitem(kernels, current_platform._enum, [NoKernel])
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ptconvert.checkpoint.section import Section
-from ptconvert.models.quantised import BLOCKS, QUANTIZATION, unit_sizes, weight_width
+from ptconvert.models.quantised import BLOCKS, QUANTIZATION, unit_sizes
 from ptconvert.models.shape import ModelShape
 
 
@@ -16,6 +16,12 @@ def unserved(
     """What of a checkpoint's quantization_config vLLM, on so many ranks, has no method for, or one
     that computes something else, each in a line."""
     yield from (f"{QUANTIZATION}: {why}" for said, why in _SCHEMES if said(quantization))
+    if any(
+        rule.is_of_experts and shape.layer(layer) + rule.name in shape.widths
+        for layer in range(shape.layers)
+        for rule in shape.rules_of(layer)
+    ):
+        yield "quantised experts aren't served in vLLM; transformers runs it"
     if ranks > 1:
         yield from _parted(quantization, shape, section, ranks)
 
@@ -71,10 +77,10 @@ def _parted(
     as many heads and neurons, where transformers' tracks have whole groups."""
     for layer in sorted(set(range(shape.layers)) - section.schedule.track_layers):
         for rule in shape.rules_of(layer):
-            module = shape.layer(layer) + rule.name.removesuffix(".weight")
-            if len(rule.axes) != 2 or not rule.is_cut or not weight_width(quantization, module):
+            name, of_inputs = shape.layer(layer) + rule.name, rule.axis == 1
+            module = name.removesuffix(".weight")
+            if not rule.is_cut or name not in shape.widths:
                 continue
-            of_inputs = rule.axis == 1
             units = unit_sizes(quantization, module)
             if not of_inputs:
                 units = unit_sizes(quantization, module, BLOCKS)

@@ -61,12 +61,14 @@ def verify_in_vllm(path: Path, settings: Settings, eager: bool = False) -> Repor
         llm.collective_rpc("ptconvert_start_counting")
         answers = generate(llm, ids_BS.tolist(), settings.new_tokens)
         passes = llm.collective_rpc("ptconvert_stop_counting")
-    reference = single_process(path, ids_BS, answers, getattr(torch, dtype))
     checks = [
         *as_converted(path, section),
         *count_checks(passes, section.schedule, shape, settings.new_tokens),
-        *answer_checks(answers, reference, dtype),
     ]
+    # The single-process model leaves activations as they are, so it says something else.
+    if not any(width.product for width in shape.widths.values()):
+        reference = single_process(path, ids_BS, answers, getattr(torch, dtype))
+        checks += answer_checks(answers, reference, dtype)
     named, mode = f"vllm {vllm.__version__}", "eager" if eager else "compiled"
     figures = figures_of(named, mode, section.schedule, settings, dtype, passes)
     return Report(tuple(checks), figures)
