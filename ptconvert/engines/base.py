@@ -80,15 +80,26 @@ class Serving(Protocol):
     def norm_of_sum(self, norm: Any, own_TD: torch.Tensor, base_TD: torch.Tensor) -> torch.Tensor:
         """The norm of the sum, which overwrites neither tensor."""
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the first rank."""
+
     def all_reduce(self, local_TD: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, waited for; it may overwrite what it is given."""
 
     def boundary(
-        self, local_TD: torch.Tensor, launch: int | None, waits: list[int]
+        self,
+        local_TD: torch.Tensor,
+        sums: list[torch.Tensor],
+        kept: list[torch.Tensor],
+        launch: int | None,
+        waits: list[int],
     ) -> torch.Tensor:
-        """Launches the sum over ranks of `local_TD`, which it must not overwrite, as stage
-        `launch`'s (unless that is None), then waits for those of the stages `waits` and returns
-        their sum, (T, D), zeros where there is none."""
+        """Launches the sum over ranks of `local_TD`, which it must not overwrite, into the last of
+        `sums` as stage `launch`'s (unless that is None). Then waits for those of the stages
+        `waits`, which fill the first of `sums`, one each in that order, and returns the first, to
+        which it has added the others'. `kept` are what else is being summed, (T, D) each, for a
+        compiler to leave its memory alone until then."""
 
 
 class ServedLayer(nn.Module):
@@ -228,6 +239,8 @@ class ServedPass:
 
     def __init__(self, serving: Serving, layers: nn.ModuleList, context: Any) -> None:
         self.serving, self.layers, self.context = serving, layers, context
+        # of all-reduces in flight, by stage: what is summed, and the tensor that the sum comes into
+        self.in_flight: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def decode(
         self, program: Iterable[Step], base_TD: torch.Tensor, norm: Any, waiting_weight: float
@@ -266,17 +279,38 @@ class ServedPass:
             return self._boundary_of_norms(step, streams, local_BSD, waits)
         merged_TD: torch.Tensor | None = None
         if step.overlapped or waits:
-            launch = step.index if step.overlapped else None
-            merged_TD = self.serving.boundary(local_BSD, launch, waits)
+            merged_TD = self._overlapped(step, local_BSD, waits)
+            for index in waits:
+                merged_TD = streams.buckets[index].joins(merged_TD)  # of several: output biases
         if step.launches and not step.overlapped:
-            reduced_TD = self.serving.all_reduce(local_BSD)
-            merged_TD = reduced_TD if merged_TD is None else merged_TD + reduced_TD
-        for bucket in step.merges:
-            assert merged_TD is not None
-            merged_TD = streams.buckets[bucket].joins(merged_TD)  # of several: output biases
-        # Zeros too, where nothing is merged: a compiler drops an operation whose result nobody
-        # reads, and with it the launch.
+            # Nothing comes between this sum and the norm after it, as engines fuse these two: what
+            # was in flight joins the stream before it, and biases one rank's partial.
+            if merged_TD is not None:
+                streams.base = streams.settled() + merged_TD
+            common_D = streams.buckets[step.index].common
+            if common_D is not None and self.serving.first:
+                local_BSD = local_BSD + common_D
+            merged_TD = self.serving.all_reduce(local_BSD)
         return merged_TD
+
+    def _overlapped(
+        self, step: Step, local_TD: torch.Tensor, waits: Sequence[int], launches: bool = True
+    ) -> torch.Tensor:
+        """The sum of those waited for, beside which the stage's is launched, if that overlaps
+        (and `launches`).
+
+        Zeros too, where nothing is waited for: a compiler drops an operation whose result nobody
+        reads, and with it the launch.
+        """
+        launch = step.index if launches and step.overlapped else None
+        if launch is not None:
+            self.in_flight[launch] = local_TD, torch.empty_like(local_TD)
+        waited = [self.in_flight.pop(index) for index in waits]
+        sums = [sum_TD for _, sum_TD in waited] or [torch.zeros_like(local_TD)]
+        kept = [summed_TD for summed_TD, _ in waited if summed_TD is not local_TD]
+        if launch in self.in_flight:
+            sums.append(self.in_flight[launch][1])
+        return self.serving.boundary(local_TD, sums, kept, launch, list(waits))
 
     def _boundary_of_norms(
         self, step: Step, streams: Streams, local_kTD: torch.Tensor, waits: Iterable[int]
@@ -285,11 +319,10 @@ class ServedPass:
         in each all-reduce as it takes, so each is waited for by itself."""
         joining: list[torch.Tensor] = []
         if step.overlapped:
-            joining.append(self.serving.boundary(local_kTD, step.index, [])[0])
+            joining.append(self._overlapped(step, local_kTD, [])[0])
         for index in waits:
-            bucket = streams.buckets[index]
-            like_kTD = local_kTD[:1].expand(len(bucket.normed), *local_kTD.shape[1:])
-            joining.append(bucket.joins(self.serving.boundary(like_kTD, None, [index])))
+            sum_kTD = self._overlapped(step, local_kTD, [index], launches=False)
+            joining.append(streams.buckets[index].joins(sum_kTD))
         if step.launches and not step.overlapped:
             reduced_kTD = self.serving.all_reduce(local_kTD)
             joining.append(streams.buckets[step.index].joins(reduced_kTD))

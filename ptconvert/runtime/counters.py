@@ -16,15 +16,17 @@ from typing import Any
 import torch
 
 ALL_REDUCE = "all_reduce"
-# vLLM's blocking all-reduces, which don't pass through c10d, and which argument is the tensor: over
-# shared memory on CPU, and on GPUs whichever of its kernels vLLM picks, or compiled one with the
-# norm after it (at -O2 on Hopper and Blackwell).
+BOUNDARY = "ptconvert::all_reduce_boundary"  # ours, in vLLM
+OWN_ALL_REDUCE = "ptconvert::own_all_reduce"  # in it, on GPUs, by vLLM's binding of NCCL
+# All-reduces in vLLM that don't pass through c10d, and which argument is the tensor: over shared
+# memory on CPU, and on GPUs whichever of its kernels vLLM picks, or compiled one with the norm
+# after it (at -O2 on Hopper and Blackwell).
 _VLLM_ALL_REDUCES = {
     "_C::shm_allreduce": 1,
     "vllm::all_reduce": 0,
     "vllm::flashinfer_trtllm_fused_allreduce_norm": 0,
+    OWN_ALL_REDUCE: 0,
 }
-BOUNDARY = "ptconvert::all_reduce_boundary"  # ours, in vLLM
 # c10d's own names of collectives in the form that gathers into, or scatters from, one tensor: vLLM
 # takes these on CPU where its ranks can't share memory.
 _ONE_TENSOR_FORMS = {"_allgather_base": "all_gather", "_reduce_scatter_base": "reduce_scatter"}
@@ -173,7 +175,8 @@ class Profile:
                 )
             elif (at := _VLLM_ALL_REDUCES.get(event["name"])) is not None:
                 shape, dtype = arguments["Input Dims"][at], arguments["Input type"][at]
-                collective = Collective(ALL_REDUCE, tuple(shape), _short(dtype), False)
+                asynchronous = event["name"] == OWN_ALL_REDUCE
+                collective = Collective(ALL_REDUCE, tuple(shape), _short(dtype), asynchronous)
             else:
                 name = event["name"].split("::")[1].removeprefix("shm_").rstrip("_")
                 name = _ONE_TENSOR_FORMS.get(name, name)

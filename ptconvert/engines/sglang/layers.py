@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from sglang.srt.runtime_context import get_parallel
 from torch import nn
 from torch.profiler import record_function
 
-from ptconvert.engines.in_flight import InFlight
+from ptconvert.engines.in_flight import InFlight, started_by_torch
 from ptconvert.engines.sglang.families import SERVED
 from ptconvert.runtime.counters import BOUNDARY
 
@@ -32,7 +33,8 @@ class SGLangServing:
         self._config = config
         module, name = SERVED[family]
         self._layer_class = getattr(importlib.import_module(f"sglang.srt.models.{module}"), name)
-        self._in_flight = InFlight()
+        self._in_flight = InFlight(_start)
+        self.first = get_parallel().tp_rank == 0
 
     def decoder_layer(self, index: int, track: int | None, count: int) -> nn.Module:
         given = {
@@ -85,13 +87,20 @@ class SGLangServing:
         return reduced_TD
 
     def boundary(
-        self, local_TD: torch.Tensor, launch: int | None, waits: list[int]
+        self,
+        local_TD: torch.Tensor,
+        sums: list[torch.Tensor],
+        kept: list[torch.Tensor],  # noqa: ARG002
+        launch: int | None,
+        waits: list[int],
     ) -> torch.Tensor:
         with record_function(BOUNDARY):  # which counters tell overlapped all-reduces by
             if launch is not None:
-                parallel = get_parallel()
-                group = parallel.tp_group.device_group
-                self._in_flight.launch(launch, local_TD, group, parallel.tp_size)
-            merged_TD = torch.empty_like(local_TD)
-            self._in_flight.merge(waits, merged_TD)
-        return merged_TD
+                self._in_flight.launch(launch, local_TD, sums[-1])
+            self._in_flight.merge(waits, sums)
+        return sums[0]
+
+
+def _start(local_TD: torch.Tensor, sum_TD: torch.Tensor) -> Callable[[], object]:
+    parallel = get_parallel()
+    return started_by_torch(local_TD, sum_TD, parallel.tp_group.device_group, parallel.tp_size)

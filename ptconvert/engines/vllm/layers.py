@@ -67,6 +67,7 @@ class VLLMServing:
     def __init__(self, vllm_config: Any, shape: ModelShape, section: Section) -> None:
         self._vllm_config, self.served = vllm_config, SERVED[shape.model_type]
         self._shape, self._together = shape, section.together
+        self.first = get_tensor_model_parallel_rank() == 0
         try:
             causal_lm = ModelRegistry.models[self.served.model].load_model_cls()
         except ImportError as error:
@@ -240,9 +241,14 @@ class VLLMServing:
         return reduced_TD
 
     def boundary(
-        self, local_TD: torch.Tensor, launch: int | None, waits: list[int]
+        self,
+        local_TD: torch.Tensor,
+        sums: list[torch.Tensor],
+        kept: list[torch.Tensor],
+        launch: int | None,
+        waits: list[int],
     ) -> torch.Tensor:
-        return all_reduce_boundary(local_TD, launch, waits)
+        return all_reduce_boundary(local_TD, sums, kept, launch, waits)
 
 
 def norm_as(made: type[nn.Module], norm: Any, width: int) -> nn.Module:

@@ -22,12 +22,12 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 
 from ptconvert.checkpoint.section import read_section, source_config
 from ptconvert.engines.base import ServedPass, is_for_others, own_weights, renamed, served_layers
+from ptconvert.engines.vllm.collectives import open_communicator
 from ptconvert.engines.vllm.layers import VLLMServing
 from ptconvert.engines.vllm.quantised import check_loaded
 from ptconvert.modeling.layers import Placement
 from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.counters import BOUNDARY
-from ptconvert.schedule.lower import Step
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0})
@@ -63,7 +63,9 @@ class PTConvertModel(nn.Module):
         for index, layer in enumerate(self.layers):
             self.serving.check(index, layer.parts.values(), shape.rules_of(index))
         self.norm = self.serving.final_norm(self.layers[0])
-        _split_graphs_at_boundaries(self.program, vllm_config.compilation_config)
+        if any(step.overlapped for step in self.program):
+            open_communicator()
+            _split_graphs_at_boundaries(vllm_config.compilation_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         """(tokens,) ids to (tokens, width)."""
@@ -141,12 +143,12 @@ class PTConvertForCausalLM(nn.Module):
         return loaded
 
 
-def _split_graphs_at_boundaries(program: tuple[Step, ...], compilation: Any) -> None:
+def _split_graphs_at_boundaries(compilation: Any) -> None:
     """Makes asynchronous boundaries run between piecewise CUDA graphs instead of inside of them.
 
     A piece ends at each attention and can't end with an all-reduce in flight. (Full CUDA graphs,
     which vLLM takes for decoding where it can, capture boundaries with everything else.)
     """
     operations = compilation.splitting_ops
-    if operations and BOUNDARY not in operations and any(step.overlapped for step in program):
+    if operations and BOUNDARY not in operations:
         operations.append(BOUNDARY)
