@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -47,6 +48,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"quantization": "fp8"}, ["quantization fp8", "aren't quantised; leave it out"]),
         ({"enable_lora": True}, ["enable_lora", "merge"]),
         ({"pipeline_parallel_size": 2}, ["pipeline_parallel_size 2", "tensor_parallel_size"]),
+        (
+            {"additional_config": {"ptconvert": {"lm_head": "whole"}}},
+            ["lm_head 'whole'", "sharded"],
+        ),
+        ({"additional_config": {"ptconvert": {"head": 1}}}, ["ptconvert head 1", '"lm_head"']),
         ({"enable_dbo": True}, ["enable_dbo", "the schedule says what runs beside"]),
     ],
 )
@@ -216,6 +222,21 @@ def test_compiled_graphs_are_kept_by_the_program_and_the_code_they_are_of(
         file.write("# mended")
     keys.append(key())
     assert [keys.index(one) for one in keys] == [0, 0, 2, 0, 4]
+
+
+def test_vllms_second_model_runner_finds_what_it_calls() -> None:
+    """By its source, as it needs Triton. It samples in another way where a model can't give a
+    rank's own logits, and asks for tensors between pipeline stages where there are such."""
+    import vllm
+
+    from ptconvert.engines.vllm.model import PTConvertForCausalLM
+
+    source = Path(vllm.__file__).with_name("v1") / "worker" / "gpu" / "model_runner.py"
+    text = source.read_text(encoding="utf-8")
+    called = set(re.findall(r"\bself\.model\.(\w+)\(", text))
+    others = {"compute_logits_local", "make_empty_intermediate_tensors"}
+    assert "compute_logits" in called and "def get_model(" in text  # which the counting asks
+    assert [name for name in called - others if not hasattr(PTConvertForCausalLM, name)] == []
 
 
 def test_context_parallelism_is_refused(tmp_path: Path) -> None:

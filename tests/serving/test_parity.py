@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -162,6 +163,7 @@ WITH_FAULTS = (
     "mixed, biases, 2 tracks per rank",
     "parallel_track, depth 3, guesses",
 )
+WHOLE_HEAD = "mixed, qwen2, tied"  # also with all of lm_head on each rank
 RUINED = "mixed, biases, 2 tracks per rank"
 ALONE = ("guesses, mixed, 2 tracks per rank", "compiled")  # also with all tracks on one rank
 # Its model, in which layers 1 and 2 are held as tracks, runs other schedules too: see `drawn`.
@@ -250,6 +252,11 @@ def found(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) -> A
     cases = [case_of(name, paths[name]) for name in CASES]
     own = ruined(paths[RUINED], tmp_path_factory.mktemp("own"))
     cases.append({**case_of(RUINED, own), "name": "own", "faults": False})
+    whole = case_of(
+        *(WHOLE_HEAD, paths[WHOLE_HEAD]),
+        additional_config={"ptconvert": {"lm_head": "replicated"}},
+    )
+    cases.append({**whole, "name": "whole head"})
     cases += [case_of(name, paths[name], rank) for rank, name in enumerate(ALONE)]
     return run_cases(tmp_path_factory.mktemp("ranks"), cases, 2)
 
@@ -375,6 +382,15 @@ def test_one_rank_holds_all_tracks(
         )
         if name == DRAWN:
             check_drawn([alone], literals)
+
+
+def test_a_whole_lm_head_gathers_no_logits(found: Any, references: dict[str, Answers]) -> None:
+    for cut, whole in zip(of_case(found, WHOLE_HEAD), of_case(found, "whole head"), strict=True):
+        assert apart(whole["answers"], references[WHOLE_HEAD]) <= TOLERANCE
+        for with_gather, without in zip(cut["passes"], whole["passes"], strict=True):
+            counted = Counter(c["op"] for c in with_gather["collectives"])
+            assert counted.pop("all_gather") == 1
+            assert counted == Counter(c["op"] for c in without["collectives"])
 
 
 def test_a_rank_reads_its_own_tracks_only(found: Any, references: dict[str, Answers]) -> None:

@@ -25,6 +25,7 @@ from ptconvert.engines.base import ServedPass, is_for_others, own_weights, renam
 from ptconvert.engines.vllm.collectives import open_communicator
 from ptconvert.engines.vllm.layers import VLLMServing
 from ptconvert.engines.vllm.quantised import check_loaded
+from ptconvert.engines.vllm.refusals import replicates_head
 from ptconvert.modeling.layers import Placement
 from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.counters import BOUNDARY
@@ -97,6 +98,7 @@ class PTConvertForCausalLM(nn.Module):
             config.hidden_size,
             quant_config=self.quant_config,
             prefix=maybe_prefix(prefix, "lm_head"),
+            disable_tp=replicates_head(vllm_config),
         )
         self.hf_to_vllm_mapper = (
             WeightsMapper(orig_to_new_regex=self.model.renamed) | self.model.serving.mapper
@@ -125,7 +127,7 @@ class PTConvertForCausalLM(nn.Module):
         return hidden_TD
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Logits, gathered from the ranks' shards of lm_head."""
+        """Logits, gathered from the ranks' shards of lm_head, if it is cut."""
         logits: torch.Tensor | None = self.logits_processor(self.lm_head, hidden_states)
         return logits
 

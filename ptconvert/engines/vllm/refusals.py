@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 import ptconvert
-from ptconvert.checkpoint.section import Section, source_config
+from ptconvert.checkpoint.section import SECTION, Section, source_config
 from ptconvert.engines.vllm.families import SERVED, Served
 from ptconvert.engines.vllm.formats import unserved
 from ptconvert.errors import ConfigError
@@ -30,6 +30,9 @@ _NEVER = {
     "enable_eplb": "each track has a share of every expert",
     "enable_dbo": "the schedule says what runs beside its all-reduces",
 }
+
+
+HEADS = "sharded", "replicated"  # what lm_head is among ranks, the default first
 
 
 class LatentConfig(ModelArchConfigConvertorBase):  # type: ignore[misc]
@@ -80,6 +83,14 @@ def compiled_by(section: Section) -> str:
         digest.update(f"\0{file.relative_to(package)} {len(text)}\0".encode())
         digest.update(text)
     return f"{ptconvert.__version__} {digest.hexdigest()}"
+
+
+def replicates_head(vllm_config: Any) -> bool:
+    """Whether each rank is to have all of lm_head, so that no logits are gathered: where vLLM's
+    `additional_config` is {"ptconvert": {"lm_head": "replicated"}}."""
+    given = vllm_config.additional_config
+    own = given.get(SECTION, {}) if isinstance(given, dict) else {}
+    return bool(own.get("lm_head", HEADS[0]) == HEADS[1])
 
 
 def _unlike(served: Served, config: Any, dtype: torch.dtype) -> Iterator[str]:
@@ -152,6 +163,13 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
             f"quantization {model.quantization}: converted models are served as their weights are "
             "kept, and these aren't quantised; leave it out"
         )
+    given = vllm_config.additional_config
+    for key, value in given.get(SECTION, {}).items() if isinstance(given, dict) else ():
+        if key != "lm_head" or value not in HEADS:
+            yield (
+                f'additional_config {SECTION} {key} {value!r}: there is only "lm_head", which is '
+                f"{' or '.join(HEADS)}"
+            )
     if vllm_config.lora_config is not None:
         yield "enable_lora: adapters name a dense model's layers; merge them before converting"
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
