@@ -136,7 +136,7 @@ class Graph:
     def capture_begin(self, **_: Any) -> None:
         graph = self
 
-        class Recording(TorchDispatchMode):
+        class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             def __torch_dispatch__(
                 self, op: Any, _: Any, args: Any = (), kwargs: Any = None
             ) -> Any:
@@ -150,7 +150,7 @@ class Graph:
                 graph.calls.append(again)
                 return result
 
-        self.mode = Recording()
+        self.mode: Any = Recording()  # type: ignore[no-untyped-call]
         self.mode.__enter__()
 
     def capture_end(self) -> None:

@@ -29,6 +29,7 @@ from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.engines.verify import TOLERANCE
 from ptconvert.engines.vllm.families import SERVED
+from ptconvert.schedule.lower import lower
 from ptconvert.spec.document import parse_spec
 
 LIMIT_SECONDS = 400

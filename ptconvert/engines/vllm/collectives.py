@@ -63,7 +63,8 @@ def open_communicator() -> None:
     if group.world_size > 1 and group.device.type == "cuda":
         communicator = PyNcclCommunicator(group.cpu_group, group.device)
         if not communicator.disabled:
-            _own = OwnCommunicator(communicator, torch.cuda.Stream(group.device, priority=-1))
+            stream: Any = torch.cuda.Stream(group.device, priority=-1)  # type: ignore[no-untyped-call]
+            _own = OwnCommunicator(communicator, stream)
 
 
 def _start(local_TD: torch.Tensor, sum_TD: torch.Tensor) -> Callable[[], object]:
@@ -82,7 +83,7 @@ def _own_all_reduce(local_TD: torch.Tensor, sum_TD: torch.Tensor) -> None:
     _own.communicator.all_reduce(local_TD, sum_TD, stream=_own.stream)
 
 
-@eager_break_during_capture
+@eager_break_during_capture  # type: ignore[untyped-decorator]
 def _launch_and_merge(
     launch: int, waits: list[int], local_TD: torch.Tensor, *tensors: torch.Tensor
 ) -> None:
