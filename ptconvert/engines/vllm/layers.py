@@ -120,8 +120,7 @@ class VLLMServing:
 
     def decoder_layer(self, index: int, track: int | None, count: int) -> nn.Module:
         whole = self._vllm_config.model_config.hf_config
-        tracks = 1 if track is None else count
-        config = LayerConfig(whole, track or 0, tracks, self._together if tracks > 1 else {})
+        config = LayerConfig(whole, track or 0, 1 if track is None else count, self._together)
         for name, value in self.served.given(whole).items():
             setattr(config, name, value)
         named = self._shape.layer(index)
