@@ -30,6 +30,9 @@ from ptconvert.spec.document import parse_spec
 WIDE = {**SIZES, "intermediate_size": 256}
 # Of these in float16, which they compute in: that much it rounds in vLLM's dense model, too.
 HALF: dict[str, Any] = {"dtype": "float16", "within": 3e-2}
+# Where ranks' sums differ in the last bit, an activation may be rounded to the next number of its
+# eight bits, which is up to a sixteenth away.
+EIGHT: dict[str, Any] = {"within": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,11 @@ CASES = {
     "GPTQ": Case("GPTQ in groups of 32", **HALF),
     "GPTQ, some left": Case("GPTQ in groups of 32", **HALF, left=LEFT),
     "AutoRound": Case("AutoRound", **HALF),
-    "INT8": Case("INT8", activations="int"),
-    "FP8 per channel": Case("FP8 per channel", activations="float"),
+    "INT8": Case("INT8", **EIGHT, activations="int"),
+    "FP8 per channel": Case("FP8 per channel", **EIGHT, activations="float"),
     "compiled, W4A16": Case("W4A16", **HALF, eager=False),
-    "compiled, INT8": Case("INT8", activations="int", eager=False),
-    "INT8, FP8 cache": Case("INT8", activations="int", cache=1 / 32, within=5e-3),
+    "compiled, INT8": Case("INT8", **EIGHT, activations="int", eager=False),
+    "INT8, FP8 cache": Case("INT8", activations="int", cache=1 / 32, within=5e-2),
 }
 WITH_FAULTS = "W4A16", "INT8"
 
