@@ -102,6 +102,11 @@ _BLOCKS = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_sch
     [
         (_GPTQ | {"desc_act": True}, 1, "groups in act-order (desc_act, actorder): vLLM would"),
         (compressed("pack-quantized", **_FOUR, actorder="group"), 1, "groups in act-order"),
+        (
+            compressed("pack-quantized", **_FOUR) | {"kv_cache_scheme": _TOKEN},
+            1,
+            "a quantised KV cache (kv_cache_scheme, kv_cache_quant_algo): not served",
+        ),
         (_GPTQ | {"sym": False}, 1, "GPTQ with sym false: vLLM would leave its zero points out"),
         (
             compressed("int-quantized", _TOKEN, **{**_INT8, "symmetric": False}),

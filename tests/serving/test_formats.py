@@ -3,20 +3,17 @@ tensors."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import engines  # noqa: F401  # settings
 import pytest
 import quantising
 import torch
-import transformers
 from conftest import random_model, spec_text
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from served import SIZES, answer, apart, prompts, shape_of
 from test_parity import COMPILED, NEW_TOKENS, of_case, run_cases, schedule_of
 
@@ -38,14 +35,12 @@ EIGHT: dict[str, Any] = {"within": 1e-2}
 @dataclass(frozen=True)
 class Case:
     """A format, and how near vLLM's log-probabilities come to those of the weights that are meant,
-    in float32. `activations` are what such are quantised to, a token by itself; `cache` is the
-    scale of keys and values that are kept in FP8."""
+    in float32. `activations` are what such are quantised to, a token by itself."""
 
     form: str
     dtype: str = "float32"
     within: float = 1e-3
     activations: str | None = None
-    cache: float | None = None
     eager: bool = True
     variant: str = "llama"
     left: tuple[str, ...] = ()
@@ -72,7 +67,6 @@ CASES = {
     "FP8 per channel": Case("FP8 per channel", **EIGHT, activations="float"),
     "compiled, W4A16": Case("W4A16", **HALF, eager=False),
     "compiled, INT8": Case("INT8", **EIGHT, activations="int", eager=False),
-    "INT8, FP8 cache": Case("INT8", activations="int", cache=1 / 32, within=5e-2),
 }
 WITH_FAULTS = "W4A16", "INT8"
 
@@ -90,13 +84,6 @@ def quantised(case: Case, directory: Path) -> Path:
             for group in quantization["config_groups"].values():
                 taken = {"num_bits": 8, "type": case.activations, "strategy": "token"}
                 group["input_activations"] = {**taken, "symmetric": True, "dynamic": True}
-    if case.cache is not None:
-        scales = [f"model.layers.{i}.self_attn.{n}_scale" for i in range(4) for n in "kv"]
-        tensors = tensors_of(source) | {n: torch.tensor([case.cache]) for n in scales}
-        save_file(tensors, source / "model.safetensors", {"format": "pt"})
-        with quantising.changed(source) as quantization:
-            scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
-            quantization["kv_cache_scheme"] = {**scheme, "dynamic": False}
     return source
 
 
@@ -169,26 +156,8 @@ def references(paths: dict[str, Path]) -> dict[str, Answers]:
         model = open_model(open_checkpoint(path), "float32", "cpu")
         if (activations := CASES[name].activations) is not None:
             round_activations(model, activations)
-        with kept_in_fp8(CASES[name].cache):
-            found[name] = [answer(model, prompt, NEW_TOKENS) for prompt in prompts()]
+        found[name] = [answer(model, prompt, NEW_TOKENS) for prompt in prompts()]
     return found
-
-
-@contextlib.contextmanager
-def kept_in_fp8(scale: float | None) -> Iterator[None]:
-    """What transformers caches, and so attends to, in FP8 by one scale, unless that is None."""
-    if scale is None:
-        yield
-        return
-    update = transformers.DynamicCache.update
-
-    def rounding(cache: Any, *states: torch.Tensor, **more: Any) -> Any:
-        keys_values, rest = states[:2], states[2:]
-        fp8 = [(x / scale).to(torch.float8_e4m3fn).float() * scale for x in keys_values]
-        return update(cache, *fp8, *rest, **more)
-
-    with mock.patch.object(transformers.DynamicCache, "update", rounding):
-        yield
 
 
 @pytest.mark.parametrize("name", CASES)

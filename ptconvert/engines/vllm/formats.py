@@ -47,6 +47,10 @@ def _is_int8_alone(given: Mapping[str, Any]) -> bool:
     return any(not taken for _, taken in _int8(given))
 
 
+def _caches(given: Mapping[str, Any]) -> bool:
+    return bool(given.get("kv_cache_scheme") or given.get("kv_cache_quant_algo"))
+
+
 def _int8(given: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Any]]:
     return (
         (weights, taken)
@@ -66,6 +70,10 @@ _SCHEMES: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (
     (_in_act_order, "groups in act-order (desc_act, actorder): vLLM would leave their order out"),
     (_is_asymmetric_gptq, "GPTQ with sym false: vLLM would leave its zero points out"),
     (_has_int8_zeros, "INT8 weights with zero points: vLLM has symmetric ones only"),
+    (
+        _caches,
+        "a quantised KV cache (kv_cache_scheme, kv_cache_quant_algo): not served; leave it out",
+    ),
     (_is_int8_alone, "INT8 weights beside activations that aren't quantised: vLLM has no such"),
 )
 
