@@ -72,7 +72,7 @@ _SCHEMES: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (
     (_has_int8_zeros, "INT8 weights with zero points: vLLM has symmetric ones only"),
     (
         _caches,
-        "a quantised KV cache (kv_cache_scheme, kv_cache_quant_algo): not served; leave it out",
+        "a quantised KV cache (kv_cache_scheme, kv_cache_quant_algo): not served in vLLM",
     ),
     (_is_int8_alone, "INT8 weights beside activations that aren't quantised: vLLM has no such"),
 )
