@@ -150,8 +150,9 @@ class Graph:
                 graph.calls.append(again)
                 return result
 
-        self.mode: Any = Recording()  # type: ignore[no-untyped-call]
-        self.mode.__enter__()
+        mode: Any = Recording()  # type: ignore[no-untyped-call]
+        self.mode = mode
+        mode.__enter__()
 
     def capture_end(self) -> None:
         self.mode.__exit__(None, None, None)

@@ -124,7 +124,9 @@ _library: Any = torch.library.Library(BOUNDARY.split("::")[0], "FRAGMENT")  # ty
 direct_register_custom_op(
     BOUNDARY.split("::")[1],
     _all_reduce_boundary,
-    mutates_args=["sums"],
+    # What is summed isn't changed, but a compiler must think so: else it may compute that a second
+    # time for whoever waits, and give the memory of the first to others while it is in flight.
+    mutates_args=["local_TD", "sums"],
     fake_impl=_no_boundary,
     target_lib=_library,
 )
