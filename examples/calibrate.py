@@ -20,18 +20,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ptconvert.estimate.compare import Candidate, Setting
 from ptconvert.estimate.hardware import Engine, Hardware, Link, read_engine, read_hardware
 from ptconvert.estimate.model import Workload, estimate
+from ptconvert.estimate.server import Load, serve
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.presets import PRESETS
 from ptconvert.schedule.schedule import Schedule
 
 DATA = Path(__file__).parent / "calibration"
+FIT = "fit"  # in the files' column `use`, of what the fit sees; "test" of what it doesn't
 Rows = Mapping[str, Any]  # hardware and engine rows by name
 ENGINES = {  # as the Parallel Track paper's tables name them
     "tensorrt_llm": "tensorrt-llm",
     "vllm": "vllm-parallel-track-paper",
 }
+SERVERS = tuple(ENGINES.values())
 # Every fitted constant: the files and the field that hold it.
 H100 = ("h100-sxm", "h100-sxm-p2p-off")
 FITTED: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -45,18 +49,24 @@ FITTED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("h100-sxm-p2p-off",), "links.0.base_us"),
     (("h100-sxm-p2p-off",), "links.1.protocols.0.step_us"),
     (("gpt-fast",), "matmul_reach"),
-    (("gpt-fast",), "batched_reach"),
+    (("gpt-fast",), "batched_kernels"),
     (("gpt-fast",), "prefill_launch_us"),
-    (("tensorrt-llm",), "matmul_reach"),
-    (("tensorrt-llm",), "step_us"),
-    (("tensorrt-llm",), "request_us"),
-    (("tensorrt-llm",), "kv_reach"),
-    ((ENGINES["vllm"],), "step_us"),
-    ((ENGINES["vllm"],), "request_us"),
-    ((ENGINES["vllm"],), "kv_reach"),
-    ((ENGINES["vllm"],), "matmul_reach"),
+    (SERVERS, "sequence_us"),
+    (SERVERS, "prompt_token_us"),
+    *(
+        ((server,), constant)
+        for server in SERVERS
+        for constant in (
+            "matmul_reach",
+            "step_us",
+            "request_us",
+            "kv_reach",
+            "kv_head_reach",
+        )
+    ),
 )
 LL_TO_SIMPLE_US = 9.0  # between the network link's two protocols, as in NCCL's tuning.cc
+CHUNK = 8192  # tokens of a step: vLLM's server on an H100, and trtllm-serve, unless told otherwise
 NETWORK = "h100-sxm-p2p-off", "links.1.protocols"
 
 
@@ -74,15 +84,18 @@ class Observation:
     metric: str
     value: float
     fitted: bool
+    server: bool = False
 
 
-def shape(layers: int, width: int, heads: int, neurons: int, vocabulary: int) -> ModelShape:
+def shape(
+    layers: int, width: int, heads: int, neurons: int, vocabulary: int, kv_heads: int = 8
+) -> ModelShape:
     config = {
         "model_type": "llama",
         "num_hidden_layers": layers,
         "hidden_size": width,
         "num_attention_heads": heads,
-        "num_key_value_heads": 8,
+        "num_key_value_heads": kv_heads,
         "head_dim": 128,
         "intermediate_size": neurons,
         "vocab_size": vocabulary,
@@ -95,7 +108,7 @@ def shape(layers: int, width: int, heads: int, neurons: int, vocabulary: int) ->
 SHAPES = {
     "ladder 8B": shape(32, 4096, 32, 14336, 128256),
     "ladder 70B": shape(80, 8192, 64, 28672, 128256),
-    "ladder 405B": shape(126, 16384, 128, 53248, 128256),
+    "ladder 405B": shape(126, 16384, 128, 53248, 128256, kv_heads=16),
     "PT 30B": shape(48, 7168, 64, 22016, 153600),
 }
 ARCHITECTURES = {
@@ -120,12 +133,11 @@ def read(name: str) -> list[dict[str, str]]:
 
 
 def ladder_rows(name: str) -> Iterator[Observation]:
-    """Fitted: `standard`, `no_comm` and, with peer-to-peer on, `ladder` of the first file."""
+    """Those of the 70B and the 405B."""
     for row in read(name):
         peers, architecture = row["nccl_p2p"], row["architecture"]
         large = name == "ladder_405b.csv"
         hardware = "2x8-h100-sxm-ib400" if large else "h100-sxm"
-        seen = architecture in ("standard", "no_comm") or (architecture, peers) == ("ladder", "on")
         yield Observation(
             "ladder 405B" if large else "ladder 70B",
             f"batch {row['batch']}, {row['tp']} ranks, p2p {peers}",
@@ -136,15 +148,18 @@ def ladder_rows(name: str) -> Iterator[Observation]:
             Workload(int(row["batch"]), 1024, 512),
             "speed_up" if large else "throughput",
             float(row["speed_up" if large else "tokens_per_second"]),
-            seen and name == "ladder_70b.csv",
+            row["use"] == FIT,
         )
 
 
 def ladder_log_rows() -> Iterator[Observation]:
-    """Fitted: prefills of the 70B at batch 1, 8 and 32. Nothing of the 8B."""
+    """Those of the logs, with a prefill's time beside tokens/s."""
     for row in read("ladder_logs.csv"):
-        values = {"throughput": row["tokens_per_second"], "ttft": row["prefill_ms"]}
-        for metric, value in values.items():
+        values = {
+            "throughput": (row["tokens_per_second"], row["use"]),
+            "ttft": (row["prefill_ms"], row["prefill_use"]),
+        }
+        for metric, (value, use) in values.items():
             if value:
                 yield Observation(
                     f"ladder {row['model']}",
@@ -156,16 +171,15 @@ def ladder_log_rows() -> Iterator[Observation]:
                     Workload(int(row["batch"]), 1024, 512),
                     metric,
                     float(value),
-                    metric == "ttft" and row["model"] == "70B" and row["batch"] in ("1", "8", "32"),
+                    use == FIT,
                 )
 
 
 def pt_rows() -> Iterator[Observation]:
-    """Fitted: prompts of 1024, and the latencies of prompts of 4096 and 16384."""
+    """Those of Parallel Track; its throughputs are a server's, of as many requests at a time."""
     for row in read("pt_30b.csv"):
         prompt, metric = int(row["input_tokens"]), row["metric"]
         new = 1 if row["output_tokens"] == "-" else int(row["output_tokens"])
-        seen = prompt == 1024 or (metric != "throughput" and prompt in (4096, 16384))
         for architecture in ("dense", "pt_d2"):
             yield Observation(
                 "PT 30B",
@@ -177,7 +191,8 @@ def pt_rows() -> Iterator[Observation]:
                 Workload(256 if metric == "throughput" else 1, prompt, new),
                 metric,
                 float(row[architecture]),
-                seen,
+                row["use"] == FIT,
+                server=metric == "throughput",
             )
 
 
@@ -207,6 +222,8 @@ def estimated(one: Observation, rows: Rows, architecture: str | None = None) -> 
     hardware: Hardware = rows[one.hardware]
     engine: Engine = rows[one.engine]
     shape = SHAPES[one.source]
+    if one.server:
+        return served(one, architecture, hardware, engine)
     found = estimate(
         schedule(architecture, shape.layers),
         shape,
@@ -217,6 +234,16 @@ def estimated(one: Observation, rows: Rows, architecture: str | None = None) -> 
     )
     times = {"ttft": found.ttft * 1e3, "tpot": found.tpot * 1e3}
     return times.get(one.metric, found.tokens_per_second)
+
+
+def served(one: Observation, architecture: str, hardware: Hardware, engine: Engine) -> float:
+    """Tokens/s of a server whose steps have prompts in chunks beside as many requests at a time as
+    the batch."""
+    shape, ranks = SHAPES[one.source], one.ranks
+    candidate = Candidate(architecture, schedule(architecture, shape.layers), ranks)
+    setting = Setting(shape, hardware, engine, one.engine, ranks, one.workload)
+    load = Load(math.inf, CHUNK, one.workload.batch)
+    return serve(candidate, setting, load).most * one.workload.new
 
 
 def packaged() -> dict[str, Any]:
@@ -260,19 +287,30 @@ def constants(rows: Rows) -> list[float]:
     return [float(get(rows[files[0]], path)) for files, path in FITTED]
 
 
-def residuals(values: Iterable[float], rows: Rows) -> list[float]:
-    """Logarithms of estimated over published, for the rows that the fit sees."""
-    changed = with_constants(rows, values)
-    return [math.log(estimated(o, changed) / o.value) for o in observations() if o.fitted]
+def residuals(
+    values: Iterable[float], rows: Rows, seen: dict[object, float] | None = None
+) -> list[float]:
+    """Logarithms of estimated over published, for the rows that the fit sees; `seen` are those of
+    before, by the constants that a row depends on."""
+    values, seen = list(values), {} if seen is None else seen
+    changed, found = with_constants(rows, values), []
+    for o in observations():
+        if o.fitted:
+            own = (o.hardware, o.engine)
+            held = [v for (files, _), v in zip(FITTED, values, strict=True) if {*files} & {*own}]
+            if (key := (o, *held)) not in seen:
+                seen[key] = math.log(estimated(o, changed) / o.value)
+            found.append(seen[key])
+    return found
 
 
 def fit(rows: Rows) -> list[float]:
     """The constants that least squares finds, from those given."""
     from scipy.optimize import least_squares
 
-    start = constants(rows)
+    start, seen = constants(rows), dict[object, float]()
     bounds = ([0.0] * len(start), [1.0 if "reach" in p or "share" in p else 1e6 for _, p in FITTED])
-    found = least_squares(residuals, start, x_scale=start, bounds=bounds, args=(rows,))
+    found = least_squares(residuals, start, x_scale=start, bounds=bounds, args=(rows, seen))
     return [float(value) for value in found.x]
 
 
@@ -305,6 +343,14 @@ def errors(rows: Rows) -> list[Row]:
     return found
 
 
+def is_batch(one: Observation, batch: int) -> bool:
+    return one.workload.batch == batch and one.metric in ("throughput", "speed_up")
+
+
+def is_method(one: Observation, architecture: str) -> bool:
+    return one.architecture == architecture and one.metric in ("throughput", "speed_up")
+
+
 Group = tuple[str, Callable[[Observation], bool]]
 GROUPS: tuple[Group, ...] = (
     (
@@ -334,6 +380,19 @@ GROUPS: tuple[Group, ...] = (
     (
         "Parallel Track 30B: tokens/s",
         lambda o: o.source == "PT 30B" and o.metric == "throughput",
+    ),
+    *(
+        (f"batch {batch}: tokens/s", functools.partial(is_batch, batch=batch))
+        for batch in (1, 4, 16, 64, 256)
+    ),
+    *(
+        (f"{name}: tokens/s", functools.partial(is_method, architecture=architecture))
+        for name, architecture in (
+            ("ladder", "ladder"),
+            ("parallel attention and MLP", "parallel"),
+            ("Parallel Track", "pt_d2"),
+            ("no communication", "no_comm"),
+        )
     ),
     ("all: tokens/s", lambda o: o.metric == "throughput"),
     ("all: times", lambda o: o.metric in ("ttft", "tpot")),

@@ -85,13 +85,15 @@ def test_what_the_pages_show_is_what_is_printed() -> None:
     yes, refused = (next(i for i, line in enumerate(x) if "onvert" in line) for x in (lines, no))
     drafted = printed("llama-3.1-70b", "h100-pcie", "--speculate", 3, "--accepted", 1.5)
     assert "\n".join(drafted[1 : drafted.index(next(x for x in drafted if "note" in x))]) in page
-    served = printed("llama-3.1-70b", "h100-pcie", "--rate", 2.3)
+    served = printed("llama-3.1-70b", "h100-pcie", "--rate", 2.5)
     begin = next(i for i, x in enumerate(served) if "requests a second," in x)
     second = next(i for i, x in enumerate(served) if x.startswith("note") and i > begin)
     assert "\n".join(served[begin:second]) in page
     note = next(i for i, x in enumerate(served) if "these saturate" in x)
     stop = next(i for i, x in enumerate(served) if x.startswith("estimated"))
     assert "\n".join(served[note:stop]) in page
+    load = next(i for i, x in enumerate(served) if x.startswith("As a server"))
+    assert "\n".join(served[load:]) in page
     assert "\n".join(lines) in page and "\n".join(lines[:end]) in readme
     assert "\n".join(lines[yes:]) in readme and "\n".join(no[refused:]) in readme
 

@@ -37,14 +37,41 @@ def rows() -> list[Any]:
     return found
 
 
-def test_published_rows_that_were_left_out_of_the_fit(rows: list[Any]) -> None:
+def test_the_data_say_which_rows_are_for_the_fit(rows: list[Any]) -> None:
+    """As the page says: of two nodes, of the 8B, and of batches 4 and 64 of the 70B there are none,
+    nor of prompts of 2048, 8192 and 63488 tokens, nor of a server's with 4096."""
     assert len(rows) == 232 and sum(r.one.fitted for r in rows) == 71
+    seen = [r.one for r in rows if r.one.fitted]
+    assert {o.source for o in seen} == {"ladder 70B", "PT 30B"}
+    assert {o.hardware for o in seen} == {"h100-sxm", "h100-sxm-p2p-off"}
+    assert {o.workload.prompt for o in seen if o.server} == {1024}
+    latencies = [o for o in seen if o.source == "PT 30B" and not o.server]
+    assert {o.workload.prompt for o in latencies} == {1024, 4096, 16384}
+    ladder = [o for o in seen if o.metric == "throughput" and not o.server]
+    assert {o.workload.batch for o in ladder} == {1, 16}
+    c = calibration()
+    for name in ("ladder_70b", "ladder_70b_more", "ladder_405b", "ladder_logs", "pt_30b"):
+        for row in c.read(f"{name}.csv"):
+            assert {row["use"], row.get("prefill_use", c.FIT)} <= {c.FIT, "test", ""}
+
+
+def test_published_rows_that_were_left_out_of_the_fit(rows: list[Any]) -> None:
+    """Speed-ups within 5% on average, in every group that the page shows, and absolute tokens/s and
+    times within 10%. Of 256 requests at a time those in the fit are further off."""
+    c = calibration()
     left = [r for r in rows if not r.one.fitted]
-    folder = [r for r in left if r.one.source in ("ladder 70B", "PT 30B")]
+    for name, chosen in c.GROUPS:
+        own = [r for r in left if chosen(r.one)]
+        assert own, name
+        ratios = [r.ratio_error for r in own if r.ratio_error is not None]
+        assert not ratios or mean(ratios) < 0.05, name
+        assert mean(r.error for r in own) < 0.10, name
+    nodes = [r for r in left if r.one.hardware == "2x8-h100-sxm-ib400"]
+    assert len(nodes) == 12 and mean(r.ratio_error for r in nodes) < 0.03
+    assert mean(r.ratio_error for r in rows if r.one.server) < 0.06
+    small = [r for r in left if r.one.source == "ladder 8B" and r.one.metric == "throughput"]
+    assert max(abs(r.error) for r in small) < 0.10
     unseen = [r for r in left if r.one.source == "ladder 8B"]
-    for chosen in (left, folder, unseen):
-        assert mean(r.ratio_error for r in chosen) < 0.05
-        assert mean(r.error for r in chosen if r.one.metric == "throughput") < 0.15
     assert mean(r.ratio_error for r in unseen if r.one.metric == "ttft") < 0.03
 
 
@@ -77,6 +104,7 @@ def test_the_limits_say_what_the_rows_show(rows: list[Any]) -> None:
         and r.one.engine == "tensorrt-llm"
     ]
     nodes = [r.ratio_error for r in rows if r.one.hardware == "2x8-h100-sxm-ib400"]
+    assert sum(error < 0 for error in nodes) == 11
     overlap = []
     for batch in (64, 16):
         standard, ladder = (
@@ -95,7 +123,8 @@ def test_the_limits_say_what_the_rows_show(rows: list[Any]) -> None:
         (f"take {mean(long):.0%} of what is estimated", 1),
         (f"gains {overlap[0][0] * 100:.0f} to {overlap[1][0]:.0%} where", 2),
         (f"where {overlap[0][1] * 100:.0f} to {overlap[1][1]:.0%} are", 2),
-        (f"by {mean(nodes):.0%} on average and up to {-min(nodes):.0%}", 3),
+        (f"are {mean(nodes):.0%} off on average, most of them too low, by up to", 3),
+        (f"{-min(nodes):.0%}: the network's", 3),
     )
     for text, index in said:
         assert text in LIMITS[index], text

@@ -7,6 +7,7 @@ import random
 from collections import deque
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from test_estimate_command import GIVEN, run_command
 from ptconvert.estimate.compare import BASELINE, Candidate, Setting
 from ptconvert.estimate.model import Speculation, Workload, estimate, step
 from ptconvert.estimate.roofline import Pass, rank_bytes, sublayer_parts
-from ptconvert.estimate.server import Load, Server, serve
+from ptconvert.estimate.server import Load, Served, Server, Steady, _Steps, serve
 from ptconvert.schedule.presets import PRESETS
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
@@ -194,6 +195,64 @@ def test_what_a_server_saturates_by() -> None:
     assert roomy.most == pytest.approx(2048 / (1024 + 512) / full, rel=0.05)
 
 
+def test_an_engine_runs_so_many_requests_at_a_time() -> None:
+    """256 of 1024 + 512 tokens: Little's law over the step that has them all."""
+    s = setting(1024, 513)
+    found = serve(DENSE, s, Load(0.1, 8192, 256))
+    assert found.limit == "requests at a time"
+    x = 256 / 513  # 512 steps that a request decodes in, and one for its prompt
+    steps = [
+        step(SMALL.dense, SMALL, H100, VLLM, 8, replace(one, sequences=x * 512)).seconds
+        for one in (
+            s.workload.decode,
+            replace(s.workload.decode, beside=Pass(1, 1024, 0, 1537)),
+        )
+    ]
+    assert found.most == pytest.approx(x / (x * steps[1] + (1 - x) * steps[0]))
+    assert found.most < serve(DENSE, s, Load(0.1, 8192)).most
+
+
+@given(st.integers(1, 3000), st.integers(2, 600), st.integers(64, 4096))
+@settings(max_examples=25, deadline=None)
+def test_the_rate_falls_only_where_a_prompt_takes_a_step_more(
+    prompt: int, new: int, chunk: int
+) -> None:
+    """So that a bisection below the first end at which it is higher finds the least solution."""
+    steps = _Steps(DENSE, setting(prompt, new), chunk)
+    most = chunk / (prompt + new - 1) * 0.999
+    ends = [0.0, *steps.jumps(most), most]
+    assert [steps.chunks(end) for end in ends[1:]] == sorted({steps.chunks(e) for e in ends[1:]})
+    for low, high in pairwise(ends[-4:]):
+        xs = [low + (high - low) * (n + 0.5) / 8 for n in range(8)] + [high]
+        rates = [x / steps.mean(x) for x in xs]
+        assert rates == sorted(rates) and {steps.chunks(x) for x in xs} == {steps.chunks(high)}
+
+
+def test_a_servers_verdict_is_of_its_load() -> None:
+    """By what it serves at most, or by a token's time; a way that saturates is named."""
+
+    def of(ours: Server, other: Server) -> str:
+        return Served(Load(2.0, 2048), [other, ours]).verdict
+
+    def way(name: str, most: float, tpot: float | None) -> Server:
+        steady = None if tpot is None else Steady(1.0, 0.1, tpot, 1.0)
+        return Server(name, steady, most, "full steps", name == "ours")
+
+    same = of(way("ours", 3.06, 0.0101), way("dense", 3.0, 0.01))
+    assert same == (
+        "As a server: don't convert: ours serves 3.06 requests a second at most, dense 3.00; a "
+        "token takes 10.10 ms, not 10.00."
+    )
+    assert "convert: " in of(way("ours", 3.2, 0.01), way("dense", 3.0, 0.01))[12:22]
+    assert of(way("ours", 3.0, 0.009), way("dense", 3.0, 0.01)).startswith("As a server: convert")
+    over = of(way("ours", 3.0, 0.01), way("dense", 1.9, None))
+    assert over == (
+        "As a server: convert: ours serves 3.00 requests a second at most, dense 1.90, and dense "
+        "saturates."
+    )
+    assert of(way("ours", 0.0, None), way("dense", 3.0, 0.01)) == ""
+
+
 def test_a_server_is_printed(tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     given = (*GIVEN, "--rate", 2)
@@ -203,6 +262,13 @@ def test_a_server_is_printed(tmp_path: Path) -> None:
     assert "<h2>As a server</h2>" in text and "2 requests a second, 1,024 tokens" in text
     figures = json.loads(run_command(*given, "--json")[0])["server"]
     assert figures["tokens_in_a_step"] == 2048 and figures["notes"] == []
+    assert figures["requests_in_a_step"] is None
+    few = json.loads(run_command(*given, "--seqs", 4, "--json")[0])["server"]
+    assert few["requests_in_a_step"] == 4
+    assert {way["limited_by"] for way in few["ways"]} == {"requests at a time"}
+    assert "1,024 tokens and 4 requests in a step" in run_command(
+        *given, "--chunk", 1024, "--seqs", 4
+    )[0].replace("2 requests a second, ", "")
     base, ours, replicas = figures["ways"]
     assert (base["name"], replicas["name"]) == ("tensor_parallel", "replicas")
     assert ours["most_requests_per_second"] > base["most_requests_per_second"] > 2
@@ -229,7 +295,9 @@ def test_a_server_is_printed(tmp_path: Path) -> None:
         (("--rate", "inf"), "inf is not in the range"),
         (("--rate", "nan"), "--rate is nan; it must be a number of requests a second"),
         (("--chunk", 512), "--chunk needs --rate R, the requests that come in a second"),
+        (("--seqs", 4), "--seqs needs --rate R, the requests that come in a second"),
         (("--rate", 1, "--chunk", 0), "0 is not in the range"),
+        (("--rate", 1, "--seqs", 0), "0 is not in the range"),
     ],
 )
 def test_a_wrong_load_is_a_line(arguments: tuple[object, ...], what: str) -> None:

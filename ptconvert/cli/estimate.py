@@ -72,6 +72,12 @@ CHUNK = 2048  # vLLM's max_num_batched_tokens, where a device's memory doesn't a
     metavar="TOKENS",
     help=f"Tokens of a server's step at most, those of prompts among them.  [{CHUNK}]",
 )
+@click.option(
+    "--seqs",
+    type=click.IntRange(1, 2**20),
+    metavar="N",
+    help="Requests in a server's step at most (vLLM's max_num_seqs).  [as memory holds]",
+)
 @shared("--dtype", "auto", says="auto: the model's")
 @shared("--json")
 @shared("--html")
@@ -194,14 +200,15 @@ def _load(options: dict[str, Any]) -> Load | None:
     """The requests that come to a server, as options say."""
     from ptconvert.estimate.server import Load
 
-    rate, chunk = options["rate"], options["chunk"]
+    rate, chunk, seqs = options["rate"], options["chunk"], options["seqs"]
     if rate is None:
-        if chunk is not None:
-            raise click.UsageError("--chunk needs --rate R, the requests that come in a second")
+        for name, given in (("--chunk", chunk), ("--seqs", seqs)):
+            if given is not None:
+                raise click.UsageError(f"{name} needs --rate R, the requests that come in a second")
         return None
     if math.isnan(rate):
         raise click.UsageError("--rate is nan; it must be a number of requests a second")
-    return Load(rate, chunk or CHUNK)
+    return Load(rate, chunk or CHUNK, seqs or math.inf)
 
 
 def _speculation(options: dict[str, Any]) -> Speculation:

@@ -66,7 +66,7 @@ def pipeline(setting: Setting) -> Served:
     )
     first, first_slowest = _through(setting, workload.prefill)
     token, token_slowest = _through(setting, workload.decode, drafting)
-    ttft = first + (groups - 1) * first_slowest + s.engine.request_us * 1e-6
+    ttft = first + (groups - 1) * first_slowest + s.engine.arrival(workload.prompt)
     tpot = max(token, groups * token_slowest) / workload.tokens_per_step
     whole = ttft + (workload.new - 1) * tpot
     # Of embeddings and lm_head a stage holds one: what a model holds that ties them.

@@ -34,6 +34,8 @@ from ptconvert.errors import HardwareError
 from ptconvert.estimate.sources import Sources
 from ptconvert.spec.reader import FORMAT, Found, choice, number, read
 
+NCCL_PROTOCOLS = ("LL", "LL128", "Simple")
+ACROSS = "across nodes"  # the algorithm of a link whose all-reduces are NCCL's between nodes
 _ENDINGS = ("none", "blocking", "overlapped", "all")
 # What an answer calls numbers where it says which of them are measured.
 _FLOPS, _MEMORY, _REACH = "FLOP/s", "memory", "bandwidth that kernels reach"
@@ -80,10 +82,12 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """One way of moving a message over a link: `step_us` per hop, `gb_s` (1e9 B/s) per rank."""
+    """One way of moving a message over a link: `step_us` per hop, `gb_s` (1e9 B/s) per rank, and
+    `more_us` of fixed time beyond the link's."""
 
     step_us: float = number(about=_LATENCY)
     gb_s: float = number(1e-6, about=_BANDWIDTH)
+    more_us: float = number(default=0.0, about=_LATENCY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +95,22 @@ class Link:
     """What joins `ranks` devices, groups of the level below included.
 
     `base_us` is the fixed time of one all-reduce. Ring all-reduces take 2(n-1) steps, trees
-    2 ceil(log2 n). `one_shot_us` is the fixed time of a kernel that reads all peers' buffers at
-    once, 0 where peers can't be read. `switch_us` and `switch_gb_s` (1e9 bytes of the message per
-    second) are of a reduction in the switch, 0 where there is none. The fastest way is taken at
-    each message size.
+    2 ceil(log2 n); where this link joins nodes by NCCL (`across nodes`), both run over all ranks of
+    all nodes in one protocol, and this link and the one before it have NCCL's three, LL, LL128 and
+    Simple. `one_shot_us` is the fixed time of a kernel that reads all peers' buffers at once, and
+    `two_shot_us` and `two_shot_gb_s` (1e9 B/s per rank) are of one that reads each peer's part, and
+    then the sums; 0 where peers can't be read. `switch_us` and `switch_gb_s` (1e9 bytes of the
+    message per second) are of a reduction in the switch, 0 where there is none. The fastest way is
+    taken at each message size.
     """
 
     name: str
     ranks: int = number(1, 2**20)
     base_us: float = number(about=_LATENCY)
-    algorithm: str = choice("ring", "tree", "ring or tree")
+    algorithm: str = choice("ring", "tree", "ring or tree", ACROSS)
     one_shot_us: float = number(default=0.0, about=_LATENCY)
+    two_shot_us: float = number(default=0.0, about=_LATENCY)
+    two_shot_gb_s: float = number(default=0.0, about=_BANDWIDTH)
     switch_us: float = number(default=0.0, about=_LATENCY)
     switch_gb_s: float = number(default=0.0, about=_BANDWIDTH)
     protocols: tuple[Protocol, ...]
@@ -128,6 +137,19 @@ class Hardware:
         for lower, upper in pairwise(links):
             if lower.values["ranks"] >= upper.values["ranks"]:
                 yield upper.lines["ranks"], "a link must join more ranks than the one before it"
+        joined = [link for link in found.values.get("links", ()) if link]
+        for lower, upper in zip([None, *joined], joined, strict=False):
+            if upper.values.get("algorithm") == ACROSS:
+                held = [len(x.values.get("protocols", ())) if x else 0 for x in (lower, upper)]
+                if held != [len(NCCL_PROTOCOLS)] * 2:
+                    names = ", ".join(NCCL_PROTOCOLS)
+                    yield (
+                        upper.lines["algorithm"],
+                        (
+                            f"algorithm is {ACROSS}; this link and the one before it must have the "
+                            f"protocols {names}, in this order"
+                        ),
+                    )
         engine = found.values.get("engine", "")
         if engine and engine not in engine_names():
             what = f"engine is {engine}; it must be one of {', '.join(engine_names())}"
@@ -163,20 +185,23 @@ class Engine:
     - `attention_kernels`, `mlp_kernels`: of one sublayer, its norm and the addition to the
       residual stream included; `head_kernels`: of embeddings, final norm and lm_head;
       `guess_kernels`: of one track's guess after a sublayer.
-    - `step_us`, `request_us`: host time per pass, and per request until its first token;
-      `prefill_launch_us`: what a prefill's kernel takes longer to launch than one in a graph.
-    - `matmul_reach`: the share of the device's FLOP/s that it attains in a prefill.
-    - `kv_reach`: the share of the bandwidth reached that reading the KV cache attains; `kv_reads`:
-      how often it is read.
-    - `batched_reach`: the share that reading weights attains when there is more than one token
-      (matrix-matrix kernels, where one token has matrix-vector ones).
+      `batched_kernels`: how many more a sublayer has when there is more than one token.
+    - `step_us`, `sequence_us`: host time per pass, and per sequence in it; `request_us`,
+      `prompt_token_us`: per request, and per token of its prompt, until its first token, which a
+      server has beside the steps of other requests; `prefill_launch_us`: what a prefill's kernel
+      takes longer to launch than one in a graph.
+    - `matmul_reach`: the share of the device's FLOP/s that it attains in a prefill;
+      `attention_reach`: that of attention's scores and values, 0 where it is the same.
+    - `kv_reach`: the share of the bandwidth reached that reading the KV cache attains;
+      `kv_head_reach`: what of it a decode step attains for each KV head of each sequence, where
+      there are too few of them; `kv_reads`: how often it is read.
     - `score_passes`: times that a prefill's attention scores travel to or from memory; 0 where
       kernels are fused.
     - `cache`: whether attention reads the tokens so far or the whole allocated cache; `logits`: of
       which positions; `vocabulary`: whether lm_head is cut by rank.
-    - `one_shot`, `in_switch`: the endings whose all-reduces may be one-shot kernels, and reductions
-      in the switch: an engine's blocking all-reduces and its overlapped ones are often different
-      libraries'.
+    - `one_shot`, `in_switch`: the endings whose all-reduces may be kernels that read peers'
+      buffers, in one shot or two, up to `shot_mb` (1e6 B), and reductions in the switch: an
+      engine's blocking all-reduces and its overlapped ones are often different libraries'.
     """
 
     version: str = ""
@@ -186,20 +211,29 @@ class Engine:
     mlp_kernels: float = number(1)
     head_kernels: float = number(1)
     guess_kernels: float = number(1, default=4.0)
+    batched_kernels: float = number(default=0.0)
     step_us: float = number()
+    sequence_us: float = number(default=0.0)
     request_us: float = number()
+    prompt_token_us: float = number(default=0.0)
     prefill_launch_us: float = number()
     matmul_reach: float = number(1e-3, 1.0)
+    attention_reach: float = number(0.0, 1.0, 0.0)
     kv_reach: float = number(1e-3, 1.0)
+    kv_head_reach: float = number(1e-3, 1.0, 1.0)
     kv_reads: str = choice("per KV head", "per query head")
-    batched_reach: float = number(1e-3, 1.0)
     score_passes: float = number()
     cache: str = choice("so far", "allocated")
     logits: str = choice("last", "all")
     vocabulary: str = choice("sharded", "replicated")
     one_shot: str = choice(*_ENDINGS)
+    shot_mb: float = number(default=1e9)
     in_switch: str = choice(*_ENDINGS)
     sources: Sources = field(default_factory=Sources)
+
+    def arrival(self, prompt: int) -> float:
+        """Seconds of host time that a request with so many tokens takes beside its passes."""
+        return (self.request_us + self.prompt_token_us * prompt) * 1e-6
 
     @property
     def edition(self) -> str:

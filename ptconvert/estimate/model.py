@@ -134,12 +134,14 @@ def reduction(
     """One all-reduce of a pass, of so many streams, in the ways that the engine opens to each kind
     of ending."""
 
+    nbytes = streams * one.total * shape.bytes_per_token
+
     def ended(ending: str) -> Transfer:
         return all_reduce(
-            streams * one.total * shape.bytes_per_token,
+            nbytes,
             ranks,
             hardware.links,
-            one_shot=engine.one_shot in ("all", ending),
+            one_shot=engine.one_shot in ("all", ending) and nbytes <= engine.shot_mb * 1e6,
             in_switch=engine.in_switch in ("all", ending),
         )
 
@@ -207,7 +209,7 @@ def estimate(
         for one in passes
     )
     tracked = several_tracked(schedule, ranks, tracks)
-    ttft = prefill.seconds + engine.request_us * 1e-6
+    ttft = prefill.seconds + engine.arrival(workload.prompt)
     speculation = workload.speculation
     drafting = draft_seconds(shape, hardware, engine, ranks, workload.decode, speculation)
     tpot = (decode.seconds + drafting) / workload.tokens_per_step

@@ -290,9 +290,11 @@ def _numbers(hardware: Hardware) -> list[list[str]]:
 def _reached(setting: Setting) -> str:
     """What the rooflines are of, and what no row of them has."""
     s, device = setting, setting.hardware.device
+    attention = s.engine.attention_reach or s.engine.matmul_reach
     reached = (
         f"Reached are {device.matmul_tflops * s.engine.matmul_reach:,.0f} of "
-        f"{device.matmul_tflops:,.0f} TFLOP/s and "
+        f"{device.matmul_tflops:,.0f} TFLOP/s ({device.matmul_tflops * attention:,.0f} of them in "
+        "attention) and "
         f"{device.memory_gb_s * device.memory_reach:,.0f} of {device.memory_gb_s:,.0f} GB/s."
     )
     cut = [
@@ -313,7 +315,7 @@ def _stage_by_hand(
     s, device = setting, setting.hardware.device
     parts = sublayer_parts(sublayer, s.shape, s.engine, s.ranks, one)
     roofline = sum(part.seconds(device, s.engine) for part in parts)
-    fixed = kernel_seconds(kernels_of(sublayer.kind, s.engine), device, s.engine, one)
+    fixed = kernel_seconds(kernels_of(sublayer.kind, s.engine, one), device, s.engine, one)
     moved = reduction(s.shape, s.hardware, s.engine, s.ranks, one)
     return [
         what,

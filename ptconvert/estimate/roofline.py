@@ -76,21 +76,23 @@ class Part:
     """Work of one rank: FLOPs and bytes of memory traffic.
 
     `batched` bytes are of weights that meet more than one token. `quantised` are the FLOPs of what
-    is multiplied in one of `models.quantised.PRODUCTS`, which aren't among `flops`.
+    is multiplied in one of `models.quantised.PRODUCTS`, which aren't among `flops`; `attends` says
+    that these are attention's.
     """
 
     flops: float
     nbytes: float
     batched: float = 0.0
     quantised: Mapping[str, float] = field(default_factory=dict)
+    attends: bool = False
 
     def seconds(self, device: Device, engine: Engine) -> float:
         """The larger of the two over what is reached of the device's rates."""
         computed = self.flops / device.tflops(None)
         computed += sum(flops / device.tflops(product) for product, flops in self.quantised.items())
-        computed /= 1e12 * engine.matmul_reach
+        computed /= 1e12 * ((self.attends and engine.attention_reach) or engine.matmul_reach)
         bandwidth = device.memory_gb_s * 1e9 * device.memory_reach
-        slower = self.batched / (device.batched_reach * engine.batched_reach)
+        slower = self.batched / device.batched_reach
         return max(computed, (self.nbytes - self.batched + slower) / bandwidth)
 
 
@@ -115,7 +117,7 @@ def stage_seconds(
         cut = max(tracks, ranks) if sublayer.layer in tracked else ranks
         parts = sublayer_parts(sublayer, shape, engine, cut, one)
         once = sum(part.seconds(device, engine) for part in parts)
-        fixed = kernel_seconds(kernels_of(sublayer.kind, engine), device, engine, one)
+        fixed = kernel_seconds(kernels_of(sublayer.kind, engine, one), device, engine, one)
         total += cut // ranks * (once + fixed)
         if sublayer in guesses:
             guess = guess_part(shape, guesses[sublayer], one).seconds(device, engine)
@@ -156,9 +158,10 @@ def _guess_sizes(shape: ModelShape, rank: int) -> list[tuple[int, ...]]:
     return [size for _, _, size in guess_tensors(shape, one_sublayer, 1)]
 
 
-def kernels_of(kind: Kind, engine: Engine) -> float:
+def kernels_of(kind: Kind, engine: Engine, one: Pass) -> float:
     """How many kernels a sublayer has; each of a mixture's two parts as many as an MLP."""
-    return engine.attention_kernels if kind is Kind.ATTENTION else engine.mlp_kernels
+    own = engine.attention_kernels if kind is Kind.ATTENTION else engine.mlp_kernels
+    return own + (engine.batched_kernels if one.total > 1 else 0.0)
 
 
 def kernel_seconds(kernels: float, device: Device, engine: Engine, one: Pass) -> float:
@@ -175,8 +178,9 @@ def head_seconds(shape: ModelShape, device: Device, engine: Engine, ranks: int, 
     nbytes = weights + tokens * rows + 4 * one.total * shape.width
     size = _bytes(shape)
     part = Part(2 * tokens * weights, nbytes * size, weights * size if tokens > 1 else 0.0)
-    fixed = kernel_seconds(engine.head_kernels, device, engine, one) + engine.step_us * 1e-6
-    return part.seconds(device, engine) + fixed
+    fixed = kernel_seconds(engine.head_kernels, device, engine, one)
+    host = engine.step_us + engine.sequence_us * sum(part.sequences for part in one.alike)
+    return part.seconds(device, engine) + fixed + host * 1e-6
 
 
 def joining_part(shape: ModelShape, one: Pass) -> Part:
@@ -264,24 +268,27 @@ def _attention(
     window = shape.window_of(layer)
     kv_heads, head_size = shape.kv_heads_of(layer), shape.head_size_of(layer)
     queries = shape.heads * head_size / cut
-    # and values, elements per token; heads are replicated where there are fewer than parts
-    keys = 2 * max(kv_heads // cut, 1) * head_size
+    own = max(kv_heads // cut, 1)  # KV heads, replicated where there are fewer than parts
+    keys = 2 * own * head_size  # and values, elements per token
     moved = one.total * (4 * shape.width + 3 * queries + keys)  # norm, addition; in and out
     size = _bytes(shape)
     projections = _projections(weights, moved * size, one)
-    reads = shape.heads // kv_heads if engine.kv_reads == "per query head" else 1
+    reads = shape.heads / cut / own if engine.kv_reads == "per query head" else 1
     cores = []
     for part in one.alike:
         attended, cached = part.attended(window), part.cached(window)
         if engine.cache == "allocated":
             attended = cached = min(part.allocated, window or part.allocated)
-        read = part.sequences * cached * keys * reads / engine.kv_reach
+        reach = engine.kv_reach
+        if not part.is_prefill:
+            reach = min(reach, engine.kv_head_reach * max(part.sequences, 1.0) * own)
+        read = part.sequences * cached * keys * reads / reach
         scores = 0.0
         if part.tokens > 1:
             heads = shape.heads / cut
             scores = engine.score_passes * part.total * attended * heads
         flops = 4 * part.total * attended * queries
-        cores.append(Part(flops, (read + scores + part.total * keys) * size))
+        cores.append(Part(flops, (read + scores + part.total * keys) * size, attends=True))
     return projections, *cores
 
 

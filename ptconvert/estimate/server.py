@@ -10,18 +10,21 @@ arXiv 2403.02310; vLLM's max_num_batched_tokens). Where x requests come, and go,
     k = ceil(P / (C - n d))    steps that a prompt takes, with P/k tokens in each
     f = min(1, k x)            is the share of steps that have chunks, of max(1, k x) prompts
     s = f s(n, chunks) + (1-f) s(n, none)    seconds of a step, and of drafting for it
-    r = x / s                  which rises with x
+    r = x / s                  which rises with x, but falls where k does a step up
 
 Each chunk reads the weights anew, in a step with the decoding requests, and attends to its prompt
 so far. A token takes s / y. The first one comes after what is left of the step that runs, the
 prompts before, its own chunks, and the engine's time for a request. The prompts before are a queue
 of one server with the same service S for each, that of a prompt in steps of C tokens: of
 rho S / (2 (1 - rho)) seconds, where rho = r S (Pollaczek and Khinchine). The server saturates where
-a step has C tokens, n d + P x, or the cache of n + k x requests, each in the mean of P + N/2
-tokens, fills the memory: beyond that rate there is no steady state.
+a step has C tokens, n d + P x, or n + k x requests are as many as the engine runs at a time, or
+their cache, each in the mean of P + N/2 tokens, fills the memory: beyond that rate there is no
+steady state. Of several x with the same rate the least is meant, which a server that fills comes to
+first.
 
 Lengths are all alike, nothing is preempted, and the host has as much to do for a step as for one of
-a static batch. Nobody's published runs were compared with this.
+a static batch. Compared with published runs were only those with as many requests at a time as an
+engine takes (examples/calibrate.py); of a server at a rate there are none.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ptconvert.estimate.advice import WORTH
 from ptconvert.estimate.compare import Candidate, Row, Setting
 from ptconvert.estimate.model import draft_seconds, several_tracked, step
 from ptconvert.estimate.roofline import Pass, rank_bytes
@@ -40,10 +44,11 @@ _HALVINGS = 40
 
 @dataclass(frozen=True)
 class Load:
-    """How many requests come in a second, and how many tokens a step has at most."""
+    """How many requests come in a second, and how many tokens and requests a step has at most."""
 
     rate: float
     chunk: int
+    requests: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Server:
     steady: Steady | None
     most: float
     limit: str
+    converts: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """In SI units."""
@@ -131,14 +137,45 @@ class Served:
     @property
     def title(self) -> str:
         """What the load is."""
-        return f"{self.load.rate:g} requests a second, {self.load.chunk:,} tokens in a step at most"
+        most = f"{self.load.chunk:,} tokens"
+        if self.load.requests < math.inf:
+            most += f" and {self.load.requests:,.0f} requests"
+        return f"{self.load.rate:g} requests a second, {most} in a step at most"
+
+    @property
+    def verdict(self) -> str:
+        """Convert for this load, or don't, in a sentence; nothing where no schedule, or nothing
+        else, holds a request. It is worth it by what it serves at most, or by a token's time."""
+        ours, others = (
+            max((x for x in self.fits if x.converts is c), key=lambda x: x.most, default=None)
+            for c in (True, False)
+        )
+        if ours is None or others is None:
+            return ""
+        gains = [ours.most / others.most - 1]
+        found = (
+            f"{ours.name} serves {ours.most:,.2f} requests a second at most, {others.name} "
+            f"{others.most:,.2f}"
+        )
+        if ours.steady and others.steady:
+            gains.append(others.steady.tpot / ours.steady.tpot - 1)
+            found += (
+                f"; a token takes {ours.steady.tpot * 1e3:,.2f} ms, not "
+                f"{others.steady.tpot * 1e3:,.2f}"
+            )
+        elif ours.steady or others.steady:
+            found += f", and {others.name if ours.steady else ours.name} saturates"
+        say = "convert" if max(gains) >= WORTH else "don't convert"
+        return f"As a server: {say}: {found}."
 
     def to_json(self) -> dict[str, Any]:
         """In SI units."""
         return {
             "requests_per_second": self.load.rate,
             "tokens_in_a_step": self.load.chunk,
+            "requests_in_a_step": self.load.requests if self.load.requests < math.inf else None,
             "notes": self.notes,
+            "verdict": self.verdict,
             "ways": [server.to_json() for server in self.servers],
         }
 
@@ -163,6 +200,15 @@ class _Steps:
     def chunks(self, x: float) -> int:
         """Steps that a prompt takes."""
         return math.ceil(self.setting.workload.prompt / self.free(x))
+
+    def jumps(self, below: float) -> list[float]:
+        """The x below another after which a prompt takes a step more: free(x) = prompt / k."""
+        workload = self.setting.workload
+        each = self.decoding(1.0) * workload.decode.tokens
+        if not each:
+            return []
+        counts = range(self.chunks(0.0), self.chunks(below))
+        return [(self.chunk - workload.prompt / k) / each * (1 - 1e-12) for k in counts]
 
     def prefilling(self, x: float) -> float:
         """Prompts that have chunks in a mean step."""
@@ -202,19 +248,23 @@ class _Steps:
         load = rate * service
         waited = min(1.0, running + prompts) * mean / 2 + load * service / (2 * (1 - load))
         own = chunks * self.seconds(x, max(1.0, prompts))
-        ttft = waited + own + s.engine.request_us * 1e-6
+        ttft = waited + own + s.engine.arrival(workload.prompt)
         tpot = mean / workload.tokens_per_step
         return Steady(running, ttft, tpot, rate * workload.new)
 
 
 def servers(rows: Sequence[Row], setting: Setting, load: Load) -> list[Server]:
     """What each row's server does under a load, and replicas that share it."""
-    found = [serve(row.candidate, setting, load) for row in rows]
+    found = [
+        replace(serve(row.candidate, setting, load), converts=row is not rows[0]) for row in rows
+    ]
     if setting.ranks == 1:
         return found
     s, alone = setting, replace(setting, ranks=1)
     dense = Candidate("replicas", s.shape.dense, 1)
-    one = serve(dense, alone, replace(load, rate=load.rate / s.ranks))
+    one = serve(
+        dense, alone, replace(load, rate=load.rate / s.ranks)
+    )  # each with limits of its own
     steady = one.steady and replace(
         one.steady,
         running=one.steady.running * s.ranks,
@@ -246,20 +296,29 @@ def serve(candidate: Candidate, setting: Setting, load: Load) -> Server:
     def in_memory(x: float) -> bool:
         return steps.decoding(x) + steps.prefilling(x) <= room
 
-    most_in_step = _largest(in_step, load.chunk / workload.prompt)
-    most = _largest(in_memory, most_in_step) if room >= 1 else 0.0
-    limit = "full memory" if most < most_in_step else "full steps"
+    def in_engine(x: float) -> bool:
+        return steps.decoding(x) + steps.prefilling(x) <= load.requests
+
+    most, limit = _largest(in_step, load.chunk / workload.prompt), "full steps"
+    for holds, fuller in ((in_memory, "full memory"), (in_engine, "requests at a time")):
+        if (fewer := _largest(holds, most)) < most:
+            most, limit = fewer, fuller
+    most = most if room >= 1 else 0.0
     if not most:
         return Server(candidate.name, None, 0.0, limit)
-    top = most / steps.mean(most)
+    ends = [*steps.jumps(most), most]
+    top = max(x / steps.mean(x) for x in ends)
     if load.rate >= top:
         return Server(candidate.name, None, top, limit)
-    x = _largest(lambda x: x / steps.mean(x) <= load.rate, most)
+    end = next(x for x in ends if x / steps.mean(x) > load.rate)
+    # below this end the rate is reached once, as it falls only after the ends before
+    x = _largest(lambda x: x / steps.mean(x) <= load.rate, end)
     return Server(candidate.name, steps.steady(x), top, limit)
 
 
 def _largest(holds: Callable[[float], bool], below: float) -> float:
-    """The largest number below another up to which a condition holds, 0 where it does for none."""
+    """The largest number below another up to which a condition holds, 0 where it does for none; it
+    must hold for no number above one for which it doesn't."""
     if holds(below):
         return below
     least, most = 0.0, below

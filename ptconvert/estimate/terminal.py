@@ -51,6 +51,8 @@ def print_estimates(
     console.print(Text(f"estimated; {accuracy(setting)}", style="dim"))
     console.print(Text(origins(setting.hardware, setting.hardware.sources), style="dim"))
     console.print(Text(verdict(advice), style="bold"))
+    if served and served.verdict:
+        console.print(Text(served.verdict, style="bold"))
 
 
 def print_measured(console: Console, found: Measured) -> None:

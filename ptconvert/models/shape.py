@@ -703,8 +703,8 @@ def _kinds(
         listed, every_key = family.full_by
         flags = config.get(listed)
         if flags is None:
-            every = size(every_key)
-            flags = [(i + 1) % every for i in range(layers)]
+            interval = size(every_key)
+            flags = [(i + 1) % interval for i in range(layers)]
         if not isinstance(flags, list) or len(flags) != layers:
             raise ConfigError(
                 f"{where}: {listed} is {_short(flags)}; it must have a number for each of {layers} "
