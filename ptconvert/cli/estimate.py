@@ -41,25 +41,14 @@ CHUNK = 2048  # vLLM's max_num_batched_tokens, where a device's memory doesn't a
 @shared("--batch")
 @shared("--prompt", 1024)
 @shared("--new", 512)
-@click.option(
-    "--speculate",
-    type=click.IntRange(1, 64),
-    metavar="K",
-    help="Speculative decoding: tokens drafted for each decode step.",
-)
+@shared("--speculate")
 @click.option(
     "--accepted",
     type=click.FloatRange(min=0),
     metavar="A",
     help="How many of K are right, on average.",
 )
-@click.option(
-    "--draft",
-    type=click.Choice(["ngram", "layer"]),
-    default="ngram",
-    show_default=True,
-    help="What drafts: the text so far, or one more layer (MTP, EAGLE).",
-)
+@shared("--draft", takes=click.Choice(["ngram", "layer"]))
 @click.option(
     "--rate",
     type=click.FloatRange(min=0, min_open=True, max=1e6),

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:  # they import torch
 @click.option(
     "--blocks", is_flag=True, help="Also run each block of the schedule alone: a pass for each."
 )
+@shared("--speculate")
+@shared("--draft")
 @click.option(
     "--make-tasks",
     metavar="DIR",
@@ -73,13 +76,16 @@ def evaluate(
     window: int | None,
     windows: int | None,
     blocks: bool,
+    speculate: int | None,
+    draft: str,
     **options: Any,
 ) -> None:
     """Score the checkpoint CKPT and its source, and say whether the difference is real.
 
     Both models answer the same documents of lm-eval's tasks; intervals and p-values are of paired
     tests. --text compares the models' predictions on your own text, which is the most sensitive
-    and needs no task; --blocks also says what each block of the schedule costs. Without --tasks,
+    and needs no task; --blocks also says what each block of the schedule costs, and --speculate
+    how many drafted tokens each model accepts, for `estimate --accepted`. Without --tasks,
     --text alone measures just that; else it is gsm8k, ifeval and wikitext, which show the damage
     of such conversions (multiple choice hides it).
 
@@ -97,8 +103,14 @@ def evaluate(
         raise click.UsageError("give the checkpoint to score: ptconvert eval CKPT --baseline SRC")
     if html_file is not None and not os.access(html_file.resolve().parent, os.W_OK):
         raise click.UsageError(f"{html_file}: its directory isn't there or can't be written to")
-    if not texts and (unused := given("window", "windows", "blocks")):
+    if not texts and (unused := given("window", "windows", "blocks", "speculate", "draft")):
         raise click.UsageError(f"{unused}: for --text FILE only")
+    if speculate is None and given("draft"):
+        raise click.UsageError("--draft needs --speculate K, the tokens drafted")
+    if draft == "layer":
+        raise click.UsageError(
+            "--draft layer: transformers runs no MTP or EAGLE head; give ngram or a MODEL"
+        )
     names = tuple(dict.fromkeys(t.strip() for t in (tasks or "").split(",") if t.strip()))
     if make_tasks is not None:
         made = write_tasks(make_tasks, texts, options["seed"] or 0)
@@ -122,6 +134,7 @@ def evaluate(
         revision,
         dict(options, tasks=names, include_path=include_paths, device=torch_device(device)),
         Text(texts, window, windows, blocks) if texts and baseline else None,
+        None if speculate is None else (speculate, draft),
         cache,
     )
     if as_json:
@@ -143,9 +156,12 @@ def _run(
     revision: str | None,
     options: dict[str, Any],
     text: Text | None,
+    drafts: tuple[int, str] | None,
     cache: Path | None,
 ) -> Report:
+    """The report; `drafts` are the tokens drafted for each step, and by what."""
     from ptconvert.checkpoint.reader import open_checkpoint
+    from ptconvert.evaluate.acceptance import NGRAM, Drafts
     from ptconvert.evaluate.harness import Settings
     from ptconvert.evaluate.run import evaluate
     from ptconvert.measure.cache import cache_directory
@@ -156,6 +172,10 @@ def _run(
         progress(f"finding {checkpoint}", 0, None)
         found = locate(checkpoint, None)
         source = locate(baseline, revision) if baseline is not None else None
+        if text is not None and drafts is not None:
+            drafted, draft = drafts
+            model = None if draft == NGRAM else open_checkpoint(locate(draft, None))
+            text = replace(text, drafts=Drafts(drafted, display_name(draft), model))
         names = tuple(
             None if name is None else display_name(name) for name in (checkpoint, baseline)
         )

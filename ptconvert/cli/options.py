@@ -68,6 +68,16 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--batch": {"type": _COUNT, "default": 1, "help": "Requests at once."},
     "--prompt": {"type": _TOKENS, "metavar": "TOKENS", "help": "Length of each prompt."},
     "--new": {"type": _TOKENS, "metavar": "TOKENS", "help": "Tokens generated for each."},
+    "--speculate": {
+        "type": click.IntRange(1, 64),
+        "metavar": "K",
+        "help": "Speculative decoding: tokens drafted for each decode step.",
+    },
+    "--draft": {
+        "metavar": "ngram|layer|MODEL",
+        "default": "ngram",
+        "help": "What drafts: the text so far, one more layer (MTP, EAGLE), or a smaller model.",
+    },
     "--cache": {
         "type": click.Path(path_type=Path, file_okay=False),
         "help": "Where answers and measurements are kept.",

@@ -11,7 +11,12 @@ from markupsafe import Markup
 from ptconvert import __version__
 from ptconvert.evaluate.harness import Settings
 from ptconvert.evaluate.run import Report, Row
-from ptconvert.evaluate.terminal import closeness_cells, metric_name
+from ptconvert.evaluate.terminal import (
+    closeness_cells,
+    metric_name,
+    speculation_rows,
+    speculation_title,
+)
 from ptconvert.measure.divergence import Block, Bucket, Divergence
 from ptconvert.measure.statistics import Estimate
 from ptconvert.report.charts import Interval, Series, interval_plot, line_chart
@@ -41,6 +46,11 @@ def evaluation_page(report: Report) -> str:
         ),
         tasks=_tasks(report.rows),
         divergence=report.divergence and _divergence(report.divergence),
+        speculation=report.speculation
+        and {
+            "title": speculation_title(report.speculation),
+            "rows": list(speculation_rows(report.speculation)),
+        },
         settings=_settings(report.settings, bool(report.rows)),
         digests=report.digests,
     )

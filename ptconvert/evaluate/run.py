@@ -14,7 +14,8 @@ from typing import Any
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.checkpoint.section import Section
 from ptconvert.errors import EvaluationError
-from ptconvert.evaluate import harness, metrics, tasks
+from ptconvert.evaluate import acceptance, harness, metrics, tasks
+from ptconvert.evaluate.acceptance import Drafts, Speculation
 from ptconvert.evaluate.harness import GroupOfTasks, Metric, Scores, Settings, Task
 from ptconvert.measure import divergence, statistics
 from ptconvert.measure.batch import BatchSize
@@ -28,13 +29,15 @@ from ptconvert.measure.windows import Windows, windows_for
 
 @dataclass(frozen=True)
 class Text:
-    """The text for the divergence, how it is cut into windows of tokens, and whether each block of
-    the schedule is also run alone, which takes a pass over some windows for each."""
+    """The text for the divergence, how it is cut into windows of tokens, whether each block of
+    the schedule is also run alone, which takes a pass over some windows for each, and what drafts
+    for speculative decoding, where that is asked for."""
 
     paths: tuple[Path, ...]
     length: int | None = None
     windows: int | None = None
     blocks: bool = False
+    drafts: Drafts | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Report:
     digests: dict[str, str]
     rows: tuple[Row, ...]
     divergence: Divergence | None
+    speculation: Speculation | None
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -138,6 +142,8 @@ def evaluate(
                 "the divergence is from a source model: give it as --baseline SRC"
             )
         windows = windows_for(source, text.paths, text.length, text.windows)
+        if text.drafts is not None and text.drafts.model is not None:
+            acceptance.check_draft(text.drafts.model, source)
         if len(windows.ids) < statistics.MIN_DOCUMENTS:
             notes.append(
                 f"with fewer than {statistics.MIN_DOCUMENTS} windows the divergence has no "
@@ -160,9 +166,9 @@ def evaluate(
         }
         rows = list(_rows(scores.get("source"), scores["converted"], settings.seed or 0))
         notes += _notes(scores["converted"], settings, rows)
-    apart = None
+    apart = drafted = None
     if text is not None and source is not None and windows is not None:
-        apart = _divergence(source, found, text, windows, settings, progress, say)
+        apart, drafted = _on_text(source, found, text, windows, settings, progress, say)
         if not math.isfinite(apart.whole.kl.value):
             notes.append(
                 f"a model's outputs are not all finite in {settings.dtype}, so neither are the "
@@ -178,6 +184,7 @@ def evaluate(
         digests=digests,
         rows=tuple(rows),
         divergence=apart,
+        speculation=drafted,
         notes=tuple(notes),
     )
 
@@ -210,7 +217,7 @@ def _scored(
     )
 
 
-def _divergence(
+def _on_text(
     source: Checkpoint,
     found: Checkpoint,
     text: Text,
@@ -218,13 +225,22 @@ def _divergence(
     settings: Settings,
     progress: Progress,
     say: Callable[[str], None],
-) -> Divergence:
-    """Both models on the text, one after the other."""
-    seed = settings.seed or 0
+) -> tuple[Divergence, Speculation | None]:
+    """Both models on the text, one after the other, and what drafts for them, at last."""
+    seed, written = settings.seed or 0, list[list[list[int]]]()
+    new = acceptance.new_tokens(windows.length)
+    prompts = windows.ids[:, : windows.length - new]
+
+    def write(model: Any, label: str) -> None:
+        if text.drafts is not None:
+            step = f"{label} model's greedy text: windows"
+            written.append(acceptance.greedy_texts(model, prompts, new, batch, progress, step))
+
     batch = BatchSize(settings.batch_size, settings.device)
     progress("divergence: opening the source", 0, None)
     model = open_model(source, settings.dtype, settings.device)
     reference = divergence.reference(model, windows, batch, progress, routes=True)
+    write(model, "source")
     del model
     progress("divergence: opening the converted model", 0, None)
     model = open_model(found, settings.dtype, settings.device)
@@ -239,7 +255,9 @@ def _divergence(
         blocks, block_windows = divergence.by_block(
             model, section, reference, windows, batch, progress, seed
         )
-    return Divergence(
+    write(model, "converted")
+    del model, reference
+    apart = Divergence(
         texts=tuple(path.name for path in text.paths),
         tokens=windows.tokens,
         windows=len(windows.ids),
@@ -250,6 +268,14 @@ def _divergence(
         by_block=blocks,
         block_windows=block_windows,
     )
+    if text.drafts is None:
+        return apart, None
+    choices, prompt = None, prompts.shape[1]
+    if text.drafts.model is not None:
+        progress("drafts: opening the model", 0, None)
+        given = settings.dtype, settings.device, batch, progress
+        choices = acceptance.choices_of(text.drafts.model, written, prompt, *given)
+    return apart, acceptance.speculation(written, prompt, new, text.drafts, choices, seed)
 
 
 def _blocks_cost(section: Section, windows: Windows, pass_seconds: float) -> str:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ptconvert.evaluate.acceptance import Accepted, Speculation
 from ptconvert.evaluate.run import Report, Row
 from ptconvert.measure.divergence import Closeness, Divergence
 from ptconvert.report.numbers import (
@@ -24,13 +25,15 @@ _STYLES = {"worse": "bold red", "better": "bold green", "no difference found": "
 
 
 def print_evaluation(console: Console, report: Report) -> None:
-    """Prints the report: tasks, divergence, notes."""
+    """Prints the report: tasks, divergence, speculative decoding, notes."""
     against = f" against {report.baseline}" if report.baseline else ""
     console.print(Text(f"{report.checkpoint}{against}", style="bold"))
     if report.rows:
         console.print(tasks_table(report.rows))
     if report.divergence is not None:
         _print_divergence(console, report.divergence)
+    if report.speculation is not None:
+        _print_speculation(console, report.speculation)
     for note in report.notes:
         console.print(Text(f"note: {note}", style="yellow"))
 
@@ -137,3 +140,36 @@ def closeness_cells(found: Closeness) -> Iterator[str]:
 
 def _share(value: float) -> str:
     return f"{value:.2%}"
+
+
+def _print_speculation(console: Console, found: Speculation) -> None:
+    console.print()
+    console.print(Text(f"{speculation_title(found)}:", style="bold"), soft_wrap=True)
+    table = figures_table("", "source", "converted", "difference", "95% interval", "p")
+    for row in speculation_rows(found):
+        table.add_row(*row)
+    console.print(table)
+
+
+def speculation_title(found: Speculation) -> str:
+    """What was drafted, and after what."""
+    return (
+        f"speculative decoding, {found.drafted} tokens drafted by {found.draft} for each step, "
+        f"greedy: up to {found.new} tokens after {found.prompt} of each of {found.windows} windows"
+    )
+
+
+def speculation_rows(found: Speculation) -> Iterator[list[str]]:
+    """Label, source, converted, difference, its interval and p-value of what is accepted; then in
+    what share of steps the first 1, 2, ... drafts are right."""
+    apart, models = found.difference, (found.source, found.converted)
+    values = [number(model.accepted.value) for model in models]
+    tested = [signed(apart.value), between(apart, signed), p_value(apart.p_value)]
+    yield [f"accepted, of {found.drafted} drafted", *values, *tested]
+
+    def shares(model: Accepted) -> list[str]:
+        return [f"{share:.1%}" for share in model.right]
+
+    for place, pair in enumerate(zip(*map(shares, models), strict=True), 1):
+        yield ["  the first right" if place == 1 else f"  the first {place}", *pair, "", "", ""]
+    yield ["steps", *(f"{model.steps:,}" for model in models), "", "", ""]
