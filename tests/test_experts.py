@@ -311,6 +311,30 @@ def test_heads_for_further_tokens_come_along(
         assert same(tensors(back(path, tmp_path / f"back-{variant}-{apart}")), tensors(source))
 
 
+@pytest.mark.parametrize(
+    ("variant", "begins"),
+    [("deepseek_v3", "model.layers.6."), ("glm4_moe", "model.layers.6."), ("qwen3_next", "mtp.")],
+)
+def test_transform_says_what_becomes_of_a_head_for_further_tokens(
+    variant: str, begins: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
+    """Carried as it was, and the converted model opens without it."""
+    source = tmp_path / "source"
+    shutil.copytree(make_dense(variant), source)
+    file, head = source / "model.safetensors", {f"{begins}eh_proj.weight": torch.randn(8, 4)}
+    save_file(load_file(file) | head, file, {"format": "pt"})
+    spec, path = tmp_path / "spec.yaml", tmp_path / "path"
+    spec.write_text(spec_text(2, SCHEDULES["track-2-rest"]))
+    command = ["transform", str(source), str(path), "--spec", str(spec)]
+    for more in (["--dry-run"], []):
+        done = CliRunner().invoke(main, [*command, *more])
+        said = " ".join(done.stdout.split())
+        assert done.exit_code == 0 and "1 tensors of a head for further tokens (MTP)" in said
+    (name,) = head
+    assert torch.equal(tensors(path)[name], head[name])
+    assert not any(own.startswith(begins) for own in load(path).state_dict())
+
+
 def test_experts_of_several_dtypes_are_healed(
     make_dense: MakeDense, convert: Convert, tmp_path: Path
 ) -> None:

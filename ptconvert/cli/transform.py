@@ -209,10 +209,11 @@ def _print_dry_run(
     figures: dict[str, Any], needs: Needs | None, room: Mapping[str, int], as_json: bool
 ) -> None:
     from ptconvert.checkpoint.compensations import COMPENSATIONS
-    from ptconvert.report.terminal import needs_table, plan_table
+    from ptconvert.report.terminal import needs_table, plan_table, print_mtp
 
     def show(console: Console) -> None:
         console.print(plan_table(figures, figures["bytes_free"]))
+        print_mtp(console, figures)
         if figures["note"]:
             console.print(figures["note"], style="dim")
         for row in COMPENSATIONS:
@@ -228,6 +229,8 @@ def _print_dry_run(
 
 
 def _print_done(console: Console, figures: dict[str, Any]) -> None:
+    from ptconvert.report.terminal import print_mtp
+
     if figures["calibration"] is not None:
         from ptconvert.report.terminal import print_calibration
 
@@ -241,6 +244,7 @@ def _print_done(console: Console, figures: dict[str, Any]) -> None:
         f"{waited['after']}",
         soft_wrap=True,
     )
+    print_mtp(console, figures)
     if figures["note"]:
         console.print(figures["note"], style="dim")
     if "commit" in figures:

@@ -152,6 +152,7 @@ class Plan:
             "layers_as_tracks": tracked,
             "tensors_in": len(self.source.tensors),
             "tensors_out": len(self.targets),
+            "mtp_tensors": sum(t.name.startswith(self.shape.mtp) for t in self.targets),
             "bytes_in": self.source.nbytes,
             "bytes_out": self.nbytes,
             "files": per_file,

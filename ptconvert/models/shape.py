@@ -185,6 +185,11 @@ class ModelShape:
         more = (self.layer(self.layers),) if self.family.layer_more else ()
         return (*(self.wrapper or self.family).around, *more)
 
+    @property
+    def mtp(self) -> tuple[str, ...]:
+        """What of these are heads for further tokens (MTP), which transformers doesn't run."""
+        return tuple(b for b in self.around if b.startswith(("mtp.", f"{self.decoder}layers.")))
+
     def layer(self, index: int) -> str:
         """What the names of a layer's tensors begin with."""
         return f"{self.decoder}layers.{index}."

@@ -111,6 +111,16 @@ def counts_table(schedule: Schedule, dense: Schedule, shape: ModelShape | None) 
     return table
 
 
+def print_mtp(console: Console, summary: Mapping[str, Any]) -> None:
+    """What became of a head for further tokens, where the model has one."""
+    if count := summary["mtp_tensors"]:
+        console.print(
+            f"{count} tensors of a head for further tokens (MTP) come along as they were; "
+            "transformers doesn't run it, nor does vLLM with a converted model",
+            style="dim",
+        )
+
+
 def plan_table(summary: Mapping[str, Any], free: int) -> RenderableType:
     """A plan's figures, as `--dry-run` shows them; `free` is the disk space found, in bytes."""
     table = Table(box=None, pad_edge=False, show_header=False)
