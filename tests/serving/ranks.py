@@ -120,15 +120,17 @@ def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[s
         ranks,
         rendezvous,
         enforce_eager=case["eager"],
+        disable_log_stats="speculative_config" not in case["arguments"],
         **(settings | case["arguments"]),
     )
     prompts, new = case["prompts"], case["new_tokens"]
     default_loader.safetensors_weights_iterator = read
     found: dict[str, Any] = {"files": files, "answers": generate(llm, prompts, new)}
+    found["drafts"] = drafts(llm) if "speculative_config" in case["arguments"] else None
     found["again"] = generate(llm, prompts, new)
     found["cached"] = cached_tokens(llm, prompts)
     llm.collective_rpc("ptconvert_start_counting")
-    generate(llm, [[7, 8, 9, 10, 11]], 3)
+    generate(llm, *(([[7, 8, 9, 10, 11]], 3) if found["drafts"] is None else (prompts[4:6], new)))
     found["passes"] = llm.collective_rpc("ptconvert_stop_counting")[0]
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
     with set_current_vllm_config(llm.llm_engine.vllm_config):
@@ -148,6 +150,14 @@ def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[s
                 found["drawn"][f"{rule} {schedule}"] = generate(llm, prompts[:4], 4)
     llm.llm_engine.engine_core.shutdown()
     return found
+
+
+def drafts(llm: Any) -> dict[str, int]:
+    """How many tokens were drafted so far, and how many of them accepted."""
+    begins = "vllm:spec_decode_num_"
+    found = {m.name.removeprefix(begins): m for m in llm.get_metrics() if begins in m.name}
+    names = {"drafted": "draft_tokens", "accepted": "accepted_tokens"}
+    return {ours: int(found[theirs].value) for ours, theirs in names.items()}
 
 
 def cached_tokens(llm: Any, prompts: list[list[int]]) -> int:

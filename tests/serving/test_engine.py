@@ -201,7 +201,6 @@ def test_compiled_graphs_are_kept_by_the_program_and_the_code_they_are_of(
 
     import ptconvert
     from ptconvert.schedule import schedule
-    from ptconvert.schedule.lower import lower
 
     def key() -> str:
         found: str = EngineArgs(str(checkpoint)).create_engine_config().compute_hash()
