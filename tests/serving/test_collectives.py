@@ -232,6 +232,8 @@ def test_captures_that_vllm_breaks_are_broken_at_boundaries() -> None:
 class Linears(nn.Module):
     """A track, with a linear for its attention and its MLP, and a bias that all know."""
 
+    scalar = None
+
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.norm, self.linear = norm, nn.Linear(16, 16, bias=False)
