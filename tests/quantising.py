@@ -308,6 +308,10 @@ FORMATS: Mapping[str, Format] = {
         _method("auto-round", **_IN_32, sym=True, packing_format="auto_round:auto_gptq"),
         *(_gptq(32), _of_gptq, 8, 32),
     ),
+    "AutoRound with zero points": Format(
+        _method("auto-round", **_4_BIT, sym=False, packing_format="auto_round:auto_gptq"),
+        *(_gptq(zeros=True), _of_gptq, 8, GROUP),
+    ),
     "AWQ": Format(_method("awq", **_4_BIT, zero_point=True), _awq, _of_awq, 8, GROUP),
     "NVFP4": Format(
         _NVFP4,

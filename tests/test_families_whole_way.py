@@ -58,7 +58,7 @@ def test_the_whole_way_with_a_model_that_sees(name: str, tmp_path: Path) -> None
     go(seeing.save(name, tmp_path / "source"), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["GPTQ"])
+@pytest.mark.parametrize("name", ["GPTQ with zero points"])
 def test_the_whole_way_of_quantised_weights(
     name: str, make_dense: MakeDense, tmp_path: Path
 ) -> None:

@@ -629,7 +629,10 @@ def test_zero_points_of_autoround_are_less_one_in_one_format_only(
     found = []
     for packing in ("auto_round:auto_gptq", "auto_round"):
         source = quantise(
-            make_dense(**SIZES), tmp_path / packing[-5:], "AutoRound", packing_format=packing
+            make_dense(**SIZES),
+            tmp_path / packing[-5:],
+            "AutoRound with zero points",
+            packing_format=packing,
         )
         model = open_model(open_checkpoint(source), "float32", "cpu")
         found.append(model.model.layers[0].mlp.down_proj.weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -10,11 +11,13 @@ from rich.text import Text
 
 from ptconvert.estimate.advice import Advice, verdict
 from ptconvert.estimate.compare import Row, Setting, accuracy
-from ptconvert.estimate.measure import Measured, Sample
 from ptconvert.estimate.report import drafted, left_out, notes, served_by, ways_table
 from ptconvert.estimate.server import Served
 from ptconvert.estimate.sources import origins
 from ptconvert.report.terminal import figures_table
+
+if TYPE_CHECKING:  # with torch, which an estimate does without
+    from ptconvert.estimate.measure import Measured, Sample
 
 _LINES = {
     "all-reduces": "all-\nre-\nduces",
