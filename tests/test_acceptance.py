@@ -23,6 +23,7 @@ from ptconvert.evaluate.acceptance import (
     from_choices,
     from_text,
     new_tokens,
+    speculation,
 )
 from ptconvert.evaluate.harness import Settings
 from ptconvert.evaluate.run import Report, Text, evaluate
@@ -108,8 +109,11 @@ def test_the_command_reports_it_everywhere(source: Path, convert: Convert, tmp_p
 def test_texts_that_end_at_once_have_no_step(
     source: Path, convert: Convert, tmp_path: Path
 ) -> None:
-    with pytest.raises(EvaluationError, match=r"--speculate 40: .* fewer than 41 tokens after"):
+    said = r"--speculate 40: 32 tokens are written in windows of 64, and a step takes 41"
+    with pytest.raises(EvaluationError, match=said):
         run(source, convert(source, 2, "use: ladder"), Drafts(40), tmp_path)
+    with pytest.raises(EvaluationError, match=r"--speculate 3: .* fewer than 4 tokens after"):
+        speculation([[[1, 2, 3]]], 2, 4, Drafts(3), None, 0)
 
 
 def test_a_draft_of_other_tokens_is_refused(source: Path, tmp_path: Path) -> None:

@@ -603,6 +603,10 @@ def test_our_own_faults_are_not_called_a_tasks(
         (["{src}", "--tasks", "x", "--device", "warp"], "--device warp: torch can't use it"),
         (["{src}", "--batch-size", "0"], "neither auto nor a number"),
         (["{src}", "--windows", "3"], "--windows: for --text FILE only"),
+        (
+            ["{src}", "--tasks", "x", "--text", "{text}", "--speculate", "3"],
+            "--speculate compares with a source: give --baseline SRC",
+        ),
         (["{src}", "--tasks", "x", "--blocks"], "--blocks: for --text FILE only"),
         (["--tasks", "x"], "give the checkpoint"),
         (["--make-tasks", "{dir}"], "needs a text"),

@@ -317,6 +317,7 @@ def test_what_tracks_have_no_answer_to_is_refused(make_dense: MakeDense, convert
         {"tp_size": 2},
         {"distributed_config": DistributedConfig(tp_size=2)},
         {"distributed_config": DistributedConfig(pp_size=2)},
+        {"distributed_config": {"tp_size": 2}},
     ],
 )
 def test_transformers_own_cuts_are_refused(

@@ -7,7 +7,6 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import click
 from rich.console import Console
@@ -237,12 +236,14 @@ def _candidate(spec: Path, name: str, shape: ModelShape | None) -> tuple[Any, Mo
 def _measure(out: Path, ranks: int | None, as_json: bool) -> None:
     from ptconvert.engines import own_all_reduces
     from ptconvert.estimate.hardware import to_yaml
-    from ptconvert.estimate.measure import P2P_OFF, has_peers, measure
+    from ptconvert.estimate.measure import Measured, has_peers, measure, without_peers
     from ptconvert.estimate.terminal import print_measured
     from ptconvert.runtime.launch import under_torchrun
 
     if not out.resolve().parent.is_dir():
         raise click.UsageError(f"{out}: the directory {out.resolve().parent} does not exist")
+    if out.is_dir() or not os.access(out if out.exists() else out.resolve().parent, os.W_OK):
+        raise click.UsageError(f"{out}: it must be a file that can be written")
     if ranks is None and not under_torchrun():
         raise click.UsageError("give the number of processes: --ranks R")
     makers = own_all_reduces()
@@ -250,14 +251,18 @@ def _measure(out: Path, ranks: int | None, as_json: bool) -> None:
         found = measure(ranks, makers)
     if found is None:
         return
-    written = {out: found}
+    written: dict[Path, Measured] = {}
+
+    def write(file: Path, one: Measured) -> None:
+        file.write_text(to_yaml(one.hardware), encoding="utf-8")
+        written[file] = one
+
+    write(out, found)
     if has_peers() and not under_torchrun():
-        with mock.patch.dict(os.environ, {P2P_OFF: "1"}), waiting("the same, peer-to-peer off"):
+        with without_peers(), waiting("the same, peer-to-peer off"):
             other = measure(ranks, makers)
         assert other is not None
-        written[out.with_stem(f"{out.stem}-p2p-off")] = other
-    for file, one in written.items():
-        file.write_text(to_yaml(one.hardware), encoding="utf-8")
+        write(out.with_stem(f"{out.stem}-p2p-off"), other)
     figures = [{"file": str(file), **one.to_json()} for file, one in written.items()]
 
     def show(console: Console) -> None:

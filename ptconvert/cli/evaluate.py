@@ -125,6 +125,8 @@ def evaluate(
             return
     if not names and not texts:
         names = DEFAULT_TASKS
+    if baseline is None and given("speculate", "draft"):
+        raise click.UsageError("--speculate compares with a source: give --baseline SRC")
     if not names and baseline is None:
         raise click.UsageError("--text measures the divergence from a source: give --baseline SRC")
     assert checkpoint is not None

@@ -13,7 +13,8 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -28,7 +29,7 @@ from ptconvert.estimate.collective import Reduction, Transfer, all_reduce
 from ptconvert.estimate.fit import Point, digits, fit_links, with_one_shot, with_token
 from ptconvert.estimate.hardware import Device, Engine, Hardware, read_engine
 from ptconvert.estimate.sources import Sources, numbers
-from ptconvert.estimate.sweep import BESIDE, Maker, chained, settle, sweep
+from ptconvert.estimate.sweep import BESIDE, P2P_OFF, Maker, chained, peers_off, settle, sweep
 from ptconvert.estimate.timeline import run
 from ptconvert.modeling.config import CONFIGS
 from ptconvert.modeling.model import CAUSAL_LMS
@@ -53,9 +54,6 @@ _ONE_SHOT = 2**18  # bytes up to which one-shot kernels are used by those that h
 _SAID = ("NCCL_", "GLOO_")  # variables that change what is measured
 _GLOO_THREADS = 2  # torch.distributed's ProcessGroupGloo has as many by default
 _TIMEOUT_SECONDS = 300.0
-
-
-P2P_OFF = "NCCL_P2P_DISABLE"
 
 
 @dataclass(frozen=True)
@@ -114,8 +112,18 @@ def gpus() -> int:
 def has_peers() -> bool:
     """Whether GPUs of this machine read each other's memory, as far as they and the environment
     say."""
-    off = os.environ.get(P2P_OFF, "0") != "0"
-    return not off and gpus() > 1 and torch.cuda.can_device_access_peer(0, 1)
+    return not peers_off() and gpus() > 1 and torch.cuda.can_device_access_peer(0, 1)
+
+
+@contextmanager
+def without_peers() -> Iterator[None]:
+    """The environment of processes started meanwhile, in which GPUs don't read each other's
+    memory."""
+    os.environ[P2P_OFF] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[P2P_OFF]
 
 
 def measure_rank(makers: Mapping[str, Maker], rank: Rank) -> dict[str, Any]:
@@ -300,7 +308,7 @@ def _faults(swept: list[dict[str, Any]], backend: str) -> list[str]:
             wrong.setdefault(way, set()).update(sizes)
     if backend in wrong:
         sizes = ", ".join(map(str, sorted(wrong[backend])))
-        peers = backend == "nccl" and os.environ.get(P2P_OFF, "0") == "0"
+        peers = backend == "nccl" and not peers_off()
         cure = f"; with {P2P_OFF}=1 it may be right" if peers else ""
         raise HardwareError([f"{backend} gives wrong sums of {sizes} bytes on these ranks{cure}"])
     notes = [

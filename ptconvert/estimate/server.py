@@ -262,9 +262,8 @@ def servers(rows: Sequence[Row], setting: Setting, load: Load) -> list[Server]:
         return found
     s, alone = setting, replace(setting, ranks=1)
     dense = Candidate("replicas", s.shape.dense, 1)
-    one = serve(
-        dense, alone, replace(load, rate=load.rate / s.ranks)
-    )  # each with limits of its own
+    # each with limits of its own
+    one = serve(dense, alone, replace(load, rate=load.rate / s.ranks))
     steady = one.steady and replace(
         one.steady,
         running=one.steady.running * s.ranks,

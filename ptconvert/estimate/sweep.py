@@ -23,6 +23,7 @@ import torch.distributed as dist
 from ptconvert.runtime.launch import Rank
 
 SIZES = [2**n for n in range(12, 27, 2)]  # bytes, 4 KiB to 64 MiB
+P2P_OFF = "NCCL_P2P_DISABLE"
 BESIDE = 2**22  # bytes of what is all-reduced beside products, and between pairs of ranks
 CLOSER = 1.5  # how much faster ranks of an island are than others: PCIe's own ways differ by less
 _REPEATS = 5
@@ -41,6 +42,11 @@ class Own:
 
 # Makes an engine's own all-reduce among the ranks of a gloo group; None where it can't work there.
 Maker = Callable[[torch.device, Any], Own | None]
+
+
+def peers_off() -> bool:
+    """Whether the environment keeps GPUs from reading each other's memory."""
+    return os.environ.get(P2P_OFF, "0") != "0"
 
 
 def sweep(rank: Rank, makers: Mapping[str, Maker]) -> dict[str, Any]:

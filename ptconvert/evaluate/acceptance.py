@@ -215,6 +215,15 @@ def _per_step(counts: Sequence[Sequence[int]]) -> OverDocuments:
     return mean
 
 
+def check_length(drafts: Drafts, window: int) -> None:
+    """Raises EvaluationError where no text in windows of that length is long enough for a step."""
+    if new_tokens(window) <= drafts.drafted:
+        raise EvaluationError(
+            f"--speculate {drafts.drafted}: {new_tokens(window)} tokens are written in windows of "
+            f"{window}, and a step takes {drafts.drafted + 1}; give a longer --window"
+        )
+
+
 def check_draft(draft: Checkpoint, source: Checkpoint) -> None:
     """Raises EvaluationError where a draft model writes other tokens than the source."""
     theirs, ours = open_tokenizer(draft), open_tokenizer(source)

@@ -142,6 +142,8 @@ def evaluate(
                 "the divergence is from a source model: give it as --baseline SRC"
             )
         windows = windows_for(source, text.paths, text.length, text.windows)
+        if text.drafts is not None:
+            acceptance.check_length(text.drafts, windows.length)
         if text.drafts is not None and text.drafts.model is not None:
             acceptance.check_draft(text.drafts.model, source)
         if len(windows.ids) < statistics.MIN_DOCUMENTS:

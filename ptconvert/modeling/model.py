@@ -11,9 +11,10 @@ import copy
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -260,6 +261,8 @@ class Scheduled(PreTrainedModel):  # type: ignore[misc]
         """
         distributed = kwargs.get("distributed_config")
         cuts = {name: kwargs.get(name) for name in ("tp_plan", "tp_size")}
+        if isinstance(distributed, Mapping):  # both are taken
+            distributed = SimpleNamespace(**distributed)
         cuts |= {name: getattr(distributed, name, None) for name in _CUTS if distributed}
         if asked := [name for name, value in cuts.items() if value not in (None, 1, {})]:
             raise ValueError(

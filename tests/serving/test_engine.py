@@ -53,6 +53,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"additional_config": {"ptconvert": {"lm_head": "whole"}}},
             ["lm_head 'whole'", "sharded"],
         ),
+        ({"additional_config": {"ptconvert": "replicated"}}, ["'replicated'", "a mapping"]),
         ({"additional_config": {"ptconvert": {"head": 1}}}, ["ptconvert head 1", '"lm_head"']),
         ({"enable_dbo": True}, ["enable_dbo", "the schedule says what runs beside"]),
     ],

@@ -55,8 +55,7 @@ class Case:
 COMPILED = """  - {layers: 0-0, use: tensor_parallel}
   - {layers: 1-3, stages: "a1|m1! a2~2 m2^2 a3. m3!"}
 """
-# Every other family that is served; what vLLM has no layers for is changed.
-# And positions as published models have them: partial, long, by kind of layer, with scaled queries,
+# Positions as published models have them: partial, long, by kind of layer, with scaled queries,
 # by axes of pictures, which there are none of.
 ROPE: dict[str, dict[str, Any]] = {
     "phi3": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
@@ -86,6 +85,7 @@ ROPE: dict[str, dict[str, Any]] = {
 }
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 UNTIED = {"tie_word_embeddings": False}  # or the last token answers, whatever the layers do
+# Every other family that is served; what vLLM has no layers for is changed.
 OTHERS: dict[str, Mapping[str, Any]] = {
     **{"ministral3": {}, "phi3": {}, "phi3-two-kv": {}, "cwm": {}, "seed_oss": {}, "smollm3": {}},
     **{"ernie4_5": {"use_bias": False}, "glm": {"attention_bias": True}, "granite": {}},

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ptconvert.estimate.sweep import SIZES, Own
+from ptconvert.estimate.sweep import SIZES, Own, peers_off
 
 
 def own_all_reduce(device: torch.device, group: Any) -> Own | None:
@@ -22,6 +22,8 @@ def own_all_reduce(device: torch.device, group: Any) -> Own | None:
 def _custom(device: torch.device, group: Any) -> Own | None:
     from vllm.distributed.device_communicators.custom_all_reduce import CustomAllreduce
 
+    if peers_off():  # which NCCL heeds, and this one doesn't
+        return None
     custom = CustomAllreduce(group, device)
     if custom.disabled:
         return None

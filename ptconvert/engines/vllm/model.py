@@ -1,4 +1,4 @@
-"""The model in vLLM: one class for all families and schedules.
+"""The model in vLLM: one class for all schedules (and in hybrid.py what linear attention adds).
 
 The executor walks the lowered schedule over vLLM's own layers. Shape suffixes: T tokens of all
 requests in the batch, D the residual stream's width.

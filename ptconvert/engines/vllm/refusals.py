@@ -30,8 +30,6 @@ _NEVER = {
     "enable_eplb": "each track has a share of every expert",
     "enable_dbo": "the schedule says what runs beside its all-reduces",
 }
-
-
 HEADS = "sharded", "replicated"  # what lm_head is among ranks, the default first
 
 
@@ -164,7 +162,11 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
             "kept, and these aren't quantised; leave it out"
         )
     given = vllm_config.additional_config
-    for key, value in given.get(SECTION, {}).items() if isinstance(given, dict) else ():
+    given = given.get(SECTION, {}) if isinstance(given, dict) else {}
+    if not isinstance(given, dict):
+        yield f"additional_config {SECTION} {given!r}: it must be a mapping, as of lm_head"
+        given = {}
+    for key, value in given.items():
         if key != "lm_head" or value not in HEADS:
             yield (
                 f'additional_config {SECTION} {key} {value!r}: there is only "lm_head", which is '
