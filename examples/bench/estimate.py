@@ -103,9 +103,9 @@ def bench(source: Path, ranks: int, repeats: int, runs: int, directory: Path) ->
         print(f"run {run + 1} of {runs}", file=sys.stderr)
         ptconvert("estimate", "--measure", row, "--ranks", ranks)  # each time, as machines drift
         hardware = read_hardware(str(row))
-        for candidate in [*candidates.values(), dense]:
+        for name, candidate in {**candidates, DENSE: dense}.items():
             for kind, value in estimated(candidate, shape, hardware, engine, ranks).items():
-                said.setdefault((candidate.name, kind), []).append(value)
+                said.setdefault((name, kind), []).append(value)
         for name, path in paths.items():
             times = measured(path, ranks, repeats, directory / "report.json")
             for label, found in ((name, times["schedule"]), (DENSE, times["baseline"])):
