@@ -45,6 +45,7 @@ def found(
     sweep = {
         "order": list(range(ranks)),
         "levels": [(ranks, "a machine")] if ranks > 1 else [],
+        "machines": 1,
         "samples": samples,
         "wrong": {},
         "beside": {"reduce": 4e-3, "products": 6e-3, "both": 7e-3},
@@ -288,4 +289,4 @@ def fail(_: None, rank: Rank) -> dict[str, Any]:
 def test_a_rank_that_fails_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "measure_rank", fail)
     with pytest.raises(HardwareError, match=r"measuring failed: .*no memory to measure"):
-        measure.measure(2, {})
+        measure.measure(2, [])

@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 import click
 
+from ptconvert.spec.terms import VOCABULARIES
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _COUNT = click.IntRange(1, 2**20)
 _TOKENS = click.IntRange(1, 2**24)
 SEQUENCES = 65_536
-VOCABULARIES = "sharded", "replicated"  # as an engine's row has it
 
 
 class BatchSize(click.ParamType):  # type: ignore[type-arg]

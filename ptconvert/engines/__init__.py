@@ -43,14 +43,10 @@ def engine_names() -> list[str]:
     return sorted(entry.name for entry in entry_points(group=GROUP))
 
 
-def own_all_reduces() -> dict[str, Callable[[Any, Any], Any]]:
+def own_all_reduces() -> list[Callable[[Any, Any], Any]]:
     """What makes the own all-reduce of each engine that is installed and has one."""
-    found: dict[str, Callable[[Any, Any], Any]] = {}
-    for entry in entry_points(group=GROUP):
-        engine: ServingEngine = entry.load()
-        if engine.own_all_reduce is not None and engine.installed:
-            found[entry.name] = engine.own_all_reduce
-    return found
+    engines: list[ServingEngine] = [entry.load() for entry in entry_points(group=GROUP)]
+    return [e.own_all_reduce for e in engines if e.own_all_reduce is not None and e.installed]
 
 
 def find_engine(name: str) -> ServingEngine:

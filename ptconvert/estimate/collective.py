@@ -159,8 +159,10 @@ def _across(nbytes: float, ranks: int, inner: Link, outer: Link) -> Transfer:
         tree = base + 2 * (group - 1) * near.step_us + deep * far.step_us
         reached = bandwidth * _correction(name, nbytes)
         ways.append(Transfer(tree * 1e-6, 2 * nbytes / reached))
-    if inner.switch_gb_s:  # in the last protocol, Simple
+    if inner.switch_gb_s:
+        near, far = inner.protocols[-1], outer.protocols[-1]  # NVLSTree has Simple only
         bandwidth = min(inner.switch_gb_s, group * far.gb_s) * 1e9
+        base = inner.base_us + outer.base_us + near.more_us + far.more_us
         fixed = base + inner.switch_us + deep * far.step_us
         ways.append(Transfer(fixed * 1e-6, nbytes / bandwidth))
     return min(ways, key=lambda way: way.seconds)

@@ -33,6 +33,7 @@ from pathlib import Path
 from ptconvert.errors import HardwareError
 from ptconvert.estimate.sources import Sources
 from ptconvert.spec.reader import FORMAT, Found, choice, number, read
+from ptconvert.spec.terms import VOCABULARIES
 
 NCCL_PROTOCOLS = ("LL", "LL128", "Simple")
 ACROSS = "across nodes"  # the algorithm of a link whose all-reduces are NCCL's between nodes
@@ -225,7 +226,7 @@ class Engine:
     score_passes: float = number()
     cache: str = choice("so far", "allocated")
     logits: str = choice("last", "all")
-    vocabulary: str = choice("sharded", "replicated")
+    vocabulary: str = choice(*VOCABULARIES)
     one_shot: str = choice(*_ENDINGS)
     shot_mb: float = number(default=1e9)
     in_switch: str = choice(*_ENDINGS)

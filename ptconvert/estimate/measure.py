@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -84,7 +84,7 @@ class Measured:
         }
 
 
-def measure(ranks: int | None, makers: Mapping[str, Maker]) -> Measured | None:
+def measure(ranks: int | None, makers: Sequence[Maker]) -> Measured | None:
     """Measures `ranks` new processes, or torchrun's; None on all of torchrun's ranks but the first.
 
     GPUs and NCCL where there is one for each rank of this machine, else CPU and gloo. `makers` are
@@ -95,10 +95,10 @@ def measure(ranks: int | None, makers: Mapping[str, Maker]) -> Measured | None:
     backend = "nccl" if device == "cuda" else "gloo"
     try:
         if under_torchrun():
-            results = join(measure_rank, dict(makers), backend, device, _TIMEOUT_SECONDS)
+            results = join(measure_rank, list(makers), backend, device, _TIMEOUT_SECONDS)
         else:
             how = ranks or 1, backend, device, _TIMEOUT_SECONDS
-            results = launch(measure_rank, dict(makers), *how)
+            results = launch(measure_rank, list(makers), *how)
     except RanksFailed as error:
         raise HardwareError([f"measuring failed: {error}"]) from None
     return to_measured(results, backend, read_engine(ENGINE)) if results else None
@@ -126,7 +126,7 @@ def without_peers() -> Iterator[None]:
         del os.environ[P2P_OFF]
 
 
-def measure_rank(makers: Mapping[str, Maker], rank: Rank) -> dict[str, Any]:
+def measure_rank(makers: Sequence[Maker], rank: Rank) -> dict[str, Any]:
     """What one rank finds, in seconds and bytes, as JSON types."""
     if rank.device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // rank.ranks))
@@ -274,7 +274,7 @@ def to_measured(results: list[dict[str, Any]], backend: str, engine: Engine) -> 
         device=_rounded(device),
         links=links,
     )
-    how = f"ptconvert estimate --measure, {_conditions(ranks, levels, backend, dtype)}"
+    how = f"ptconvert estimate --measure, {_conditions(swept[0], ranks, backend, dtype)}"
     row = replace(row, sources=Sources(measured={number.path: how for number in numbers(row)}))
     samples = [
         Sample(way, n, m, t, all_reduce(m, n, chain).seconds if way == backend else None)
@@ -345,16 +345,15 @@ def _said_between(seconds: float) -> str:
     )
 
 
-def _conditions(ranks: int, levels: list[int], backend: str, dtype: str) -> str:
+def _conditions(swept: Mapping[str, Any], ranks: int, backend: str, dtype: str) -> str:
     """Under which a row was measured."""
-    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
     library = f"torch {torch.__version__}"
     if backend == "nccl":
         version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
         library += f", NCCL {'.'.join(map(str, version))}"
     said = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(_SAID)]
-    joined = " of ".join(map(str, levels)) or str(ranks)
-    of = f"{joined} ranks, {machines} machine(s), {backend}, {dtype}, {library}"
+    joined = " of ".join(str(joins) for joins, _ in swept["levels"]) or str(ranks)
+    of = f"{joined} ranks, {swept['machines']} machine(s), {backend}, {dtype}, {library}"
     return ", ".join([of, *said, datetime.now(UTC).date().isoformat()])
 
 

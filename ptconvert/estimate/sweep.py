@@ -49,10 +49,11 @@ def peers_off() -> bool:
     return os.environ.get(P2P_OFF, "0") != "0"
 
 
-def sweep(rank: Rank, makers: Mapping[str, Maker]) -> dict[str, Any]:
+def sweep(rank: Rank, makers: Sequence[Maker]) -> dict[str, Any]:
     """What one rank finds. Collective; ranks find the same levels, each its own times."""
-    order, levels = _levels(rank)
-    found: dict[str, Any] = {"order": order, "levels": levels, "samples": [], "wrong": {}}
+    order, levels, machines = _levels(rank)
+    found: dict[str, Any] = {"order": order, "levels": levels, "machines": machines}
+    found |= {"samples": [], "wrong": {}}
     for ranks in sizes_of([ranks for ranks, _ in levels]):
         group = dist.new_group(order[:ranks])
         if rank.rank in order[:ranks]:
@@ -61,7 +62,7 @@ def sweep(rank: Rank, makers: Mapping[str, Maker]) -> dict[str, Any]:
                 found["beside"] = _beside(rank, group)
         dist.destroy_process_group(group)
     closest = order[: levels[0][0]] if levels else []
-    for make in makers.values() if closest else ():
+    for make in makers if closest else ():
         group = dist.new_group(closest, backend="gloo")
         if rank.rank in closest:
             own = make(rank.device, group)
@@ -102,9 +103,9 @@ def islands_of(seconds: Mapping[tuple[int, int], float]) -> list[list[int]]:
     return islands if whole and len({len(i) for i in islands}) == 1 else [ranks]
 
 
-def _levels(rank: Rank) -> tuple[list[int], list[tuple[int, str]]]:
-    """All ranks in an order in which those of an island are neighbours, and how many ranks each
-    level joins, with its name, from the innermost outwards."""
+def _levels(rank: Rank) -> tuple[list[int], list[tuple[int, str]], int]:
+    """All ranks in an order in which those of an island are neighbours; how many ranks each level
+    joins, with its name, from the innermost outwards; and how many machines there are."""
     # torchrun says which of its agents, one for a machine, started a rank
     place = (socket.gethostname(), os.environ.get("GROUP_RANK"))
     places: list[Any] = [None] * rank.ranks
@@ -112,7 +113,7 @@ def _levels(rank: Rank) -> tuple[list[int], list[tuple[int, str]]]:
     machines = [[r for r in range(rank.ranks) if places[r] == p] for p in dict.fromkeys(places)]
     sizes = {len(machine) for machine in machines}
     if len(sizes) > 1:  # no division that the formulas know
-        return list(range(rank.ranks)), [(rank.ranks, "between machines")]
+        return list(range(rank.ranks)), [(rank.ranks, "between machines")], len(machines)
     first = machines[0]
     islands = [first]
     if rank.device.type == "cuda" and len(first) > 2:
@@ -121,7 +122,8 @@ def _levels(rank: Rank) -> tuple[list[int], list[tuple[int, str]]]:
     names = {rank.ranks: "between machines", len(first): "a machine"}
     if len(islands) > 1:
         names[len(islands[0])] = "an island of GPUs"
-    return order, sorted((ranks, name) for ranks, name in names.items() if ranks > 1)
+    levels = sorted((ranks, name) for ranks, name in names.items() if ranks > 1)
+    return order, levels, len(machines)
 
 
 def pairs_of(rank: Rank, ranks: list[int]) -> dict[tuple[int, int], float]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 DEFERRED_RULES = ("sum", "mean")  # how partials are weighed that waited since an earlier stage
 ASSIGNMENTS = ("contiguous", "affinity")  # which heads and neurons share a track
 SCALES = ("even", "fitted")  # what tracks multiply the norm of their own partial by
+VOCABULARIES = ("sharded", "replicated")  # how an engine's ranks hold it; no spec says that
 MAX_GUESS_RANK = 4096
 MAX_TRACKS = 1024
 

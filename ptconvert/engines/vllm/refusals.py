@@ -22,7 +22,7 @@ from ptconvert.modeling.model import section_of
 from ptconvert.models.families import EXPERT_COUNTS, LINEAR, MODEL_TYPE_PREFIX
 from ptconvert.models.quantised import QUANTIZATION
 from ptconvert.models.shape import ModelShape
-from ptconvert.spec.terms import wrong_ranks
+from ptconvert.spec.terms import VOCABULARIES, wrong_ranks
 
 LINEAR_ON_CPUS = {torch.bfloat16}  # dtypes that vLLM's kernels for linear attention take there
 _NEVER = {
@@ -30,7 +30,6 @@ _NEVER = {
     "enable_eplb": "each track has a share of every expert",
     "enable_dbo": "the schedule says what runs beside its all-reduces",
 }
-HEADS = "sharded", "replicated"  # what lm_head is among ranks, the default first
 
 
 class LatentConfig(ModelArchConfigConvertorBase):  # type: ignore[misc]
@@ -86,9 +85,13 @@ def compiled_by(section: Section) -> str:
 def replicates_head(vllm_config: Any) -> bool:
     """Whether each rank is to have all of lm_head, so that no logits are gathered: where vLLM's
     `additional_config` is {"ptconvert": {"lm_head": "replicated"}}."""
+    return bool(_additional(vllm_config).get("lm_head") == "replicated")
+
+
+def _additional(vllm_config: Any) -> Any:
+    """What of vLLM's `additional_config` is ptconvert's: a mapping, once it isn't refused."""
     given = vllm_config.additional_config
-    own = given.get(SECTION, {}) if isinstance(given, dict) else {}
-    return bool(own.get("lm_head", HEADS[0]) == HEADS[1])
+    return given.get(SECTION, {}) if isinstance(given, dict) else {}
 
 
 def _unlike(served: Served, config: Any, dtype: torch.dtype) -> Iterator[str]:
@@ -161,16 +164,15 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
             f"quantization {model.quantization}: converted models are served as their weights are "
             "kept, and these aren't quantised; leave it out"
         )
-    given = vllm_config.additional_config
-    given = given.get(SECTION, {}) if isinstance(given, dict) else {}
+    given = _additional(vllm_config)
     if not isinstance(given, dict):
         yield f"additional_config {SECTION} {given!r}: it must be a mapping, as of lm_head"
         given = {}
     for key, value in given.items():
-        if key != "lm_head" or value not in HEADS:
+        if key != "lm_head" or value not in VOCABULARIES:
             yield (
                 f'additional_config {SECTION} {key} {value!r}: there is only "lm_head", which is '
-                f"{' or '.join(HEADS)}"
+                f"{' or '.join(VOCABULARIES)}"
             )
     if vllm_config.lora_config is not None:
         yield "enable_lora: adapters name a dense model's layers; merge them before converting"
