@@ -7,6 +7,7 @@ between them taken out: one implementation, two wrappings.
 from __future__ import annotations
 
 import ast
+import functools
 from importlib import resources
 
 MODULES = (
@@ -40,6 +41,7 @@ from __future__ import annotations
 _TAIL = "\n\nregister_layouts()\nregister_tokenizers()\n"
 
 
+@functools.cache
 def modeling_source() -> str:
     """The text of modeling_ptconvert.py."""
     package = resources.files("ptconvert")
