@@ -137,10 +137,10 @@ def test_what_is_fitted(make_dense: MakeDense, convert: Convert) -> None:
     schedule = Schedule.parse(TRACKED)
     ids_NT = torch.randint(3, 96, (10, 16), generator=torch.Generator().manual_seed(2))
     model = load(convert(source, tracks, f"stages: '{TRACKED}'"))
-    fitted = fit_guesses(model.get_decoder(), ids_NT, 4, lambda *_: None)
+    shape = ModelShape.from_config(read_config(source))
+    fitted = fit_guesses(model.get_decoder(), shape, ids_NT, 4, lambda *_: None)
     assert tuple(f.sublayer for f in fitted) == schedule.own_kept(tracks)
     assert all(f.error <= 1 for f in fitted)
-    shape = ModelShape.from_config(read_config(source))
     found, (before, after) = assignments(
         load(source), shape, schedule, tracks, ids_NT, lambda *_: None
     )

@@ -23,6 +23,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
+from ptconvert.calibrate.reading import gain
 from ptconvert.checkpoint.calibration import Assignment, contiguous
 from ptconvert.measure.progress import Progress
 from ptconvert.modeling.layers import multiplied, norm_after
@@ -283,15 +284,6 @@ def _rows(layer: Any, rule: TensorRule, expert: int) -> torch.Tensor:
     return matrix if rule.axes[-1] == D else matrix.mT
 
 
-def _gain(norm: Any) -> torch.Tensor:
-    """What a norm multiplies each channel by (D,), whatever it keeps of that: its answer to
-    channels of size one, of which as many are positive as negative."""
-    sign_D = torch.ones_like(norm.weight)
-    sign_D[1::2] = -1
-    both_D: torch.Tensor = norm(sign_D[None])[0] - norm(-sign_D[None])[0]
-    return (both_D / 2 * sign_D).float()
-
-
 @torch.inference_mode()
 def affinity(
     model: Any,
@@ -328,7 +320,7 @@ def _shares(
     """What the writing units put into each reading unit's inputs, as a share of what these are,
     (reading U, writing U)."""
     norm = shape.block(reader.sublayer).norm
-    gain_D = 1.0 if norm is None else _gain(getattr(layer, norm))
+    gain_D = 1.0 if norm is None else gain(getattr(layer, norm))
     units, writers = len(activity.written), columns_DUm.shape[1]
     found = torch.zeros(units, writers, device=columns_DUm.device)
     for rule, start, stop, count in _inputs(shape, reader):
@@ -354,7 +346,7 @@ def _columns(
     weight_DH = multiplied(layer, shape.family, weight_DH)
     if (after := _after(layer, block)) is not None:
         factor = math.sqrt(activity.scale(after))
-        weight_DH = weight_DH * (factor * _gain(getattr(layer, after)))[:, None]
+        weight_DH = weight_DH * (factor * gain(getattr(layer, after)))[:, None]
     values, vectors = torch.linalg.eigh(activity.written / activity.tokens)
     roots_Umm = vectors * values.clamp(min=0).sqrt()[:, None, :]
     weight_DUm = weight_DH.reshape(len(weight_DH), len(roots_Umm), -1)

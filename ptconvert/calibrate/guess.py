@@ -1,11 +1,14 @@
 """Fitting the tracks' guesses of each other's partials, sublayer after sublayer.
 
 All windows go through the schedule together, one stage at a time, so that each fit sees the streams
-that the guesses before it leave, errors included. Shapes: B windows, T tokens, D width, F = 2D.
+that the guesses before it leave, errors included. An error counts by what its track's sublayers
+make of it before the merge: in each token as a share of the stream, which norms divide by, so that
+the few tokens with huge activations (arXiv 2402.17762) don't outweigh all the others, and in each
+direction as their input projections read it. Shapes: B windows, T tokens, D width, F = 2D.
 
 Memory, beside the model's, for n tracks:
 
-- one track's moments and regression in fp64, at most `regression.MATRICES` F F: 5.9 GB at D 4096;
+- one track's moments and regression in fp64, at most `regression.MATRICES` F F: 6.4 GB at D 4096;
 - each track's low-rank factors for each ridge, R (F + D) fp64: 0.2 GB for 8 tracks at rank 64;
 - one batch of at most BATCH_TOKENS tokens (or one window) in one sublayer of all tracks;
 - the streams of all windows: at most 2n + 2 (merged; partials and guesses that wait, of each track;
@@ -24,6 +27,7 @@ from typing import Any
 
 import torch
 
+from ptconvert.calibrate.reading import readers_metric
 from ptconvert.calibrate.regression import Affine, Fit, Moments, best, fits
 from ptconvert.calibrate.streams import Batch, dense_reaches, fitted_by_stage
 from ptconvert.measure.progress import Progress
@@ -36,6 +40,7 @@ from ptconvert.schedule.stages import Sublayer
 
 NEARLY_ALL = 0.95  # of the gain of the largest rank, for which a smaller one is taken
 LEAST_GAIN = 0.01  # of the error; below it no guess is kept
+_LEAST_SIZE = 1e-20  # of a stream, squared: nothing divides by nothing
 
 Track = tuple[Any, Family]  # a track's layer, and of which family it is
 
@@ -44,8 +49,8 @@ Track = tuple[Any, Family]  # a track's layer, and of which family it is
 class Fitted:
     """A sublayer's guesses, one for each track; none where it does without.
 
-    `error` is what tracks go on with on held-out tokens, squared, as a share of what it is without
-    guesses; `rank` is 0 where none are kept.
+    `error` is what tracks go on with on held-out tokens, as it counts, as a share of what it is
+    without guesses; `rank` is 0 where none are kept.
     """
 
     sublayer: Sublayer
@@ -57,6 +62,7 @@ class Fitted:
 @torch.inference_mode()
 def fit_guesses(
     decoder: Any,
+    shape: ModelShape,
     ids_NT: torch.Tensor,
     rank: int,
     progress: Progress,
@@ -75,7 +81,7 @@ def fit_guesses(
         behind = not step.launches and dense_reaches(decoder.layers, step.index, given)
         last = len(step.sublayers) - 1
         return [
-            _fit_sublayer(decoder, step, place, given, behind and place == last, rank)
+            _fit_sublayer(decoder, shape, step, place, given, behind and place == last, rank)
             for place in range(last + 1)
         ]
 
@@ -85,6 +91,7 @@ def fit_guesses(
 
 def _fit_sublayer(
     decoder: Any,
+    shape: ModelShape,
     step: Step,
     place: int,
     given: Sequence[Batch],
@@ -101,8 +108,9 @@ def _fit_sublayer(
         for batch in given:
             pairs = _pairs(batch, t, track, step, place, behind)
             (test if batch.held_out else train).add(*pairs)
-        candidates.append(fits(train, test, rank))
-        before += test.energy
+        metric_DD = readers_metric(decoder, shape, step, t)
+        candidates.append(fits(train, test, rank, metric_DD))
+        before += test.energy(metric_DD)
     if not before > 0:  # a sublayer that writes nothing
         return Fitted(sublayer, 0, 1.0)
     chosen = best(list(zip(*candidates, strict=True)), rank)
@@ -117,17 +125,22 @@ def _fit_sublayer(
 
 def _pairs(
     batch: Batch, t: int, track: Track, step: Step, place: int, behind: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a track guesses a kept stage's sublayer from, (P, 2D), and what it should guess, (P, D);
-    `place` is the sublayer's in the stage. With `behind` that is also what its stream would lack
-    against the dense model's: what is in flight is merged while the guess is seen."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a track guesses a kept stage's sublayer from, (P, 2D), what it should guess, (P, D), and
+    what its errors weigh there, (P,); `place` is the sublayer's in the stage. With `behind` it
+    should also guess what its stream would lack against the dense model's: what is in flight is
+    merged while the guess is seen."""
     streams = batch.of_track(t)
     own_BTD = batch.to_device(batch.updates[place].kept[t])
     y_BTD = batch.to_device(batch.wholes[place]) - own_BTD
     if behind:
         y_BTD += batch.lacking(step, streams)
     features_P2D = _features(track, step.sublayers[place], streams.view(step)[0], own_BTD)
-    return features_P2D, y_BTD.flatten(0, 1)
+    stream_BTD = streams.landed()[0]
+    for whole_BTD in batch.wholes:
+        stream_BTD = stream_BTD + batch.to_device(whole_BTD)
+    size_P = stream_BTD.float().square().mean(-1).flatten()
+    return features_P2D, y_BTD.flatten(0, 1), 1 / size_P.clamp(min=_LEAST_SIZE)
 
 
 def _add_guesses(decoder: Any, fitted: Fitted, view: PerTrack, update: Update) -> None:

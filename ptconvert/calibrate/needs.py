@@ -143,7 +143,7 @@ def _fit_seconds(width: int, tokens: int, device: str) -> float:
         z_PF, y_PD = (
             torch.randn(pairs, count, device=device) for count in (features, features // 2)
         )
-        moments.add(z_PF, y_PD)
+        moments.add(z_PF, y_PD, torch.ones(pairs, device=device))
         float(moments.sums[0, 0])  # waits for it, on a GPU too
 
     add(train)
@@ -151,6 +151,6 @@ def _fit_seconds(width: int, tokens: int, device: str) -> float:
     started = time.perf_counter()
     add(train)
     added = time.perf_counter()
-    float(fits(train, test, 1)[-1].errors[0])
+    float(fits(train, test, 1, torch.eye(features // 2, device=device))[-1].errors[0])
     solved = time.perf_counter()
     return scale**2 * tokens / pairs * (added - started) + scale**3 * (solved - added)

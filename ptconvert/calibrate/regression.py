@@ -1,6 +1,7 @@
 """Low-rank affine regression in closed form, from streamed sums.
 
-Shapes: P pairs (tokens), F features, D targets. All sums are those of the rows [z, 1, y].
+Shapes: P pairs (tokens), F features, D targets. All sums are those of the rows [z, 1, y], each
+counted as often as its pair weighs. Errors e count as e M e, by a metric M (DD).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 
 # What one regression of F features on D = F / 2 targets takes, in F F numbers of fp64: the moments
 # of both kinds of pairs, and what `fits` has at once. LAPACK's own for eigenvectors comes on top.
-MATRICES = 11
+MATRICES = 12
 
 # Strengths of the ridge, as shares of each feature's own variance.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -31,38 +32,40 @@ class Moments:
         self.offset = torch.zeros(size, dtype=torch.float32, device=device)
         self.sums = torch.zeros(size, size, dtype=torch.float64, device=device)
 
-    def add(self, z_PF: torch.Tensor, y_PD: torch.Tensor) -> None:
+    def add(self, z_PF: torch.Tensor, y_PD: torch.Tensor, weight_P: torch.Tensor) -> None:
         """Adds pairs."""
         one = torch.ones_like(z_PF[:, :1])
         rows = torch.cat([z_PF, one, y_PD], dim=1).float()
+        weight_P = weight_P.float()
         if not self.pairs:
-            self.offset = rows.mean(0)
+            self.offset = weight_P @ rows / weight_P.sum()
             self.offset[self.features] = 0
         rows -= self.offset
+        rows *= weight_P.sqrt()[:, None]
         self.sums += rows.T @ rows  # as fp64
 
     @property
     def pairs(self) -> float:
-        """How many pairs there are."""
+        """What all pairs weigh."""
         return float(self.sums[self.features, self.features])
 
-    @property
-    def energy(self) -> float:
-        """The sum of the targets' squares."""
+    def energy(self, metric_DD: torch.Tensor) -> float:
+        """What the targets count as errors."""
         zero = torch.zeros_like(self.sums[0])
         f = self.features
-        return float(self.about(zero[:f], zero[f + 1 :])[2])
+        return float((self.about(zero[:f], zero[f + 1 :])[2] * metric_DD).sum())
 
     def about(
         self, z_F: torch.Tensor, y_D: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """zz (FF), zy (FD) and the trace of yy, of features and targets less these."""
+        """zz (FF), zy (FD) and yy (DD), of features and targets less these."""
         f, count = self.features, self.pairs
         sum_z, sum_y = self.sums[f, :f], self.sums[f, f + 1 :]
         z_F, y_D = z_F - self.offset[:f], y_D - self.offset[f + 1 :]
         zz = self.sums[:f, :f] - torch.outer(sum_z, z_F) - torch.outer(z_F, sum_z)
         zy = self.sums[:f, f + 1 :] - torch.outer(sum_z, y_D) - torch.outer(z_F, sum_y)
-        yy = self.sums.diagonal()[f + 1 :].sum() - 2 * sum_y @ y_D + count * y_D @ y_D
+        yy = self.sums[f + 1 :, f + 1 :] - torch.outer(sum_y, y_D) - torch.outer(y_D, sum_y)
+        yy += count * torch.outer(y_D, y_D)
         return zz + count * torch.outer(z_F, z_F), zy + count * torch.outer(z_F, y_D), yy
 
     def means(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,11 +93,11 @@ class Affine:
 class Fit:
     """Reduced-rank regressions of every rank up to R: the first rows and columns for each.
 
-    `errors` are the sums of squared errors on held-out pairs, by rank from 0 (the bias alone).
+    `errors` are the sums of errors on held-out pairs, by rank from 0 (the bias alone).
     """
 
     down: torch.Tensor  # (R, F)
-    up: torch.Tensor  # (D, R), orthonormal columns, the best first
+    up: torch.Tensor  # (D, R), orthonormal columns by the metric, the best first
     mean_z: torch.Tensor
     mean_y: torch.Tensor
     errors: torch.Tensor  # (R + 1)
@@ -106,22 +109,31 @@ class Fit:
 
 
 def fits(
-    train: Moments, held_out: Moments, rank: int, ridges: Iterable[float] = RIDGES
+    train: Moments,
+    held_out: Moments,
+    rank: int,
+    metric_DD: torch.Tensor,
+    ridges: Iterable[float] = RIDGES,
 ) -> list[Fit]:
     """The reduced-rank ridge regressions of all ranks up to one, for each strength of the ridge.
 
-    Of all maps of a rank, that with the least squared error plus ridge (Mukherjee & Zhu 2011,
-    "Reduced rank ridge regression"): the full one, projected on the leading eigenvectors of its
-    predictions' second moments. What is returned is R (F + D) numbers for each strength; some
+    Of all maps of a rank, that with the least error plus ridge (Mukherjee & Zhu 2011, "Reduced
+    rank ridge regression"): the full one, projected on the leading eigenvectors of its predictions'
+    second moments, where targets were multiplied by the metric's root, and brought back. What is returned is R (F + D) numbers for each strength; some
     multiples of F F are needed meanwhile (`MATRICES`).
     """
     z_F, y_D = train.means()
-    zz, zy, _ = train.about(z_F, y_D)
+    values, vectors = torch.linalg.eigh(metric_DD.double())
+    to, back = (vectors * values.pow(power) @ vectors.T for power in (0.5, -0.5))
+    zz, zy = train.about(z_F, y_D)[:2]
+    zy = zy @ to
     scale = zz.diagonal().clamp(min=1e-12 * float(zz.diagonal().max()) + 1e-30).rsqrt()
     values, vectors = torch.linalg.eigh(zz.mul_(scale[:, None]).mul_(scale))
     del zz
     rotated = vectors.T @ (scale[:, None] * zy)
     test_zz, test_zy, test_yy = held_out.about(z_F, y_D)
+    test_zy, before = test_zy @ to, (test_yy * metric_DD).sum()
+    del test_yy
     found = []
     for ridge in ridges:
         shrunk = rotated / (values.clamp(min=0) + ridge)[:, None]
@@ -131,8 +143,8 @@ def fits(
         predicted = weights @ up
         gains = 2 * (predicted * (test_zy @ up)).sum(0)
         gains -= (predicted * (test_zz @ predicted)).sum(0)
-        errors = test_yy - torch.cat([gains.new_zeros(1), gains.cumsum(0)])
-        found.append(Fit(predicted.T, up, z_F, y_D, errors))
+        errors = before - torch.cat([gains.new_zeros(1), gains.cumsum(0)])
+        found.append(Fit(predicted.T, back @ up, z_F, y_D, errors))
     return found
 
 

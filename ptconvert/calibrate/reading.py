@@ -1,0 +1,61 @@
+"""What sublayers make of the residual stream that they read. Shapes: D width, R rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ptconvert.models.families import D
+from ptconvert.models.shape import ModelShape
+from ptconvert.schedule.lower import Step
+from ptconvert.schedule.stages import Sublayer
+
+# Share of the mean that errors count by in directions which nobody reads: later ones do, a little.
+UNREAD = 0.01
+ROWS = 4096  # at once
+
+
+def gain(norm: Any) -> torch.Tensor:
+    """What a norm multiplies each channel by (D,), whatever it keeps of that: its answer to
+    channels of size one, of which as many are positive as negative."""
+    sign_D = torch.ones_like(norm.weight)
+    sign_D[1::2] = -1
+    both_D: torch.Tensor = norm(sign_D[None])[0] - norm(-sign_D[None])[0]
+    return (both_D / 2 * sign_D).float()
+
+
+def readers_metric(decoder: Any, shape: ModelShape, step: Step, track: int) -> torch.Tensor:
+    """What errors in a stage's guess count by, where its track reads them (D, D): e M e is their
+    share, squared, of what the input projections W of its sublayers give until the merge.
+
+    M sums (W G)' (W G) over these, each by its trace, with the gains G of the norm before it.
+    """
+    metric_DD = torch.zeros(shape.width, shape.width, device=decoder.device)
+    for later in decoder.layers.schedule.program[step.index + 1 :]:
+        for sublayer in later.sublayers if step.bucket in later.reads else ():
+            _add_reader(metric_DD, decoder.layers[sublayer.layer], shape, sublayer, track)
+    mean = metric_DD.trace() / shape.width
+    least = UNREAD * mean if mean > 0 else torch.ones_like(mean)  # nobody reads: plain squares
+    metric_DD.diagonal().add_(least)
+    return metric_DD
+
+
+def _add_reader(
+    metric_DD: torch.Tensor, layer: Any, shape: ModelShape, sublayer: Sublayer, track: int
+) -> None:
+    """Adds what a track's sublayer reads by."""
+    own = layer.tracks[str(track)] if hasattr(layer, "tracks") else layer
+    block = shape.block(sublayer)
+    gain_D = 1.0 if block.norm is None else gain(getattr(own, block.norm))
+    for rule in shape.unquantised_of(sublayer.layer):
+        writes = rule.name.removesuffix(".weight").endswith(f".{block.output}")
+        if writes or len(rule.axes) < 2 or D not in rule.axes or not shape.runs_in(rule, sublayer):
+            continue
+        weight = own.get_parameter(rule.name)
+        one_DD = torch.zeros_like(metric_DD)
+        for rows_RD in weight.movedim(rule.axes.index(D), -1).flatten(0, -2).split(ROWS):
+            read_RD = rows_RD.float() * gain_D
+            one_DD += read_RD.T @ read_RD
+        if (trace := one_DD.trace()) > 0:
+            metric_DD += one_DD / trace
