@@ -237,8 +237,9 @@ def planted(noise: float, pairs: int = 4000) -> tuple[Moments, Moments, torch.Te
     y_PD = z_PF @ true_FD + 3 + noise * torch.randn(pairs, 6, generator=generator)
     both = Moments(12, 6), Moments(12, 6)
     for moments, rows in zip(both, (slice(0, 3000), slice(3000, None)), strict=True):
-        for part in zip(*(torch.split(p[rows], 500) for p in (z_PF, y_PD)), strict=True):
-            moments.add(*part, torch.ones(500))
+        parts = (torch.split(p[rows], 500) for p in (z_PF, y_PD))
+        for some_PF, some_PD in zip(*parts, strict=True):
+            moments.add(some_PF, some_PD, torch.ones(500))
     return *both, true_FD
 
 
@@ -269,8 +270,8 @@ def test_a_guess_on_noise_is_dropped() -> None:
     generator = torch.Generator().manual_seed(0)
     train, test = Moments(12, 6), Moments(12, 6)
     for moments in (train, test):
-        pairs = (torch.randn(300, n, generator=generator) for n in (12, 6))
-        moments.add(*pairs, torch.ones(300))
+        z_PF, y_PD = (torch.randn(300, n, generator=generator) for n in (12, 6))
+        moments.add(z_PF, y_PD, torch.ones(300))
     (fit,) = best([[f] for f in fits(train, test, 6, torch.eye(6))], 6)
     energy = test.energy(torch.eye(6))
     assert _pick_rank([float(e) / energy for e in fit.errors], 6) == 0
@@ -282,15 +283,14 @@ def test_a_pair_counts_as_often_as_it_weighs() -> None:
     often_P = torch.randint(1, 5, (200,), generator=generator)
     weighed, repeated = Moments(12, 6), Moments(12, 6)
     weighed.add(z_PF, y_PD, often_P)
-    repeated.add(
-        *(p.repeat_interleave(often_P, 0) for p in (z_PF, y_PD)), torch.ones(often_P.sum())
-    )
+    many_PF, many_PD = (p.repeat_interleave(often_P, 0) for p in (z_PF, y_PD))
+    repeated.add(many_PF, many_PD, torch.ones(len(many_PF)))
     assert weighed.pairs == pytest.approx(float(often_P.sum()))
     for one, other in zip(weighed.means(), repeated.means(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
     metric_DD = torch.eye(6)
-    one, other = (fits(m, m, 6, metric_DD)[0] for m in (weighed, repeated))
-    torch.testing.assert_close(one.errors, other.errors, rtol=1e-4, atol=0)
+    errors, expected = (fits(m, m, 6, metric_DD)[0].errors for m in (weighed, repeated))
+    torch.testing.assert_close(errors, expected, rtol=1e-4, atol=0)
 
 
 def test_a_rank_goes_where_errors_count() -> None:
@@ -403,7 +403,7 @@ def reading(decoder: Any, step: Step, track: int) -> torch.Tensor:
         for sublayer in later.sublayers if step.bucket in later.reads else ():
             own = decoder.layers[sublayer.layer].tracks[str(track)]
             norm, block = own.post_attention_layernorm, own.mlp
-            reads = ("gate_proj", "up_proj")
+            reads: tuple[str, ...] = ("gate_proj", "up_proj")
             if sublayer.kind is Kind.ATTENTION:
                 norm, block, reads = own.input_layernorm, own.self_attn, QKV
             for name in reads:

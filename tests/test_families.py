@@ -24,6 +24,7 @@ import ptconvert.modeling.layers as layers_module
 import ptconvert.models.shape as shape_module
 from ptconvert.calibrate import affinity
 from ptconvert.calibrate.guess import fit_guesses
+from ptconvert.calibrate.reading import UNREAD, readers_metric
 from ptconvert.checkpoint.calibration import Assignment, Calibration
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.reader import open_checkpoint
@@ -41,6 +42,13 @@ from ptconvert.schedule.stages import BLOCKS, Kind, Sublayer
 from ptconvert.spec.document import parse_spec
 from ptconvert.verify.expected import FP32_TOLERANCE, RECURRENT_TOLERANCE
 
+# How many matrices read the stream in attention and in the MLP of a last layer, where not 3 and 2.
+READ = {
+    **dict.fromkeys(("glm", "glm4", "apertus", "nemotron", "starcoder2", "jais2", "arcee"), (3, 1)),
+    **{"phi3": (1, 1), "gemma4_text": (2, 2), "gemma4_unified_text": (2, 2)},
+    **{"glm4_moe": (3, 4), "deepseek_v3": (2, 4), "qwen3_5_text": (4, 2)},
+    **{"qwen3_next": (2, 5), "qwen3_5_moe_text": (4, 5)},
+}
 OF_A_FAMILY = {name: VARIANTS[name] for name in VARIANTS if name in CAUSAL_LMS}
 
 
@@ -288,10 +296,34 @@ def test_affinity_takes_every_family(variant: str, make_dense: MakeDense) -> Non
 def test_guesses_bring_every_family_nearer(
     variant: str, make_dense: MakeDense, convert: Convert
 ) -> None:
-    decoder = load(convert(make_dense(variant), 2, "use: sync_point_drop")).get_decoder()
+    source = make_dense(variant)
+    decoder = load(convert(source, 2, "use: sync_point_drop")).get_decoder()
     ids_NT = torch.randint(3, 96, (40, 24), generator=torch.Generator().manual_seed(0))
-    found = fit_guesses(decoder, ids_NT, 16, lambda *_: None)
+    found = fit_guesses(
+        decoder, ModelShape.from_config(read_config(source)), ids_NT, 16, lambda *_: None
+    )
     assert len(found) == 6 and sum(fitted.error for fitted in found) < 0.9 * 6
+
+
+@pytest.mark.parametrize("variant", OF_A_FAMILY)
+def test_errors_count_by_every_projection_that_reads_them(
+    variant: str, make_dense: MakeDense, convert: Convert
+) -> None:
+    """Each of trace 1: of a Llama's attention three and of its MLP two, of others more or fewer."""
+    source = make_dense(variant)
+    shape = ModelShape.from_config(read_config(source))
+    decoder = load(convert(source, 2, "use: parallel_track, depth: 2")).get_decoder()
+    found = []
+    for step in decoder.layers.schedule.program:
+        if step.keeps_own:
+            metric_DD = readers_metric(decoder, shape, step, 0)
+            assert torch.linalg.eigvalsh(metric_DD)[0] > 0
+            found.append(float(metric_DD.trace()) / (1 + UNREAD))
+    counts = [round(count) for count in found]
+    assert found == pytest.approx(counts, rel=1e-4)
+    if not shape.family.parallel:  # of a block a1 is read by m1, and m0 by a1, too
+        attention, mlp = READ.get(variant, (3, 2))
+        assert counts[-2:] == [attention + mlp, mlp]
 
 
 @pytest.mark.parametrize("variant", OF_A_FAMILY)

@@ -49,8 +49,10 @@ def _add_reader(
     block = shape.block(sublayer)
     gain_D = 1.0 if block.norm is None else gain(getattr(own, block.norm))
     for rule in shape.unquantised_of(sublayer.layer):
-        writes = rule.name.removesuffix(".weight").endswith(f".{block.output}")
-        if writes or len(rule.axes) < 2 or D not in rule.axes or not shape.runs_in(rule, sublayer):
+        ends = (f".{block.output}", f".{block.output}.weight", "bias")
+        if len(rule.axes) < 2 or D not in rule.axes or rule.name.endswith(ends):
+            continue
+        if not shape.runs_in(rule, sublayer):
             continue
         weight = own.get_parameter(rule.name)
         one_DD = torch.zeros_like(metric_DD)
