@@ -223,3 +223,15 @@ SERVED: Mapping[str, Served] = MappingProxyType(
         "qwen3_next": Served("Qwen3NextForCausalLM", given=_gated_delta_net),
     }
 )
+
+# What vLLM's classes of models with pictures make their language model by, in their modules.
+_REGISTERED = "init_vllm_registered_model"
+LANGUAGE_MODELS: Mapping[str, str] = MappingProxyType(
+    {
+        "llava": _REGISTERED,
+        "mistral3": _REGISTERED,
+        "internvl": _REGISTERED,
+        "qwen3_5": "Qwen3_5ForCausalLM",
+        "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
+    }
+)

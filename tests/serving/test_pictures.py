@@ -1,0 +1,199 @@
+"""Models that see, in vLLM on 2 ranks: what transformers' converted model says of a picture."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import engines  # noqa: F401  # settings
+import pictured
+import pytest
+import seeing
+import torch
+import transformers
+from commands import serving, under_vllms_name, verify
+from conftest import spec_text
+from served import MIXED, shape_of
+from test_parity import COMPILED, ROPE, of_case, run_cases, schedule_of
+
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import execute, plan_conversion
+from ptconvert.engines.verify import TOLERANCE, count_checks
+from ptconvert.engines.vllm.families import LANGUAGE_MODELS
+from ptconvert.schedule.presets import dense_schedule
+from ptconvert.spec.document import parse_spec
+
+
+@dataclass(frozen=True)
+class Case:
+    """A conversion, and how it is run."""
+
+    model: str
+    tracks: int
+    schedule: str
+    eager: bool = True
+    text: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # vLLM's
+
+
+# vLLM's attention on CPUs takes heads of 32 or more.
+SIZES = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32}
+SIZES |= {"num_key_value_heads": 4, "max_position_embeddings": 512}
+HYBRID = {"rope_parameters": ROPE["qwen3_5_text"]}
+FOUR = {"num_hidden_layers": 4}
+CASES = {
+    "llava": Case("llava", 4, MIXED),
+    "mistral3": Case("mistral3", 2, MIXED),
+    "internvl": Case("internvl", 2, MIXED),
+    "qwen3_5": Case("qwen3_5", 2, COMPILED, text=HYBRID | FOUR),
+    "qwen3_5_moe": Case("qwen3_5_moe", 2, COMPILED, text=HYBRID | FOUR),
+    "qwen3_5, pictures shared out": Case(
+        *("qwen3_5", 2, COMPILED),
+        text=HYBRID | FOUR,
+        arguments={"mm_encoder_tp_mode": "data"},
+    ),
+    "compiled, llava": Case("llava", 2, COMPILED, eager=False, text=FOUR),
+    "compiled, qwen3_5": Case("qwen3_5", 2, COMPILED, eager=False, text=HYBRID | FOUR),
+}
+
+
+def make(directory: Path, case: Case) -> Path:
+    """A random model, converted, with its processor."""
+    source = seeing.save(case.model, directory / "dense", **SIZES, **case.text)
+    spec = parse_spec(spec_text(case.tracks, case.schedule), "spec.yaml")
+    plan = plan_conversion(open_checkpoint(source), spec, source_name="dense")
+    execute(plan, directory / "converted")
+    return seeing.with_processor(case.model, directory / "converted")
+
+
+@pytest.fixture(scope="session")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: make(tmp_path_factory.mktemp("model"), case) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="session")
+def found(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) -> Any:
+    cases: list[dict[str, Any]] = [
+        {
+            **{"name": name, "model": case.model, "path": str(paths[name]), "device": "cpu"},
+            **{"eager": case.eager, "arguments": dict(case.arguments), "alone": None},
+        }
+        for name, case in CASES.items()
+    ]
+    return run_cases(tmp_path_factory.mktemp("ranks"), cases, 2)
+
+
+@pytest.fixture(scope="session")
+def expected(paths: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Of each request its ids, and what the single-process model answers."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, case in CASES.items():
+        options = {"dtype": torch.float32, "attn_implementation": "eager"}
+        model = transformers.AutoModelForImageTextToText.from_pretrained(paths[name], **options)
+        processor = seeing.processor(case.model)
+        found[name] = {}
+        for request, (text, pictures) in pictured.requests(case.model).items():
+            inputs = processor(text=text, images=pictures or None, return_tensors="pt")
+            found[name][request] = {
+                "prompt": inputs["input_ids"][0].tolist(),
+                "answer": greedy(model.eval(), inputs, pictured.NEW_TOKENS),
+            }
+    return found
+
+
+def greedy(model: Any, inputs: Any, new_tokens: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens and their log-probabilities."""
+    with torch.no_grad():
+        said = model.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=-1,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    tokens = said.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    pairs = zip(said.logits, tokens, strict=True)
+    return tokens, [float(logits[0].log_softmax(-1)[token]) for logits, token in pairs]
+
+
+def check(answered: dict[str, Any], expected: dict[str, Any]) -> None:
+    tokens, log_probabilities = answered["answer"]
+    assert answered["prompt"] == expected["prompt"]
+    assert tokens == expected["answer"][0]
+    assert log_probabilities == pytest.approx(expected["answer"][1], abs=TOLERANCE)
+
+
+def test_every_wrapper_that_is_served_is_here() -> None:
+    assert set(LANGUAGE_MODELS) == {case.model for case in CASES.values()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_answers_about_pictures(name: str, found: Any, expected: dict[str, Any]) -> None:
+    """Those of the single-process model, in a chat too, and out of vLLM's caches of prompts."""
+    for rank in of_case(found, name):
+        for request, answered in rank["answers"].items():
+            check(answered, expected[name][request])
+        for request, answered in rank["again"].items():
+            check(answered, expected[name][request])
+        check(rank["chat"], expected[name]["seeing"])
+        assert rank["again"]["long"]["cached"] > 0
+        answers = [tuple(rank["answers"][n]["answer"][0]) for n in ("seeing", "another picture")]
+        assert len(set(answers)) == 2  # what is seen counts
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_reduces_are_the_language_models(name: str, found: Any, paths: dict[str, Path]) -> None:
+    """As scheduled, and none for pictures: of two requests the second has one, whose tower runs
+    before its first pass, and so within the first request's last."""
+    ranks = [rank["passes"] for rank in of_case(found, name)]
+    shape, schedule, new = shape_of(paths[name]), schedule_of(paths[name]), pictured.NEW_TOKENS
+    for start in (0, new):
+        passes = [rank[start : start + new] for rank in ranks]
+        checks = count_checks(passes, schedule, shape, new)
+        assert all(check.ok for check in checks), checks
+        wrong = count_checks(passes, dense_schedule(shape.layers), shape, new)
+        assert not all(check.ok for check in wrong)
+    assert ranks[0][new]["tokens"] > ranks[0][0]["tokens"]
+    assert {len(rank) for rank in ranks} == {2 * new}
+
+
+def test_verify_runs_the_language_model(paths: dict[str, Path]) -> None:
+    """Prompts are texts there, and the tower isn't loaded."""
+    code, report = verify(paths["llava"], "--enforce-eager", "--batch", "2", "--dtype", "float32")
+    assert code == 0 and report["ok"] and len(report["checks"]) == 5, report
+
+
+def test_server_answers_about_a_picture(
+    paths: dict[str, Path], expected: Any, tmp_path: Path
+) -> None:
+    import openai
+
+    _, (picture, *_) = pictured.requests("llava")["seeing"]
+    stream = io.BytesIO()
+    picture.save(stream, "png")
+    url = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    content = [
+        {"type": "text", "text": "What is in "},
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": "?"},
+    ]
+    options = "--mm-processor-kwargs", json.dumps({"backend": "pil"}), "--max-model-len", "256"
+    named = under_vllms_name(tmp_path)
+    with serving(paths["llava"], named, tmp_path / "log", *options) as server:
+        client = openai.OpenAI(base_url=server, api_key="none", max_retries=10)
+        said = client.chat.completions.create(
+            model=client.models.list().data[0].id,
+            messages=[{"role": "user", "content": content}],
+            temperature=0,
+            max_tokens=pictured.NEW_TOKENS,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )
+    tokens, _ = expected["llava"]["seeing"]["answer"]
+    assert said.choices[0].token_ids == tokens
+    assert said.usage.prompt_tokens == len(expected["llava"]["seeing"]["prompt"])
