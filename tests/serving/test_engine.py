@@ -81,8 +81,8 @@ def test_what_sees_is_refused_by_name(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quantised", "arguments", "why"),
     [
-        (True, {}, "compressed-tensors: quantised models with pictures aren't served in vLLM"),
-        (False, {"quantization": "fp8"}, "fp8: quantised models with pictures aren't served in"),
+        (True, {}, "quantization_config in text_config: vLLM would take it for the tower's too"),
+        (False, {"quantization": "fp8"}, "quantization fp8: converted models are served as their"),
         (False, {"mm_encoder_only": True}, "mm_encoder_only: the language model is what was"),
         (False, {"tensor_parallel_size": 3}, "2 tracks"),
     ],
@@ -97,6 +97,9 @@ def test_what_a_model_that_sees_is_not_is_refused(
         within = re.compile(r"language_model\..*\.mlp\.").search
         given = source, tmp_path / "quantised", "FP8 per channel", lambda name: bool(within(name))
         source = quantising.quantise(*given)
+        config = json.loads((source / "config.json").read_text())
+        config["text_config"]["quantization_config"] = config.pop("quantization_config")
+        (source / "config.json").write_text(json.dumps(config))
     path = seeing_model(source, tmp_path / "model")
     with pytest.raises(ValueError, match=why):
         EngineArgs(path, **arguments).create_engine_config()

@@ -64,9 +64,11 @@ class LayerConfig(TrackConfig):
 class VLLMServing:
     """vLLM on one rank, for a converted model of one of the families SERVED."""
 
-    def __init__(self, vllm_config: Any, shape: ModelShape, section: Section) -> None:
+    def __init__(self, vllm_config: Any, shape: ModelShape, section: Section, prefix: str) -> None:
+        """`prefix` is what the decoder is called in vLLM, of whose names a quantisation config's
+        are: those of the checkpoint where nothing lies around it."""
         self._vllm_config, self.served = vllm_config, SERVED[shape.family.model_type]
-        self._shape, self._together = shape, section.together
+        self._prefix, self._together = prefix, section.together
         self.first = get_tensor_model_parallel_rank() == 0
         try:
             causal_lm = ModelRegistry.models[self.served.model].load_model_cls()
@@ -123,7 +125,7 @@ class VLLMServing:
         config = LayerConfig(whole, track or 0, 1 if track is None else count, self._together)
         for name, value in self.served.given(whole).items():
             setattr(config, name, value)
-        named = self._shape.layer(index)
+        named = f"{self._prefix}.layers.{index}."
         layer: nn.Module
         if track is None:
             layer = self._layer(config, index, f"model.layers.{index}", named)

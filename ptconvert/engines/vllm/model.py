@@ -56,7 +56,7 @@ class PTConvertModel(nn.Module):
             disable_tp=True,
         )
         self.renamed = renamed(shape.family)
-        self.serving = VLLMServing(vllm_config, shape, section)
+        self.serving = VLLMServing(vllm_config, shape, section, prefix)
         served = self.serving.served
         self.embeds_scale: Any = served.embeds(config) if served.embeds else None
         if served.rounded:

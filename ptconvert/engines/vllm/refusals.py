@@ -134,14 +134,6 @@ def _linear(vllm_config: Any) -> Iterator[str]:
         yield "speculative_config: not tried where layers have linear attention; leave it out"
 
 
-def _around(model: Any) -> Iterator[str]:
-    """What of a model with pictures isn't served."""
-    if model.quantization is not None:
-        yield f"{model.quantization}: quantised models with pictures aren't served in vLLM"
-    if getattr(model.multimodal_config, "mm_encoder_only", False):
-        yield "mm_encoder_only: the language model is what was converted; leave it out"
-
-
 def _experts(config: Any) -> bool:
     return any(getattr(config, count, 0) for count in EXPERT_COUNTS)
 
@@ -174,16 +166,18 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
             "VLLM_MLA_DISABLE=1, which keeps whole keys and values"
         )
     quantization = getattr(model.hf_config, QUANTIZATION, None)
-    if wrapper is not None:
-        yield from _around(model)
-    elif quantization is not None:
+    if quantization is not None:
         shape = ModelShape.from_config(source_config(model.hf_config.to_dict(), section))
         yield from unserved(quantization, shape, section, ranks)
+    elif getattr(model.hf_text_config, QUANTIZATION, None) is not None:
+        yield f"{QUANTIZATION} in text_config: vLLM would take it for the tower's too"
     elif model.quantization is not None:
         yield (
             f"quantization {model.quantization}: converted models are served as their weights are "
             "kept, and these aren't quantised; leave it out"
         )
+    if getattr(model.multimodal_config, "mm_encoder_only", False):
+        yield "mm_encoder_only: the language model is what was converted; leave it out"
     given = _additional(vllm_config)
     if not isinstance(given, dict):
         yield f"additional_config {SECTION} {given!r}: it must be a mapping, as of lm_head"

@@ -11,9 +11,10 @@ import functools
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.utils import WeightsMapper
 
@@ -21,6 +22,7 @@ from ptconvert.engines.vllm.families import LANGUAGE_MODELS
 from ptconvert.engines.vllm.hybrid import LinearStates, PTConvertHybridForCausalLM
 from ptconvert.engines.vllm.layers import alone
 from ptconvert.engines.vllm.model import PTConvertForCausalLM
+from ptconvert.engines.vllm.quantised import check_loaded
 from ptconvert.modeling.model import MODELS
 from ptconvert.models.families import FAMILIES
 from ptconvert.models.wrappers import WRAPPERS, decoder_prefix, is_around
@@ -83,7 +85,10 @@ class SeeingModel:
         loaded = self.language_model.load_weights(inside())
         theirs: Any = super()
         own = theirs.load_weights(self._by_towers(around))
-        return {f"language_model.{name}" for name in loaded} | set(own)
+        loaded = {f"language_model.{name}" for name in loaded} | set(own)
+        if self.language_model.quant_config is not None:
+            check_loaded(cast(nn.Module, self), loaded)
+        return loaded
 
     def _by_towers(
         self, around: Iterable[tuple[str, torch.Tensor]]
