@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED
+from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, TEXTS_ONLY
 from ptconvert.models.families import FAMILIES, UNSUPPORTED, Family
 from ptconvert.models.shape import DTYPES
 from ptconvert.models.wrappers import WRAPPERS, Wrapper
@@ -90,9 +90,16 @@ def around(wrapper: Wrapper) -> str:
         f"`{wrapper.classes['AutoModelForImageTextToText']}`",
         f"`{wrapper.text}`",
         ", ".join(f"`{name}*`" for name in wrapper.around),
-        "yes" if wrapper.model_type in LANGUAGE_MODELS else "refused",
+        in_vllm(wrapper.model_type),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def in_vllm(model_type: str) -> str:
+    """Whether it is served with pictures."""
+    if model_type in TEXTS_ONLY:
+        return "texts only"
+    return "yes" if model_type in LANGUAGE_MODELS else "refused"
 
 
 def page() -> str:

@@ -24,7 +24,7 @@ from ptconvert.checkpoint import section
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.engines.verify import TOLERANCE
-from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED
+from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, TEXTS_ONLY
 from ptconvert.models.wrappers import WRAPPERS
 from ptconvert.schedule.lower import lower
 from ptconvert.spec.document import parse_spec
@@ -76,6 +76,18 @@ def test_what_sees_is_refused_by_name(name: str, tmp_path: Path) -> None:
     path = seeing_model(seeing.save(name, tmp_path / "source"), tmp_path / "model")
     with pytest.raises(ValueError, match=f"a converted {name} isn't served in vLLM"):
         EngineArgs(path).create_engine_config()
+
+
+@pytest.mark.parametrize("name", TEXTS_ONLY)
+def test_what_sees_where_vllm_cannot_is_refused_but_for_texts(name: str, tmp_path: Path) -> None:
+    from vllm import EngineArgs
+
+    path = seeing_model(seeing.save(name, tmp_path / "source"), tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=f"{name} is served in vLLM without pictures only, by lang"
+    ):
+        EngineArgs(path).create_engine_config()
+    EngineArgs(path, language_model_only=True).create_engine_config()
 
 
 @pytest.mark.parametrize(

@@ -15,16 +15,17 @@ import pictured
 import pytest
 import quantising
 import seeing
+import served
 import torch
 from commands import serving, under_vllms_name, verify
 from conftest import spec_text
 from served import MIXED, shape_of
-from test_parity import COMPILED, ROPE, of_case, run_cases, schedule_of
+from test_parity import COMPILED, NEW_TOKENS, ROPE, of_case, run_cases, schedule_of
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.engines.verify import TOLERANCE, count_checks
-from ptconvert.engines.vllm.families import LANGUAGE_MODELS
+from ptconvert.engines.vllm.families import LANGUAGE_MODELS, TEXTS_ONLY
 from ptconvert.measure.opening import open_model
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.spec.document import parse_spec
@@ -84,6 +85,14 @@ CASES = {
     "compiled, qwen3_5": Case("qwen3_5", 2, COMPILED, eager=False, text=HYBRID | FOUR),
 }
 
+WITHOUT_TOWERS = {
+    name: Case(name, 2, COMPILED, text=text, arguments={"language_model_only": True})
+    for name, text in (
+        ("gemma3", {**FOUR, "rope_parameters": ROPE["gemma3_text"]}),
+        ("qwen3_5", {**FOUR, **HYBRID}),
+    )
+}
+
 
 def make(directory: Path, case: Case) -> Path:
     """A random model, converted, with its processor."""
@@ -94,23 +103,34 @@ def make(directory: Path, case: Case) -> Path:
     spec = parse_spec(spec_text(case.tracks, case.schedule), "spec.yaml")
     plan = plan_conversion(open_checkpoint(source), spec, source_name="dense")
     execute(plan, directory / "converted")
-    return seeing.with_processor(case.model, directory / "converted")
+    return directory / "converted"
 
 
 @pytest.fixture(scope="session")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: make(tmp_path_factory.mktemp("model"), case) for name, case in CASES.items()}
+    return {
+        name: seeing.with_processor(case.model, make(tmp_path_factory.mktemp("model"), case))
+        for name, case in CASES.items()
+    }
 
 
 @pytest.fixture(scope="session")
-def found(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) -> Any:
-    cases: list[dict[str, Any]] = [
-        {
-            **{"name": name, "model": case.model, "path": str(paths[name]), "device": "cpu"},
-            **{"eager": case.eager, "arguments": dict(case.arguments), "alone": None},
+def blind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {n: make(tmp_path_factory.mktemp("model"), c) for n, c in WITHOUT_TOWERS.items()}
+
+
+@pytest.fixture(scope="session")
+def found(
+    tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path], blind: dict[str, Path]
+) -> Any:
+    def run(name: str, case: Case, path: Path) -> dict[str, Any]:
+        return {
+            **{"name": name, "path": str(path), "device": "cpu", "eager": case.eager},
+            **{"arguments": dict(case.arguments), "alone": None, "faults": False, "drawn": []},
         }
-        for name, case in CASES.items()
-    ]
+
+    cases = [run(name, c, paths[name]) | {"model": c.model} for name, c in CASES.items()]
+    cases += [run(f"{name}, blind", c, blind[name]) for name, c in WITHOUT_TOWERS.items()]
     return run_cases(tmp_path_factory.mktemp("ranks"), cases, 2)
 
 
@@ -156,7 +176,8 @@ def check(answered: dict[str, Any], expected: dict[str, Any], within: float) -> 
 
 
 def test_every_wrapper_that_is_served_is_here() -> None:
-    assert set(LANGUAGE_MODELS) == {case.model for case in CASES.values()}
+    assert set(LANGUAGE_MODELS) == {c.model for c in CASES.values()} | set(TEXTS_ONLY)
+    assert set(TEXTS_ONLY) <= set(WITHOUT_TOWERS)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -188,6 +209,18 @@ def test_all_reduces_are_the_language_models(name: str, found: Any, paths: dict[
         assert not all(check.ok for check in wrong)
     assert ranks[0][new]["tokens"] > ranks[0][0]["tokens"]
     assert {len(rank) for rank in ranks} == {2 * new}
+
+
+@pytest.mark.parametrize("name", WITHOUT_TOWERS)
+def test_texts_without_the_tower(name: str, found: Any, blind: dict[str, Path]) -> None:
+    ranks, path = of_case(found, f"{name}, blind"), blind[name]
+    reference = served.greedy(path, served.prompts(), NEW_TOKENS)
+    for rank in ranks:
+        assert served.apart(rank["answers"], reference) <= TOLERANCE
+        assert served.apart(rank["again"], reference) <= TOLERANCE
+    passes = [rank["passes"] for rank in ranks]
+    checks = count_checks(passes, schedule_of(path), shape_of(path), new_tokens=3)
+    assert all(check.ok for check in checks), checks
 
 
 def test_verify_runs_the_language_model(paths: dict[str, Path]) -> None:

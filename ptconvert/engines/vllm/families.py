@@ -233,5 +233,10 @@ LANGUAGE_MODELS: Mapping[str, str] = MappingProxyType(
         "internvl": _REGISTERED,
         "qwen3_5": "Qwen3_5ForCausalLM",
         "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
+        "gemma3": _REGISTERED,
     }
+)
+# Why some of these are served without pictures only.
+TEXTS_ONLY: Mapping[str, str] = MappingProxyType(
+    {"gemma3": "a picture's tokens see each other there, which vLLM's attention on CPUs can't do"}
 )

@@ -15,7 +15,7 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 import ptconvert
 from ptconvert.checkpoint.section import SECTION, Section, source_config
-from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, Served
+from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, TEXTS_ONLY, Served
 from ptconvert.engines.vllm.formats import unserved
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.model import section_of
@@ -176,6 +176,12 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
             f"quantization {model.quantization}: converted models are served as their weights are "
             "kept, and these aren't quantised; leave it out"
         )
+    if wrapper is not None and (why := TEXTS_ONLY.get(wrapper.model_type)):
+        if not getattr(model.multimodal_config, "language_model_only", False):
+            yield (
+                f"a converted {wrapper.model_type} is served in vLLM without pictures only, by "
+                f"language_model_only: {why}"
+            )
     if getattr(model.multimodal_config, "mm_encoder_only", False):
         yield "mm_encoder_only: the language model is what was converted; leave it out"
     given = _additional(vllm_config)
