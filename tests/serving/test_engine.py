@@ -84,7 +84,7 @@ def test_what_sees_where_vllm_cannot_is_refused_but_for_texts(name: str, tmp_pat
 
     path = seeing_model(seeing.save(name, tmp_path / "source"), tmp_path / "model")
     with pytest.raises(
-        ValueError, match=f"{name} is served in vLLM without pictures only, by lang"
+        ValueError, match=f"{name} is served without pictures only, by language_model"
     ):
         EngineArgs(path).create_engine_config()
     EngineArgs(path, language_model_only=True).create_engine_config()

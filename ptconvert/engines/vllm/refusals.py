@@ -134,6 +134,19 @@ def _linear(vllm_config: Any) -> Iterator[str]:
         yield "speculative_config: not tried where layers have linear attention; leave it out"
 
 
+def _seeing(model_type: str, settings: Any) -> Iterator[str]:
+    """What of a model with pictures isn't served; `settings` are vLLM's for such."""
+    if model_type not in LANGUAGE_MODELS:
+        yield (
+            f"a converted {model_type} isn't served in vLLM, of converted models with pictures "
+            f"only {', '.join(LANGUAGE_MODELS)}; transformers runs it"
+        )
+    elif settings.mm_encoder_only:
+        yield "mm_encoder_only: the language model is what was converted; leave it out"
+    elif (why := TEXTS_ONLY.get(model_type)) and not settings.language_model_only:
+        yield f"{model_type} is served without pictures only, by language_model_only: {why}"
+
+
 def _experts(config: Any) -> bool:
     return any(getattr(config, count, 0) for count in EXPERT_COUNTS)
 
@@ -142,12 +155,9 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     family = _family(model.hf_config)
     wrapper = wrapper_of(model.hf_config.model_type)
-    if wrapper is not None and wrapper.model_type not in LANGUAGE_MODELS:
-        yield (
-            f"a converted {wrapper.model_type} isn't served in vLLM, of converted models with "
-            f"pictures only {', '.join(LANGUAGE_MODELS)}; transformers runs it"
-        )
-    elif family not in SERVED:
+    if wrapper is not None:
+        yield from _seeing(wrapper.model_type, model.multimodal_config)
+    if family not in SERVED:
         yield (
             f"a converted {family} isn't served in vLLM, of converted models only "
             f"{', '.join(SERVED)}; transformers runs it"
@@ -176,14 +186,6 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
             f"quantization {model.quantization}: converted models are served as their weights are "
             "kept, and these aren't quantised; leave it out"
         )
-    if wrapper is not None and (why := TEXTS_ONLY.get(wrapper.model_type)):
-        if not getattr(model.multimodal_config, "language_model_only", False):
-            yield (
-                f"a converted {wrapper.model_type} is served in vLLM without pictures only, by "
-                f"language_model_only: {why}"
-            )
-    if getattr(model.multimodal_config, "mm_encoder_only", False):
-        yield "mm_encoder_only: the language model is what was converted; leave it out"
     given = _additional(vllm_config)
     if not isinstance(given, dict):
         yield f"additional_config {SECTION} {given!r}: it must be a mapping, as of lm_head"
