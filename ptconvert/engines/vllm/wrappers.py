@@ -11,6 +11,7 @@ import functools
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -31,7 +32,8 @@ from ptconvert.models.wrappers import WRAPPERS, decoder_prefix, is_around
 class SeeingModel:
     """What a model with pictures has beside vLLM's own class of it, which comes after this one."""
 
-    makes: str  # what vLLM's class makes its language model by, in its module
+    module: ModuleType  # of vLLM's class
+    makes: str  # what that makes its language model by, there
     language: type[PTConvertForCausalLM]
     language_model: PTConvertForCausalLM
     config: Any
@@ -54,15 +56,14 @@ class SeeingModel:
             return made
 
         theirs: Any = super()
-        # of the bases whose constructor makes it the first; ours have none
-        module = sys.modules[_constructed_by(type(self)).__module__]
-        makes = getattr(module, self.makes)
+        module, makes = self.module, getattr(self.module, self.makes)
         with theirs._mark_language_model(vllm_config, **more):
             setattr(module, self.makes, make)
             try:
                 yield
             finally:
                 setattr(module, self.makes, makes)
+        assert isinstance(self.language_model, self.language), "vLLM made its own"
 
     def set_moe_parameters(self) -> None:
         """vLLM's balancing of experts over ranks, which each have a share of every one."""
@@ -103,10 +104,6 @@ class SeeingModel:
         return found
 
 
-def _constructed_by(model: type) -> type:
-    return next(base for base in model.__mro__ if "__init__" in vars(base))
-
-
 @functools.cache
 def _class(name: str) -> Any:
     """A class of this module, by its name, which a config has as its architecture."""
@@ -117,6 +114,7 @@ def _class(name: str) -> Any:
     members = {
         "__doc__": f"vLLM's {theirs.__name__} with a converted language model inside.",
         "__module__": __name__,
+        "module": sys.modules[theirs.__module__],
         "makes": LANGUAGE_MODELS[model_type],
         "language": PTConvertHybridForCausalLM if linear else PTConvertForCausalLM,
     }
