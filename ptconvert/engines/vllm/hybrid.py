@@ -23,7 +23,7 @@ from ptconvert.models.shape import ModelShape
 
 
 class LinearStates:
-    """What vLLM asks of the class."""
+    """What vLLM asks of the class of a model with such layers."""
 
     @classmethod
     def get_mamba_state_shape_from_config(
