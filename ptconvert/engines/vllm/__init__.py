@@ -14,6 +14,7 @@ from ptconvert.engines import ServingEngine
 
 VERSIONS = ("0.32", "0.33")  # that the plugin was run with
 _MODEL = "ptconvert.engines.vllm.model:PTConvertForCausalLM"
+_SEEING = "ptconvert.engines.vllm.wrappers:{}"
 _HYBRID = "ptconvert.engines.vllm.hybrid:PTConvertHybridForCausalLM"
 
 
@@ -30,7 +31,7 @@ def register() -> None:
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
     import ptconvert
-    from ptconvert.engines.vllm.families import SERVED
+    from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED
     from ptconvert.engines.vllm.refusals import LatentConfig, ServingConfig
     from ptconvert.modeling.model import MODELS
     from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX
@@ -40,7 +41,8 @@ def register() -> None:
     ptconvert.register()
     for name, model in MODELS.items():
         hybrid = name in FAMILIES and FAMILIES[name].linear is not None
-        ModelRegistry.register_model(model.__name__, _HYBRID if hybrid else _MODEL)
+        place = _SEEING.format(model.__name__) if name in LANGUAGE_MODELS else _MODEL
+        ModelRegistry.register_model(model.__name__, _HYBRID if hybrid else place)
         MODELS_CONFIG_MAP[model.__name__] = ServingConfig
     for family, served in SERVED.items():
         if served.latent:

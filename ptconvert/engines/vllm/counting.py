@@ -39,9 +39,9 @@ class Counting:
         self._ptconvert_tokens: list[int] = []
         tokens = self._ptconvert_tokens
 
-        def enter(_module: Any, args: Any, kwargs: Any) -> None:
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            tokens.append(0 if ids is None else ids.shape[0])
+        def enter(_module: Any, _args: Any, kwargs: Any) -> None:
+            # whose last axis they are, also where ids aren't given, as beside pictures
+            tokens.append(kwargs["positions"].shape[-1])
             entered.append(record_function(f"step {len(tokens)}"))
             entered[-1].__enter__()
 

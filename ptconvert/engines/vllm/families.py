@@ -223,3 +223,20 @@ SERVED: Mapping[str, Served] = MappingProxyType(
         "qwen3_next": Served("Qwen3NextForCausalLM", given=_gated_delta_net),
     }
 )
+
+# What vLLM's classes of models with pictures make their language model by, in their modules.
+_REGISTERED = "init_vllm_registered_model"
+LANGUAGE_MODELS: Mapping[str, str] = MappingProxyType(
+    {
+        "llava": _REGISTERED,
+        "mistral3": _REGISTERED,
+        "internvl": _REGISTERED,
+        "qwen3_5": "Qwen3_5ForCausalLM",
+        "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
+        "gemma3": _REGISTERED,
+    }
+)
+# Why some of these are served without pictures only.
+TEXTS_ONLY: Mapping[str, str] = MappingProxyType(
+    {"gemma3": "a picture's tokens see each other there, which vLLM's attention on CPUs can't do"}
+)

@@ -22,8 +22,8 @@ from ptconvert.modeling.model import section_of
 from ptconvert.models.shape import ModelShape
 
 
-class PTConvertHybridForCausalLM(PTConvertForCausalLM, HasInnerState, IsHybrid):  # type: ignore[misc]
-    """A converted causal language model with linear attention and attention over all tokens."""
+class LinearStates:
+    """What vLLM asks of the class of a model with such layers."""
 
     @classmethod
     def get_mamba_state_shape_from_config(
@@ -65,3 +65,7 @@ class PTConvertHybridForCausalLM(PTConvertForCausalLM, HasInnerState, IsHybrid):
     def get_mamba_state_copy_func(cls) -> Any:
         """How each is copied from one block of the cache to another, for prefixes."""
         return MambaStateCopyFuncCalculator.gated_delta_net_state_copy_func()
+
+
+class PTConvertHybridForCausalLM(LinearStates, PTConvertForCausalLM, HasInnerState, IsHybrid):  # type: ignore[misc]
+    """A converted causal language model with linear attention and attention over all tokens."""

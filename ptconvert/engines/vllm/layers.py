@@ -43,7 +43,7 @@ from ptconvert.engines.vllm.families import SERVED
 from ptconvert.engines.vllm.quantised import by_names, name_fused
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.layers import TrackConfig
-from ptconvert.models.families import FAMILIES, HEAD, KV_HEAD, TensorRule
+from ptconvert.models.families import HEAD, KV_HEAD, TensorRule
 from ptconvert.models.quantised import weight_of
 from ptconvert.models.shape import ModelShape
 
@@ -64,9 +64,11 @@ class LayerConfig(TrackConfig):
 class VLLMServing:
     """vLLM on one rank, for a converted model of one of the families SERVED."""
 
-    def __init__(self, vllm_config: Any, shape: ModelShape, section: Section) -> None:
-        self._vllm_config, self.served = vllm_config, SERVED[shape.model_type]
-        self._shape, self._together = shape, section.together
+    def __init__(self, vllm_config: Any, shape: ModelShape, section: Section, prefix: str) -> None:
+        """`prefix` is what the decoder is called in vLLM, of whose names a quantisation config's
+        are: those of the checkpoint where nothing lies around it."""
+        self._vllm_config, self.served = vllm_config, SERVED[shape.family.model_type]
+        self._prefix, self._together = prefix, section.together
         self.first = get_tensor_model_parallel_rank() == 0
         try:
             causal_lm = ModelRegistry.models[self.served.model].load_model_cls()
@@ -82,7 +84,7 @@ class VLLMServing:
         renamed = {f".{self.served.mlp}.": ".mlp.", **self.served.tensors}
         for name in self.served.normed_after or ():
             renamed[f".{name}."] = f".rotary_emb.{name}."
-        layers = self.served.keys_as_values(vllm_config.model_config.hf_config)
+        layers = self.served.keys_as_values(vllm_config.model_config.hf_text_config)
         either = "|".join(map(str, layers)) or "none"
         self.mapper = WeightsMapper(
             orig_to_new_regex={
@@ -95,7 +97,7 @@ class VLLMServing:
                 **(self.served.latent if vllm_config.model_config.use_mla else {}),
             },
         )
-        rules = FAMILIES[shape.model_type].layer
+        rules = shape.family.layer
         self._by_head = {r.name for r in rules if r.axes and r.axes[0] in (HEAD, KV_HEAD)}
         if vllm_config.quant_config is not None:
             weights = {rule.name for rules in shape.rules.values() for rule in rules}
@@ -119,16 +121,16 @@ class VLLMServing:
                 )
 
     def decoder_layer(self, index: int, track: int | None, count: int) -> nn.Module:
-        whole = self._vllm_config.model_config.hf_config
+        whole = self._vllm_config.model_config.hf_text_config
         config = LayerConfig(whole, track or 0, 1 if track is None else count, self._together)
         for name, value in self.served.given(whole).items():
             setattr(config, name, value)
-        named = self._shape.layer(index)
+        named = f"{self._prefix}.layers.{index}."
         layer: nn.Module
         if track is None:
             layer = self._layer(config, index, f"model.layers.{index}", named)
             return layer
-        with _alone():  # one number in the name, for vLLM to find
+        with alone():  # one number in the name, for vLLM to find
             prefix = f"model.track{track}.layers.{index}"
             layer = self._layer(config, index, prefix, f"{named}tracks.{track}.")
         if hasattr(layer, _LINEAR):
@@ -194,7 +196,7 @@ class VLLMServing:
     def final_norm(self, layer: nn.Module) -> nn.Module:
         """The norm of the stream after the last layer, such as those in a layer."""
         norm = next(module for module in layer.modules() if isinstance(module, _NORMS))
-        width = self._vllm_config.model_config.hf_config.hidden_size
+        width = self._vllm_config.model_config.hf_text_config.hidden_size
         return norm_as(type(norm), norm, width)
 
     def window(self, part: Any) -> int | None:
@@ -309,7 +311,7 @@ class NoPositions(nn.Module):
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """Lets vLLM build layers as a single rank would, whatever group this process is in."""
     group = parallel_state._TP
     parallel_state._TP = SimpleNamespace(world_size=1, rank_in_group=0)

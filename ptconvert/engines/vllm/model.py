@@ -20,26 +20,29 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
-from ptconvert.checkpoint.section import read_section, source_config
+from ptconvert.checkpoint.section import source_config
 from ptconvert.engines.base import ServedPass, is_for_others, own_weights, renamed, served_layers
 from ptconvert.engines.vllm.collectives import open_communicator
 from ptconvert.engines.vllm.layers import VLLMServing
 from ptconvert.engines.vllm.quantised import check_loaded
 from ptconvert.engines.vllm.refusals import replicates_head
 from ptconvert.modeling.layers import Placement
+from ptconvert.modeling.model import section_of
 from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.counters import BOUNDARY
 
 
-@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0})
+# (positions of pictures have three axes, the tokens last)
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "inputs_embeds": 0})
 class PTConvertModel(nn.Module):
     """The decoder without lm_head: the layers' parts of this rank, run by the schedule."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
-        config = vllm_config.model_config.hf_config
-        section = read_section(vars(config), vllm_config.model_config.model)
-        shape = ModelShape.from_config(source_config(config.to_dict(), section))
+        whole, config = vllm_config.model_config.hf_config, vllm_config.model_config.hf_text_config
+        section = section_of(whole, vllm_config.model_config.model)
+        shape = ModelShape.from_config(source_config(whole.to_dict(), section))
+        self.tied = shape.tied
         ranks = get_tensor_model_parallel_world_size()
         self.program = section.schedule.program
         self.waiting_weight = section.waiting_weight
@@ -53,7 +56,7 @@ class PTConvertModel(nn.Module):
             disable_tp=True,
         )
         self.renamed = renamed(shape.family)
-        self.serving = VLLMServing(vllm_config, shape, section)
+        self.serving = VLLMServing(vllm_config, shape, section, prefix)
         served = self.serving.served
         self.embeds_scale: Any = served.embeds(config) if served.embeds else None
         if served.rounded:
@@ -77,9 +80,12 @@ class PTConvertModel(nn.Module):
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
+        intermediate_tensors: Any = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The normed stream after the last stage, (tokens, width), the same on every rank."""
+        """The normed stream after the last stage, (tokens, width), the same on every rank;
+        `intermediate_tensors`, of pipeline parallelism, are never given."""
+        assert intermediate_tensors is None
         base_TD = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         one_pass = ServedPass(self.serving, self.layers, positions)
         return one_pass.decode(self.program, base_TD, self.norm, self.waiting_weight)
@@ -90,7 +96,8 @@ class PTConvertForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
-        self.config = config = vllm_config.model_config.hf_config
+        self.config = vllm_config.model_config.hf_config
+        config = vllm_config.model_config.hf_text_config
         self.model = PTConvertModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.quant_config = vllm_config.quant_config
         self.lm_head = ParallelLMHead(
@@ -121,9 +128,9 @@ class PTConvertForCausalLM(nn.Module):
         intermediate_tensors: Any = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As vLLM's models; `intermediate_tensors`, of pipeline parallelism, are never given."""
-        assert intermediate_tensors is None
-        hidden_TD: torch.Tensor = self.model(input_ids, positions, inputs_embeds)
+        """As vLLM's models."""
+        hidden_TD: torch.Tensor
+        hidden_TD = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
         return hidden_TD
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -137,7 +144,7 @@ class PTConvertForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads this rank's tensors; returns the names of the parameters that were filled."""
-        own = own_weights(weights, self.model.local_tracks, self.config.tie_word_embeddings)
+        own = own_weights(weights, self.model.local_tracks, self.model.tied)
         loader = AutoWeightsLoader(self)
         loaded: set[str] = loader.load_weights(own, mapper=self.hf_to_vllm_mapper)
         if self.quant_config is not None:

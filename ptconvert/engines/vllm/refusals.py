@@ -15,13 +15,14 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 import ptconvert
 from ptconvert.checkpoint.section import SECTION, Section, source_config
-from ptconvert.engines.vllm.families import SERVED, Served
+from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, TEXTS_ONLY, Served
 from ptconvert.engines.vllm.formats import unserved
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.model import section_of
 from ptconvert.models.families import EXPERT_COUNTS, LINEAR, MODEL_TYPE_PREFIX
 from ptconvert.models.quantised import QUANTIZATION
 from ptconvert.models.shape import ModelShape
+from ptconvert.models.wrappers import wrapper_of
 from ptconvert.spec.terms import VOCABULARIES, wrong_ranks
 
 LINEAR_ON_CPUS = {torch.bfloat16}  # dtypes that vLLM's kernels for linear attention take there
@@ -51,12 +52,14 @@ class ServingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
         refused = list(_refused(vllm_config, section))
         if refused:
             raise ConfigError("; ".join(refused))
-        own = MODELS_CONFIG_MAP.get(SERVED[_family(config)].model)
+        wrapper = wrapper_of(config.model_type)
+        theirs = SERVED[_family(config)].model if wrapper is None else wrapper.whole
+        own = MODELS_CONFIG_MAP.get(theirs)
         if own is not None:  # what vLLM sees to for the family's own models
             own.verify_and_update_config(vllm_config)
         config.ptconvert_compiled = compiled_by(section)
         longest = vllm_config.model_config.max_model_len
-        rope = getattr(config, "rope_parameters", None) or {}
+        rope = getattr(vllm_config.model_config.hf_text_config, "rope_parameters", None) or {}
         known = rope.get("original_max_position_embeddings", longest)
         if rope.get("rope_type") == "longrope" and longest > known:
             logging.getLogger(__name__).warning(
@@ -112,22 +115,36 @@ def _unlike(served: Served, config: Any, dtype: torch.dtype) -> Iterator[str]:
 
 
 def _family(config: Any) -> str:
-    family: str = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
+    """Of a model, or of the language model inside."""
+    family: str = config.get_text_config(decoder=True).model_type.removeprefix(MODEL_TYPE_PREFIX)
     return family
 
 
 def _linear(vllm_config: Any) -> Iterator[str]:
     """What vLLM's linear attention doesn't do, where a model has that."""
     model = vllm_config.model_config
-    if LINEAR not in (getattr(model.hf_config, "layer_types", None) or ()):
+    if LINEAR not in (getattr(model.hf_text_config, "layer_types", None) or ()):
         return
-    if model.hf_config.hidden_act != "silu":
-        yield f"hidden_act {model.hf_config.hidden_act}: vLLM's linear attention knows silu only"
+    if (activation := model.hf_text_config.hidden_act) != "silu":
+        yield f"hidden_act {activation}: vLLM's linear attention knows silu only"
     if current_platform.is_cpu() and model.dtype not in LINEAR_ON_CPUS:
         dtype = str(model.dtype).removeprefix("torch.")
         yield f"{dtype}: vLLM's linear attention on CPUs takes bfloat16 only"
     if vllm_config.speculative_config is not None:
         yield "speculative_config: not tried where layers have linear attention; leave it out"
+
+
+def _seeing(model_type: str, settings: Any) -> Iterator[str]:
+    """What of a model with pictures isn't served; `settings` are vLLM's for such."""
+    if model_type not in LANGUAGE_MODELS:
+        yield (
+            f"a converted {model_type} isn't served in vLLM, of converted models with pictures "
+            f"only {', '.join(LANGUAGE_MODELS)}; transformers runs it"
+        )
+    elif settings.mm_encoder_only:
+        yield "mm_encoder_only: the language model is what was converted; leave it out"
+    elif (why := TEXTS_ONLY.get(model_type)) and not settings.language_model_only:
+        yield f"{model_type} is served without pictures only, by language_model_only: {why}"
 
 
 def _experts(config: Any) -> bool:
@@ -137,13 +154,16 @@ def _experts(config: Any) -> bool:
 def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     family = _family(model.hf_config)
+    wrapper = wrapper_of(model.hf_config.model_type)
+    if wrapper is not None:
+        yield from _seeing(wrapper.model_type, model.multimodal_config)
     if family not in SERVED:
         yield (
             f"a converted {family} isn't served in vLLM, of converted models only "
             f"{', '.join(SERVED)}; transformers runs it"
         )
     else:
-        reasons = _unlike(SERVED[family], model.hf_config, model.dtype)
+        reasons = _unlike(SERVED[family], model.hf_text_config, model.dtype)
         yield from (f"{reason}; transformers runs it" for reason in reasons)
         yield from _linear(vllm_config)
     ranks = parallel.tensor_parallel_size
@@ -159,6 +179,8 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
     if quantization is not None:
         shape = ModelShape.from_config(source_config(model.hf_config.to_dict(), section))
         yield from unserved(quantization, shape, section, ranks)
+    elif getattr(model.hf_text_config, QUANTIZATION, None) is not None:
+        yield f"{QUANTIZATION} in text_config: vLLM would take it for the tower's too"
     elif model.quantization is not None:
         yield (
             f"quantization {model.quantization}: converted models are served as their weights are "
@@ -185,7 +207,7 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
     for name, why in _NEVER.items():
         if getattr(parallel, name, False):
             yield f"{name}: {why}; leave it out"
-    if parallel.data_parallel_size > 1 and _experts(model.hf_config):
+    if parallel.data_parallel_size > 1 and _experts(model.hf_text_config):
         yield (
             f"data_parallel_size {parallel.data_parallel_size}: vLLM would cut experts over all "
             "replicas' ranks, but tracks are cut already; start servers of their own"

@@ -55,6 +55,8 @@ def verify_in_vllm(path: Path, settings: Settings, eager: bool = False) -> Repor
         # replaying a whole pass as a graph runs no Python, where passes are told apart
         "compilation_config": {"cudagraph_mode": "NONE"},
     }
+    if shape.wrapper is not None:  # without its tower, as prompts are texts
+        limits["language_model_only"] = True
     running = engine(path, settings.ranks, dtype=dtype, enforce_eager=eager, **limits)
     with _logs_on_stderr(), running as llm:
         generate(llm, ids_BS.tolist(), 2)  # compiles, and fills caches

@@ -1,0 +1,259 @@
+"""Models that see, in vLLM on 2 ranks: what transformers' converted model says of a picture."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import engines  # noqa: F401  # settings
+import pictured
+import pytest
+import quantising
+import seeing
+import served
+import torch
+from commands import serving, under_vllms_name, verify
+from conftest import spec_text
+from served import MIXED, shape_of
+from test_parity import COMPILED, NEW_TOKENS, ROPE, of_case, run_cases, schedule_of
+
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import execute, plan_conversion
+from ptconvert.engines.verify import TOLERANCE, count_checks
+from ptconvert.engines.vllm.families import LANGUAGE_MODELS, TEXTS_ONLY
+from ptconvert.measure.opening import open_model
+from ptconvert.schedule.presets import dense_schedule
+from ptconvert.spec.document import parse_spec
+
+
+@dataclass(frozen=True)
+class Case:
+    """A conversion, and how it is run."""
+
+    model: str
+    tracks: int
+    schedule: str
+    eager: bool = True
+    text: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # vLLM's
+    form: str | None = None  # of quantised weights
+    within: float = TOLERANCE
+
+
+# vLLM's attention on CPUs takes heads of 32 or more.
+SIZES = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32}
+SIZES |= {"num_key_value_heads": 4, "max_position_embeddings": 512}
+HYBRID = {"rope_parameters": ROPE["qwen3_5_text"]}
+FOUR = {"num_hidden_layers": 4}
+# As recipes for these name what they leave, and one more, which is called otherwise in vLLM.
+NOT_QUANTISED = ["lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"]
+LEFT = "model.language_model.layers.1.mlp.down_proj"
+
+
+def is_quantised(module: str) -> bool:
+    """Whether a linear of LLaVA's is, which has older names."""
+    return module.startswith("language_model.model.layers.") and not module.endswith(
+        ".layers.1.mlp.down_proj"
+    )
+
+
+CASES = {
+    "llava": Case("llava", 4, MIXED),
+    "mistral3": Case("mistral3", 2, MIXED),
+    "internvl": Case("internvl", 2, MIXED),
+    "qwen3_5": Case("qwen3_5", 2, COMPILED, text=HYBRID | FOUR),
+    "qwen3_5_moe": Case("qwen3_5_moe", 2, COMPILED, text=HYBRID | FOUR),
+    "qwen3_5, pictures shared out": Case(
+        *("qwen3_5", 2, COMPILED),
+        text=HYBRID | FOUR,
+        arguments={"mm_encoder_tp_mode": "data"},
+    ),
+    # of four bits, which vLLM computes with in float16: see test_formats.py
+    "llava, W4A16": Case(
+        *("llava", 2, COMPILED),
+        text={**FOUR, "intermediate_size": 256},
+        arguments={"dtype": "float16"},
+        form="W4A16",
+        within=3e-2,
+    ),
+    "compiled, llava": Case("llava", 2, COMPILED, eager=False, text=FOUR),
+    "compiled, qwen3_5": Case("qwen3_5", 2, COMPILED, eager=False, text=HYBRID | FOUR),
+}
+
+WITHOUT_TOWERS = {
+    name: Case(name, 2, COMPILED, text=text, arguments={"language_model_only": True})
+    for name, text in (
+        ("gemma3", {**FOUR, "rope_parameters": ROPE["gemma3_text"]}),
+        ("qwen3_5", {**FOUR, **HYBRID}),
+    )
+}
+
+
+def make(directory: Path, case: Case) -> Path:
+    """A random model, converted, with its processor."""
+    source = seeing.save(case.model, directory / "dense", **SIZES, **case.text)
+    if case.form is not None:
+        given = source, directory / "source", case.form, is_quantised
+        source = quantising.quantise(*given, ignore=[*NOT_QUANTISED, LEFT])
+    spec = parse_spec(spec_text(case.tracks, case.schedule), "spec.yaml")
+    plan = plan_conversion(open_checkpoint(source), spec, source_name="dense")
+    execute(plan, directory / "converted")
+    return directory / "converted"
+
+
+@pytest.fixture(scope="session")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        name: seeing.with_processor(case.model, make(tmp_path_factory.mktemp("model"), case))
+        for name, case in CASES.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def blind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {n: make(tmp_path_factory.mktemp("model"), c) for n, c in WITHOUT_TOWERS.items()}
+
+
+@pytest.fixture(scope="session")
+def found(
+    tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path], blind: dict[str, Path]
+) -> Any:
+    def run(name: str, case: Case, path: Path) -> dict[str, Any]:
+        return {
+            **{"name": name, "path": str(path), "device": "cpu", "eager": case.eager},
+            **{"arguments": dict(case.arguments), "alone": None, "faults": False, "drawn": []},
+        }
+
+    cases = [run(name, c, paths[name]) | {"model": c.model} for name, c in CASES.items()]
+    cases += [run(f"{name}, blind", c, blind[name]) for name, c in WITHOUT_TOWERS.items()]
+    return run_cases(tmp_path_factory.mktemp("ranks"), cases, 2)
+
+
+@pytest.fixture(scope="session")
+def expected(paths: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Of each request its ids, and what the single-process model answers."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, case in CASES.items():
+        model = open_model(open_checkpoint(paths[name]), "float32", "cpu")
+        model.set_attn_implementation("eager")
+        processor = seeing.processor(case.model)
+        found[name] = {}
+        for request, (text, pictures) in pictured.requests(case.model).items():
+            inputs = processor(text=text, images=pictures or None, return_tensors="pt")
+            found[name][request] = {
+                "prompt": inputs["input_ids"][0].tolist(),
+                "answer": greedy(model.eval(), inputs, pictured.NEW_TOKENS),
+            }
+    return found
+
+
+def greedy(model: Any, inputs: Any, new_tokens: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens and their log-probabilities."""
+    with torch.no_grad():
+        said = model.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=-1,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    tokens = said.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    pairs = zip(said.logits, tokens, strict=True)
+    return tokens, [float(logits[0].log_softmax(-1)[token]) for logits, token in pairs]
+
+
+def check(answered: dict[str, Any], expected: dict[str, Any], within: float) -> None:
+    tokens, log_probabilities = answered["answer"]
+    assert answered["prompt"] == expected["prompt"]
+    assert tokens == expected["answer"][0]
+    assert log_probabilities == pytest.approx(expected["answer"][1], abs=within)
+
+
+def test_every_wrapper_that_is_served_is_here() -> None:
+    assert set(LANGUAGE_MODELS) == {c.model for c in CASES.values()} | set(TEXTS_ONLY)
+    assert set(TEXTS_ONLY) <= set(WITHOUT_TOWERS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_answers_about_pictures(name: str, found: Any, expected: dict[str, Any]) -> None:
+    """Those of the single-process model, in a chat too, and out of vLLM's caches of prompts."""
+    within = CASES[name].within
+    for rank in of_case(found, name):
+        for request, answered in rank["answers"].items():
+            check(answered, expected[name][request], within)
+        for request, answered in rank["again"].items():
+            check(answered, expected[name][request], within)
+        check(rank["chat"], expected[name]["seeing"], within)
+        assert rank["again"]["long"]["cached"] > 0
+        answers = [tuple(rank["answers"][n]["answer"][0]) for n in ("seeing", "another picture")]
+        assert len(set(answers)) == 2  # what is seen counts
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_reduces_are_the_language_models(name: str, found: Any, paths: dict[str, Path]) -> None:
+    """As scheduled, and none for pictures: of two requests the second has one, whose tower runs
+    before its first pass, and so within the first request's last."""
+    ranks = [rank["passes"] for rank in of_case(found, name)]
+    shape, schedule, new = shape_of(paths[name]), schedule_of(paths[name]), pictured.NEW_TOKENS
+    for start in (0, new):
+        passes = [rank[start : start + new] for rank in ranks]
+        checks = count_checks(passes, schedule, shape, new)
+        assert all(check.ok for check in checks), checks
+        wrong = count_checks(passes, dense_schedule(shape.layers), shape, new)
+        assert not all(check.ok for check in wrong)
+    assert ranks[0][new]["tokens"] > ranks[0][0]["tokens"]
+    assert {len(rank) for rank in ranks} == {2 * new}
+
+
+@pytest.mark.parametrize("name", WITHOUT_TOWERS)
+def test_texts_without_the_tower(name: str, found: Any, blind: dict[str, Path]) -> None:
+    ranks, path = of_case(found, f"{name}, blind"), blind[name]
+    reference = served.greedy(path, served.prompts(), NEW_TOKENS)
+    for rank in ranks:
+        assert served.apart(rank["answers"], reference) <= TOLERANCE
+        assert served.apart(rank["again"], reference) <= TOLERANCE
+    passes = [rank["passes"] for rank in ranks]
+    checks = count_checks(passes, schedule_of(path), shape_of(path), new_tokens=3)
+    assert all(check.ok for check in checks), checks
+
+
+def test_verify_runs_the_language_model(paths: dict[str, Path]) -> None:
+    """Prompts are texts there, and the tower isn't loaded."""
+    code, report = verify(paths["llava"], "--enforce-eager", "--batch", "2", "--dtype", "float32")
+    assert code == 0 and report["ok"] and len(report["checks"]) == 5, report
+
+
+def test_server_answers_about_a_picture(
+    paths: dict[str, Path], expected: Any, tmp_path: Path
+) -> None:
+    import openai
+
+    _, (picture, *_) = pictured.requests("llava")["seeing"]
+    stream = io.BytesIO()
+    picture.save(stream, "png")
+    url = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    content = [
+        {"type": "text", "text": "What is in "},
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": "?"},
+    ]
+    options = "--mm-processor-kwargs", json.dumps({"backend": "pil"}), "--max-model-len", "256"
+    named = under_vllms_name(tmp_path)
+    with serving(paths["llava"], named, tmp_path / "log", *options) as server:
+        client = openai.OpenAI(base_url=server, api_key="none", max_retries=10)
+        said = client.chat.completions.create(
+            model=client.models.list().data[0].id,
+            messages=[{"role": "user", "content": content}],
+            temperature=0,
+            max_tokens=pictured.NEW_TOKENS,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )
+    tokens, _ = expected["llava"]["seeing"]["answer"]
+    assert said.choices[0].token_ids == tokens
+    assert said.usage.prompt_tokens == len(expected["llava"]["seeing"]["prompt"])
