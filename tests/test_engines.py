@@ -99,6 +99,7 @@ def test_what_comes_along_is_registered() -> None:
         ("llama", {}, {"quantization": "fp8"}, "quantization fp8: converted models are served in"),
         ("llama", {}, {"pipeline": 2}, "--pp-size: all layers must be on every rank"),
         ("llama", {}, {"attention_groups": 2}, "--enable-dp-attention: all layers must be on"),
+        ("mixtral", {}, {"expert_groups": 2}, "--ep-size: each track has a share of every expert"),
         *(
             (name, {}, {}, f"a converted {name} isn't served in SGLang, of converted models only")
             for name, family in FAMILIES.items()

@@ -85,6 +85,9 @@ OTHERS: dict[str, Mapping[str, Any]] = {
     "starcoder2": UNTIED,
     "cohere": {**UNTIED, "attention_bias": False},
     "cohere2": {**UNTIED, "attention_bias": True},
+    "mixtral": {},
+    # one layer of which has a dense MLP
+    "qwen3_moe": {"shared_expert_intermediate_size": 0, "moe_intermediate_size": 64},
 }
 CASES = {
     "mixed, biases, affinity, guesses": Case(

@@ -16,18 +16,19 @@ class Served:
     `layer` is the decoder layer there that it has the attention and the MLP of, by module and class
     of `sglang.srt.models`: its own where that computes the same as transformers', else another
     family's, `given` what its own config says in other words. `mlp` is another MLP where that
-    layer's isn't the family's, which is activated by one of `activations`. Its norms are those that
-    a checkpoint has, of SGLang's class `norm` or torch's LayerNorm, whose epsilon the config calls
-    `eps`; `qk_norms` are those of queries and keys where the attention has none, before their
-    rotary positions or, `normed_after`, behind them. Attention scores are multiplied by
-    `scale`, where that isn't one by the root of a head's size, and then have the soft cap that the
-    config calls `score_cap`. `tensors` are the names in a checkpoint that have others there. With a
-    config key of `refused` SGLang's layers would be others, as it says. What it computes beside,
-    `engines.families` says.
+    layer's isn't the family's, and `experts` that of a layer that is a mixture; either is activated
+    by one of `activations`. Its norms are those that a checkpoint has, of SGLang's class `norm` or
+    torch's LayerNorm, whose epsilon the config calls `eps`; `qk_norms` are those of queries and
+    keys where the attention has none, before their rotary positions or, `normed_after`, behind
+    them. Attention scores are multiplied by `scale`, where that isn't one by the root of a head's
+    size, and then have the soft cap that the config calls `score_cap`. `tensors` are the names in a
+    checkpoint that have others there. With a config key of `refused` SGLang's layers would be
+    others, as it says. What it computes beside, `engines.families` says.
     """
 
     layer: str = "llama.LlamaDecoderLayer"
     mlp: str | None = None
+    experts: str | None = None
     activations: tuple[str, ...] = ("silu",)
     given: Callable[[Any], Mapping[str, Any]] = lambda config: {}  # noqa: ARG005
     norm: str = "RMSNorm"
@@ -42,6 +43,8 @@ class Served:
 
 # SGLang's Llama has no biases before its activation; this one computes the same, and has.
 BIASED_MLP = "hunyuan.HunYuanMLP"
+# From what a checkpoint calls a projection of an expert to what SGLang does; some say it as SGLang.
+EXPERTS_PARTS = MappingProxyType({"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"})
 _QK_NORMS = ("q_norm", "k_norm")
 _AS_STARCODER2 = MappingProxyType(
     {".mlp.up_proj.": ".mlp.c_fc.", ".mlp.down_proj.": ".mlp.c_proj."}
@@ -130,5 +133,13 @@ SERVED: Mapping[str, Served] = MappingProxyType(
             refused=MappingProxyType({"attention_bias": "SGLang's layers for it have no biases"}),
         ),
         "cohere2": Served(norm="LayerNorm", eps="layer_norm_eps"),
+        "mixtral": Served(
+            experts="mixtral.MixtralMoE",
+            tensors=MappingProxyType({".block_sparse_moe.": ".mlp."}),
+        ),
+        "qwen3_moe": Served(
+            "qwen3.Qwen3DecoderLayer",
+            experts="qwen3_moe.Qwen3MoeSparseMoeBlock",
+        ),
     }
 )

@@ -18,7 +18,10 @@ from sglang.srt.distributed import tensor_model_parallel_all_reduce
 from sglang.srt.layers import layernorm
 from sglang.srt.layers.activation import XIELU
 from sglang.srt.layers.layer_boundary.factories import layer_stack
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils import is_cpu
 from torch import nn
 from torch.nn import functional
 from torch.profiler import record_function
@@ -27,7 +30,7 @@ from ptconvert.engines.base import NoPositions, NormedPositions, layer_type, win
 from ptconvert.engines.families import computed
 from ptconvert.engines.in_flight import InFlight, started_by_torch
 from ptconvert.engines.sglang.families import BIASED_MLP, SERVED
-from ptconvert.models.families import D
+from ptconvert.models.families import EXPERTS, D
 from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.counters import BOUNDARY
 
@@ -60,6 +63,8 @@ class SGLangServing:
         rules = self._shape.rules_of(index)
         names = {rule.name for rule in rules}
         mlp = self.served.mlp or (BIASED_MLP if "mlp.gate_proj.bias" in names else None)
+        if EXPERTS in self._shape.kinds[index]:
+            mlp = self.served.experts
         whole = copy.copy(config)
         if mlp is not None:
             whole.hidden_act = "silu"  # of the layer's own, which may know no other
@@ -80,14 +85,10 @@ class SGLangServing:
         for module in layer.modules():
             if isinstance(module, XIELU):  # which has bfloat16 whatever the model has
                 module.to(torch.get_default_dtype())
+            elif isinstance(module, TopK) and is_cpu():  # else it asks for a kernel of GPUs
+                module.topk_config.torch_native = True
         if track is not None:
-            # Rank 0, because its shard begins at 0: what is loaded is that shard already. (SGLang's
-            # own `use_presharded_weights` isn't minded on CPUs.)
-            first = SimpleNamespace(rank_in_group=0, world_size=count)
-            for module in layer.modules():
-                for name in ("tp_group", "kv_tp_group"):
-                    if getattr(module, name, None) is not None:
-                        setattr(module, name, first)
+            _load_whole(layer, count)
         made: nn.Module = layer
         return made
 
@@ -123,6 +124,8 @@ class SGLangServing:
             "stage_boundaries": False,
             "hidden_size": self._shape.width,
             "intermediate_size": self._shape.neurons,
+            "num_experts": self._shape.experts,
+            "top_k": self._shape.active_experts,
             "hidden_act": getattr(config, "hidden_act", None),
             "hidden_activation": self.served.activations[0],
             "bias": True,
@@ -203,6 +206,19 @@ class SGLangServing:
                 self._in_flight.launch(launch, local_TD, sums[-1])
             self._in_flight.merge(waits, sums)
         return sums[0]
+
+
+def _load_whole(layer: nn.Module, count: int) -> None:
+    """Makes one of `count` ranks' shard of a layer load what is that shard already."""
+    # As rank 0, because its shard begins at 0. (SGLang's own `use_presharded_weights` isn't minded
+    # by linear layers on CPUs.)
+    first = SimpleNamespace(rank_in_group=0, world_size=count)
+    for module in layer.modules():
+        if isinstance(module, FusedMoE):
+            module.use_presharded_weights = True
+        for name in ("tp_group", "kv_tp_group"):
+            if getattr(module, name, None) is not None:
+                setattr(module, name, first)
 
 
 def _start(local_TD: torch.Tensor, sum_TD: torch.Tensor) -> Callable[[], object]:

@@ -7,7 +7,7 @@ requests in the batch, D the residual stream's width.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,9 +22,12 @@ from torch.profiler import record_function
 
 from ptconvert.checkpoint.section import read_section, source_config
 from ptconvert.engines.base import ServedPass, own_weights, renamed, served_layers, window_of
+from ptconvert.engines.sglang.families import EXPERTS_PARTS
 from ptconvert.engines.sglang.layers import SGLangServing
 from ptconvert.engines.sglang.refusals import check, unpadded
 from ptconvert.models.shape import ModelShape
+
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")  # one's projection
 
 
 class PTConvertModel(nn.Module):
@@ -41,6 +44,7 @@ class PTConvertModel(nn.Module):
             quantization=None if quantization is None else quantization.get_name(),
             pipeline=parallel.pp_size,
             attention_groups=parallel.attn_dp_size,
+            expert_groups=parallel.moe_ep_size,
         )
         self.program = section.schedule.program
         self.waiting_weight = section.waiting_weight
@@ -117,6 +121,9 @@ class PTConvertForCausalLM(nn.Module):
             name = given
             for pattern, replacement in self.model.renamed.items():
                 name = re.sub(pattern, replacement, name)
+            if (expert := _EXPERT.fullmatch(name)) is not None:
+                missing.discard(_load_expert(expert, tensor, parameters))
+                continue
             target = name
             if name not in places:
                 target = LLAMA_STACKED_MAPPING.try_load(name, tensor, parameters) or name
@@ -124,9 +131,18 @@ class PTConvertForCausalLM(nn.Module):
                 raise ValueError(f"{given} has no place in SGLang's model ({target})")
             if target == name:
                 load = getattr(places[name], "weight_loader", default_weight_loader)
-                if ".tracks." in given:  # whose shard is all of it
+                if ".tracks." in given and tensor.dim() > 1:  # no norm, and the shard is all of it
                     load = default_weight_loader
                 load(places[name], tensor)
             missing.discard(target)
         if missing:
             raise ValueError(f"{min(missing)} is not in the checkpoint")
+
+
+def _load_expert(found: re.Match[str], tensor: torch.Tensor, parameters: Mapping[str, Any]) -> str:
+    """Loads one of an expert's projections into that of all; returns the parameter's name."""
+    part = EXPERTS_PARTS.get(found[3], found[3])
+    target = f"{found[1]}.{'w2' if part == 'w2' else 'w13'}_weight"
+    given = parameters[target], tensor, target
+    parameters[target].weight_loader(*given, shard_id=part, expert_id=int(found[2]))
+    return target

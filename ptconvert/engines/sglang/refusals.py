@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ CPU_BLOCK = 32  # SGLang's CPU engine fills each rank's neurons up to a multiple
 # What it calls the numbers of a config that it replaced so.
 _PADDED = {
     "intermediate_size": "original_intermediate_size",
+    "moe_intermediate_size": "original_moe_intermediate_size",
     "num_attention_heads": "original_num_attention_heads",
     "num_key_value_heads": "original_total_num_kv_heads",
 }
@@ -34,10 +36,12 @@ def check(
     quantization: str | None = None,
     pipeline: int = 1,
     attention_groups: int = 1,
+    expert_groups: int = 1,
 ) -> None:
     """Raises ConfigError for settings under which the model would not work: of so many
-    tensor-parallel ranks, pipeline stages, and groups of ranks with batches of their own. `config`
-    is transformers', `shape` what the checkpoint's own numbers say."""
+    tensor-parallel ranks, pipeline stages, groups of ranks with batches of their own, and such with
+    experts of their own. `config` is transformers', `shape` what the checkpoint's own numbers say.
+    """
     refused = list(_refused(config, shape, section, ranks, on_cpu))
     if quantization is not None:
         refused.append(
@@ -49,6 +53,8 @@ def check(
             refused.append(
                 f"{option}: all layers must be on every rank, each with all of a batch; leave it"
             )
+    if expert_groups > 1:
+        refused.append("--ep-size: each track has a share of every expert; leave it")
     if refused:
         raise ConfigError("; ".join(refused))
 
@@ -63,14 +69,15 @@ def _refused(
         )
         return
     yield from _unlike(SERVED[shape.model_type], config, on_cpu)
+    neurons = math.gcd(shape.neurons, shape.expert_neurons)
     if ranks != section.tracks:
         yield (
             f"--tp {ranks}: SGLang's cache has as many heads in all layers, so each rank has one "
             f"of the checkpoint's {section.tracks} tracks; it takes --tp {section.tracks}"
         )
-    elif on_cpu and (shape.neurons % (CPU_BLOCK * ranks) or shape.kv_heads % ranks):
+    elif on_cpu and (neurons % (CPU_BLOCK * ranks) or shape.kv_heads % ranks):
         yield (
-            f"{shape.neurons} FFN neurons and {shape.kv_heads} KV heads: SGLang's CPU engine fills "
+            f"{neurons} FFN neurons and {shape.kv_heads} KV heads: SGLang's CPU engine fills "
             f"up what isn't a multiple of {CPU_BLOCK} neurons and one KV head on each rank, which "
             "tracks don't have; serve it on GPUs, or in vLLM"
         )
