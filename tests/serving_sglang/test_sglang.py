@@ -222,8 +222,9 @@ def test_quantised_weights_are_refused_before_it_starts(tmp_path: Path) -> None:
 
 def refused(path: Path, says: str) -> None:
     done = verified(path)
-    assert done.returncode == 2 and says in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    # beside how long it takes, which a slow machine is told
+    lines = [line for line in done.stderr.splitlines() if not line.endswith(" so far")]
+    assert done.returncode == 2 and len(lines) == 1 and says in lines[0]
 
 
 @pytest.fixture(scope="session")
