@@ -38,6 +38,50 @@ MIXED = """  - {layers: 0-0, use: tensor_parallel}
   - {layers: 4-5, use: ladder}
 """
 
+# A dense layer before tracks, endings of every kind, and a stage of two sublayers; no more layers
+# than that takes, as each costs time in an engine.
+COMPILED = """  - {layers: 0-0, use: tensor_parallel}
+  - {layers: 1-3, stages: "a1|m1! a2~2 m2^2 a3. m3!"}
+"""
+# Positions as published models have them: partial, long, by kind of layer, with scaled queries,
+# by axes of pictures, which there are none of.
+ROPE: dict[str, dict[str, Any]] = {
+    "phi3": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    "phi3-two-kv": {
+        **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 256},
+        **{"short_factor": [1 + i / 16 for i in range(16)], "long_factor": [4.0] * 16},
+    },
+    "ministral3": {
+        **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "beta_fast": 32.0},
+        **{"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+        "original_max_position_embeddings": 16,
+    },
+    "qwen3_5_text": {
+        **{"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+        **{"mrope_section": [2, 1, 1], "mrope_interleaved": True},
+    },
+    "gemma3_text": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    },
+    "deepseek_v3": {
+        **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 32.0},
+        **{"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+        "original_max_position_embeddings": 64,
+    },
+    "hunyuan_v1_dense": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0},
+}
+UNTIED = {"tie_word_embeddings": False}  # or the last token answers, whatever the layers do
+
+
+def with_rope(variant: str) -> dict[str, Any]:
+    """A variant's positions, as keys of its config."""
+    rope = ROPE.get(variant)
+    if rope is None:
+        return {}
+    known = {k: v for k, v in rope.items() if k == "original_max_position_embeddings"}
+    return {"rope_parameters": rope, **known}  # Phi-3's class reads it beside the others
+
 
 def make_model(
     directory: Path,

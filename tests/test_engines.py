@@ -22,12 +22,14 @@ from ptconvert.cli import main
 from ptconvert.engines import ServingEngine
 from ptconvert.engines.base import ServedPass, is_for_others, own_weights
 from ptconvert.engines.in_flight import InFlight
+from ptconvert.engines.sglang.families import SERVED
 from ptconvert.engines.sglang.refusals import check as check_sglang
 from ptconvert.engines.sglang.refusals import unpadded
 from ptconvert.engines.vllm import unknown
 from ptconvert.engines.vllm.formats import unserved
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.executor import OneProcess, Streams, TorchEngine, Update, run_program
+from ptconvert.models.families import FAMILIES
 from ptconvert.models.shape import HEAD, ModelShape
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
@@ -41,6 +43,7 @@ def verified(path: Path, settings: Any, eager: bool) -> Report:
     return Report((Check("asked for", settings.ranks == 2, asked),))
 
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 HERE = ServingEngine("pytest", "pip install pytest", verified)
 AWAY = ServingEngine("no_such_package", "pip install no-such-package", verified)
 
@@ -65,22 +68,55 @@ def test_what_comes_along_is_registered() -> None:
     ("variant", "sizes", "settings", "said"),
     [
         ("llama", {}, {"ranks": 4}, "--tp 4: SGLang's cache has as many heads in all layers"),
-        ("granite", {}, {}, "a converted granite isn't served in SGLang, of converted models only"),
-        ("llama-biases", {}, {}, "mlp_bias: SGLang's MLPs have no biases"),
+        (
+            "llama",
+            {"hidden_act": "gelu"},
+            {},
+            "hidden_act gelu: SGLang's MLP for it is",
+        ),
+        (
+            "arcee",
+            {"hidden_act": "silu"},
+            {},
+            "hidden_act silu: SGLang's MLP for it is",
+        ),
+        (
+            *("gemma2", {}, {"on_cpu": True}),
+            "attn_logit_softcapping 50.0: SGLang's attention on CPUs (torch_native) leaves it out",
+        ),
+        ("cohere", {}, {}, "attention_bias True: SGLang's layers for it have no biases"),
+        (
+            *(
+                "llama",
+                {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+                {},
+            ),
+            "rope_type dynamic: SGLang turns all positions as at the longest length",
+        ),
+        ("cwm", {"is_causal": False}, {}, "is_causal False: SGLang would let tokens see earlier"),
         ("llama", {"intermediate_size": 96}, {"on_cpu": True}, "96 FFN neurons and 4 KV heads"),
         ("llama", {"num_key_value_heads": 1}, {"on_cpu": True}, "128 FFN neurons and 1 KV heads"),
         ("llama", {}, {"quantization": "fp8"}, "quantization fp8: converted models are served in"),
         ("llama", {}, {"pipeline": 2}, "--pp-size: all layers must be on every rank"),
         ("llama", {}, {"attention_groups": 2}, "--enable-dp-attention: all layers must be on"),
+        ("mixtral", {}, {"expert_groups": 2}, "--ep-size: each track has a share of every expert"),
+        *(
+            (name, {}, {}, f"a converted {name} isn't served in SGLang, of converted models only")
+            for name, family in FAMILIES.items()
+            if name not in SERVED and family.causal_lm
+        ),
     ],
 )
 def test_what_sglang_cannot_serve_is_refused_by_name(
     variant: str, sizes: dict[str, Any], settings: dict[str, Any], said: str
 ) -> None:
-    config = random_model(variant, **{"intermediate_size": 128, **sizes}).config.to_dict()
-    shape, section = ModelShape.from_config(config), Section(dense_schedule(6), 2, "sum", {})
+    config = random_model(variant, **{"intermediate_size": 128, **sizes}).config
+    shape, section = (
+        ModelShape.from_config(config.to_dict()),
+        Section(dense_schedule(6), 2, "sum", {}),
+    )
     with pytest.raises(ConfigError) as refused:
-        check_sglang(shape, section, **{"ranks": 2, "on_cpu": False, **settings})
+        check_sglang(config, shape, section, **{"ranks": 2, "on_cpu": False, **settings})
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 

@@ -21,7 +21,7 @@ from ptconvert.checkpoint.section import Section
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.executor import PerTrack, Streams, Update, add_per_track, run_program
 from ptconvert.modeling.layers import guess_modules, multiplied
-from ptconvert.models.families import FAMILIES, Family, common_name, guesses_of
+from ptconvert.models.families import FAMILIES, FULL, SLIDING, Family, common_name, guesses_of
 from ptconvert.models.shape import HEAD, ModelShape
 from ptconvert.schedule.lower import Step
 from ptconvert.schedule.stages import BLOCKS, Kind
@@ -201,19 +201,58 @@ class ServedLayer(nn.Module):
         return Update([sum_1TD], None, guesses, own, (join,))
 
 
+class NormedPositions(nn.Module):
+    """Rotary positions, and norms of queries and keys head by head before or `after` them, for an
+    engine's attention that has none; `norms` are those of queries and of keys, by name."""
+
+    def __init__(self, rotary: nn.Module, norms: Mapping[str, nn.Module], after: bool) -> None:
+        super().__init__()
+        self.rotary, self._names, self._after = rotary, tuple(norms), after
+        for name, norm in norms.items():
+            self.add_module(name, norm)
+
+    def forward(
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Of all heads' channels of each token, (T, heads * head size) each, and so given back."""
+        if self._after:
+            return self._normed(self.rotary(positions, query, key))
+        turned: tuple[torch.Tensor, ...] = self.rotary(positions, *self._normed((query, key)))
+        return turned
+
+    def _normed(self, both: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        norms: list[Any] = [getattr(self, name) for name in self._names]
+        return tuple(
+            norm(x_TQ.reshape(-1, len(norm.weight))).view(x_TQ.shape)
+            for norm, x_TQ in zip(norms, both, strict=True)
+        )
+
+
+class NoPositions(nn.Module):
+    """Stands for rotary positions in a layer without any."""
+
+    def forward(
+        self,
+        positions: torch.Tensor,  # noqa: ARG002
+        query: torch.Tensor,
+        key: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return query, key
+
+
 def served_layers(
     serving: Serving, section: Section, shape: ModelShape, config: Any, local_tracks: range
 ) -> nn.ModuleList:
     """The layers that a rank holds. Raises ConfigError where the engine's layers attend further, or
     less far, than transformers'."""
-    tracked, types = section.schedule.track_layers, _layer_types(config)
+    tracked = section.schedule.track_layers
     layers = nn.ModuleList()
     for index in range(shape.layers):
         guesses = {s.kind: rank for s, rank in section.guesses.items() if s.layer == index}
         scales = {s.kind: scale for s, scale in section.scales.items() if s.layer == index}
         tracks = local_tracks if index in tracked else None
         layer = ServedLayer(serving, shape, index, tracks, section.tracks, guesses, scales)
-        wanted = config.sliding_window if types[index] == "sliding_attention" else None
+        wanted = window_of(config, index)
         for part in layer.parts.values():
             if serving.window(part) != wanted:
                 raise ConfigError(
@@ -224,14 +263,20 @@ def served_layers(
     return layers
 
 
-def _layer_types(config: Any) -> list[str]:
-    """What each layer attends to: full_attention or sliding_attention."""
+def layer_type(config: Any, index: int) -> str:
+    """What a layer attends to: full_attention or sliding_attention, or its linear attention."""
     # Only what the family's config class has counts: any key of a config.json becomes an attribute.
     family = type(config)
     if hasattr(family, "layer_types"):
-        return list(config.layer_types)
+        return str(config.layer_types[index])
     windowed = hasattr(family, "sliding_window") and config.sliding_window is not None
-    return ["sliding_attention" if windowed else "full_attention"] * config.num_hidden_layers
+    return SLIDING if windowed else FULL
+
+
+def window_of(config: Any, index: int) -> int | None:
+    """How many tokens a layer attends to, by its model's config; None for all."""
+    window: int | None = config.sliding_window if layer_type(config, index) == SLIDING else None
+    return window
 
 
 class ServedPass:

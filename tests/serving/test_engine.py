@@ -18,7 +18,7 @@ import quantising
 import seeing
 from commands import CACHE, LIMIT_SECONDS, serving, under_vllms_name, verify
 from conftest import spec_text
-from served import MIXED, WORDS, check_chat, make_model, with_words
+from served import MIXED, WORDS, check_chat, make_model, with_rope, with_words
 
 from ptconvert.checkpoint import section
 from ptconvert.checkpoint.reader import open_checkpoint
@@ -223,7 +223,6 @@ def test_an_activation_that_experts_have_not_is_refused(tmp_path: Path) -> None:
 def test_factors_for_long_prompts_are_told_of(
     longest: int, says: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from test_parity import with_rope
     from vllm import EngineArgs
 
     path = make_model(tmp_path, "phi3-two-kv", 2, "use: ladder", **with_rope("phi3-two-kv"))

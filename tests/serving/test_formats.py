@@ -14,8 +14,8 @@ import quantising
 import torch
 from conftest import random_model, spec_text
 from safetensors.torch import load_file
-from served import SIZES, answer, apart, prompts, shape_of
-from test_parity import COMPILED, NEW_TOKENS, of_case, run_cases, schedule_of
+from served import COMPILED, SIZES, answer, apart, prompts, shape_of
+from test_parity import NEW_TOKENS, of_case, run_cases, schedule_of
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion

@@ -22,7 +22,19 @@ from drawing import drawn_schedule, spans_both
 from ranks import start
 from reference import reference_logits
 from safetensors.torch import load_file, save_file
-from served import MIXED, SIZES, apart, calibration, greedy, make_model, prompts, shape_of
+from served import (
+    COMPILED,
+    MIXED,
+    SIZES,
+    UNTIED,
+    apart,
+    calibration,
+    greedy,
+    make_model,
+    prompts,
+    shape_of,
+    with_rope,
+)
 
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.section import read_section
@@ -50,41 +62,7 @@ class Case:
     arguments: Mapping[str, Any] = field(default_factory=dict)  # vLLM's
 
 
-# A dense layer before tracks, endings of every kind, and a stage of two sublayers; no more layers
-# than that takes, as each is compiled.
-COMPILED = """  - {layers: 0-0, use: tensor_parallel}
-  - {layers: 1-3, stages: "a1|m1! a2~2 m2^2 a3. m3!"}
-"""
-# Positions as published models have them: partial, long, by kind of layer, with scaled queries,
-# by axes of pictures, which there are none of.
-ROPE: dict[str, dict[str, Any]] = {
-    "phi3": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-    "phi3-two-kv": {
-        **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 256},
-        **{"short_factor": [1 + i / 16 for i in range(16)], "long_factor": [4.0] * 16},
-    },
-    "ministral3": {
-        **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "beta_fast": 32.0},
-        **{"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
-        "original_max_position_embeddings": 16,
-    },
-    "qwen3_5_text": {
-        **{"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
-        **{"mrope_section": [2, 1, 1], "mrope_interleaved": True},
-    },
-    "gemma3_text": {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-    },
-    "deepseek_v3": {
-        **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 32.0},
-        **{"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
-        "original_max_position_embeddings": 64,
-    },
-    "hunyuan_v1_dense": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0},
-}
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
-UNTIED = {"tie_word_embeddings": False}  # or the last token answers, whatever the layers do
 # Every other family that is served; what vLLM has no layers for is changed.
 OTHERS: dict[str, Mapping[str, Any]] = {
     **{"ministral3": {}, "phi3": {}, "phi3-two-kv": {}, "cwm": {}, "seed_oss": {}, "smollm3": {}},
@@ -111,15 +89,6 @@ OTHERS: dict[str, Mapping[str, Any]] = {
     **{"starcoder2": UNTIED, "cohere": {**UNTIED, "attention_bias": False}, "cohere2": UNTIED},
     **{"qwen3_5_text": {}, "qwen3_next": {}, "qwen3_5_moe_text": {}},
 }
-
-
-def with_rope(variant: str) -> dict[str, Any]:
-    """A variant's positions, as keys of its config."""
-    rope = ROPE.get(variant)
-    if rope is None:
-        return {}
-    known = {k: v for k, v in rope.items() if k == "original_max_position_embeddings"}
-    return {"rope_parameters": rope, **known}  # Phi-3's class reads it beside the others
 
 
 DRAFTED = 3

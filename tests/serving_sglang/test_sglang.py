@@ -17,17 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import LAYERS, random_model, spec_text
 from quantising import quantise
 from served import (
+    COMPILED,
     MIXED,
     SIZES,
+    UNTIED,
     apart,
     check_chat,
     greedy,
     make_model,
     prompts,
     shape_of,
+    with_rope,
     with_words,
 )
 
@@ -43,6 +47,7 @@ from ptconvert.spec.document import parse_spec
 
 NEW_TOKENS = 8
 LIMIT_SECONDS = 400
+LIMIT_OF_ALL = 1800.0
 NEURONS: dict[str, Any] = {
     "intermediate_size": 128
 }  # SGLang's CPU engine takes 32 of each rank's at a time
@@ -57,35 +62,63 @@ class Case:
     schedule: str
     top: str = ""
     more: Mapping[str, Any] = field(default_factory=dict)
+    layers: int = LAYERS
 
 
+# Every other family that is served, all in as few layers as have endings of every kind; what
+# SGLang has no layers for is changed.
+AS_THEY_ARE = (
+    *("ministral3", "phi3", "phi3-two-kv", "cwm", "seed_oss", "ernie4_5", "glm", "glm4", "granite"),
+    *("hyperclovax", "exaone4", "hunyuan_v1_dense", "apertus", "arcee", "nemotron", "jais2"),
+    *("mistral-window", "qwen2-window"),
+)
+OTHERS: dict[str, Mapping[str, Any]] = {
+    **{name: {} for name in AS_THEY_ARE},
+    "smollm3": {"attention_bias": True, "mlp_bias": True},
+    "gemma": UNTIED,
+    # whose embeddings' scale would be another in bf16
+    "gemma2": {
+        **{**UNTIED, "dtype": torch.bfloat16, "hidden_size": 160},
+        "attn_logit_softcapping": None,
+    },
+    "gemma3_text": UNTIED,
+    "starcoder2": UNTIED,
+    "cohere": {**UNTIED, "attention_bias": False},
+    "cohere2": {**UNTIED, "attention_bias": True},
+    "mixtral": {},
+    # one layer of which has a dense MLP
+    "qwen3_moe": {"shared_expert_intermediate_size": 0, "moe_intermediate_size": 64},
+}
 CASES = {
     "mixed, biases, affinity, guesses": Case(
-        "llama-biases",
-        MIXED,
-        "assignment: {method: affinity}\nguess: {rank: 8}\n",
-        {"mlp_bias": False},  # which SGLang's Llama hasn't
+        "llama-biases", MIXED, "assignment: {method: affinity}\nguess: {rank: 8}\n"
     ),
     "delayed, mistral": Case("mistral", "use: delayed, delay: 2"),
     "depth 2, mean, qwen2, tied": Case(
         "qwen2-two-kv-tied", "use: parallel_track, depth: 2", "deferred: mean\n"
     ),
     "ladder, qwen3, biases": Case("qwen3-biases", "use: ladder"),
+    **{
+        name: Case(name, COMPILED, more={**more, **with_rope(name)}, layers=4)
+        for name, more in OTHERS.items()
+    },
 }
 
 
 def environment() -> dict[str, str]:
     bound = "|".join(str(CORES[rank % len(CORES)]) for rank in range(2))
     given = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}  # SGLang's own
-    return given | {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": bound}
+    own = {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": bound}
+    # Cohere's norms of queries and keys there are compiled, anew in each worker
+    return given | own | {"TORCH_COMPILE_DISABLE": "1"}
 
 
-def run(*command: object) -> subprocess.CompletedProcess[str]:
+def run(*command: object, seconds: float = LIMIT_SECONDS) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
         text=True,
-        timeout=LIMIT_SECONDS,
+        timeout=seconds,
         env=environment(),
         check=False,
     )
@@ -95,7 +128,9 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         name: make_model(
-            tmp_path_factory.mktemp("model"), c.variant, 2, c.schedule, c.top, **NEURONS, **c.more
+            tmp_path_factory.mktemp("model"),
+            *(c.variant, 2, c.schedule, c.top, c.layers),
+            **{**NEURONS, **c.more},
         )
         for name, c in CASES.items()
     }
@@ -103,17 +138,17 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def found(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each engine answers, and its passes."""
-    answers = {}
-    for name, path in paths.items():
-        directory = tmp_path_factory.mktemp("case")
-        given, told = directory / "case.json", directory / "found.json"
-        case = {"path": str(path), "prompts": prompts(), "new_tokens": NEW_TOKENS}
-        given.write_text(json.dumps(case))
-        done = run(Path(__file__).with_name("engine.py"), given, told)
-        assert told.exists(), done.stderr[-3000:]
-        answers[name] = json.loads(told.read_text())
-    return answers
+    """What each engine answers, and its passes; one process starts them all."""
+    directory = tmp_path_factory.mktemp("found")
+    cases = [
+        {"name": name, "path": str(path), "prompts": prompts(), "new_tokens": NEW_TOKENS}
+        for name, path in paths.items()
+    ]
+    given = directory / "cases.json"
+    given.write_text(json.dumps(cases))
+    done = run(Path(__file__).with_name("engine.py"), given, directory, seconds=LIMIT_OF_ALL)
+    assert (directory / f"{cases[-1]['name']}.json").exists(), done.stderr[-3000:]
+    return {name: json.loads((directory / f"{name}.json").read_text()) for name in paths}
 
 
 def answers_of(path: Path) -> Answers:
@@ -170,20 +205,11 @@ def test_verify_counts_inside_the_workers(paths: dict[str, Path]) -> None:
     assert len(report["seen_by_rank"]) == 2 and len(report["seen_by_rank"][0]) == 8
 
 
-@pytest.mark.parametrize(
-    ("variant", "tracks", "sizes", "says"),
-    [
-        ("llama", 4, NEURONS, "--tp 2: SGLang's cache has as many heads in all layers"),
-        ("llama-biases", 2, NEURONS, "mlp_bias: SGLang's MLPs have no biases"),
-        ("llama", 2, {}, "48 FFN neurons and 4 KV heads: SGLang's CPU engine fills up"),
-        ("granite", 2, NEURONS, "a converted granite isn't served in SGLang"),
-    ],
-)
-def test_what_cannot_be_served_is_refused_before_it_starts(
-    variant: str, tracks: int, sizes: dict[str, Any], says: str, tmp_path: Path
-) -> None:
-    path = make_model(tmp_path, variant, tracks, "use: parallel_track, depth: 2", **sizes)
-    refused(path, says)
+def test_other_families_are_refused_before_it_starts(tmp_path: Path) -> None:
+    refused(
+        make_model(tmp_path, "gpt_oss", 2, "use: ladder"),
+        "a converted gpt_oss isn't served in SGLang, of converted models only llama, mistral",
+    )
 
 
 def test_quantised_weights_are_refused_before_it_starts(tmp_path: Path) -> None:
@@ -196,8 +222,9 @@ def test_quantised_weights_are_refused_before_it_starts(tmp_path: Path) -> None:
 
 def refused(path: Path, says: str) -> None:
     done = verified(path)
-    assert done.returncode == 2 and says in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    # beside how long it takes, which a slow machine is told
+    lines = [line for line in done.stderr.splitlines() if not line.endswith(" so far")]
+    assert done.returncode == 2 and len(lines) == 1 and says in lines[0]
 
 
 @pytest.fixture(scope="session")

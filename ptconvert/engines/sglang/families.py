@@ -1,14 +1,145 @@
-"""The families whose layers in SGLang were compared with transformers' (tests/serving_sglang)."""
+"""The families that SGLang serves, each by which of its models' decoder layers, and what else it
+needs; all were compared with transformers' (tests/serving_sglang)."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
-# The module of `sglang.srt.models` and the class of each one's decoder layer.
-SERVED: Mapping[str, tuple[str, str]] = MappingProxyType(
+
+@dataclass(frozen=True)
+class Served:
+    """A family in SGLang.
+
+    `layer` is the decoder layer there that it has the attention and the MLP of, by module and class
+    of `sglang.srt.models`: its own where that computes the same as transformers', else another
+    family's, `given` what its own config says in other words. `mlp` is another MLP where that
+    layer's isn't the family's, and `experts` that of a layer that is a mixture; either is activated
+    by one of `activations`. Its norms are those that a checkpoint has, of SGLang's class `norm` or
+    torch's LayerNorm, whose epsilon the config calls `eps`; `qk_norms` are those of queries and
+    keys where the attention has none, before their rotary positions or, `normed_after`, behind
+    them. Attention scores are multiplied by `scale`, where that isn't one by the root of a head's
+    size, and then have the soft cap that the config calls `score_cap`. `tensors` are the names in a
+    checkpoint that have others there. With a config key of `refused` SGLang's layers would be
+    others, as it says. What it computes beside, `engines.families` says.
+    """
+
+    layer: str = "llama.LlamaDecoderLayer"
+    mlp: str | None = None
+    experts: str | None = None
+    activations: tuple[str, ...] = ("silu",)
+    given: Callable[[Any], Mapping[str, Any]] = lambda config: {}  # noqa: ARG005
+    norm: str = "RMSNorm"
+    eps: str = "rms_norm_eps"
+    qk_norms: tuple[str, str] | None = None
+    normed_after: bool = False
+    scale: Callable[[Any], float] | None = None
+    score_cap: str | None = None
+    tensors: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+# SGLang's Llama has no biases before its activation; this one computes the same, and has.
+BIASED_MLP = "hunyuan.HunYuanMLP"
+# From what a checkpoint calls a projection of an expert to what SGLang does; some say it as SGLang.
+EXPERTS_PARTS = MappingProxyType({"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"})
+_QK_NORMS = ("q_norm", "k_norm")
+_AS_STARCODER2 = MappingProxyType(
+    {".mlp.up_proj.": ".mlp.c_fc.", ".mlp.down_proj.": ".mlp.c_proj."}
+)
+
+
+def _multiplied(config: Any) -> float:
+    return float(config.attention_multiplier)
+
+
+def _gemma(**more: Any) -> Served:
+    return Served(
+        mlp="gemma3_causal.Gemma3MLP",
+        activations=("gelu_pytorch_tanh",),
+        norm="GemmaRMSNorm",
+        **more,
+    )
+
+
+def _gemma_with_windows(**more: Any) -> Served:
+    return _gemma(
+        scale=lambda config: float(config.query_pre_attn_scalar**-0.5),
+        score_cap="attn_logit_softcapping",
+        **more,
+    )
+
+
+def _ungated(norm: str, eps: str, bias: str) -> Served:
+    """Llama's attention beside StarCoder2's MLP, which has no gate; `bias` is what its config calls
+    the MLP's biases."""
+
+    def given(config: Any) -> Mapping[str, Any]:
+        biased = {"attention_bias": config.use_bias} if bias == "use_bias" else {}
+        return {**biased, "use_bias": getattr(config, bias)}
+
+    return Served(
+        mlp="starcoder2.Starcoder2MLP",
+        activations=("relu2", "gelu", "gelu_pytorch_tanh", "gelu_new"),
+        given=given,
+        norm=norm,
+        eps=eps,
+        tensors=MappingProxyType(
+            {".mlp.up_proj.": ".mlp.c_fc.", ".mlp.down_proj.": ".mlp.c_proj."}
+        ),
+    )
+
+
+def _llama_4_scaling(config: Any) -> Mapping[str, Any]:
+    """From where on queries are multiplied, as SGLang's Ministral 3 reads it."""
+    known = config.rope_parameters["original_max_position_embeddings"]
+    return {"original_max_position_embeddings": known}
+
+
+SERVED: Mapping[str, Served] = MappingProxyType(
     {
-        "llama": ("llama", "LlamaDecoderLayer"),
-        "mistral": ("llama", "LlamaDecoderLayer"),
-        "qwen2": ("qwen2", "Qwen2DecoderLayer"),
-        "qwen3": ("qwen3", "Qwen3DecoderLayer"),
+        "llama": Served(),
+        "mistral": Served(),
+        "ministral3": Served("ministral3.Ministral3DecoderLayer", given=_llama_4_scaling),
+        "qwen2": Served("qwen2.Qwen2DecoderLayer"),
+        "qwen3": Served("qwen3.Qwen3DecoderLayer"),
+        "phi3": Served(),
+        "cwm": Served(),
+        "seed_oss": Served(),
+        "smollm3": Served(),
+        "ernie4_5": Served(given=lambda config: {"attention_bias": config.use_bias}),
+        "glm": Served(),
+        "glm4": Served(),
+        "granite": Served(scale=_multiplied),
+        "hyperclovax": Served(scale=_multiplied),
+        "exaone4": Served(qk_norms=_QK_NORMS),
+        "hunyuan_v1_dense": Served(
+            qk_norms=("query_layernorm", "key_layernorm"), normed_after=True
+        ),
+        "gemma": _gemma(),
+        "gemma2": _gemma_with_windows(),
+        "gemma3_text": _gemma_with_windows(qk_norms=_QK_NORMS),
+        "apertus": Served("apertus.ApertusDecoderLayer", activations=("xielu",)),
+        "arcee": _ungated("RMSNorm", "rms_norm_eps", "mlp_bias"),
+        "nemotron": _ungated("LayerNorm1P", "norm_eps", "mlp_bias"),
+        "jais2": _ungated("LayerNorm", "layer_norm_eps", "mlp_bias"),
+        "starcoder2": _ungated("LayerNorm", "norm_epsilon", "use_bias"),
+        "cohere": Served(
+            "commandr.CohereDecoderLayer",
+            norm="LayerNorm",
+            eps="layer_norm_eps",
+            refused=MappingProxyType({"attention_bias": "SGLang's layers for it have no biases"}),
+        ),
+        "cohere2": Served(norm="LayerNorm", eps="layer_norm_eps"),
+        "mixtral": Served(
+            experts="mixtral.MixtralMoE",
+            tensors=MappingProxyType({".block_sparse_moe.": ".mlp."}),
+        ),
+        "qwen3_moe": Served(
+            "qwen3.Qwen3DecoderLayer",
+            experts="qwen3_moe.Qwen3MoeSparseMoeBlock",
+        ),
     }
 )

@@ -6,6 +6,7 @@ sharded already. Shape suffixes: T tokens, D stream width.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Callable
@@ -14,52 +15,155 @@ from typing import Any
 
 import torch
 from sglang.srt.distributed import tensor_model_parallel_all_reduce
+from sglang.srt.layers import layernorm
+from sglang.srt.layers.activation import XIELU
 from sglang.srt.layers.layer_boundary.factories import layer_stack
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils import is_cpu
 from torch import nn
+from torch.nn import functional
 from torch.profiler import record_function
 
+from ptconvert.engines.base import NoPositions, NormedPositions, layer_type, window_of
+from ptconvert.engines.families import computed
 from ptconvert.engines.in_flight import InFlight, started_by_torch
-from ptconvert.engines.sglang.families import SERVED
+from ptconvert.engines.sglang.families import BIASED_MLP, SERVED
+from ptconvert.models.families import EXPERTS, D
+from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.counters import BOUNDARY
 
 Context = tuple[torch.Tensor, Any]  # positions, and what SGLang calls a ForwardBatch
 
 
+class LayerNorm1P(nn.LayerNorm):
+    """Nemotron's, whose weight is by one less than what it multiplies by."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Of what has the stream's width as its last axis."""
+        given = input, self.normalized_shape, self.weight + 1, self.bias, self.eps
+        return functional.layer_norm(*given)
+
+
+_TORCHS = {"LayerNorm": nn.LayerNorm, "LayerNorm1P": LayerNorm1P}  # norms that join no sum
+
+
 class SGLangServing:
     """SGLang on one rank, for one of the families SERVED."""
 
-    def __init__(self, config: Any, family: str) -> None:
-        self._config = config
-        module, name = SERVED[family]
-        self._layer_class = getattr(importlib.import_module(f"sglang.srt.models.{module}"), name)
+    def __init__(self, config: Any, shape: ModelShape) -> None:
+        self._config, self._shape = config, shape
+        self.served, self.computed = SERVED[shape.model_type], computed(shape.model_type)
         self._in_flight = InFlight(_start)
         self.first = get_parallel().tp_rank == 0
 
     def decoder_layer(self, index: int, track: int | None, count: int) -> nn.Module:
+        config = self._config_of(index)
+        rules = self._shape.rules_of(index)
+        names = {rule.name for rule in rules}
+        mlp = self.served.mlp or (BIASED_MLP if "mlp.gate_proj.bias" in names else None)
+        if EXPERTS in self._shape.kinds[index]:
+            mlp = self.served.experts
+        whole = copy.copy(config)
+        if mlp is not None:
+            whole.hidden_act = "silu"  # of the layer's own, which may know no other
+        with layer_stack():  # whose boundaries between sublayers nobody calls
+            layer = self._made(self.served.layer, index, whole)
+        if mlp is not None:
+            layer.mlp = self._made(mlp, index, config)
+        for name, module in list(layer.named_children()):
+            if isinstance(module, nn.LayerNorm) or "norm" in type(module).__name__.lower():
+                delattr(layer, name)
+        for rule in rules:
+            name, _, part = rule.name.rpartition(".")
+            if rule.axes == (D,) and "." not in name and part == "weight":
+                setattr(layer, name, self._norm(self._shape.width, f"{name}.bias" in names))
+        if (multiplier := self._shape.family.multiplier) is not None:
+            setattr(layer, multiplier, getattr(config, multiplier))
+        self._set_attention(layer.self_attn, index, config)
+        for module in layer.modules():
+            if isinstance(module, XIELU):  # which has bfloat16 whatever the model has
+                module.to(torch.get_default_dtype())
+            elif isinstance(module, TopK) and is_cpu():  # else it asks for a kernel of GPUs
+                module.topk_config.torch_native = True
+        if track is not None:
+            _load_whole(layer, count)
+        made: nn.Module = layer
+        return made
+
+    def _config_of(self, index: int) -> Any:
+        """The model's config as SGLang's layers read one: what transformers' classes add by
+        themselves is written out, and positions are those of the layer."""
+        config = copy.copy(self._config)
+        rope = dict(config.rope_parameters)
+        rope = dict(rope.get(layer_type(self._config, index), rope))
+        own = {
+            "head_dim": self._shape.head_size,
+            "num_key_value_heads": self._shape.kv_heads,
+            "rms_norm_eps": getattr(config, self.served.eps),
+            "rope_parameters": rope,
+            "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
+            "rope_is_neox_style": not self.computed.interleaved,
+            **self.served.given(self._config),
+        }
+        for name, value in own.items():
+            setattr(config, name, value)
+        return config
+
+    def _made(self, name: str, index: int, config: Any) -> Any:
+        """A module of SGLang's models, of a class in one of their files; they differ in which of
+        these arguments they take."""
+        file, _, name = name.partition(".")
+        made = getattr(importlib.import_module(f"sglang.srt.models.{file}"), name)
         given = {
-            "config": self._config,
+            "config": config,
             "layer_id": index,
             "quant_config": None,
             "prefix": f"model.layers.{index}",
             "stage_boundaries": False,
+            "hidden_size": self._shape.width,
+            "intermediate_size": self._shape.neurons,
+            "num_experts": self._shape.experts,
+            "top_k": self._shape.active_experts,
+            "hidden_act": getattr(config, "hidden_act", None),
+            "hidden_activation": self.served.activations[0],
+            "bias": True,
+            "reduce_results": False,
         }
-        taken = inspect.signature(self._layer_class).parameters
-        with layer_stack():  # whose boundaries between sublayers nobody calls
-            layer: nn.Module = self._layer_class(**{k: v for k, v in given.items() if k in taken})
-        if track is not None:
-            # Rank 0, because its shard begins at 0: what is loaded is that shard already. (SGLang's
-            # own `use_presharded_weights` isn't minded on CPUs.)
-            first = SimpleNamespace(rank_in_group=0, world_size=count)
-            for module in layer.modules():
-                for name in ("tp_group", "kv_tp_group"):
-                    if getattr(module, name, None) is not None:
-                        setattr(module, name, first)
-        return layer
+        taken = inspect.signature(made).parameters
+        return made(**{k: v for k, v in given.items() if k in taken})
+
+    def _norm(self, size: int, bias: bool = False) -> nn.Module:
+        eps = getattr(self._config, self.served.eps)
+        if self.served.norm in _TORCHS:
+            return _TORCHS[self.served.norm](size, eps=eps, bias=bias)
+        made: nn.Module = getattr(layernorm, self.served.norm)(size, eps=eps)
+        return made
+
+    def final_norm(self) -> nn.Module:
+        """The norm of the stream after the last layer, such as those in a layer."""
+        return self._norm(self._shape.width, len(self._shape.family.final_norm) > 1)
+
+    def _set_attention(self, attention: Any, index: int, config: Any) -> None:
+        """Makes an attention of SGLang's what transformers' is in this layer."""
+        window = window_of(self._config, index)
+        attention.attn.sliding_window_size = -1 if window is None else window - 1  # earlier ones
+        if self.served.scale is not None:
+            attention.scaling = attention.attn.scaling = self.served.scale(config)
+        if self.served.score_cap is not None:
+            attention.attn.logit_cap = getattr(config, self.served.score_cap, None) or 0.0
+        if not self.computed.rotated(config, index):
+            attention.rotary_emb = NoPositions()
+        if self.served.qk_norms is not None:
+            norms = {name: self._norm(self._shape.head_size) for name in self.served.qk_norms}
+            attention.rotary_emb = NormedPositions(
+                attention.rotary_emb, norms, self.served.normed_after
+            )
 
     def window(self, part: Any) -> int | None:
-        window: int = getattr(part.self_attn.attn, "sliding_window_size", -1)
-        return window if window > 0 else None
+        earlier: int = part.self_attn.attn.sliding_window_size
+        return earlier + 1 if earlier >= 0 else None
 
     def attention(self, part: Any, x_TD: torch.Tensor, context: Context) -> torch.Tensor:
         positions, batch = context
@@ -68,13 +172,16 @@ class SGLangServing:
         )
         return out_TD
 
-    def mlp(self, part: Any, x_TD: torch.Tensor, context: Context) -> torch.Tensor:
-        out_TD: torch.Tensor = part.mlp(x_TD, forward_batch=context[1])
+    def mlp(self, part: Any, x_TD: torch.Tensor, context: Context) -> torch.Tensor:  # noqa: ARG002
+        out_TD: torch.Tensor = part.mlp(x_TD)
         return out_TD
 
     def add_norm(
         self, norm: Any, delta_TD: torch.Tensor, base_TD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(norm, nn.LayerNorm):
+            sum_TD = delta_TD + base_TD
+            return norm(sum_TD), sum_TD
         normed_TD, sum_TD = norm(delta_TD, base_TD)
         return normed_TD, sum_TD
 
@@ -99,6 +206,19 @@ class SGLangServing:
                 self._in_flight.launch(launch, local_TD, sums[-1])
             self._in_flight.merge(waits, sums)
         return sums[0]
+
+
+def _load_whole(layer: nn.Module, count: int) -> None:
+    """Makes one of `count` ranks' shard of a layer load what is that shard already."""
+    # As rank 0, because its shard begins at 0. (SGLang's own `use_presharded_weights` isn't minded
+    # by linear layers on CPUs.)
+    first = SimpleNamespace(rank_in_group=0, world_size=count)
+    for module in layer.modules():
+        if isinstance(module, FusedMoE):
+            module.use_presharded_weights = True
+        for name in ("tp_group", "kv_tp_group"):
+            if getattr(module, name, None) is not None:
+                setattr(module, name, first)
 
 
 def _start(local_TD: torch.Tensor, sum_TD: torch.Tensor) -> Callable[[], object]:

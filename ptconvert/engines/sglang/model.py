@@ -7,14 +7,13 @@ requests in the batch, D the residual stream's width.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from sglang.srt.model_loader.auto_loader import STANDARD_STACKED_MAPPING
+from sglang.srt.model_loader.auto_loader import LLAMA_STACKED_MAPPING
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import is_cpu
@@ -22,10 +21,13 @@ from torch import nn
 from torch.profiler import record_function
 
 from ptconvert.checkpoint.section import read_section, source_config
-from ptconvert.engines.base import RENAMED, ServedPass, own_weights, served_layers
+from ptconvert.engines.base import ServedPass, own_weights, renamed, served_layers, window_of
+from ptconvert.engines.sglang.families import EXPERTS_PARTS
 from ptconvert.engines.sglang.layers import SGLangServing
 from ptconvert.engines.sglang.refusals import check, unpadded
 from ptconvert.models.shape import ModelShape
+
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")  # one's projection
 
 
 class PTConvertModel(nn.Module):
@@ -37,13 +39,12 @@ class PTConvertModel(nn.Module):
         shape = ModelShape.from_config(source_config(unpadded(config.to_dict()), section))
         parallel = get_parallel()
         check(
-            shape,
-            section,
-            parallel.tp_size,
+            *(config, shape, section, parallel.tp_size),
             on_cpu=is_cpu(),
             quantization=None if quantization is None else quantization.get_name(),
             pipeline=parallel.pp_size,
             attention_groups=parallel.attn_dp_size,
+            expert_groups=parallel.moe_ep_size,
         )
         self.program = section.schedule.program
         self.waiting_weight = section.waiting_weight
@@ -52,9 +53,20 @@ class PTConvertModel(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, enable_tp=False
         )
-        self.serving = SGLangServing(config, shape.model_type)
+        self.serving = SGLangServing(config, shape)
         self.layers = served_layers(self.serving, section, shape, config, self.local_tracks)
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = self.serving.final_norm()
+        dtype = torch.get_default_dtype()
+        self.embeds_scale = self.serving.computed.embeds_scale(config, dtype)
+        tensors = self.serving.served.tensors
+        self.renamed = {
+            **renamed(shape.family),
+            **{re.compile(re.escape(own)): theirs for own, theirs in tensors.items()},
+            **{
+                re.compile(rf"\.self_attn\.{name}\."): rf".self_attn.rotary_emb.{name}."
+                for name in self.serving.served.qk_norms or ()
+            },
+        }
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, batch: Any, base_TD: Any
@@ -62,6 +74,7 @@ class PTConvertModel(nn.Module):
         """The normed stream after the last stage, (tokens, width), the same on every rank."""
         if base_TD is None:
             base_TD = self.embed_tokens(input_ids)
+            base_TD = base_TD if self.embeds_scale is None else base_TD * self.embeds_scale
         one_pass = ServedPass(self.serving, self.layers, (positions, batch))
         return one_pass.decode(self.program, base_TD, self.norm, self.waiting_weight)
 
@@ -74,7 +87,8 @@ class PTConvertForCausalLM(nn.Module):
         self.config = config
         self.model = PTConvertModel(config, quant_config)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
-        self.logits_processor = LogitsProcessor(config)
+        scale = self.model.serving.computed.logits_scale(config)
+        self.logits_processor = LogitsProcessor(config, logit_scale=scale)
         self.passes = 0  # profiled ones
 
     @torch.no_grad()
@@ -92,26 +106,43 @@ class PTConvertForCausalLM(nn.Module):
             hidden_TD = self.model(input_ids, positions, forward_batch, input_embeds)
             return self.logits_processor(input_ids, hidden_TD, self.lm_head, forward_batch)
 
+    def get_attention_sliding_window_size(self) -> int | None:
+        """How many tokens before its own a token sees in layers with a window, as SGLang asks."""
+        windows = (window_of(self.config, index) for index in range(len(self.model.layers)))
+        return next((window - 1 for window in windows if window is not None), None)
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Loads this rank's tensors. Raises ValueError where one has no place."""
         parameters = dict(self.named_parameters())
-        missing = set(parameters)
+        missing, places = set(parameters), parameters | dict(self.named_buffers())
         for given, tensor in own_weights(
             weights, self.model.local_tracks, self.config.tie_word_embeddings
         ):
-            name = _renamed(given)
-            target = STANDARD_STACKED_MAPPING.try_load(name, tensor, parameters) or name
-            if target not in parameters:  # which SGLang's mapping passes over
+            name = given
+            for pattern, replacement in self.model.renamed.items():
+                name = re.sub(pattern, replacement, name)
+            if (expert := _EXPERT.fullmatch(name)) is not None:
+                missing.discard(_load_expert(expert, tensor, parameters))
+                continue
+            target = name
+            if name not in places:
+                target = LLAMA_STACKED_MAPPING.try_load(name, tensor, parameters) or name
+            if target not in places:  # which SGLang's mapping passes over
                 raise ValueError(f"{given} has no place in SGLang's model ({target})")
             if target == name:
-                load = getattr(parameters[name], "weight_loader", default_weight_loader)
-                load(parameters[name], tensor)
+                load = getattr(places[name], "weight_loader", default_weight_loader)
+                if ".tracks." in given and tensor.dim() > 1:  # no norm, and the shard is all of it
+                    load = default_weight_loader
+                load(places[name], tensor)
             missing.discard(target)
         if missing:
             raise ValueError(f"{min(missing)} is not in the checkpoint")
 
 
-def _renamed(name: str) -> str:
-    for pattern, replacement in RENAMED.items():
-        name = re.sub(pattern, replacement, name)
-    return name
+def _load_expert(found: re.Match[str], tensor: torch.Tensor, parameters: Mapping[str, Any]) -> str:
+    """Loads one of an expert's projections into that of all; returns the parameter's name."""
+    part = EXPERTS_PARTS.get(found[3], found[3])
+    target = f"{found[1]}.{'w2' if part == 'w2' else 'w13'}_weight"
+    given = parameters[target], tensor, target
+    parameters[target].weight_loader(*given, shard_id=part, expert_id=int(found[2]))
+    return target

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ptconvert.checkpoint.section import Section
-from ptconvert.engines.sglang.families import SERVED
+from ptconvert.engines.sglang.families import SERVED, Served
 from ptconvert.errors import ConfigError
 from ptconvert.models.shape import ModelShape
 
@@ -14,6 +15,7 @@ CPU_BLOCK = 32  # SGLang's CPU engine fills each rank's neurons up to a multiple
 # What it calls the numbers of a config that it replaced so.
 _PADDED = {
     "intermediate_size": "original_intermediate_size",
+    "moe_intermediate_size": "original_moe_intermediate_size",
     "num_attention_heads": "original_num_attention_heads",
     "num_key_value_heads": "original_total_num_kv_heads",
 }
@@ -25,6 +27,7 @@ def unpadded(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(
+    config: Any,
     shape: ModelShape,
     section: Section,
     ranks: int,
@@ -33,10 +36,13 @@ def check(
     quantization: str | None = None,
     pipeline: int = 1,
     attention_groups: int = 1,
+    expert_groups: int = 1,
 ) -> None:
     """Raises ConfigError for settings under which the model would not work: of so many
-    tensor-parallel ranks, pipeline stages, and groups of ranks with batches of their own."""
-    refused = list(_refused(shape, section, ranks, on_cpu))
+    tensor-parallel ranks, pipeline stages, groups of ranks with batches of their own, and such with
+    experts of their own. `config` is transformers', `shape` what the checkpoint's own numbers say.
+    """
+    refused = list(_refused(config, shape, section, ranks, on_cpu))
     if quantization is not None:
         refused.append(
             f"quantization {quantization}: converted models are served in bfloat16, float16 or "
@@ -47,26 +53,55 @@ def check(
             refused.append(
                 f"{option}: all layers must be on every rank, each with all of a batch; leave it"
             )
+    if expert_groups > 1:
+        refused.append("--ep-size: each track has a share of every expert; leave it")
     if refused:
         raise ConfigError("; ".join(refused))
 
 
-def _refused(shape: ModelShape, section: Section, ranks: int, on_cpu: bool) -> Iterator[str]:
+def _refused(
+    config: Any, shape: ModelShape, section: Section, ranks: int, on_cpu: bool
+) -> Iterator[str]:
     if shape.model_type not in SERVED:
         yield (
             f"a converted {shape.model_type} isn't served in SGLang, of converted models only "
             f"{', '.join(SERVED)}; transformers runs it"
         )
-    elif any(rule.name == "mlp.gate_proj.bias" for rule in shape.rules_of(0)):
-        yield "mlp_bias: SGLang's MLPs have no biases before their activation; serve it in vLLM"
-    elif ranks != section.tracks:
+        return
+    yield from _unlike(SERVED[shape.model_type], config, on_cpu)
+    neurons = math.gcd(shape.neurons, shape.expert_neurons)
+    if ranks != section.tracks:
         yield (
             f"--tp {ranks}: SGLang's cache has as many heads in all layers, so each rank has one "
             f"of the checkpoint's {section.tracks} tracks; it takes --tp {section.tracks}"
         )
-    elif on_cpu and (shape.neurons % (CPU_BLOCK * ranks) or shape.kv_heads % ranks):
+    elif on_cpu and (neurons % (CPU_BLOCK * ranks) or shape.kv_heads % ranks):
         yield (
-            f"{shape.neurons} FFN neurons and {shape.kv_heads} KV heads: SGLang's CPU engine fills "
+            f"{neurons} FFN neurons and {shape.kv_heads} KV heads: SGLang's CPU engine fills "
             f"up what isn't a multiple of {CPU_BLOCK} neurons and one KV head on each rank, which "
             "tracks don't have; serve it on GPUs, or in vLLM"
         )
+
+
+def _unlike(served: Served, config: Any, on_cpu: bool) -> Iterator[str]:
+    """Why SGLang's layers would compute something else than transformers'; what they lack in
+    tensors is seen when a checkpoint is loaded."""
+    for key, why in served.refused.items():
+        if value := getattr(config, key, None):
+            yield f"{key} {value}: {why}"
+    for key in ("hidden_act", "hidden_activation"):
+        value = getattr(config, key, None)
+        if value is not None and value not in served.activations:
+            known = " or ".join(served.activations)
+            yield f"{key} {value}: SGLang's MLP for it is activated by {known}"
+    cap = served.score_cap and getattr(config, served.score_cap, None)
+    if cap and on_cpu:
+        yield f"{served.score_cap} {cap}: SGLang's attention on CPUs (torch_native) leaves it out"
+    for rope in (config.rope_parameters, *config.rope_parameters.values()):
+        if isinstance(rope, Mapping) and rope.get("rope_type") == "dynamic" and "alpha" not in rope:
+            yield (
+                "rope_type dynamic: SGLang turns all positions as at the longest length, and "
+                "transformers by a text's own"
+            )
+    if getattr(config, "is_causal", True) is False:
+        yield "is_causal False: SGLang would let tokens see earlier ones only"

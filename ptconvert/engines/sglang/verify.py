@@ -19,6 +19,7 @@ from typing import Any
 
 import sglang
 import torch
+import transformers
 
 from ptconvert.engines.sglang.refusals import check
 from ptconvert.engines.verify import (
@@ -49,7 +50,7 @@ def verify_in_sglang(path: Path, settings: Settings, eager: bool = False) -> Rep
     dtype = settings.dtype or TORCH_NAMES[shape.dtype or "F32"]
     quantization = quantization_of(checkpoint.config) or {}
     check(
-        *(shape, section, settings.ranks),
+        *(transformers.AutoConfig.from_pretrained(path), shape, section, settings.ranks),
         on_cpu=settings.device == "cpu",
         quantization=quantization.get("quant_method"),
     )

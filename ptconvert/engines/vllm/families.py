@@ -21,15 +21,12 @@ class Served:
     fewer.) They are of the class `layer`, if that isn't called after the model, and call attention
     and MLP `attention` and `mlp`; `tensors` are the names in a checkpoint that have others there,
     `passed` what the attention is called with beside the rest. Norms between sublayers are made of
-    vLLM's class `norm`, if its layer has others. Rotary positions turn neighbouring channels where
-    they are `interleaved`, else those of both halves of a head; `rotated` is what its config calls
-    a list of which layers have them, and `normed_after` the norms of queries and keys that follow
-    them; `keys_as_values` are the layers whose keys are their values too. With `latent` attention
-    (MLA) these tensors are parts of others there, where vLLM keeps the latents in its cache. Its
-    `embeds` are multiplied by a number of its config, `rounded` to the model's dtype or not, and so
-    are its `logits`, whose `soft_cap` has that name in it. With a config key of `refused` vLLM's
-    layers would be others, as it says; those of `fixed` have a value built in, and any other is
-    refused. Without `float16` vLLM refuses that.
+    vLLM's class `norm`, if its layer has others. `normed_after` are the norms of queries and keys
+    that follow their rotary positions; `keys_as_values` the layers whose keys are their values too.
+    With `latent` attention (MLA) these tensors are parts of others there, where vLLM keeps the
+    latents in its cache. With a config key of `refused` vLLM's layers would be others, as it says;
+    those of `fixed` have a value built in, and any other is refused. Without `float16` vLLM refuses
+    that. What it computes beside, `engines.families` says.
     """
 
     model: str
@@ -40,15 +37,9 @@ class Served:
     passed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     norm: str | None = None
     given: Callable[[Any], Mapping[str, Any]] = lambda config: {}  # noqa: ARG005
-    interleaved: bool = False
     normed_after: tuple[str, str] | None = None
     latent: Mapping[str, tuple[str, int]] = field(default_factory=lambda: MappingProxyType({}))
     keys_as_values: Callable[[Any], Sequence[int]] = lambda config: ()  # noqa: ARG005
-    rotated: str | None = None
-    embeds: Callable[[Any], float] | None = None
-    rounded: bool = False
-    logits: Callable[[Any], float] | None = None
-    soft_cap: str | None = None
     refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     float16: bool = True
@@ -58,19 +49,12 @@ def _without(key: str, why: str) -> Mapping[str, str]:
     return MappingProxyType({key: why})
 
 
-def _gemma(name: str, soft_cap: str | None = None, **more: Any) -> Served:
-    def width(config: Any) -> float:
-        return float(config.hidden_size**0.5)
-
-    return Served(f"{name}ForCausalLM", embeds=width, rounded=True, soft_cap=soft_cap, **more)
-
-
 def _keys_as_values(config: Any) -> Sequence[int]:
     kinds = config.layer_types if config.attention_k_eq_v else ()
     return [index for index, kind in enumerate(kinds) if kind == "full_attention"]
 
 
-_GEMMA4 = _gemma("Gemma4", "final_logit_softcapping", keys_as_values=_keys_as_values)
+_GEMMA4 = Served("Gemma4ForCausalLM", keys_as_values=_keys_as_values)
 
 
 def _llama_4_scaling(config: Any) -> Mapping[str, Any]:
@@ -98,7 +82,6 @@ def _cohere(**more: Any) -> Served:
     return Served(
         "CohereForCausalLM",
         norm="LayerNorm",
-        logits=lambda config: config.logit_scale,
         refused=_without("attention_bias", "vLLM's layers for it have no biases"),
         **more,
     )
@@ -132,29 +115,20 @@ SERVED: Mapping[str, Served] = MappingProxyType(
         "phi3": Served("LlamaForCausalLM"),
         "cwm": Served("LlamaForCausalLM"),
         "seed_oss": Served("LlamaForCausalLM"),
-        "smollm3": Served("LlamaForCausalLM", rotated="no_rope_layers"),
+        "smollm3": Served("LlamaForCausalLM"),
         "ernie4_5": Served(
             "LlamaForCausalLM",
-            interleaved=True,
             refused=_without("use_bias", "vLLM's layers for it have no biases"),
         ),
-        "glm": Served("LlamaForCausalLM", interleaved=True),
-        "granite": Served(
-            "GraniteForCausalLM",
-            embeds=lambda config: config.embedding_multiplier,
-            logits=lambda config: 1 / config.logits_scaling,
+        "glm": Served("LlamaForCausalLM"),
+        "granite": Served("GraniteForCausalLM"),
+        "hyperclovax": Served("HyperCLOVAXForCausalLM", refused=_NO_CHUNKS),
+        "gemma": Served(
+            "GemmaForCausalLM",
+            refused=_without("attention_bias", "vLLM's layers for it have no biases"),
         ),
-        "hyperclovax": Served(
-            "HyperCLOVAXForCausalLM",
-            embeds=lambda config: config.embedding_multiplier,
-            logits=lambda config: config.logits_scaling,
-            refused=_NO_CHUNKS,
-        ),
-        "gemma": _gemma(
-            "Gemma", refused=_without("attention_bias", "vLLM's layers for it have no biases")
-        ),
-        "gemma2": _gemma("Gemma2", "final_logit_softcapping", float16=False),
-        "gemma3_text": _gemma("Gemma3", "final_logit_softcapping", float16=False),
+        "gemma2": Served("Gemma2ForCausalLM", float16=False),
+        "gemma3_text": Served("Gemma3ForCausalLM", float16=False),
         "glm4": Served("Glm4ForCausalLM", float16=False),
         "exaone4": Served("Exaone4ForCausalLM"),
         "qwen3_moe": Served(

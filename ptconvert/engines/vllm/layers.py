@@ -12,7 +12,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +38,8 @@ from vllm.model_executor.models.nemotron import NemotronLayerNorm1P
 from vllm.model_executor.models.utils import WeightsMapper
 
 from ptconvert.checkpoint.section import Section
+from ptconvert.engines.base import NoPositions, NormedPositions
+from ptconvert.engines.families import computed
 from ptconvert.engines.vllm.collectives import all_reduce_boundary, finished
 from ptconvert.engines.vllm.families import SERVED
 from ptconvert.engines.vllm.quantised import by_names, name_fused
@@ -68,7 +70,8 @@ class VLLMServing:
         """`prefix` is what the decoder is called in vLLM, of whose names a quantisation config's
         are: those of the checkpoint where nothing lies around it."""
         self._vllm_config, self.served = vllm_config, SERVED[shape.family.model_type]
-        self._prefix, self._together = prefix, section.together
+        self.computed = computed(shape.family.model_type)
+        self._shape, self._prefix, self._together = shape, prefix, section.together
         self.first = get_tensor_model_parallel_rank() == 0
         try:
             causal_lm = ModelRegistry.models[self.served.model].load_model_cls()
@@ -164,23 +167,22 @@ class VLLMServing:
                 if hasattr(norm, "weight"):
                     made = getattr(layernorm, self.served.norm)
                     setattr(layer, name, norm_as(made, norm, config.hidden_size))
-        if self.served.interleaved:
+        if self.computed.interleaved:
             layer.self_attn.rotary_emb = get_rope(
                 layer.self_attn.head_dim,
                 max_position=config.max_position_embeddings,
                 rope_parameters=config.rope_parameters,
                 is_neox_style=False,
             )
-        if self.served.rotated is not None and not getattr(config, self.served.rotated)[index]:
+        if not self.computed.rotated(config, index):
             layer.self_attn.rotary_emb = NoPositions()
         if self.served.normed_after is not None:
-            layer.self_attn.rotary_emb = PositionsThenNorms(
-                layer.self_attn.rotary_emb,
-                {
-                    name: RMSNorm(layer.self_attn.head_dim, eps=config.rms_norm_eps)
-                    for name in self.served.normed_after
-                },
-            )
+            norms = {
+                name: RMSNorm(layer.self_attn.head_dim, eps=config.rms_norm_eps)
+                for name in self.served.normed_after
+            }
+            positions = NormedPositions(layer.self_attn.rotary_emb, norms, after=True)
+            layer.self_attn.rotary_emb = positions
         for parameter, tensor in layer.named_parameters():
             if parameter in self._by_head:
                 tensor.weight_loader = _load_own_heads
@@ -277,37 +279,6 @@ def _load_own_heads(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
         first = get_tensor_model_parallel_rank() * heads // get_tensor_model_parallel_world_size()
         tensor = tensor[first : first + own]
     parameter.data.copy_(tensor)
-
-
-class PositionsThenNorms(nn.Module):
-    """Rotary positions and then norms of queries and keys, head by head."""
-
-    def __init__(self, rotary: nn.Module, norms: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.rotary, self._names = rotary, tuple(norms)
-        for name, norm in norms.items():
-            self.add_module(name, norm)
-
-    def forward(
-        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        norms: list[Any] = [getattr(self, name) for name in self._names]
-        return tuple(
-            norm(x_TQ.unflatten(-1, (-1, norm.hidden_size))).flatten(-2)
-            for norm, x_TQ in zip(norms, self.rotary(positions, query, key), strict=True)
-        )
-
-
-class NoPositions(nn.Module):
-    """Stands for rotary positions in a layer without any."""
-
-    def forward(
-        self,
-        positions: torch.Tensor,  # noqa: ARG002
-        query: torch.Tensor,
-        key: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return query, key
 
 
 @contextlib.contextmanager

@@ -57,11 +57,8 @@ class PTConvertModel(nn.Module):
         )
         self.renamed = renamed(shape.family)
         self.serving = VLLMServing(vllm_config, shape, section, prefix)
-        served = self.serving.served
-        self.embeds_scale: Any = served.embeds(config) if served.embeds else None
-        if served.rounded:
-            rounded = torch.tensor(self.embeds_scale, dtype=vllm_config.model_config.dtype)
-            self.embeds_scale = float(rounded)
+        dtype = vllm_config.model_config.dtype
+        self.embeds_scale = self.serving.computed.embeds_scale(config, dtype)
         self.layers = served_layers(self.serving, section, shape, config, self.local_tracks)
         layer: Any
         for index, layer in enumerate(self.layers):
@@ -110,11 +107,11 @@ class PTConvertForCausalLM(nn.Module):
         self.hf_to_vllm_mapper = (
             WeightsMapper(orig_to_new_regex=self.model.renamed) | self.model.serving.mapper
         )
-        served = self.model.serving.served
+        computed = self.model.serving.computed
         self.logits_processor = LogitsProcessor(
             config.vocab_size,
-            scale=served.logits(config) if served.logits else 1.0,
-            soft_cap=getattr(config, served.soft_cap) if served.soft_cap else None,
+            scale=computed.logits_scale(config),
+            soft_cap=getattr(config, computed.soft_cap) if computed.soft_cap else None,
         )
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
