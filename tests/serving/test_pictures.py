@@ -19,8 +19,8 @@ import served
 import torch
 from commands import serving, under_vllms_name, verify
 from conftest import spec_text
-from served import MIXED, shape_of
-from test_parity import COMPILED, NEW_TOKENS, ROPE, of_case, run_cases, schedule_of
+from served import COMPILED, MIXED, ROPE, shape_of
+from test_parity import NEW_TOKENS, of_case, run_cases, schedule_of
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
