@@ -86,9 +86,7 @@ def _ungated(norm: str, eps: str, bias: str) -> Served:
         given=given,
         norm=norm,
         eps=eps,
-        tensors=MappingProxyType(
-            {".mlp.up_proj.": ".mlp.c_fc.", ".mlp.down_proj.": ".mlp.c_proj."}
-        ),
+        tensors=_AS_STARCODER2,
     )
 
 
