@@ -375,7 +375,8 @@ def test_the_model_errs_as_the_fit_says(
                 ]
                 sums = [0.0, 0.0]
                 for t, ended_BTD in enumerate(add_per_track(streams.landed(), whole_of(own))):
-                    metric_DD, size_BT = reading(decoder, step, t), ended_BTD.square().mean(-1)
+                    metric_DD = reading(decoder, step, t)
+                    size_BT = ended_BTD.square().mean(-1) + decoder.config.rms_norm_eps
                     for i, given_BTD in enumerate(got_and_without[t]):
                         missed_BTD = target_BTD - given_BTD
                         counted_BT = (missed_BTD @ metric_DD * missed_BTD).sum(-1) / size_BT
@@ -531,7 +532,7 @@ def test_a_regression_keeps_low_rank_factors_and_needs_so_many_matrices() -> Non
         factors = 8 * len(RIDGES) * rank * (features + width)
         assert factors <= alive.now <= factors + 8 * (len(found) + 2) * (features + width)
     # at the shape of an 8B model in 8 tracks, with guesses of rank 64, what the docstring says
-    assert pytest.approx(6.4e9, rel=0.01) == 8 * MATRICES * 8192**2
+    assert pytest.approx(5.9e9, rel=0.01) == 8 * MATRICES * 8192**2
     assert 8 * 8 * len(RIDGES) * 64 * (8192 + 4096) == pytest.approx(0.2e9, rel=0.01)
 
 
@@ -578,6 +579,7 @@ def test_of_all_windows_only_streams_are_kept(
             fit_guesses(model.model, shape_at(source), ids_NT, 4, quiet)
         most.append(alive.most)
     streams = most_streams(model.model.layers.schedule, 4) * 20 * 24 * width * 4
+    # the fewer windows' peak is in a regression, that of the more at a batch's pairs
     assert 0.8 * streams < most[1] - most[0] <= 1.2 * streams
     # at the shape of an 8B model in 8 tracks
     eight_B = most_streams(Schedule.parse("a0. m0. a1. m1!"), 8) * 65536 * 4096 * 4

@@ -38,6 +38,7 @@ from ptconvert.models import families
 from ptconvert.models.families import FULL, KV, LINEAR, D, E, N, Q
 from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.launch import launch
+from ptconvert.runtime.load import shape_of
 from ptconvert.schedule.stages import BLOCKS, Kind, Sublayer
 from ptconvert.spec.document import parse_spec
 from ptconvert.verify.expected import FP32_TOLERANCE, RECURRENT_TOLERANCE
@@ -292,16 +293,17 @@ def test_affinity_takes_every_family(variant: str, make_dense: MakeDense) -> Non
             assert order.shape == size and (np.sort(order) == np.arange(size[-1])).all()
 
 
-@pytest.mark.parametrize("variant", ["phi3", "granite", "apertus", "nemotron", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    "variant", ["phi3", "granite", "apertus", "nemotron", "qwen3_5_text", "mixtral", "gpt_oss"]
+)
 def test_guesses_bring_every_family_nearer(
     variant: str, make_dense: MakeDense, convert: Convert
 ) -> None:
     source = make_dense(variant)
     decoder = load(convert(source, 2, "use: sync_point_drop")).get_decoder()
     ids_NT = torch.randint(3, 96, (40, 24), generator=torch.Generator().manual_seed(0))
-    found = fit_guesses(
-        decoder, ModelShape.from_config(read_config(source)), ids_NT, 16, lambda *_: None
-    )
+    shape = shape_of(open_checkpoint(source))
+    found = fit_guesses(decoder, shape, ids_NT, 16, lambda *_: None)
     assert len(found) == 6 and sum(fitted.error for fitted in found) < 0.9 * 6
 
 
@@ -311,7 +313,7 @@ def test_errors_count_by_every_projection_that_reads_them(
 ) -> None:
     """Each of trace 1: of a Llama's attention three and of its MLP two, of others more or fewer."""
     source = make_dense(variant)
-    shape = ModelShape.from_config(read_config(source))
+    shape = shape_of(open_checkpoint(source))  # which may hold each expert by itself
     decoder = load(convert(source, 2, "use: parallel_track, depth: 2")).get_decoder()
     found = []
     for step in decoder.layers.schedule.program:

@@ -23,7 +23,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
-from ptconvert.calibrate.reading import gain
+from ptconvert.calibrate.reading import epsilon, gain
 from ptconvert.checkpoint.calibration import Assignment, contiguous
 from ptconvert.measure.progress import Progress
 from ptconvert.modeling.layers import multiplied, norm_after
@@ -160,7 +160,7 @@ def _hooked(
             norm_P = inputs[0].float().var(-1, correction=0)
             if not isinstance(norm, nn.LayerNorm):  # which takes the mean away first
                 norm_P = inputs[0].float().pow(2).mean(-1)
-            inverse[name] = inverse.get(name, 0.0) + float((1 / (norm_P + _epsilon(norm))).sum())
+            inverse[name] = inverse.get(name, 0.0) + float((1 / (norm_P + epsilon(norm))).sum())
 
         return hook
 
@@ -243,11 +243,6 @@ def _weighed(layer: Any, shape: ModelShape, units: Units, activity: Activity) ->
 def _after(layer: Any, block: Block) -> str | None:
     """The norm of what joins the stream, if there is one."""
     return None if norm_after(layer, block) is None else block.after
-
-
-def _epsilon(norm: Any) -> float:
-    epsilon = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-    return float(epsilon)
 
 
 def _rules(shape: ModelShape, units: Units) -> Iterator[tuple[TensorRule, bool]]:

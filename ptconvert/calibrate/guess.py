@@ -8,7 +8,7 @@ direction as their input projections read it. Shapes: B windows, T tokens, D wid
 
 Memory, beside the model's, for n tracks:
 
-- one track's moments and regression in fp64, at most `regression.MATRICES` F F: 6.4 GB at D 4096;
+- one track's moments and regression in fp64, at most `regression.MATRICES` F F: 5.9 GB at D 4096;
 - each track's low-rank factors for each ridge, R (F + D) fp64: 0.2 GB for 8 tracks at rank 64;
 - one batch of at most BATCH_TOKENS tokens (or one window) in one sublayer of all tracks;
 - the streams of all windows: at most 2n + 2 (merged; partials and guesses that wait, of each track;
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from ptconvert.calibrate.reading import readers_metric
+from ptconvert.calibrate.reading import epsilon, readers_metric
 from ptconvert.calibrate.regression import Affine, Fit, Moments, best, fits
 from ptconvert.calibrate.streams import Batch, dense_reaches, fitted_by_stage
 from ptconvert.measure.progress import Progress
@@ -40,7 +40,6 @@ from ptconvert.schedule.stages import Sublayer
 
 NEARLY_ALL = 0.95  # of the gain of the largest rank, for which a smaller one is taken
 LEAST_GAIN = 0.01  # of the error; below it no guess is kept
-_LEAST_SIZE = 1e-20  # of a stream, squared: nothing divides by nothing
 
 Track = tuple[Any, Family]  # a track's layer, and of which family it is
 
@@ -101,12 +100,12 @@ def _fit_sublayer(
     """Fits the guesses of one of a stage's sublayers, track by track; with `behind` also to what
     the stream lacks after the stage. The batches keep the stage."""
     width, sublayer = decoder.config.hidden_size, step.sublayers[place]
-    rank, before = min(rank, width), 0.0
+    rank, before, added = min(rank, width), 0.0, epsilon(decoder.norm)
     candidates: list[list[Fit]] = []
     for t, track in enumerate(_tracks(decoder, sublayer)):
         train, test = (Moments(2 * width, width, decoder.device) for _ in range(2))
         for batch in given:
-            pairs = _pairs(batch, t, track, step, place, behind)
+            pairs = _pairs(batch, t, track, step, place, behind, added)
             (test if batch.held_out else train).add(*pairs)
         metric_DD = readers_metric(decoder, shape, step, t)
         candidates.append(fits(train, test, rank, metric_DD))
@@ -124,23 +123,24 @@ def _fit_sublayer(
 
 
 def _pairs(
-    batch: Batch, t: int, track: Track, step: Step, place: int, behind: bool
+    batch: Batch, t: int, track: Track, step: Step, place: int, behind: bool, added: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a track guesses a kept stage's sublayer from, (P, 2D), what it should guess, (P, D), and
-    what its errors weigh there, (P,); `place` is the sublayer's in the stage. With `behind` it
-    should also guess what its stream would lack against the dense model's: what is in flight is
-    merged while the guess is seen."""
+    what its errors weigh there, (P,): one over the stream's mean square and what norms have `added`
+    to it. `place` is the sublayer's in the stage. With `behind` it should also guess what its
+    stream would lack against the dense model's: what is in flight is merged while the guess is
+    seen."""
     streams = batch.of_track(t)
     own_BTD = batch.to_device(batch.updates[place].kept[t])
     y_BTD = batch.to_device(batch.wholes[place]) - own_BTD
     if behind:
         y_BTD += batch.lacking(step, streams)
     features_P2D = _features(track, step.sublayers[place], streams.view(step)[0], own_BTD)
-    stream_BTD = streams.landed()[0]
+    stream_BTD = streams.landed()[0].clone()
     for whole_BTD in batch.wholes:
-        stream_BTD = stream_BTD + batch.to_device(whole_BTD)
+        stream_BTD += batch.to_device(whole_BTD)
     size_P = stream_BTD.float().square().mean(-1).flatten()
-    return features_P2D, y_BTD.flatten(0, 1), 1 / size_P.clamp(min=_LEAST_SIZE)
+    return features_P2D, y_BTD.flatten(0, 1), 1 / (size_P + added)
 
 
 def _add_guesses(decoder: Any, fitted: Fitted, view: PerTrack, update: Update) -> None:

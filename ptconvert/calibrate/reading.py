@@ -25,6 +25,11 @@ def gain(norm: Any) -> torch.Tensor:
     return (both_D / 2 * sign_D).float()
 
 
+def epsilon(norm: Any) -> float:
+    """What a norm adds to the mean square that it divides by."""
+    return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
+
+
 def readers_metric(decoder: Any, shape: ModelShape, step: Step, track: int) -> torch.Tensor:
     """What errors in a stage's guess count by, where its track reads them (D, D): e M e is their
     share, squared, of what the input projections W of its sublayers give until the merge.
@@ -48,16 +53,17 @@ def _add_reader(
     own = layer.tracks[str(track)] if hasattr(layer, "tracks") else layer
     block = shape.block(sublayer)
     gain_D = 1.0 if block.norm is None else gain(getattr(own, block.norm))
-    for rule in shape.unquantised_of(sublayer.layer):
+    for rule in shape.rules_of(sublayer.layer):
         ends = (f".{block.output}", f".{block.output}.weight", "bias")
         if len(rule.axes) < 2 or D not in rule.axes or rule.name.endswith(ends):
             continue
         if not shape.runs_in(rule, sublayer):
             continue
-        weight = own.get_parameter(rule.name)
+        weight = own.get_parameter(rule.name).movedim(rule.axes.index(D), -1)
         one_DD = torch.zeros_like(metric_DD)
-        for rows_RD in weight.movedim(rule.axes.index(D), -1).flatten(0, -2).split(ROWS):
-            read_RD = rows_RD.float() * gain_D
-            one_DD += read_RD.T @ read_RD
+        for matrix_RD in weight if rule.is_of_experts else (weight,):
+            for rows_RD in matrix_RD.split(ROWS):
+                read_RD = rows_RD.float() * gain_D
+                one_DD += read_RD.T @ read_RD
         if (trace := one_DD.trace()) > 0:
             metric_DD += one_DD / trace

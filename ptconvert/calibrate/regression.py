@@ -13,7 +13,7 @@ import torch
 
 # What one regression of F features on D = F / 2 targets takes, in F F numbers of fp64: the moments
 # of both kinds of pairs, and what `fits` has at once. LAPACK's own for eigenvectors comes on top.
-MATRICES = 12
+MATRICES = 11
 
 # Strengths of the ridge, as shares of each feature's own variance.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -59,14 +59,18 @@ class Moments:
         self, z_F: torch.Tensor, y_D: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """zz (FF), zy (FD) and yy (DD), of features and targets less these."""
-        f, count = self.features, self.pairs
-        sum_z, sum_y = self.sums[f, :f], self.sums[f, f + 1 :]
-        z_F, y_D = z_F - self.offset[:f], y_D - self.offset[f + 1 :]
-        zz = self.sums[:f, :f] - torch.outer(sum_z, z_F) - torch.outer(z_F, sum_z)
-        zy = self.sums[:f, f + 1 :] - torch.outer(sum_z, y_D) - torch.outer(z_F, sum_y)
-        yy = self.sums[f + 1 :, f + 1 :] - torch.outer(sum_y, y_D) - torch.outer(y_D, sum_y)
-        yy += count * torch.outer(y_D, y_D)
-        return zz + count * torch.outer(z_F, z_F), zy + count * torch.outer(z_F, y_D), yy
+        f = self.features
+        z, y = (slice(f), z_F - self.offset[:f]), (slice(f + 1, None), y_D - self.offset[f + 1 :])
+
+        def products(a: tuple[slice, torch.Tensor], b: tuple[slice, torch.Tensor]) -> torch.Tensor:
+            """One kind with another; in place, as these are large."""
+            (of_a, less_a), (of_b, less_b) = a, b
+            found = self.sums[of_a, of_b].clone()
+            found.addr_(self.sums[f, of_a], less_b, alpha=-1)
+            found.addr_(less_a, self.sums[f, of_b], alpha=-1)
+            return found.addr_(less_a, less_b, alpha=self.pairs)
+
+        return products(z, z), products(z, y), products(y, y)
 
     def means(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean features and the mean targets."""
@@ -125,13 +129,14 @@ def fits(
     """
     z_F, y_D = train.means()
     values, vectors = torch.linalg.eigh(metric_DD.double())
+    values = values.clamp(min=1e-6 * float(values[-1]))  # what rounding leaves of nothing
     to, back = (vectors * values.pow(power) @ vectors.T for power in (0.5, -0.5))
-    zz, zy = train.about(z_F, y_D)[:2]
-    zy = zy @ to
+    zz, zy, _ = train.about(z_F, y_D)
     scale = zz.diagonal().clamp(min=1e-12 * float(zz.diagonal().max()) + 1e-30).rsqrt()
     values, vectors = torch.linalg.eigh(zz.mul_(scale[:, None]).mul_(scale))
     del zz
-    rotated = vectors.T @ (scale[:, None] * zy)
+    rotated = vectors.T @ (zy.mul_(scale[:, None]) @ to)
+    del zy
     test_zz, test_zy, test_yy = held_out.about(z_F, y_D)
     test_zy, before = test_zy @ to, (test_yy * metric_DD).sum()
     del test_yy

@@ -97,6 +97,11 @@ def test_what_sees_where_vllm_cannot_is_refused_but_for_texts(name: str, tmp_pat
         (False, {"quantization": "fp8"}, "quantization fp8: converted models are served as their"),
         (False, {"mm_encoder_only": True}, "mm_encoder_only: the language model is what was"),
         (False, {"tensor_parallel_size": 3}, "2 tracks"),
+        (
+            False,
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "speculative_config: not tried with models with pictures",
+        ),
     ],
 )
 def test_what_a_model_that_sees_is_not_is_refused(

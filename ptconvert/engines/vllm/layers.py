@@ -167,7 +167,7 @@ class VLLMServing:
                 if hasattr(norm, "weight"):
                     made = getattr(layernorm, self.served.norm)
                     setattr(layer, name, norm_as(made, norm, config.hidden_size))
-        if self.computed.interleaved:
+        if self.computed.interleaved and layer.self_attn.rotary_emb.is_neox_style:
             layer.self_attn.rotary_emb = get_rope(
                 layer.self_attn.head_dim,
                 max_position=config.max_position_embeddings,

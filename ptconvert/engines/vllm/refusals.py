@@ -134,8 +134,11 @@ def _linear(vllm_config: Any) -> Iterator[str]:
         yield "speculative_config: not tried where layers have linear attention; leave it out"
 
 
-def _seeing(model_type: str, settings: Any) -> Iterator[str]:
-    """What of a model with pictures isn't served; `settings` are vLLM's for such."""
+def _seeing(model_type: str, vllm_config: Any) -> Iterator[str]:
+    """What of a model with pictures isn't served."""
+    settings = vllm_config.model_config.multimodal_config
+    if vllm_config.speculative_config is not None:
+        yield "speculative_config: not tried with models with pictures; leave it out"
     if model_type not in LANGUAGE_MODELS:
         yield (
             f"a converted {model_type} isn't served in vLLM, of converted models with pictures "
@@ -156,7 +159,7 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
     family = _family(model.hf_config)
     wrapper = wrapper_of(model.hf_config.model_type)
     if wrapper is not None:
-        yield from _seeing(wrapper.model_type, model.multimodal_config)
+        yield from _seeing(wrapper.model_type, vllm_config)
     if family not in SERVED:
         yield (
             f"a converted {family} isn't served in vLLM, of converted models only "
