@@ -5,26 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lockstep
 import seeing
+from starting import started
 
 NEW_TOKENS = 8
-SETTINGS = {
-    "skip_tokenizer_init": False,
-    "limit_mm_per_prompt": {"image": 2, "video": 0},
-    "dtype": "float32",
-    "block_size": 32,
-    "max_num_batched_tokens": 64,  # less than the longest prompt, so that it comes in chunks
-    "enable_chunked_prefill": True,
-    "enable_prefix_caching": True,
-    "max_num_seqs": 8,
-    "max_model_len": 256,
-    "kv_cache_memory_bytes": 2**26,
-    "gpu_memory_utilization": 0.3,
-}
 COUNTED = ["another text", "a new picture"]  # in this order, as a tower runs before a pass
-
-
 FIRST = ["text", "seeing", "another picture", "two", "long"]
 
 
@@ -51,14 +36,8 @@ def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[s
     greedy = vllm.SamplingParams(
         temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0, detokenize=False
     )
-    llm = lockstep.engine(
-        Path(case["path"]),
-        rank,
-        ranks,
-        rendezvous,
-        enforce_eager=case["eager"],
-        **(SETTINGS | case["arguments"]),
-    )
+    settings = {"skip_tokenizer_init": False, "limit_mm_per_prompt": {"image": 2, "video": 0}}
+    llm = started(case, rank, ranks, rendezvous, **settings)
     asked = requests(case["model"])
 
     def generate(names: list[str]) -> dict[str, Any]:

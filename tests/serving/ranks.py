@@ -21,8 +21,8 @@ from unittest import mock
 import delta_rule
 import lockstep
 import pictured
+from starting import started
 
-BLOCK = 32  # tokens in a block of the KV cache; whole blocks are what prefix caching reuses
 freeze = gc.freeze
 _forking = multiprocessing.get_context("forkserver")
 _forking.set_forkserver_preload(
@@ -105,26 +105,8 @@ def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[s
         return read(weights_files, *arguments, **keywords)
 
     default_loader.safetensors_weights_iterator = recording
-    settings = {
-        "dtype": "float32",
-        "block_size": BLOCK,
-        "max_num_batched_tokens": 64,  # less than the longest prompt, so that it comes in chunks
-        "enable_chunked_prefill": True,
-        "enable_prefix_caching": True,
-        "max_num_seqs": 8,
-        "max_model_len": 256,
-        "kv_cache_memory_bytes": 2**26,
-        "gpu_memory_utilization": 0.3,  # that much must be free, and others' engines may be here
-    }
-    llm = lockstep.engine(
-        Path(case["path"].format(rank=rank)),
-        rank,
-        ranks,
-        rendezvous,
-        enforce_eager=case["eager"],
-        disable_log_stats="speculative_config" not in case["arguments"],
-        **(settings | case["arguments"]),
-    )
+    silent = "speculative_config" not in case["arguments"]
+    llm = started(case, rank, ranks, rendezvous, disable_log_stats=silent)
     prompts, new = case["prompts"], case["new_tokens"]
     default_loader.safetensors_weights_iterator = read
     found: dict[str, Any] = {"files": files, "answers": generate(llm, prompts, new)}
