@@ -573,14 +573,13 @@ def test_of_all_windows_only_streams_are_kept(
     width, most = 32, list[int]()
     source = make_dense("llama", num_hidden_layers=2)
     model = load(convert(source, 4, f'  - {{layers: 0-1, stages: "{stages}"}}\n'))
-    for windows in (10, 30):
+    for windows in (20, 40):
         ids_NT = torch.randint(3, 96, (windows, 24), generator=torch.Generator().manual_seed(0))
         with Alive() as alive:
             fit_guesses(model.model, shape_at(source), ids_NT, 4, quiet)
         most.append(alive.most)
     streams = most_streams(model.model.layers.schedule, 4) * 20 * 24 * width * 4
-    # the fewer windows' peak is in a regression, that of the more at a batch's pairs
-    assert 0.8 * streams < most[1] - most[0] <= 1.2 * streams
+    assert 0.8 * streams < most[1] - most[0] <= 1.15 * streams
     # at the shape of an 8B model in 8 tracks
     eight_B = most_streams(Schedule.parse("a0. m0. a1. m1!"), 8) * 65536 * 4096 * 4
     assert pytest.approx(29e9, rel=0.01) == eight_B

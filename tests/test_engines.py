@@ -86,11 +86,7 @@ def test_what_comes_along_is_registered() -> None:
         ),
         ("cohere", {}, {}, "attention_bias True: SGLang's layers for it have no biases"),
         (
-            *(
-                "llama",
-                {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-                {},
-            ),
+            *("llama", {"rope_parameters": DYNAMIC}, {}),
             "rope_type dynamic: SGLang turns all positions as at the longest length",
         ),
         ("cwm", {"is_causal": False}, {}, "is_causal False: SGLang would let tokens see earlier"),

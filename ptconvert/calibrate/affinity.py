@@ -23,7 +23,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
-from ptconvert.calibrate.reading import epsilon, gain
+from ptconvert.calibrate.reading import by_width, epsilon, gain, is_output
 from ptconvert.checkpoint.calibration import Assignment, contiguous
 from ptconvert.measure.progress import Progress
 from ptconvert.modeling.layers import multiplied, norm_after
@@ -247,11 +247,11 @@ def _after(layer: Any, block: Block) -> str | None:
 
 def _rules(shape: ModelShape, units: Units) -> Iterator[tuple[TensorRule, bool]]:
     """The matrices of which each unit has its own rows or columns, and whether these write."""
-    output = shape.block(units.sublayer).output
+    block = shape.block(units.sublayer)
     for rule in shape.rules_of(units.layer):
         cut = rule.segments(rule.axis)[0].cut if rule.is_cut else None
         if cut is not None and ORDERS[cut] == units.of and D in rule.axes:  # reads no latent
-            yield rule, rule.name.removesuffix(".weight").endswith(f".{output}")
+            yield rule, is_output(rule, block)
 
 
 def _output(shape: ModelShape, units: Units) -> TensorRule:
@@ -274,9 +274,8 @@ def _module(rule: TensorRule) -> str:
 
 def _rows(layer: Any, rule: TensorRule, expert: int) -> torch.Tensor:
     """A matrix of a layer, or an expert's, as what is cut of it by width (R, D)."""
-    tensor: torch.Tensor = layer.get_parameter(rule.name)
-    matrix = tensor[expert] if rule.is_of_experts else tensor
-    return matrix if rule.axes[-1] == D else matrix.mT
+    weight = by_width(layer, rule)
+    return weight[expert] if rule.is_of_experts else weight
 
 
 @torch.inference_mode()

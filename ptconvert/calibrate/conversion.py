@@ -86,8 +86,9 @@ def _scale(case: Case, _wanted: str, known: Calibration) -> Found:
 def _guess(case: Case, rank: int, known: Calibration) -> Found:
     """The guesses of at most that rank."""
     model = case.converted(known)
-    args = (model.get_decoder(), case.shape, case.ids, rank, case.progress, case.scratch)
-    fitted = fit_guesses(*args)
+    fitted = fit_guesses(
+        model.get_decoder(), case.shape, case.ids, rank, case.progress, case.scratch
+    )
     stored = weights_dtype(case.source, case.shape)
     tensors = {name: _stored(t, stored) for name, t in fitted_tensors(fitted, case.shape)}
     ranks = {f.sublayer: f.rank for f in fitted if f.rank}

@@ -31,7 +31,7 @@ from ptconvert.calibrate.reading import epsilon, readers_metric
 from ptconvert.calibrate.regression import Affine, Fit, Moments, best, fits
 from ptconvert.calibrate.streams import Batch, dense_reaches, fitted_by_stage
 from ptconvert.measure.progress import Progress
-from ptconvert.modeling.executor import PerTrack, Update
+from ptconvert.modeling.executor import PerTrack, Streams, Update
 from ptconvert.modeling.layers import apply_norm
 from ptconvert.models.families import Family, guesses_of
 from ptconvert.models.shape import ModelShape
@@ -131,16 +131,21 @@ def _pairs(
     stream would lack against the dense model's: what is in flight is merged while the guess is
     seen."""
     streams = batch.of_track(t)
+    weight_P = _weights(batch, streams, added)  # first: what it takes is gone before the rest
     own_BTD = batch.to_device(batch.updates[place].kept[t])
     y_BTD = batch.to_device(batch.wholes[place]) - own_BTD
     if behind:
         y_BTD += batch.lacking(step, streams)
     features_P2D = _features(track, step.sublayers[place], streams.view(step)[0], own_BTD)
+    return features_P2D, y_BTD.flatten(0, 1), weight_P
+
+
+def _weights(batch: Batch, streams: Streams, added: float) -> torch.Tensor:
+    """What errors in a track's streams weigh after a kept stage, if it saw all partials."""
     stream_BTD = streams.landed()[0].clone()
     for whole_BTD in batch.wholes:
         stream_BTD += batch.to_device(whole_BTD)
-    size_P = stream_BTD.float().square().mean(-1).flatten()
-    return features_P2D, y_BTD.flatten(0, 1), 1 / (size_P + added)
+    return 1 / (stream_BTD.float().square().mean(-1).flatten() + added)
 
 
 def _add_guesses(decoder: Any, fitted: Fitted, view: PerTrack, update: Update) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ptconvert.models.families import D
+from ptconvert.models.families import Block, D, TensorRule
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.lower import Step
 from ptconvert.schedule.stages import Sublayer
@@ -28,6 +28,17 @@ def gain(norm: Any) -> torch.Tensor:
 def epsilon(norm: Any) -> float:
     """What a norm adds to the mean square that it divides by."""
     return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
+
+
+def is_output(rule: TensorRule, block: Block) -> bool:
+    """Whether a tensor is what a block writes with: the weight of its output projection."""
+    return rule.name.removesuffix(".weight").endswith(f".{block.output}")
+
+
+def by_width(layer: Any, rule: TensorRule) -> torch.Tensor:
+    """A matrix of a layer with the stream's channels last, (R, D), or each expert's, (E, R, D)."""
+    weight: torch.Tensor = layer.get_parameter(rule.name)
+    return weight.movedim(rule.axes.index(D), -1)
 
 
 def readers_metric(decoder: Any, shape: ModelShape, step: Step, track: int) -> torch.Tensor:
@@ -54,12 +65,12 @@ def _add_reader(
     block = shape.block(sublayer)
     gain_D = 1.0 if block.norm is None else gain(getattr(own, block.norm))
     for rule in shape.rules_of(sublayer.layer):
-        ends = (f".{block.output}", f".{block.output}.weight", "bias")
-        if len(rule.axes) < 2 or D not in rule.axes or rule.name.endswith(ends):
+        # biases of experts' outputs have two axes, and the stream's is one
+        if len(rule.axes) < 2 or D not in rule.axes or rule.name.endswith("bias"):
             continue
-        if not shape.runs_in(rule, sublayer):
+        if is_output(rule, block) or not shape.runs_in(rule, sublayer):
             continue
-        weight = own.get_parameter(rule.name).movedim(rule.axes.index(D), -1)
+        weight = by_width(own, rule)
         one_DD = torch.zeros_like(metric_DD)
         for matrix_RD in weight if rule.is_of_experts else (weight,):
             for rows_RD in matrix_RD.split(ROWS):
