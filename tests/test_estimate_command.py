@@ -29,7 +29,7 @@ from ptconvert.estimate.hardware import (
     read_engine,
     read_hardware,
 )
-from ptconvert.estimate.model import Workload, step, vocabulary_seconds
+from ptconvert.estimate.model import Workload, reduction, step, vocabulary_seconds
 from ptconvert.estimate.report import lane_group, layer_group, to_html
 from ptconvert.estimate.roofline import Pass, head_seconds
 from ptconvert.estimate.sources import origins
@@ -99,22 +99,29 @@ def test_what_the_pages_show_is_what_is_printed() -> None:
 
 
 def test_a_whole_vocabulary_gathers_nothing_and_reads_all_of_lm_head() -> None:
-    """By the formulas of docs/estimate.md: what is saved is the all-reduce of the embeddings and
-    the gathering of logits, what it costs is reading lm_head's other shares."""
-    one, steps = Pass(1, 1, 1024), {}
+    """By the formulas of docs/estimate.md: what is saved is the gathering of logits, what it costs
+    is reading lm_head's other shares. Tensor parallelism's is as it was, and nobody all-reduces the
+    embeddings of a conversion in vLLM, which has them whole."""
+    one, steps, dense = Pass(1, 1, 1024), {}, {}
     for vocabulary in ("sharded", "replicated"):
         options = (*GIVEN, "--vocabulary", vocabulary, "--json")
-        (_, ours) = json.loads(run_command(*options)[0])["rows"]
-        steps[vocabulary] = ours["tpot_seconds"]
+        (base, ours) = json.loads(run_command(*options)[0])["rows"]
+        steps[vocabulary], dense[vocabulary] = ours["tpot_seconds"], base["tpot_seconds"]
     row, engine = read_hardware("l40s-pcie"), read_engine("vllm")
     shape = ModelShape.from_config(json.loads(MODEL.read_text()))
     saved = vocabulary_seconds(shape, row, engine, 8, one)
-    whole = replace(engine, vocabulary="replicated")
+    embedded = reduction(shape, row, engine, 8, one).blocking.seconds
+    assert vocabulary_seconds(shape, row, engine.serving(False), 8, one) == pytest.approx(
+        saved + embedded
+    )
+    whole = read_engine("vllm", "replicated")
+    assert not vocabulary_seconds(shape, row, whole, 8, one)
     more = head_seconds(shape, row.device, whole, 8, one) - head_seconds(
         *(shape, row.device, engine, 8, one)
     )
     assert saved > 0 and more > 0
     assert steps["replicated"] - steps["sharded"] == pytest.approx(more - saved, rel=1e-6)
+    assert dense["replicated"] == dense["sharded"]
 
 
 def test_several_specs_and_what_does_not_fit() -> None:

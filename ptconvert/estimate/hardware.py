@@ -199,7 +199,8 @@ class Engine:
     - `score_passes`: times that a prefill's attention scores travel to or from memory; 0 where
       kernels are fused.
     - `cache`: whether attention reads the tokens so far or the whole allocated cache; `logits`: of
-      which positions; `vocabulary`: whether lm_head is cut by rank.
+      which positions; `vocabulary`: whether ranks share embedding and lm_head; those of a conversion
+      are held by `converted_embedding` and `converted_lm_head` where that differs.
     - `one_shot`, `in_switch`: the endings whose all-reduces may be kernels that read peers'
       buffers, in one shot or two, up to `shot_mb` (1e6 B), and reductions in the switch: an
       engine's blocking all-reduces and its overlapped ones are often different libraries'.
@@ -227,10 +228,26 @@ class Engine:
     cache: str = choice("so far", "allocated")
     logits: str = choice("last", "all")
     vocabulary: str = choice(*VOCABULARIES)
+    converted_embedding: str = choice(*VOCABULARIES, default="")
+    converted_lm_head: str = choice(*VOCABULARIES, default="")
     one_shot: str = choice(*_ENDINGS)
     shot_mb: float = number(default=1e9)
     in_switch: str = choice(*_ENDINGS)
     sources: Sources = field(default_factory=Sources)
+
+    def serving(self, converted: bool) -> Engine:
+        """As it serves conversions, or models as they are."""
+        return self if converted else replace(self, converted_embedding="", converted_lm_head="")
+
+    @property
+    def cuts_embedding(self) -> bool:
+        """Whether each rank holds a share of the embedding, so that they all-reduce it."""
+        return (self.converted_embedding or self.vocabulary) == "sharded"
+
+    @property
+    def cuts_lm_head(self) -> bool:
+        """Whether each rank holds a share of lm_head, so that they gather the logits."""
+        return (self.converted_lm_head or self.vocabulary) == "sharded"
 
     def arrival(self, prompt: int) -> float:
         """Seconds of host time that a request with so many tokens takes beside its passes."""
@@ -265,11 +282,11 @@ def read_hardware(name: str) -> Hardware:
 
 
 def read_engine(name: str, vocabulary: str | None = None) -> Engine:
-    """An engine by its name in the package, or a file; with a `vocabulary` in place of its own.
-    Raises HardwareError with all faults."""
+    """An engine by its name in the package, or a file; with lm_head of conversions held as
+    `vocabulary` says, and not as the engine has it. Raises HardwareError with all faults."""
     text, where = _find(name, "engines")
     engine = read(Engine, text, where, "an engine file", HardwareError)
-    return engine if vocabulary is None else replace(engine, vocabulary=vocabulary)
+    return engine if vocabulary is None else replace(engine, converted_lm_head=vocabulary)
 
 
 def _find(name: str, directory: str) -> tuple[str, str]:

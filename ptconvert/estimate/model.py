@@ -99,6 +99,7 @@ def step(
     hardware's links don't join so many ranks.
     """
     hardware.check_ranks(ranks)
+    engine = serving(engine, schedule, shape)
     tracked = several_tracked(schedule, ranks, tracks)
     alike = [shape.alike(layer) for layer in range(shape.layers)]
     known: dict[object, float] = {}  # a model has a few kinds of stages, many times over
@@ -121,6 +122,11 @@ def step(
     moved = [of[streams] for streams in carried]
     outside = vocabulary_seconds(shape, hardware, engine, ranks, one)
     return run(schedule, stages, head, moved, hardware.device, outside)
+
+
+def serving(engine: Engine, schedule: Schedule, shape: ModelShape) -> Engine:
+    """The engine as it serves a model of that schedule: its own, or a conversion."""
+    return engine.serving(schedule != shape.dense)
 
 
 def several_tracked(schedule: Schedule, ranks: int, tracks: int) -> frozenset[int]:
@@ -153,13 +159,15 @@ def vocabulary_seconds(
 ) -> float:
     """What a vocabulary cut by rank costs a pass: its embeddings all-reduced, its logits gathered.
 
-    Whatever the schedule, whose all-reduces don't count these.
+    A schedule's all-reduces don't count these.
     """
-    if engine.vocabulary != "sharded":
-        return 0.0
-    nbytes = logits_of(engine, one) * shape.vocabulary * shape.bytes_per_token / shape.width
-    gathered = all_gather(nbytes, ranks, hardware.links)
-    return reduction(shape, hardware, engine, ranks, one).blocking.seconds + gathered.seconds
+    seconds = 0.0
+    if engine.cuts_embedding:
+        seconds += reduction(shape, hardware, engine, ranks, one).blocking.seconds
+    if engine.cuts_lm_head:
+        nbytes = logits_of(engine, one) * shape.vocabulary * shape.bytes_per_token / shape.width
+        seconds += all_gather(nbytes, ranks, hardware.links).seconds
+    return seconds
 
 
 def draft_seconds(
@@ -203,7 +211,7 @@ def estimate(
     guesses: Mapping[Sublayer, int] = NO_GUESSES,
 ) -> Estimate:
     """Times and throughput of a workload under a schedule. Raises HardwareError as `step` does."""
-    passes = (workload.prefill, workload.decode)
+    engine, passes = serving(engine, schedule, shape), (workload.prefill, workload.decode)
     prefill, decode = (
         step(schedule, shape, hardware, engine, ranks, one, tracks=tracks, guesses=guesses)
         for one in passes

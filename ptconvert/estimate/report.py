@@ -297,16 +297,27 @@ def _reached(setting: Setting) -> str:
         "attention) and "
         f"{device.memory_gb_s * device.memory_reach:,.0f} of {device.memory_gb_s:,.0f} GB/s."
     )
-    cut = [
-        vocabulary_seconds(s.shape, s.hardware, s.engine, s.ranks, one) * 1e6
-        for one in _passes(s).values()
-    ]
-    if any(cut):
-        reached += (
-            " The vocabulary is cut by rank: to all-reduce the embeddings and gather the logits "
-            f"takes {cut[0]:,.1f} us of a prefill and {cut[1]:,.1f} us of a decode step."
-        )
-    return reached
+    return reached + _exchanged(setting)
+
+
+def _exchanged(s: Setting) -> str:
+    """What ranks tell each other of a vocabulary that they share, whatever the schedule."""
+    dense, converted = (s.engine.serving(which) for which in (False, True))
+    told = []
+    for whose, engine in {"tensor parallelism": dense, "conversions": converted}.items():
+        parts = {
+            "all-reduces the embeddings": engine.cuts_embedding,
+            "gathers the logits": engine.cuts_lm_head,
+        }
+        each = [
+            vocabulary_seconds(s.shape, s.hardware, engine, s.ranks, one) * 1e6
+            for one in _passes(s).values()
+        ]
+        if any(each):
+            done = " and ".join(part for part, cut in parts.items() if cut)
+            taking = f"{each[0]:,.1f} us of a prefill and {each[1]:,.1f} us of a decode step"
+            told.append(f"{whose} {done}, {taking}")
+    return f" The vocabulary is cut by rank: {'; '.join(told)}." if told else ""
 
 
 def _stage_by_hand(

@@ -173,7 +173,7 @@ def kernel_seconds(kernels: float, device: Device, engine: Engine, one: Pass) ->
 def head_seconds(shape: ModelShape, device: Device, engine: Engine, ranks: int, one: Pass) -> float:
     """Seconds for embeddings, final norm and lm_head, and the host's time for the step."""
     tokens = logits_of(engine, one)
-    rows = shape.vocabulary / (ranks if engine.vocabulary == "sharded" else 1)
+    rows = shape.vocabulary / (ranks if engine.cuts_lm_head else 1)
     weights = rows * shape.width
     nbytes = weights + tokens * rows + 4 * one.total * shape.width
     size = _bytes(shape)
@@ -377,7 +377,9 @@ def rank_bytes(
             cache = one.sequences * held * 2 * kv_heads * shape.head_size_of(layer)
         weights = sum(_weights(shape, Sublayer(layer, which), cut).nbytes for which in BLOCKS)
         layers += count * cut // ranks * (weights + cache * size)
-    rows = shape.vocabulary / (ranks if engine.vocabulary == "sharded" else 1)
-    vocabulary = rows * shape.width * (1 if shape.tied else 2)
+    cuts = (engine.cuts_embedding, engine.cuts_lm_head)
+    held = [shape.vocabulary / (ranks if cut else 1) for cut in cuts]
+    # tied ones are one tensor, unless one of them is cut and the other isn't
+    vocabulary = sum(set(held) if shape.tied else held) * shape.width
     guessed = sum(math.prod(size) for _, _, size in guess_tensors(shape, guesses, 1))
     return layers + (max(tracks, ranks) // ranks * guessed + vocabulary) * size

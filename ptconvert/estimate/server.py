@@ -36,7 +36,7 @@ from typing import Any
 
 from ptconvert.estimate.advice import WORTH
 from ptconvert.estimate.compare import Candidate, Row, Setting
-from ptconvert.estimate.model import draft_seconds, several_tracked, step
+from ptconvert.estimate.model import draft_seconds, serving, several_tracked, step
 from ptconvert.estimate.roofline import Pass, rank_bytes
 
 _HALVINGS = 40
@@ -226,8 +226,9 @@ class _Steps:
             tracks=candidate.tracks,
             guesses=candidate.guesses,
         )
+        engine = serving(s.engine, candidate.schedule, s.shape)
         drafting = draft_seconds(
-            *(s.shape, s.hardware, s.engine, s.ranks, one, workload.speculation)
+            *(s.shape, s.hardware, engine, s.ranks, one, workload.speculation)
         )
         return ran.seconds + drafting
 
