@@ -9,6 +9,7 @@ from pathlib import Path
 import answers
 import prepare
 import pytest
+from lm_eval.tasks import TaskManager
 
 PAGE = """\
 =======
@@ -68,3 +69,17 @@ def test_held_out_documents_are_in_no_training_text(tmp_path: Path) -> None:
 )
 def test_answers_are_compared_up_to_the_first_difference(other: list[list[int]], told: str) -> None:
     assert answers._alike([[1, 2, 3], [4, 5]], other).startswith(told)
+
+
+def test_answers_to_humaneval_are_run() -> None:
+    """The package's own solutions pass, and an answer without one doesn't."""
+    folder = Path(answers.__file__).parent / "tasks"
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    task = manager.load(["humaneval_packaged"])["tasks"]["humaneval_packaged"]
+    problems = list(task.test_docs())
+    assert len(problems) == 164
+    assert task.doc_to_text(problems[0]).startswith("from typing import List")
+    for problem in problems[:3]:
+        solved = problem["canonical_solution"]
+        assert task.process_results(problem, [solved]) == {"pass@1": 1.0}
+        assert task.process_results(problem, ["    pass\n"]) == {"pass@1": 0.0}
