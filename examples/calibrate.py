@@ -23,7 +23,7 @@ from rich.table import Table
 from ptconvert.estimate.compare import Candidate, Setting
 from ptconvert.estimate.hardware import Engine, Hardware, Link, read_engine, read_hardware
 from ptconvert.estimate.model import Workload, estimate
-from ptconvert.estimate.server import Load, serve
+from ptconvert.estimate.server import Load, scheduled, serve
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.presets import PRESETS
 from ptconvert.schedule.schedule import Schedule
@@ -243,7 +243,7 @@ def served(one: Observation, architecture: str, hardware: Hardware, engine: Engi
     candidate = Candidate(architecture, schedule(architecture, shape.layers), ranks)
     setting = Setting(shape, hardware, engine, one.engine, ranks, one.workload)
     load = Load(math.inf, CHUNK, one.workload.batch)
-    return serve(candidate, setting, load).most * one.workload.new
+    return serve(scheduled(candidate, setting), setting, load).most * one.workload.new
 
 
 def packaged() -> dict[str, Any]:

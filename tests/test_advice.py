@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from hypothesis import strategies as st
 
 from ptconvert.cli import main
 from ptconvert.estimate.advice import WORTH, Advice, Way, advise, recipes, verdict
-from ptconvert.estimate.alternatives import Served, pipeline, replicas
+from ptconvert.estimate.alternatives import Served, group_sizes, named, pipeline, replicas
 from ptconvert.estimate.collective import point_to_point
 from ptconvert.estimate.compare import Setting, compare, faster
 from ptconvert.estimate.hardware import Link, Protocol, to_yaml
 from ptconvert.estimate.model import Workload, estimate, step
 from ptconvert.estimate.roofline import Pass, head_seconds, rank_bytes
 from ptconvert.estimate.sources import Sources
+from ptconvert.plan.frontier import to_csv
 from ptconvert.schedule.presets import dense_schedule
+from ptconvert.schedule.recipes import RECIPES
 
 GAINS = ("ttft", "tpot", "tokens_per_second")
 CONFIGS = ROOT / "specs" / "configs"
@@ -129,6 +132,41 @@ def test_a_pipeline_is_no_faster_than_its_device_and_its_links(
     assert found.memory < alone.memory or layers == 1
 
 
+AS_IT_IS = {
+    "tensor_parallel": "tensor parallel as it is",
+    "pipeline": "as it is, in pipeline stages of one device each",
+    "replicas": "as it is, in replicas of one device each",
+}
+
+
+def test_groups_that_are_tensor_parallel_within() -> None:
+    """7 requests on 2 pairs: 2 crowds of 4, each through 5 of 10 layers on each pair. The stream
+    crosses the slow link once, the tokens once back."""
+    s = setting(7)
+    assert group_sizes(s) == [1, 2] and group_sizes(setting(7, ranks=1)) == []
+    assert [named("pipeline", g, 4) for g in (1, 2)] == ["pipeline", "pipeline 2x2"]
+    engine, seen = s.engine.serving(False), {}
+    for what, one in (("prefill", Pass(4, 100, 0, 121)), ("decode", Pass(4, 1, 110, 121))):
+        whole = step(dense_schedule(10), s.shape, s.hardware, s.engine, 2, one).seconds
+        head = head_seconds(s.shape, s.hardware.device, engine, 2, one)
+        sent = 80e-6 + 4 * one.tokens * 8192 * 2 / 1e9 + (80e-6 + 16 / 1e9)
+        seen[what] = (whole + sent, (whole - head) / 2 + head)
+    found = pipeline(s, 2)
+    ttft = seen["prefill"][0] + seen["prefill"][1] + 3
+    tpot = max(seen["decode"][0], 2 * seen["decode"][1])
+    assert (found.ttft, found.tpot) == pytest.approx((ttft, tpot))
+    assert found.tokens_per_second == pytest.approx(7 * 21 / (ttft + 20 * tpot))
+    on_a_pair = estimate(
+        *(dense_schedule(10), s.shape, s.hardware, s.engine, 2, replace(s.workload, batch=4))
+    )
+    shared = replicas(s, 2)
+    assert (shared.ttft, shared.tpot, shared.memory) == (
+        *(on_a_pair.ttft, on_a_pair.tpot, on_a_pair.memory),
+    )
+    assert shared.tokens_per_second == pytest.approx(on_a_pair.tokens_per_second * 7 / 4)
+    assert found.memory < pipeline(s).memory < shared.memory
+
+
 def ways(**rates: float | tuple[float, float]) -> Advice:
     """Advice on ways of these tokens/s, as asked and with 8 at once (0: no room for them)."""
     found = []
@@ -137,9 +175,10 @@ def ways(**rates: float | tuple[float, float]) -> Advice:
         asked, crowded = (
             Served(1 / r, 1 / r, r, 1e9) if r else Served(1, 1, 1, 9e9) for r in (rate, many)
         )
-        as_it_is = name in ("tensor_parallel", "pipeline", "replicas")
-        found.append(Way(name, not as_it_is, "", asked, crowded, rate > 0, many > 0))
-    return Advice(tuple(found), 8)
+        found.append(
+            Way(name, AS_IT_IS.get(name, ""), "", None, asked, crowded, rate > 0, many > 0)
+        )
+    return Advice(tuple(found), 1, 8)
 
 
 def test_the_threshold_is_the_least_gain_that_is_worth_it() -> None:
@@ -147,8 +186,9 @@ def test_the_threshold_is_the_least_gain_that_is_worth_it() -> None:
     assert WORTH == 0.05 and [w.name for w in enough.worth] == ["x"] and not short.worth
     assert verdict(enough).startswith("Convert with x: 5% faster prefill, 5% faster decode, 5% ")
     assert verdict(short) == (
-        "Don't convert: the best schedule, x, gains 5.0% over tensor_parallel, and 5% is the least "
-        "that is worth it. Serve it tensor parallel as it is."
+        "Don't convert: the best schedule, x, gains 4.9% over tensor_parallel (5% faster prefill, "
+        "5% faster decode), and 5% is the least that is worth it. Serve it tensor parallel as it "
+        "is."
     )
     assert enough.to_json()["gains"] == pytest.approx(dict.fromkeys(GAINS, 0.05))
     assert (enough.to_json()["convert"], short.to_json()["convert"]) == (True, False)
@@ -159,7 +199,7 @@ def test_the_fastest_way_that_needs_no_conversion_is_what_a_schedule_must_beat()
     found = ways(tensor_parallel=100, x=120, pipeline=50, replicas=130)
     assert not found.worth and found.to_json()["instead"] == "replicas"
     assert verdict(found).startswith("Don't convert: the best schedule, x, is 7.7% slower than rep")
-    assert verdict(found).endswith("Serve it as it is, a replica on each device.")
+    assert verdict(found).endswith("Serve it as it is, in replicas of one device each.")
     full = ways(tensor_parallel=100, x=120, pipeline=50, replicas=0)
     assert full.worth and full.to_json()["instead"] == "tensor_parallel"
     assert full.to_json()["ways"][3]["fits"] is False
@@ -181,7 +221,10 @@ def test_many_requests_at_once_may_have_another_way() -> None:
     little = ways(tensor_parallel=(100, 400), x=(120, 500), replicas=(50, 520))
     assert "at once" not in verdict(little)
     grown = ways(tensor_parallel=(100, 400), x=(104, 500), replicas=(50, 450))
-    assert "Don't" in verdict(grown) and "take x: 500 tokens/s, where tensor" in verdict(grown)
+    assert verdict(grown).startswith("Don't convert for one request at a time: the best schedule")
+    assert verdict(grown).endswith(
+        "For 8 requests at once convert with x: 500 tokens/s, where tensor_parallel has 400."
+    )
     close = ways(tensor_parallel=(100, 400), x=(104, 410), replicas=(50, 405))
     assert "Don't" in verdict(close) and "at once" not in verdict(close)
     room = ways(tensor_parallel=(100, 0), x=(120, 0), pipeline=(50, 60))
@@ -216,10 +259,12 @@ def test_over_pcie_without_peer_to_peer_it_is() -> None:
     assert found["ranks"] == 8 and {row["tracks"] for row in rows.values()} == {8}
     assert list(rows) == ["tensor_parallel", "gentle", "balanced", "aggressive"]
     assert said["convert"] is True and said["worth_it"] == ["aggressive", "balanced", "gentle"]
-    assert said["gains"]["tokens_per_second"] == pytest.approx(
-        rows["aggressive"]["speed_up"]["tokens_per_second"] - 1
-    )
-    assert [way["name"] for way in said["ways"]] == [*rows, "pipeline", "replicas"]
+    assert [way["name"] for way in said["ways"]] == [*rows, "pipeline 2x4", "replicas 2x4"]
+    # a request at a time is better off with half of the ranks, and that is what must be beaten
+    assert said["instead"] == "replicas 2x4"
+    best, half = (way["tokens_per_second"] for way in (said["ways"][3], said["ways"][-1]))
+    assert said["gains"]["tokens_per_second"] == pytest.approx(best / half - 1)
+    assert best / half < rows["aggressive"]["speed_up"]["tokens_per_second"]
     assert said["requests_at_once"] == 8
     out, _ = run_command("llama-3.1-8b", "--hardware", "h100-pcie")
     assert out.endswith(said["text"]) and "layers: 2-31, use: parallel_track, depth: 4" in out
@@ -234,15 +279,16 @@ def test_many_small_requests_want_replicas() -> None:
 
 
 def test_replicas_need_the_whole_model_on_a_device(tmp_path: Path) -> None:
-    given = ("llama-3.1-70b", "--hardware", "h100-sxm", "--html", tmp_path / "page.html")
+    given = ("llama-3.1-405b", "--hardware", "2x8-h100-sxm-ib400", "--html", tmp_path / "page.html")
     out, _ = run_command(*given)
-    note = "replicas would need 142 GB for weights and cache on each rank, which has 80 GB."
+    note = "replicas 2x8 would need 102 GB for weights and cache on each rank, which has 80 GB."
     page = (tmp_path / "page.html").read_text()
     assert f"note: {note}" in out and note in page
-    assert "Convert with aggressive (layers: 2-79, use: parallel_track" in page
-    assert "tokens/s, 8 at once" in page
+    assert "Convert with aggressive (layers: 2-125, use: parallel_track" in page
+    assert "tokens/s, 16 at once" in page
     ways = {way["name"]: way for way in figures(*given[:3])["verdict"]["ways"]}
-    assert not ways["replicas"]["fits"] and ways["pipeline"]["fits"]
+    assert not ways["replicas 2x8"]["fits"] and ways["pipeline 2x8"]["fits"]
+    assert "pipeline" not in ways  # of 16 stages: slower, for one request and for many
     nothing, _ = run_command("llama-3.1-70b", "--hardware", "l40s-pcie", "--ranks", 2)
     assert nothing.endswith("weights and cache take 71 GB or more of a rank.")
 
@@ -251,6 +297,7 @@ def test_one_rank_has_nothing_to_save() -> None:
     found = figures("llama-3.1-8b", "--hardware", "h100-pcie", "--ranks", 1)["verdict"]
     assert found["convert"] is False and len(found["ways"]) == 4
     assert found["gains"]["tokens_per_second"] == pytest.approx(0, abs=1e-9)
+    assert found["text"] == "Don't convert: one rank has no all-reduce to save."
 
 
 def test_a_model_is_named_in_any_of_the_ways() -> None:
@@ -305,3 +352,59 @@ def test_of_a_box_as_many_ranks_as_the_model_can_be_shared_among() -> None:
     out, err = run_command("--model", "qwen2.5-7b", "--hardware", "h100-sxm", "--json")
     assert json.loads(out)["ranks"] == 4
     assert err.startswith("4 of 8 ranks: 8 tracks don't divide 28 heads")
+
+
+def test_fewer_tracks_are_named_where_they_would_be_worth_it() -> None:
+    """Four tracks on each rank lose what one on each would gain."""
+    spec = ROOT / "specs" / "llama-3.1-8b-balanced.yaml"
+    out, _ = run_command(spec, "--model", "llama-3.1-8b", "--hardware", "h100-pcie", "--ranks", 2)
+    gain = re.search(r"llama-3.1-8b-balanced with a track for each rank would gain (\d+)%", out)
+    assert "Don't convert" in out and gain and 5 <= int(gain[1]) < 20
+
+
+@pytest.fixture
+def frontier(tmp_path: Path) -> Path:
+    """What a plan wrote: the model's own schedule, and two that wait less, for 8 tracks."""
+    schedules = (dense_schedule(32), *(RECIPES[i].schedule(32) for i in (1, 2)))
+    file = tmp_path / "frontier.csv"
+    rows = [
+        {"tracks": 8, "kl": kl, "schedule": str(schedule)}
+        for kl, schedule in zip((0.0, 0.0123, 0.4567), schedules, strict=True)
+    ]
+    file.write_text(to_csv(rows))
+    return file
+
+
+def test_a_frontier_is_tried_with_what_it_costs(frontier: Path) -> None:
+    asked = (frontier, "--model", "llama-3.1-8b", "--hardware", "h100-pcie")
+    found = figures(*asked)
+    names = ["tensor_parallel", "planned-22", "planned-5"]
+    assert [row["name"] for row in found["rows"]] == names
+    assert [row["kl"] for row in found["rows"]] == [None, 0.0123, 0.4567]
+    out, _ = run_command(*asked)
+    best = "Convert with planned-5 (of frontier.csv, with 5 waits): "
+    assert best in out and "planned-5 costs KL 0.4567 before any training." in out
+    assert re.search(r"Also worth it: planned-22, \d+% for KL 0\.0123\.", out)
+    assert re.search(r"planned-22 22 22 0\.012", out)  # in a column of its own
+    assert "planned-22" not in run_command("llama-3.1-8b", *asked[3:])[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ("tracks,", "ranks,", "it has no column tracks; write it with `ptconvert plan --frontier`"),
+        ("8,0.0123", "8,little", ":3: tracks is 8, kl little; they must be numbers"),
+        ("m31", "m31!", ":2: "),
+    ],
+)
+def test_what_is_no_frontier(frontier: Path, old: str, new: str, what: str) -> None:
+    frontier.write_text(frontier.read_text().replace(old, new, 1))
+    asked = (frontier, "--model", "llama-3.1-8b", "--hardware", "h100-pcie")
+    assert what in run_command(*asked, code=2)[1]
+
+
+def test_another_models_frontier_is_refused(frontier: Path) -> None:
+    at = ("--hardware", "h100-pcie")
+    said = run_command(frontier, "--model", "llama-3.1-70b", *at, code=2)[1]
+    assert "its schedules have 32 layers, the model 80" in said
+    assert "needs --model SRC" in run_command(frontier, *at, code=2)[1]

@@ -376,18 +376,23 @@ def test_more_tracks_than_ranks_cost_kernels() -> None:
 
 
 def test_a_vocabulary_cut_by_rank_is_exchanged_in_every_pass() -> None:
-    """Over slow links most of what a schedule can't save: as much for each schedule."""
+    """Over slow links most of what a schedule can't save: as much for each schedule; but vLLM has
+    the embedding of a conversion whole."""
     one, link = Pass(16, 1, past=100), read_hardware("4-workstations-10gbe").links[0]
     hardware = replace(H100, links=(link,))
-    alone = replace(VLLM, vocabulary="replicated")
+    whole = {"converted_embedding": "", "converted_lm_head": ""}
+    alone = replace(VLLM, vocabulary="replicated", **whole)
     for schedule in (dense_schedule(LAYERS), SCHEDULES["parallel_track"]):
         with_it, without = (step(schedule, SHAPE, hardware, e, 2, one) for e in (VLLM, alone))
         embedded = seconds(16 * 8192 * 2, 2, [link], one_shot=True, in_switch=False)
+        embedded *= schedule == dense_schedule(LAYERS)
         steps = (link.base_us + 2 * link.protocols[1].step_us) / 2 * 1e-6
         gathered = steps + 16 * 128256 * 2 / 2 / (link.protocols[1].gb_s * 1e9)
         waited = with_it.seconds - with_it.compute - (without.seconds - without.compute)
         assert waited == pytest.approx(embedded + gathered)
     assert step(schedule, SHAPE, hardware, VLLM, 1, one).communication < 1e-9
+    paper = read_engine("vllm-parallel-track-paper")  # whose conversions are as its models
+    assert paper.serving(True).cuts_embedding and not VLLM.serving(True).cuts_embedding
 
 
 def test_a_request_is_its_prefill_and_its_steps() -> None:

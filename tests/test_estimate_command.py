@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -144,9 +143,10 @@ def test_tracks_with_kv_heads_of_their_own_need_more_memory(tmp_path: Path) -> N
     base, ours = json.loads(run_command(*given, "--json")[0])["rows"]
     head = 2 * 128 * 2  # a key's and a value's bytes
     more = 40 * head * (700 * 1536 + 8192)  # the cache and the weights of one more head
+    more += 128256 * 8192 * 2 * 7 / 8  # and all of the embedding, not an eighth of it
     assert ours["bytes_per_rank"] - base["bytes_per_rank"] == pytest.approx(more)
     out = " ".join(run_command(*given)[0].split())
-    assert "tracks needs 84 GB for weights and cache on each rank, which has 80 GB" in out
+    assert "tracks needs 86 GB for weights and cache on each rank, which has 80 GB" in out
 
 
 def test_notes_and_the_accuracy_say_what_was_not_checked() -> None:
@@ -310,6 +310,9 @@ class Balanced(HTMLParser):
         ((*GIVEN, "--new", 2**24 + 1), "is not in the range"),
         ((*GIVEN[:5], "--ranks", "1" * 5000), "is not"),
         (("--measure", "/nowhere/row.yaml", "--ranks", 2), "does not exist"),
+        (("--measure", "row.yaml", "--batch", 4), "--measure has no use for --batch; leave it"),
+        (("--measure", "row.yaml", "llama-3.1-8b"), "--measure has no use for a SPEC or model;"),
+        (("--list", "--hardware", "nope"), "--list has no use for --hardware; leave it out"),
     ],
 )
 def test_wrong_input_is_a_line(arguments: tuple[object, ...], what: str) -> None:
@@ -321,6 +324,8 @@ def test_listing_and_imports() -> None:
     out, _ = run_command("--list")
     assert "  ptconvert                  2026-11\n" in out
     assert all(name in out for name in (*hardware_names(), *engine_names()))
+    listed = json.loads(run_command("--list", "--json")[0])
+    assert list(listed["hardware"]) == hardware_names() and "llama-3.1-8b" in listed["models"]
     script = (
         "import sys; from click.testing import CliRunner; from ptconvert.cli import main; "
         f"r = CliRunner().invoke(main, {['estimate', *map(str, GIVEN)]!r}); "
@@ -328,6 +333,16 @@ def test_listing_and_imports() -> None:
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'scipy', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_ranks_are_as_many_as_the_tracks_can_share() -> None:
+    """All that the hardware joins, unless a spec has fewer tracks."""
+    spec = ROOT / "specs" / "llama-3.1-8b-balanced-4-ranks.yaml"
+    asked = (spec, "--model", "llama-3.1-8b", "--hardware", "h100-pcie")
+    out, err = run_command(*asked, "--json")
+    assert json.loads(out)["ranks"] == 4
+    assert "4 of 8 ranks: they must divide the 4 tracks" in err
+    assert "tracks" in run_command(*asked, "--ranks", 8, code=2)[1]
 
 
 def test_a_setting_needs_ranks_that_the_hardware_joins() -> None:

@@ -32,6 +32,7 @@ from ptconvert.measure.opening import open_model
 from ptconvert.measure.windows import Windows, windows_for
 from ptconvert.plan import sensitivity
 from ptconvert.plan.case import Case
+from ptconvert.plan.frontier import read_frontier
 from ptconvert.plan.perturbation import Perturbations
 from ptconvert.plan.planner import choose, search, waited_for
 from ptconvert.plan.segments import HIDDEN, OWN_SEEN, OWN_SEEN_LATER, Segment, alone
@@ -380,6 +381,9 @@ def test_the_spec_goes_through_transform_and_show(source: Path, tmp_path: Path) 
         rows = list(csv.DictReader(file))
     assert [float(r["kl"]) for r in rows] == [p["kl"] for p in figures["frontier"]]
     assert [r["schedule"] for r in rows] == [p["schedule"] for p in figures["frontier"]]
+    assert [(str(k.schedule), k.tracks, k.kl) for k in read_frontier(table)] == [
+        (p["schedule"], 4, p["kl"]) for p in figures["frontier"]
+    ]
     html = page.read_text()
     assert html.count("<svg") > 3 and "Sensitivity of each sublayer" in html
     assert str(read_spec(spec).schedule()) == chosen["schedule"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import random
 from collections import deque
@@ -16,10 +17,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_estimate_command import GIVEN, run_command
 
-from ptconvert.estimate.compare import BASELINE, Candidate, Setting
+from ptconvert.estimate.alternatives import Stages
+from ptconvert.estimate.compare import BASELINE, Candidate, Row, Setting
 from ptconvert.estimate.model import Speculation, Workload, estimate, step
 from ptconvert.estimate.roofline import Pass, rank_bytes, sublayer_parts
-from ptconvert.estimate.server import Load, Served, Server, Steady, _Steps, serve
+from ptconvert.estimate.server import (
+    Load,
+    Served,
+    Server,
+    Steady,
+    _Steps,
+    piped,
+    scheduled,
+    serve,
+    servers,
+)
 from ptconvert.schedule.presets import PRESETS
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
@@ -99,6 +111,10 @@ def simulated(
     return sum(firsts) / requests, sum(gaps) / requests, area / now
 
 
+def ran(candidate: Candidate, s: Setting, load: Load) -> Server:
+    return serve(scheduled(candidate, s), s, load)
+
+
 @pytest.mark.parametrize(
     ("prompt", "new", "chunk", "share"),
     [
@@ -116,9 +132,9 @@ def test_the_steady_state_is_that_of_a_simulation(
     """At a share of the rate that saturates it, with random arrivals. Where prompts are long and
     come in crowds, tokens wait longer than in the mean step."""
     s = setting(prompt, new)
-    most = serve(DENSE, s, Load(1, chunk)).most
+    most = ran(DENSE, s, Load(1, chunk)).most
     load = Load(share * most, chunk)
-    found = serve(DENSE, s, load).steady
+    found = ran(DENSE, s, load).steady
     ttft, tpot, running = simulated(s, load, 1500)
     assert found is not None
     assert found.ttft - VLLM.request_us * 1e-6 == pytest.approx(ttft, rel=0.16)
@@ -129,7 +145,7 @@ def test_the_steady_state_is_that_of_a_simulation(
 def test_a_rare_request_has_the_server_alone() -> None:
     """TTFT and TPOT are those of a batch of one, with a prompt of 4096 in chunks of 1024."""
     s = setting(4096, 257)
-    found = serve(DENSE, s, Load(1e-6, 1025)).steady
+    found = ran(DENSE, s, Load(1e-6, 1025)).steady
     static = estimate(SMALL.dense, SMALL, H100, VLLM, 8, s.workload)
     chunks = [
         step(SMALL.dense, SMALL, H100, VLLM, 8, replace(s.workload.decode, beside=chunk)).seconds
@@ -150,9 +166,9 @@ def test_the_laws_of_a_server(
     schedule: Schedule, prompt: int, new: int, chunk: int, share: float, speculation: Speculation
 ) -> None:
     s, candidate = setting(prompt, new, speculation), Candidate("drawn", schedule, 8)
-    most = serve(candidate, s, Load(1, chunk)).most
+    most = ran(candidate, s, Load(1, chunk)).most
     ours, more, over = (
-        serve(candidate, s, Load(rate, chunk))
+        ran(candidate, s, Load(rate, chunk))
         for rate in (share * most, (1 + share) / 2 * most, most * 1.01)
     )
     assert ours.most == more.most == over.most > 0 and over.steady is None
@@ -170,17 +186,17 @@ def test_what_a_server_saturates_by() -> None:
     s = setting(1024, 513)
     one = replace(s.workload.decode, allocated=1024 + 256)
     weights, cache = (
-        rank_bytes(SMALL, VLLM, 8, replace(one, sequences=0)),
+        rank_bytes(SMALL, VLLM.serving(False), 8, replace(one, sequences=0)),
         4 * 2 * 128 * 2 * (1024 + 256),  # layers, keys and values of a KV head, bytes, tokens
     )
 
     def of(requests: float) -> Server:
         device = replace(H100.device, memory_gb=(weights + requests * cache) / 1e9)
-        return serve(DENSE, replace(s, hardware=replace(H100, device=device)), Load(0.1, 2048))
+        return ran(DENSE, replace(s, hardware=replace(H100, device=device)), Load(0.1, 2048))
 
     few, none = of(5), of(0.9)
     assert few.limit == "full memory" and few.steady is not None
-    steady = serve(DENSE, s, Load(few.most, 2048)).steady
+    steady = ran(DENSE, s, Load(few.most, 2048)).steady
     assert steady is not None
     # 5 hold cache, of which those with chunks are few: one step of 1 + 512 that a request takes
     assert steady.running == pytest.approx(5 * 512 / 513, rel=1e-3)
@@ -198,7 +214,7 @@ def test_what_a_server_saturates_by() -> None:
 def test_an_engine_runs_so_many_requests_at_a_time() -> None:
     """256 of 1024 + 512 tokens: Little's law over the step that has them all."""
     s = setting(1024, 513)
-    found = serve(DENSE, s, Load(0.1, 8192, 256))
+    found = ran(DENSE, s, Load(0.1, 8192, 256))
     assert found.limit == "requests at a time"
     x = 256 / 513  # 512 steps that a request decodes in, and one for its prompt
     steps = [
@@ -209,7 +225,27 @@ def test_an_engine_runs_so_many_requests_at_a_time() -> None:
         )
     ]
     assert found.most == pytest.approx(x / (x * steps[1] + (1 - x) * steps[0]))
-    assert found.most < serve(DENSE, s, Load(0.1, 8192)).most
+    assert found.most < ran(DENSE, s, Load(0.1, 8192)).most
+
+
+def test_a_pipeline_serves_a_crowd_on_each_stage() -> None:
+    """A crowd steps again once all stages are through, or the slowest has had all crowds; of each
+    layer a stage holds the cache of all of them."""
+    s = setting(1024, 513)
+    stages, one = Stages(s, 2), replace(s.workload.decode, sequences=3.0)
+    whole, slowest = stages.through(one)
+    piped_4x2 = piped(s, 2)
+    assert piped_4x2.name == "pipeline 4x2" and stages.count == 4
+    assert piped_4x2.seconds(one) == max(whole, 4 * slowest)
+    cache = 2 * 4 * 128 * 2 * s.workload.decode.allocated  # of a layer, on each of 2 ranks
+    more = piped_4x2.nbytes(one) - piped_4x2.nbytes(replace(one, sequences=2.0))
+    assert more == pytest.approx(4 * cache)
+    each = serve(piped_4x2, s, Load(0.1, 2048, 8))
+    row = Row(DENSE, *(estimate(SMALL.dense, SMALL, H100, VLLM, 8, s.workload),) * 2)
+    found = {server.name: server for server in servers([row], s, Load(0.4, 2048, 32))}
+    assert {name.split()[0] for name in found} == {BASELINE, "pipeline", "replicas"}
+    best = max(x.most for name, x in found.items() if name.startswith("pipeline"))
+    assert best >= 4 * each.most * (1 - 1e-9)  # of the sizes, that which serves most
 
 
 @given(st.integers(1, 3000), st.integers(2, 600), st.integers(64, 4096))
@@ -218,7 +254,8 @@ def test_the_rate_falls_only_where_a_prompt_takes_a_step_more(
     prompt: int, new: int, chunk: int
 ) -> None:
     """So that a bisection below the first end at which it is higher finds the least solution."""
-    steps = _Steps(DENSE, setting(prompt, new), chunk)
+    s = setting(prompt, new)
+    steps = _Steps(scheduled(DENSE, s), s, chunk)
     most = chunk / (prompt + new - 1) * 0.999
     ends = [0.0, *steps.jumps(most), most]
     assert [steps.chunks(end) for end in ends[1:]] == sorted({steps.chunks(e) for e in ends[1:]})
@@ -229,10 +266,11 @@ def test_the_rate_falls_only_where_a_prompt_takes_a_step_more(
 
 
 def test_a_servers_verdict_is_of_its_load() -> None:
-    """By what it serves at most, or by a token's time; a way that saturates is named."""
+    """By what it serves at most, or by a token's time, each against the best of all others, where
+    it doesn't lose as much of the other of the two."""
 
-    def of(ours: Server, other: Server) -> str:
-        return Served(Load(2.0, 2048), [other, ours]).verdict
+    def of(ours: Server, *others: Server) -> str:
+        return Served(Load(2.0, 2048), [*others, ours]).verdict
 
     def way(name: str, most: float, tpot: float | None) -> Server:
         steady = None if tpot is None else Steady(1.0, 0.1, tpot, 1.0)
@@ -241,15 +279,24 @@ def test_a_servers_verdict_is_of_its_load() -> None:
     same = of(way("ours", 3.06, 0.0101), way("dense", 3.0, 0.01))
     assert same == (
         "As a server: don't convert: ours serves 3.06 requests a second at most, dense 3.00; a "
-        "token takes 10.10 ms, not 10.00."
+        "token takes 10.10 ms, with dense 10.00."
     )
     assert "convert: " in of(way("ours", 3.2, 0.01), way("dense", 3.0, 0.01))[12:22]
     assert of(way("ours", 3.0, 0.009), way("dense", 3.0, 0.01)).startswith("As a server: convert")
     over = of(way("ours", 3.0, 0.01), way("dense", 1.9, None))
     assert over == (
-        "As a server: convert: ours serves 3.00 requests a second at most, dense 1.90, and dense "
-        "saturates."
+        "As a server: convert: ours serves 3.00 requests a second at most, dense 1.90, and all "
+        "that leaves the model as it is saturates."
     )
+    slow, quick = way("replicas", 3.1, 0.02), way("dense", 2.9, 0.01)
+    assert of(way("ours", 3.0, 0.0098), slow, quick) == (
+        "As a server: don't convert: ours serves 3.00 requests a second at most, replicas 3.10; a "
+        "token takes 9.80 ms, with dense 10.00."
+    )
+    assert "don't" in of(way("ours", 2.0, 0.009), slow, quick)  # a third of the rate is lost
+    assert "convert: ours" in of(way("ours", 3.0, 0.009), slow, quick)[12:]
+    lost = of(way("ours", 3.5, None), slow, quick)
+    assert "don't convert" in lost and "ours saturates, dense doesn't" in lost
     assert of(way("ours", 0.0, None), way("dense", 3.0, 0.01)) == ""
 
 
@@ -269,8 +316,12 @@ def test_a_server_is_printed(tmp_path: Path) -> None:
     assert "1,024 tokens and 4 requests in a step" in run_command(
         *given, "--chunk", 1024, "--seqs", 4
     )[0].replace("2 requests a second, ", "")
-    base, ours, replicas = figures["ways"]
-    assert (base["name"], replicas["name"]) == ("tensor_parallel", "replicas")
+    base, ours, *others = figures["ways"]
+    ways = {way["name"]: way for way in others}
+    replicas = ways["replicas"]
+    assert base["name"] == "tensor_parallel" and "pipeline" in ways
+    assert figures["verdict"] in " ".join(run_command(*given)[0].split())
+    assert "As a server: don't convert: llama-3.1-8b-balanced" in html.unescape(text)
     assert ours["most_requests_per_second"] > base["most_requests_per_second"] > 2
     assert ours["tokens_per_second"] == pytest.approx(2 * 512)
     assert replicas["running"] > base["running"] > ours["running"]  # the slower, the more

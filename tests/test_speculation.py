@@ -32,7 +32,9 @@ LAYER = replace(PLAIN, speculation=Speculation(4, 2.5, layer=True))
 
 
 def drafting_of(workload: Workload, ranks: int = 8) -> float:
-    return draft_seconds(SHAPE, H100, VLLM, ranks, workload.decode, workload.speculation)
+    return draft_seconds(
+        SHAPE, H100, VLLM.serving(False), ranks, workload.decode, workload.speculation
+    )
 
 
 def test_a_step_that_verifies_by_hand() -> None:
@@ -82,7 +84,7 @@ def test_a_layer_that_drafts_by_hand() -> None:
     head = 2 * (8192 * 128256 / 8 + 2 * 128256 / 8 + 2 * 4 * 8192) / bandwidth
     kernels = (6 + 4 + 4) * d.kernel_us * 1e-6
     waited = 2 * reduction(SHAPE, H100, VLLM, 8, one).blocking.seconds
-    waited += vocabulary_seconds(SHAPE, H100, VLLM, 8, one)
+    waited += vocabulary_seconds(SHAPE, H100, VLLM.serving(False), 8, one)
     each = attention + mlp + joining + head + kernels + waited
     drafting = drafting_of(LAYER)
     assert drafting == pytest.approx(4 * each)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 
 from ptconvert.checkpoint.files import read_config
@@ -18,11 +20,15 @@ from ptconvert.cli.common import model_shape, print_figures
 from ptconvert.cli.options import shared
 from ptconvert.cli.progress import waiting
 from ptconvert.cli.show import converted
+from ptconvert.errors import PlanError
 from ptconvert.models.guesses import most_guesses
 from ptconvert.models.shape import DTYPES, ModelShape
+from ptconvert.plan.frontier import SUFFIX as FRONTIER
+from ptconvert.plan.frontier import read_frontier
 from ptconvert.spec.document import read_spec
 
 if TYPE_CHECKING:
+    from ptconvert.estimate.compare import Candidate
     from ptconvert.estimate.model import Speculation
     from ptconvert.estimate.server import Load
 
@@ -87,15 +93,18 @@ def estimate(
 
     Takes only --model and --hardware: the gentle, balanced and aggressive schedules are tried, with
     as many tracks as ranks, against tensor parallelism, pipeline stages and replicas. SPEC is a
-    spec file (with --model) or a converted checkpoint to try instead. The estimate is a roofline
-    for each stage and a cost for each all-reduce, calibrated on published H100 runs. With --measure
-    it times this machine's ranks, or torchrun's.
+    spec file (with --model), a converted checkpoint, or a frontier that `plan --frontier` wrote
+    (.csv, with --model) to try instead. The estimate is a roofline for each stage and a cost for
+    each all-reduce, calibrated on published H100 runs. With --measure it times this machine's
+    ranks, or torchrun's.
     """
-    if listing:
-        return _list()
-    if measure is not None:
-        return _measure(measure, ranks, options["as_json"])
     hardware, model = options["hardware"], options["model"]
+    if listing:
+        _unused("--list", {"measure"} if measure is None else set())
+        return _list(options["as_json"])
+    if measure is not None:
+        _unused("--measure", {"measure", "ranks"})
+        return _measure(measure, ranks, options["as_json"])
     if model is None and len(specs) == 1 and _is_model(specs[0]):
         model, specs = specs[0], ()
     for name, given in (("--model SRC", specs or model), ("--hardware NAME", hardware)):
@@ -106,12 +115,23 @@ def estimate(
     return _estimate([Path(spec) for spec in specs], hardware, model, ranks, options)
 
 
+def _unused(option: str, used: set[str]) -> None:
+    """Raises UsageError where something is given that an option has no use for."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        by_user = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if by_user and name not in {"listing", "as_json", *used}:
+            said = parameter.opts[0] if isinstance(parameter, click.Option) else "a SPEC or model"
+            raise click.UsageError(f"{option} has no use for {said}; leave it out")
+
+
 def _is_model(argument: str) -> bool:
-    """Whether the only argument is neither a spec file nor a converted checkpoint."""
+    """Whether the only argument is no spec file, frontier or converted checkpoint."""
     path = Path(argument)
     if path.is_dir():
         return SECTION not in read_config(path)
-    return path.suffix not in (".yaml", ".yml")
+    return path.suffix not in (".yaml", ".yml", FRONTIER)
 
 
 def _estimate(
@@ -122,7 +142,7 @@ def _estimate(
     options: dict[str, Any],
 ) -> None:
     from ptconvert.estimate.advice import advise, recipes
-    from ptconvert.estimate.compare import Candidate, Setting, accuracy, compare
+    from ptconvert.estimate.compare import Setting, accuracy, compare
     from ptconvert.estimate.hardware import read_engine, read_hardware
     from ptconvert.estimate.model import Workload
     from ptconvert.estimate.report import notes
@@ -135,6 +155,9 @@ def _estimate(
     shape = model_shape(model, options["revision"]) if model else None
     candidates: list[Candidate] = []
     for spec in specs:
+        if spec.suffix == FRONTIER:
+            candidates += _frontier(spec, shape)
+            continue
         name = spec.resolve().name if spec.is_dir() else spec.stem
         candidate, own = _candidate(spec, name, shape)
         candidates.append(candidate)
@@ -147,11 +170,7 @@ def _estimate(
         *(options["batch"], options["prompt"], options["new"]), _speculation(options)
     )
     if ranks is None:
-        ranks = shape.most_tracks(row.whole())
-        if ranks < row.whole():
-            click.echo(
-                f"{ranks} of {row.whole()} ranks: {shape.indivisible(row.whole())}", err=True
-            )
+        ranks = _most_ranks(row.whole(), shape, candidates)
     setting = Setting(shape, row, engine, engine_name, ranks, workload)
     rows = compare(candidates or recipes(setting), setting)
     advice = advise(rows, setting)
@@ -182,6 +201,17 @@ def _estimate(
         options["as_json"],
         lambda console: print_estimates(console, rows, advice, setting, served),
     )
+
+
+def _most_ranks(whole: int, shape: ModelShape, candidates: Sequence[Candidate]) -> int:
+    """As many of the hardware's ranks as divide the model and all tracks; says so if not all."""
+    fit = [n for n in range(1, whole + 1) if not shape.indivisible(n)]
+    ranks = max(n for n in fit if all(c.tracks % n == 0 for c in candidates))
+    if ranks < whole:
+        tracks = ", ".join(str(n) for n in sorted({c.tracks for c in candidates}))
+        why = shape.indivisible(whole) or f"they must divide the {tracks} tracks"
+        click.echo(f"{ranks} of {whole} ranks: {why}", err=True)
+    return ranks
 
 
 def _load(options: dict[str, Any]) -> Load | None:
@@ -233,6 +263,29 @@ def _candidate(spec: Path, name: str, shape: ModelShape | None) -> tuple[Any, Mo
     return Candidate(name, schedule, read.tracks, guesses), None
 
 
+def _frontier(file: Path, shape: ModelShape | None) -> list[Candidate]:
+    """The schedules that a plan found, each with its KL, but for the model's own."""
+    from ptconvert.estimate.compare import Candidate
+
+    if shape is None:
+        raise click.UsageError(f"{file}: a frontier needs --model SRC")
+    found = []
+    for known in read_frontier(file):
+        if known.schedule.layers != shape.layers:
+            raise PlanError(
+                f"{file}: its schedules have {known.schedule.layers} layers, the model "
+                f"{shape.layers}; it is another model's"
+            )
+        if known.schedule != shape.dense:
+            waited = known.schedule.counts.waited_for
+            about = f"of {file.name}, with {waited} waits"
+            name = f"planned-{waited}"
+            found.append(Candidate(name, known.schedule, known.tracks, about=about, kl=known.kl))
+    if not found:
+        raise PlanError(f"{file}: it has no schedule but the model's own")
+    return found
+
+
 def _measure(out: Path, ranks: int | None, as_json: bool) -> None:
     from ptconvert.engines import own_all_reduces
     from ptconvert.estimate.hardware import to_yaml
@@ -273,14 +326,19 @@ def _measure(out: Path, ranks: int | None, as_json: bool) -> None:
     print_figures({"rows": figures}, as_json, show)
 
 
-def _list() -> None:
+def _list(as_json: bool) -> None:
     from ptconvert.estimate.hardware import engine_names, hardware_names, read_engine, read_hardware
 
-    for title, names in (("hardware", hardware_names()), ("engines", engine_names())):
-        click.echo(f"{title}:")
-        for name in names:
-            what = read_engine(name).edition if title == "engines" else read_hardware(name).name
-            click.echo(f"  {name:26} {what}")
-    click.echo("models:")
-    for name in config_names():
-        click.echo(f"  {name}")
+    listed = {
+        "hardware": {name: read_hardware(name).name for name in hardware_names()},
+        "engines": {name: read_engine(name).edition for name in engine_names()},
+        "models": dict.fromkeys(config_names(), ""),
+    }
+
+    def show(console: Console) -> None:
+        for title, names in listed.items():
+            console.print(f"{title}:")
+            for name, what in names.items():
+                console.print(f"  {name:26} {what}".rstrip(), soft_wrap=True, highlight=False)
+
+    print_figures({**listed, "models": list(listed["models"])}, as_json, show)

@@ -63,7 +63,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--engine": {"metavar": "NAME|FILE", "help": "What serves it, as `estimate --list` has it."},
     "--vocabulary": {
         "type": click.Choice(VOCABULARIES),
-        "help": "Whether a conversion's ranks share lm_head, or each has all and gathers no logits.",
+        "help": "Whether a conversion's ranks share lm_head, or each has it all.",
     },
     "--ranks": {"type": _COUNT, "help": "Ranks that share the model."},
     "--batch": {"type": _COUNT, "default": 1, "help": "Requests at once."},

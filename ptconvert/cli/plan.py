@@ -22,6 +22,7 @@ from ptconvert.cli.common import (
 from ptconvert.cli.options import F, shared
 from ptconvert.cli.progress import step_progress
 from ptconvert.errors import PlanError
+from ptconvert.plan.frontier import SUFFIX
 from ptconvert.spec.document import COMPUTED, unfit
 
 if TYPE_CHECKING:  # they import torch
@@ -138,7 +139,7 @@ def plan(
     for file in (output, frontier_file):
         if file is not None and not file.resolve().parent.is_dir():
             raise click.UsageError(f"{file}: its directory does not exist")
-    if frontier_file is not None and frontier_file.suffix not in (".csv", ".html"):
+    if frontier_file is not None and frontier_file.suffix not in (SUFFIX, ".html"):
         raise click.UsageError(f"--frontier {frontier_file}: its name must end in .csv or .html")
     with step_progress() as progress:
         case, objective = _case(source, revision, options, progress)
@@ -173,13 +174,13 @@ def _settle_objective(options: dict[str, Any]) -> None:
 def _write(
     planned: Planned, output: Path | None, frontier_file: Path | None, as_json: bool
 ) -> None:
-    from ptconvert.plan.report import plan_page, print_plan, to_csv, to_json, to_spec
+    from ptconvert.plan.report import plan_page, print_plan, table, to_json, to_spec
 
     spec = to_spec(planned)
     if output is not None:
         output.write_text(spec, encoding="utf-8")
     if frontier_file is not None:
-        form = to_csv if frontier_file.suffix == ".csv" else plan_page
+        form = table if frontier_file.suffix == SUFFIX else plan_page
         frontier_file.write_text(form(planned), encoding="utf-8")
     figures = {**to_json(planned), "spec": spec}
     print_figures(figures, as_json, lambda console: print_plan(console, planned))

@@ -48,13 +48,15 @@ LIMITS = (
 @dataclass(frozen=True)
 class Candidate:
     """A schedule to estimate, and the checkpoint that it runs on: its tracks, and the ranks of
-    their guesses by sublayer. `about` says what it is, where its name doesn't."""
+    their guesses by sublayer. `about` says what it is, where its name doesn't, and `kl` what it
+    costs in nats per token, where a plan has measured that."""
 
     name: str
     schedule: Schedule
     tracks: int
     guesses: Mapping[Sublayer, int] = field(default_factory=dict)
     about: str = ""
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Row:
             "guesses": {str(s): rank for s, rank in self.candidate.guesses.items()},
             "all_reduces": counts.all_reduces,
             "waited_for": counts.waited_for,
+            "kl": self.candidate.kl,
             "ttft_seconds": e.ttft,
             "tpot_seconds": e.tpot,
             "tokens_per_second": e.tokens_per_second,

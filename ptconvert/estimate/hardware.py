@@ -199,8 +199,8 @@ class Engine:
     - `score_passes`: times that a prefill's attention scores travel to or from memory; 0 where
       kernels are fused.
     - `cache`: whether attention reads the tokens so far or the whole allocated cache; `logits`: of
-      which positions; `vocabulary`: whether ranks share embedding and lm_head; those of a conversion
-      are held by `converted_embedding` and `converted_lm_head` where that differs.
+      which positions; `vocabulary`: whether ranks share embedding and lm_head;
+      `converted_embedding`, `converted_lm_head`: those of a conversion, where that differs.
     - `one_shot`, `in_switch`: the endings whose all-reduces may be kernels that read peers'
       buffers, in one shot or two, up to `shot_mb` (1e6 B), and reductions in the switch: an
       engine's blocking all-reduces and its overlapped ones are often different libraries'.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 
 from markupsafe import Markup
 
@@ -43,6 +44,7 @@ HEADER = (
     "schedule",
     "all-reduces",
     "waited for",
+    "KL",
     "TTFT ms",
     "TPOT ms",
     "tokens/s",
@@ -115,6 +117,7 @@ def cells(row: Row) -> list[str]:
         row.candidate.name,
         str(counts.all_reduces),
         str(counts.waited_for),
+        "" if row.candidate.kl is None else f"{row.candidate.kl:.4f}",
         f"{e.ttft * 1e3:,.1f}",
         f"{e.tpot * 1e3:,.2f}",
         f"{e.tokens_per_second:,.1f}",
@@ -133,7 +136,10 @@ def ways_table(rows: Sequence[Row], advice: Advice) -> tuple[list[str], list[lis
     shown = (*schedules, *(way for way in others if way.fits))
     crowd = [f"{way.crowded_rate:,.1f}" if way.crowd_fits else "-" for way in shown]
     header = [*HEADER, f"tokens/s, {advice.crowd} at once"]
-    return header, [[*line, many] for line, many in zip(body, crowd, strict=True)]
+    table = [[*line, many] for line, many in zip(body, crowd, strict=True)]
+    known = any(way.kl is not None for way in schedules)
+    kept = [name != "KL" or known for name in header]  # what a plan has measured, if one has
+    return list(compress(header, kept)), [list(compress(line, kept)) for line in table]
 
 
 def left_out(advice: Advice, setting: Setting) -> list[str]:
@@ -150,7 +156,7 @@ def left_out(advice: Advice, setting: Setting) -> list[str]:
 def _alternative(way: Way, baseline: Row) -> list[str]:
     served = way.asked
     return [
-        *(way.name, "0", "0", f"{served.ttft * 1e3:,.1f}", f"{served.tpot * 1e3:,.2f}"),
+        *(way.name, "0", "0", "", f"{served.ttft * 1e3:,.1f}", f"{served.tpot * 1e3:,.2f}"),
         *(f"{way.rate:,.1f}", f"{way.rate / baseline.estimate.tokens_per_second:.2f}", "-"),
     ]
 
@@ -162,8 +168,8 @@ def notes(rows: Sequence[Row], setting: Setting) -> list[str]:
     found = []
     if needed > held:
         found.append(
-            f"{largest.candidate.name} needs {needed:.0f} GB for weights and cache on each rank, "
-            f"which has {held:g} GB: it can't run."
+            f"{largest.candidate.name} needs {needed:.{0 if needed - held > 1 else 2}f} GB for "
+            f"weights and cache on each rank, which has {held:g} GB: it can't run."
         )
     if several := several_tracks(rows, setting):
         found.append(_slower(several, setting))

@@ -35,6 +35,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ptconvert.estimate.advice import WORTH
+from ptconvert.estimate.alternatives import Stages, group_sizes, named
 from ptconvert.estimate.compare import Candidate, Row, Setting
 from ptconvert.estimate.model import draft_seconds, serving, several_tracked, step
 from ptconvert.estimate.roofline import Pass, rank_bytes
@@ -72,6 +73,11 @@ class Server:
     most: float
     limit: str
     converts: bool = False
+
+    @property
+    def tpot(self) -> float:
+        """Seconds per further token; without end where there is no steady state."""
+        return self.steady.tpot if self.steady else math.inf
 
     def to_json(self) -> dict[str, Any]:
         """In SI units."""
@@ -145,27 +151,38 @@ class Served:
     @property
     def verdict(self) -> str:
         """Convert for this load, or don't, in a sentence; nothing where no schedule, or nothing
-        else, holds a request. It is worth it by what it serves at most, or by a token's time."""
-        ours, others = (
-            max((x for x in self.fits if x.converts is c), key=lambda x: x.most, default=None)
-            for c in (True, False)
-        )
-        if ours is None or others is None:
+        else, holds a request.
+
+        A schedule is worth it by what it serves at most, or by a token's time, each against the
+        best that leaves the model as it is, where it doesn't lose as much of the other.
+        """
+        ours, others = ([x for x in self.fits if x.converts is c] for c in (True, False))
+        if not ours or not others:
             return ""
-        gains = [ours.most / others.most - 1]
+        most = max(others, key=lambda x: x.most)
+        quick = min(others, key=lambda x: x.tpot)
+
+        def gains(x: Server) -> list[float]:
+            by_tokens = 0.0 if x.tpot == quick.tpot else quick.tpot / x.tpot - 1
+            return sorted([x.most / most.most - 1, by_tokens])
+
+        def worth(x: Server) -> bool:
+            least, best = gains(x)
+            return best >= WORTH and least > -WORTH
+
+        best = max(ours, key=lambda x: (worth(x), sum(gains(x)), x.most))
         found = (
-            f"{ours.name} serves {ours.most:,.2f} requests a second at most, {others.name} "
-            f"{others.most:,.2f}"
+            f"{best.name} serves {best.most:,.2f} requests a second at most, {most.name} "
+            f"{most.most:,.2f}"
         )
-        if ours.steady and others.steady:
-            gains.append(others.steady.tpot / ours.steady.tpot - 1)
-            found += (
-                f"; a token takes {ours.steady.tpot * 1e3:,.2f} ms, not "
-                f"{others.steady.tpot * 1e3:,.2f}"
-            )
-        elif ours.steady or others.steady:
-            found += f", and {others.name if ours.steady else ours.name} saturates"
-        say = "convert" if max(gains) >= WORTH else "don't convert"
+        if best.steady and quick.steady:
+            found += f"; a token takes {best.tpot * 1e3:,.2f} ms, with {quick.name} "
+            found += f"{quick.tpot * 1e3:,.2f}"
+        elif best.steady:
+            found += ", and all that leaves the model as it is saturates"
+        elif quick.steady:
+            found += f"; {best.name} saturates, {quick.name} doesn't"
+        say = "convert" if worth(best) else "don't convert"
         return f"As a server: {say}: {found}."
 
     def to_json(self) -> dict[str, Any]:
@@ -181,10 +198,60 @@ class Served:
 
 
 @dataclass(frozen=True)
-class _Steps:
-    """The steps of a candidate's server, by how many requests come in one."""
+class Machine:
+    """What a server runs: the seconds of a pass, with what drafts for it, and the bytes on a rank
+    for its weights and cache."""
 
-    candidate: Candidate
+    name: str
+    seconds: Callable[[Pass], float]
+    nbytes: Callable[[Pass], float]
+
+
+def scheduled(candidate: Candidate, setting: Setting) -> Machine:
+    """A candidate on all ranks of a setting."""
+    s, c = setting, candidate
+    engine = serving(s.engine, c.schedule, s.shape)
+    tracked = several_tracked(c.schedule, s.ranks, c.tracks)
+
+    def seconds(one: Pass) -> float:
+        on = (s.shape, s.hardware, engine, s.ranks, one)
+        ran = step(c.schedule, *on, tracks=c.tracks, guesses=c.guesses)
+        return ran.seconds + draft_seconds(*on, s.workload.speculation)
+
+    def nbytes(one: Pass) -> float:
+        return rank_bytes(
+            *(s.shape, engine, s.ranks, one, c.tracks, tracked, c.guesses),
+            drafting=s.workload.speculation.layer,
+        )
+
+    return Machine(c.name, seconds, nbytes)
+
+
+def piped(setting: Setting, group: int) -> Machine:
+    """One of the crowds of a pipeline, of which each stage has another in hand."""
+    stages = Stages(setting, group)
+
+    def seconds(one: Pass) -> float:
+        whole, slowest = stages.through(one, drafts=True)
+        return max(whole, stages.count * slowest)
+
+    def nbytes(one: Pass) -> float:
+        return stages.nbytes(replace(one, sequences=stages.count * one.sequences))
+
+    return Machine(named("pipeline", group, setting.ranks), seconds, nbytes)
+
+
+def replica(setting: Setting, group: int) -> Machine:
+    """One group of ranks with the whole model."""
+    dense = Candidate(named("replicas", group, setting.ranks), setting.shape.dense, group)
+    return scheduled(dense, replace(setting, ranks=group))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The steps of a server, by how many requests come in one."""
+
+    machine: Machine
     setting: Setting
     chunk: int
 
@@ -216,21 +283,12 @@ class _Steps:
 
     def seconds(self, x: float, prompts: float) -> float:
         """Of a step with chunks of so many prompts, beside at least one request that decodes."""
-        s, candidate, workload = self.setting, self.candidate, self.setting.workload
+        workload = self.setting.workload
         tokens, own = workload.prompt / self.chunks(x), max(1.0, self.decoding(x))
         before = (workload.prompt - tokens) / 2  # in the mean over a prompt's chunks
         chunk = Pass(prompts, tokens, before, workload.decode.allocated)
         one = replace(workload.decode, sequences=own, beside=chunk if prompts else None)
-        ran = step(
-            *(candidate.schedule, s.shape, s.hardware, s.engine, s.ranks, one),
-            tracks=candidate.tracks,
-            guesses=candidate.guesses,
-        )
-        engine = serving(s.engine, candidate.schedule, s.shape)
-        drafting = draft_seconds(
-            *(s.shape, s.hardware, engine, s.ranks, one, workload.speculation)
-        )
-        return ran.seconds + drafting
+        return self.machine.seconds(one)
 
     def mean(self, x: float) -> float:
         """Seconds of a mean step."""
@@ -255,37 +313,46 @@ class _Steps:
 
 
 def servers(rows: Sequence[Row], setting: Setting, load: Load) -> list[Server]:
-    """What each row's server does under a load, and replicas that share it."""
+    """What each row's server does under a load, and pipelines and replicas that share it: of the
+    sizes that their groups may have the one that serves most, and that with the quickest tokens.
+    A pipeline is one engine, which shares its requests among the crowds; each replica has its own.
+    """
     found = [
-        replace(serve(row.candidate, setting, load), converts=row is not rows[0]) for row in rows
+        replace(
+            serve(scheduled(row.candidate, setting), setting, load), converts=row is not rows[0]
+        )
+        for row in rows
     ]
-    if setting.ranks == 1:
-        return found
-    s, alone = setting, replace(setting, ranks=1)
-    dense = Candidate("replicas", s.shape.dense, 1)
-    # each with limits of its own
-    one = serve(dense, alone, replace(load, rate=load.rate / s.ranks))
+    for way, engines in ((piped, 1), (replica, setting.ranks)):
+        tried = []
+        for group in group_sizes(setting):
+            count = setting.ranks // group
+            limited = replace(load, requests=load.requests * min(engines, count) / count)
+            tried.append(_together(way(setting, group), setting, limited, count))
+        if tried:
+            best = max(tried, key=lambda x: x.most), min(tried, key=lambda x: (x.tpot, -x.most))
+            found += dict.fromkeys(best)
+    return found
+
+
+def _together(machine: Machine, setting: Setting, load: Load, count: int) -> Server:
+    """So many of a server that share a load."""
+    one = serve(machine, setting, replace(load, rate=load.rate / count))
     steady = one.steady and replace(
         one.steady,
-        running=one.steady.running * s.ranks,
-        tokens_per_second=one.steady.tokens_per_second * s.ranks,
+        running=one.steady.running * count,
+        tokens_per_second=one.steady.tokens_per_second * count,
     )
-    return [*found, replace(one, steady=steady, most=one.most * s.ranks)]
+    return replace(one, steady=steady, most=one.most * count)
 
 
-def serve(candidate: Candidate, setting: Setting, load: Load) -> Server:
-    """What a candidate's server does under a load."""
-    steps, workload = _Steps(candidate, setting, load.chunk), setting.workload
+def serve(machine: Machine, setting: Setting, load: Load) -> Server:
+    """What one server does under a load."""
+    steps, workload = _Steps(machine, setting, load.chunk), setting.workload
     mean_cache = replace(workload.decode, allocated=workload.prompt + workload.new // 2)
-    tracked = several_tracked(candidate.schedule, setting.ranks, candidate.tracks)
 
     def held(requests: float) -> float:
-        return rank_bytes(
-            *(setting.shape, setting.engine, setting.ranks),
-            *(replace(mean_cache, sequences=requests), candidate.tracks, tracked),
-            candidate.guesses,
-            drafting=workload.speculation.layer,
-        )
+        return machine.nbytes(replace(mean_cache, sequences=requests))
 
     weights, memory = held(0), setting.hardware.device.memory_gb * 1e9
     room = (memory - weights) / (held(1) - weights)  # requests
@@ -305,15 +372,15 @@ def serve(candidate: Candidate, setting: Setting, load: Load) -> Server:
             most, limit = fewer, fuller
     most = most if room >= 1 else 0.0
     if not most:
-        return Server(candidate.name, None, 0.0, limit)
+        return Server(machine.name, None, 0.0, limit)
     ends = [*steps.jumps(most), most]
     top = max(x / steps.mean(x) for x in ends)
     if load.rate >= top:
-        return Server(candidate.name, None, top, limit)
+        return Server(machine.name, None, top, limit)
     end = next(x for x in ends if x / steps.mean(x) > load.rate)
     # below this end the rate is reached once, as it falls only after the ends before
     x = _largest(lambda x: x / steps.mean(x) <= load.rate, end)
-    return Server(candidate.name, steps.steady(x), top, limit)
+    return Server(machine.name, steps.steady(x), top, limit)
 
 
 def _largest(holds: Callable[[float], bool], below: float) -> float:

@@ -36,11 +36,12 @@ def print_estimates(
     served: Served | None = None,
 ) -> None:
     """Estimates of schedules against tensor parallelism's and the alternatives', and a verdict."""
-    workload = setting.workload
+    workload, ranks = setting.workload, setting.ranks
     drafts = drafted(workload)
     title = (
-        f"{setting.hardware.name}, {served_by(setting)}, {setting.ranks} ranks, batch "
-        f"{workload.batch}, {workload.prompt} + {workload.new} tokens"
+        f"{setting.hardware.name}, {served_by(setting)}, {ranks} "
+        f"{'rank' if ranks == 1 else 'ranks'}, batch {workload.batch}, {workload.prompt} + "
+        f"{workload.new} tokens"
         f"{f', drafted {drafts}' if drafts else ''}"
     )
     console.print(Text(title, style="italic"), soft_wrap=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +13,7 @@ from rich.text import Text
 from ptconvert import __version__
 from ptconvert.measure.statistics import RESAMPLES, Estimate, estimate, mean_over
 from ptconvert.models.shape import ModelShape
+from ptconvert.plan.frontier import to_csv
 from ptconvert.plan.planner import Frontier, Objective, Point, Sensitivity
 from ptconvert.plan.spec_text import spec_text
 from ptconvert.report.charts import Series, line_chart
@@ -146,14 +145,10 @@ def _row(planned: Planned, point: Point) -> dict[str, Any]:
     return row
 
 
-def to_csv(planned: Planned) -> str:
-    """The frontier, one row per point, KL and losses in nats per token."""
-    rows = [_row(planned, point) for point in planned.frontier.points]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def table(planned: Planned) -> str:
+    """The frontier as CSV."""
+    rows = (_row(planned, point) for point in planned.frontier.points)
+    return to_csv([{"tracks": planned.tracks, **row} for row in rows])
 
 
 _SHOWN = (
