@@ -58,10 +58,24 @@ def found(
         "copy_bytes": 2e10,
         "read_bytes": [1e10, 5e9],
         "steps": {name: [[seconds] * 3] * 2 for name, seconds in steps.items()},
+        "in_graph": None,
         "sweep": sweep,
     }
     slower = {**one, "matmul_flops": 4e10}
     return [slower, *[one] * (ranks - 1)]
+
+
+def test_gpus_are_measured_for_what_serves_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM, whose kernels are in a graph: not the time that the host takes to launch one."""
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 3))
+    results = found(2, base=4e-4, step=2e-5, per_byte=1e-9, overlapped=5e-3)
+    for result, seconds in zip(results, (1.9e-6, 2.1e-6), strict=True):
+        result["in_graph"] = seconds
+        result["sweep"] = json.loads(json.dumps(result["sweep"]).replace('"gloo"', '"nccl"'))
+    row = measure.to_measured(results, "nccl", ENGINE).hardware
+    assert row.engine == "vllm" and row.device.kernel_us == pytest.approx(2.1)
+    same = measure.to_measured(found(2, 4e-4, 2e-5, 1e-9, 5e-3), "gloo", ENGINE).hardware
+    assert row.device.overlap_share == same.device.overlap_share
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
