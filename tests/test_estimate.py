@@ -129,6 +129,102 @@ def test_nccl_between_nodes_by_hand() -> None:
     assert times == sorted(times) and times[0] > seconds(1, 8, row.links)
 
 
+def test_one_shot_kernels_have_a_rate_and_a_most_of_ranks() -> None:
+    """By hand: 8 KB of 7 others at 27.7 GB/s after 7.5 us; two PCIe cards have vLLM's, four not."""
+    (link,) = read_hardware("rtx-pro-6000-pcie-one-shot").links
+    eight = all_reduce(8192, 8, [link], one_shot=True)
+    assert eight.seconds == pytest.approx(7.5e-6 + 7 * 8192 / 27.7e9)
+    assert eight.way == "one-shot kernel"
+    (link,) = read_hardware("rtx-pro-6000-pcie").links
+    two = all_reduce(16384, 2, [link], one_shot=True)
+    assert two.seconds == pytest.approx(4.1e-6 + 16384 / 41.1e9)
+    four = all_reduce(16384, 4, [link], one_shot=True)
+    assert four.way == "ring"
+    assert four.seconds == pytest.approx(6.6e-6 + 6 * 1.26e-6 + 1.5 * 16384 / 41.1e9)
+
+
+def test_the_way_of_an_all_reduce_has_its_name() -> None:
+    """8 H100 over NVLink, from 16 KB to 256 MB, and 16 on two nodes."""
+
+    def way(nbytes: float, one_shot: bool, in_switch: bool = True) -> str:
+        return all_reduce(nbytes, 8, H100.links, one_shot=one_shot, in_switch=in_switch).way
+
+    assert way(2**14, True) == "one-shot kernel" and way(2**22, True) == "two-shot kernel"
+    assert way(2**14, False) == "ring, LL" and way(2**28, False) == "in the switch"
+    assert way(2**28, False, in_switch=False) == "ring, Simple"
+    links = read_hardware("2x8-h100-sxm-ib400").links
+    ways = [all_reduce(nbytes, 16, links).way for nbytes in (2**15, 2**19, 2**25)]
+    assert ways == [
+        "tree across nodes, LL",
+        "tree across nodes, LL128",
+        "tree of the nodes' switches",
+    ]
+    outer = replace(links[1], algorithm="ring")
+    assert all_reduce(2**14, 16, [links[0], outer]).way == "ring, LL"  # of both levels
+
+
+def test_fewer_bits_on_the_wire_are_asked_for() -> None:
+    """QuickReduce in INT4 on 8 MI300X: 10.7 us and 14/8 x 16 MB over 412 GB/s; a ring has 6.76 us,
+    14 steps of 0.8 and 202 GB/s. vLLM doesn't unless it is told to."""
+    row, one = read_hardware("mi300x"), Pass(1, 1024)
+    nbytes = 1024 * 16384
+    plain = reduction(SHAPE, row, VLLM, 8, one)
+    assert plain.blocking.seconds == pytest.approx(17.96e-6 + 14 / 8 * nbytes / 202e9)
+    asked = reduction(SHAPE, row, replace(VLLM, quantised="blocking"), 8, one)
+    assert asked.blocking.seconds == pytest.approx(10.7e-6 + 14 / 8 * nbytes / 412e9)
+    assert asked.way == "quantised by VLLM_ROCM_QUICK_REDUCE_QUANTIZATION=INT4"
+    assert asked.overlapped == plain.overlapped
+
+
+def _unfused(schedule: Schedule, one: Pass, shape: ModelShape = SHAPE) -> float:
+    """Kernels by which the fusion with norms makes a pass shorter on 8 H100."""
+    apart, fused = (
+        step(schedule, shape, H100, engine, 8, one)
+        for engine in (replace(VLLM, fused_norm="none"), VLLM)
+    )
+    assert apart.compute - fused.compute == pytest.approx(apart.seconds - fused.seconds)
+    return (apart.seconds - fused.seconds) * 1e6 / H100.device.kernel_us
+
+
+def test_a_norm_after_an_all_reduce_is_in_its_kernel() -> None:
+    """One kernel less for each blocking all-reduce of 70B, the last one's being the final norm: 160
+    of a decode step; none where a sum of 64 sequences is more than 1 MiB. Of a conversion's those
+    with nothing else to merge, and no output bias; overlapped ones not."""
+    dense, one = dense_schedule(LAYERS), Pass(1, 1, past=1000, allocated=2000)
+    assert _unfused(dense, one) == pytest.approx(160)
+    assert _unfused(dense, replace(one, sequences=64)) == pytest.approx(160)
+    assert _unfused(dense, replace(one, sequences=65)) == pytest.approx(0)
+    assert _unfused(dense, Pass(1, 1024)) == pytest.approx(0)
+    assert _unfused(SCHEDULES["parallel_track"], one) == pytest.approx(20)
+    assert _unfused(SCHEDULES["ladder"], one) == pytest.approx(0)
+    two = SHAPE.with_layers(2)
+    assert _unfused(Schedule.parse("a0~1 m0! a1! m1!"), one, two) == pytest.approx(2)
+    config = {
+        **{"model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 2},
+        **{"num_attention_heads": 64, "num_key_value_heads": 8, "intermediate_size": 28672},
+        **{"vocab_size": 128256, "dtype": "bfloat16", "attention_bias": True},
+    }
+    biased = ModelShape.from_config(config)
+    assert _unfused(biased.dense, one, biased) == pytest.approx(4)
+    assert _unfused(Schedule.parse("a0! m0! a1. m1!"), one, biased) == pytest.approx(1)
+    moved = reduction(SHAPE, H100, VLLM, 8, one)
+    assert moved.way == "one-shot kernel, fused with the norm"
+
+
+@pytest.mark.parametrize("engine", ["gpt-fast", "tensorrt-llm", "vllm-parallel-track-paper"])
+def test_the_papers_engines_fuse_no_norm(engine: str) -> None:
+    assert not reduction(SHAPE, H100, read_engine(engine), 8, Pass(1, 1)).fused
+
+
+@pytest.mark.parametrize("row", ["h100-sxm-p2p-off", "a100-sxm", "mi300x", "rtx-pro-6000-pcie"])
+def test_norms_are_fused_over_nvlink_on_hopper_and_blackwell(row: str) -> None:
+    assert not reduction(SHAPE, read_hardware(row), VLLM, 2, Pass(1, 1)).fused
+    for name in ("h100-sxm", "h200-sxm", "b200", "b300", "2x8-h100-sxm-ib400"):
+        assert reduction(SHAPE, read_hardware(name), VLLM, 8, Pass(1, 1)).fused
+    assert not reduction(SHAPE, read_hardware("2x8-h100-sxm-ib400"), VLLM, 16, Pass(1, 1)).fused
+    assert not reduction(SHAPE, H100, VLLM, 1, Pass(1, 1)).fused
+
+
 def test_an_engines_own_kernels_take_messages_up_to_a_size() -> None:
     """70B at batch 256: 4 MiB in two shots, 14/8 of it at 280 GB/s; 513 sequences are too many."""
     for sequences, own in ((256, True), (513, False)):

@@ -182,6 +182,35 @@ def test_the_answer_says_what_is_measured_and_what_is_assumed(tmp_path: Path) ->
                 assert line and source in line[0] and f">{kind.replace('_', ' ')}<" in line[0]
 
 
+def test_the_answer_names_the_all_reduces_of_tensor_parallelism(tmp_path: Path) -> None:
+    """Those of a decode step and of a prefill; and what fewer bits on the wire would change."""
+
+    def said(row: str, *more: object) -> list[str]:
+        given = ("--model", "llama-3.1-70b", "--hardware", row, "--json", *more)
+        return [str(note) for note in json.loads(run_command(*given)[0])["notes"]]
+
+    assert said("h100-sxm") == [
+        "tensor_parallel all-reduces by one-shot kernel, fused with the norm (a decode step); in "
+        "the switch (a prefill)."
+    ]
+    assert "by ring (a decode step); ring (a prefill)" in said("rtx-pro-6000-pcie")[-1]
+    assert "one-shot kernel (a decode step)" in said("rtx-pro-6000-pcie", "--ranks", 2)[-1]
+    how, fewer = said("mi300x")
+    assert "one-shot kernel (a decode step); ring (a prefill)" in how
+    (row, engine, shape) = (read_hardware("mi300x"), read_engine("vllm"), SHAPE)
+    setting = Setting(
+        shape, row, replace(engine, quantised="blocking"), "vllm", 8, Workload(1, 1024, 512)
+    )
+    (base,) = compare([], setting)
+    assert fewer.startswith("With VLLM_ROCM_QUICK_REDUCE_QUANTIZATION=INT4, which changes what is")
+    assert f"would have a TTFT of {base.estimate.ttft * 1e3:,.1f} ms" in fewer
+    file = tmp_path / "mine.yaml"  # asked for by an engine's file
+    text = (ROOT / "ptconvert" / "estimate" / "rows" / "engines" / "vllm.yaml").read_text()
+    file.write_text(text.replace("quantised: none", "quantised: blocking"))
+    (asked,) = said("mi300x", "--engine", file)
+    assert "quantised by VLLM_ROCM_QUICK_REDUCE_QUANTIZATION=INT4 (a prefill)" in asked
+
+
 def test_fewer_ranks_than_tracks_are_said_to_be_slow() -> None:
     """With what as many tracks as ranks would give, which is what the specs for them give; in one
     note of all. On one rank there is nothing to gain."""
@@ -200,13 +229,16 @@ def test_fewer_ranks_than_tracks_are_said_to_be_slow() -> None:
         f"tracks the speed-up would be: llama-3.1-8b-balanced {more[0]:.2f}, not {balanced:.2f}; "
         f"llama-3.1-8b-aggressive {more[1]:.2f}, not {aggressive:.2f}."
     )
-    assert figures["notes"] == [said] and out.count("note:") == 1 and f"note: {said}" in out
+    assert figures["notes"][0] == said and len(figures["notes"]) == 2
+    assert out.count("note:") == 2 and f"note: {said}" in out
     (one,) = json.loads(run_command(*config, 1, "--json")[0])["notes"]
     names = ", ".join(path.stem for path in specs[:4])
     assert one.startswith(f"One rank runs all tracks of {names} one after another")
     assert one.endswith("take the dense checkpoint, which needs no tracks.")
     whole = run_command(SPEC, *config[5:], 8, "--json")[0]
-    assert json.loads(whole)["notes"] == [] and "note:" not in run_command(*config[4:], 1)[0]
+    (how,) = json.loads(whole)["notes"]
+    assert how.startswith("tensor_parallel all-reduces by")
+    assert "note:" not in run_command(*config[4:], 1)[0]
 
 
 def test_guesses_of_a_spec_and_of_a_checkpoint_are_counted(tmp_path: Path) -> None:

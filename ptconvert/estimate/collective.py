@@ -7,8 +7,10 @@ With n ranks, a message of m bytes, s seconds per step and B bytes per second pe
     one-shot  (n-1) m/B                    (each rank reads all peers; TensorRT-LLM, vLLM)
     two-shot  2(n-1)/n m/B                 (each reads its part of all peers, then their sums)
     switch    m/B                          (the switch adds up; NVLink SHARP, NCCL's NVLS)
+    quantised 2(n-1)/n m/B                 (two shots of fewer bits; QuickReduce, vLLM on ROCm)
 
-each plus a fixed time of its own. Like NCCL, whose cost model this follows (tuning.cc: base
+each plus a fixed time of its own, where m is of what is added up, not of the bits that travel. Like
+NCCL, whose cost model this follows (tuning.cc: base
 latency + steps x hop latency + bytes / bandwidth, for each of its protocols, and the least of
 them), the fastest is taken.
 
@@ -46,25 +48,35 @@ _TREES = {
 
 @dataclass(frozen=True)
 class Transfer:
-    """One all-reduce, in seconds: `fixed` whatever its size, and `moving` its bytes."""
+    """One all-reduce, in seconds: `fixed` whatever its size, and `moving` its bytes; and the `way`
+    that it goes."""
 
     fixed: float = 0.0
     moving: float = 0.0
+    way: str = ""
 
     @property
     def seconds(self) -> float:
         return self.fixed + self.moving
 
     def __add__(self, other: Transfer) -> Transfer:
-        return Transfer(self.fixed + other.fixed, self.moving + other.moving)
+        ways = ", ".join(filter(None, dict.fromkeys((self.way, other.way))))
+        return Transfer(self.fixed + other.fixed, self.moving + other.moving, ways)
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """One all-reduce of a pass, as a blocking ending's and as an overlapped one's."""
+    """One all-reduce of a pass, as a blocking ending's and as an overlapped one's; `fused` where
+    the kernel of a blocking one also adds its sum to the stream and normalises it."""
 
     blocking: Transfer
     overlapped: Transfer
+    fused: bool = False
+
+    @property
+    def way(self) -> str:
+        """How a blocking one goes."""
+        return self.blocking.way + ", fused with the norm" * self.fused
 
 
 def all_reduce(
@@ -74,15 +86,18 @@ def all_reduce(
     *,
     one_shot: bool = False,
     in_switch: bool = True,
+    quantised: bool = False,
 ) -> Transfer:
     """An all-reduce of `nbytes` over `ranks`, on links from the innermost outwards.
 
     Nothing for one rank. `ranks` must not exceed what the last link joins. `one_shot` (kernels that
-    read peers' buffers, in two shots too) and `in_switch` say whether those ways are open to it,
-    where a link has them.
+    read peers' buffers, in two shots too), `in_switch` and `quantised` (fewer bits of each number
+    on the wire) say whether those ways are open to it, where a link has them.
     """
     if not in_switch:
         links = [replace(link, switch_gb_s=0.0) for link in links]
+    if not quantised:
+        links = [replace(link, quantised_gb_s=0.0) for link in links]
     if ranks == 1:
         return Transfer()
     inner = links[0]
@@ -127,23 +142,33 @@ def _joining(link: Link, group: int) -> Link:
 
 def _within(nbytes: float, ranks: int, link: Link, one_shot: bool) -> Transfer:
     """Over one link, by its fastest protocol and algorithm."""
-    base, sent, ways = link.base_us * 1e-6, 2 * (ranks - 1) / ranks * nbytes, []
+    base, sent, ways = link.base_us * 1e-6, 2 * (ranks - 1) / ranks * nbytes, list[Transfer]()
     for protocol in link.protocols:
         step, bandwidth = protocol.step_us * 1e-6, protocol.gb_s * 1e9
         fixed = base + protocol.more_us * 1e-6
         if link.algorithm in ("ring", "ring or tree", ACROSS):
-            ways.append(Transfer(fixed + 2 * (ranks - 1) * step, sent / bandwidth))
+            way = _named("ring", protocol.name)
+            ways.append(Transfer(fixed + 2 * (ranks - 1) * step, sent / bandwidth, way))
         if link.algorithm in ("tree", "ring or tree", ACROSS):
             steps = 2 * math.ceil(math.log2(ranks))
-            ways.append(Transfer(fixed + steps * step, 2 * nbytes / bandwidth))
-    if link.switch_gb_s:
-        ways.append(Transfer(base + link.switch_us * 1e-6, nbytes / (link.switch_gb_s * 1e9)))
-    if one_shot and link.one_shot_us:
-        widest = max(p.gb_s * 1e9 for p in link.protocols)
-        ways.append(Transfer(link.one_shot_us * 1e-6, (ranks - 1) * nbytes / widest))
-    if one_shot and link.two_shot_gb_s:
-        ways.append(Transfer(link.two_shot_us * 1e-6, sent / (link.two_shot_gb_s * 1e9)))
+            way = _named("tree", protocol.name)
+            ways.append(Transfer(fixed + steps * step, 2 * nbytes / bandwidth, way))
+    others = [("in the switch", base + link.switch_us * 1e-6, nbytes, link.switch_gb_s)]
+    if one_shot and link.one_shot_us and ranks <= (link.one_shot_ranks or ranks):
+        read = link.one_shot_gb_s or max(p.gb_s for p in link.protocols)
+        others.append(("one-shot kernel", link.one_shot_us * 1e-6, (ranks - 1) * nbytes, read))
+    if one_shot:
+        others.append(("two-shot kernel", link.two_shot_us * 1e-6, sent, link.two_shot_gb_s))
+    quantised = f"quantised by {link.quantised_by}"
+    others.append((quantised, link.quantised_us * 1e-6, sent, link.quantised_gb_s))
+    ways += [
+        Transfer(fixed, moved / (rate * 1e9), way) for way, fixed, moved, rate in others if rate
+    ]
     return min(ways, key=lambda way: way.seconds)
+
+
+def _named(algorithm: str, protocol: str) -> str:
+    return f"{algorithm}, {protocol}" if protocol else algorithm
 
 
 def _across(nbytes: float, ranks: int, inner: Link, outer: Link) -> Transfer:
@@ -155,16 +180,18 @@ def _across(nbytes: float, ranks: int, inner: Link, outer: Link) -> Transfer:
         bandwidth = min(near.gb_s, group * far.gb_s) * 1e9
         base = inner.base_us + outer.base_us + near.more_us + far.more_us
         ring = base + (once - crossing) * near.step_us + crossing * far.step_us
-        ways.append(Transfer(ring * 1e-6, once / ranks * nbytes / bandwidth))
+        moving = once / ranks * nbytes / bandwidth
+        ways.append(Transfer(ring * 1e-6, moving, _named("ring across nodes", name)))
         tree = base + 2 * (group - 1) * near.step_us + deep * far.step_us
         reached = bandwidth * _correction(name, nbytes)
-        ways.append(Transfer(tree * 1e-6, 2 * nbytes / reached))
+        moving = 2 * nbytes / reached
+        ways.append(Transfer(tree * 1e-6, moving, _named("tree across nodes", name)))
     if inner.switch_gb_s:
         near, far = inner.protocols[-1], outer.protocols[-1]  # NVLSTree has Simple only
         bandwidth = min(inner.switch_gb_s, group * far.gb_s) * 1e9
         base = inner.base_us + outer.base_us + near.more_us + far.more_us
         fixed = base + inner.switch_us + deep * far.step_us
-        ways.append(Transfer(fixed * 1e-6, nbytes / bandwidth))
+        ways.append(Transfer(fixed * 1e-6, nbytes / bandwidth, "tree of the nodes' switches"))
     return min(ways, key=lambda way: way.seconds)
 
 

@@ -163,6 +163,18 @@ def one_track_each(row: Row, setting: Setting) -> Row:
     return _rows([replace(row.candidate, tracks=setting.ranks)], setting)[-1]
 
 
+def quantised_by(setting: Setting) -> str:
+    """What would all-reduce with fewer bits of each number here, where the engine doesn't."""
+    inner = setting.hardware.links[:1] if setting.engine.quantised == "none" else ()
+    return next((x.quantised_by for x in inner if 1 < setting.ranks <= x.ranks), "")
+
+
+def quantised(rows: Sequence[Row], setting: Setting) -> list[Row]:
+    """The rows with blocking all-reduces that send fewer bits, which changes what is computed."""
+    engine = replace(setting.engine, quantised="blocking")
+    return _rows([row.candidate for row in rows[1:]], replace(setting, engine=engine))
+
+
 def over_batches(candidates: Sequence[Candidate], setting: Setting) -> dict[int, list[Row]]:
     """Rows at batch 1, 2, 4, ... 256, as far as the device's memory holds weights and cache."""
     found = {}
@@ -204,10 +216,13 @@ def faster(hardware: Hardware, times: float) -> Hardware:
             link,
             base_us=link.base_us / times,
             one_shot_us=link.one_shot_us / times,
+            one_shot_gb_s=link.one_shot_gb_s * times,
             two_shot_us=link.two_shot_us / times,
             two_shot_gb_s=link.two_shot_gb_s * times,
             switch_us=link.switch_us / times,
             switch_gb_s=link.switch_gb_s * times,
+            quantised_us=link.quantised_us / times,
+            quantised_gb_s=link.quantised_gb_s * times,
             protocols=tuple(
                 replace(
                     p, step_us=p.step_us / times, gb_s=p.gb_s * times, more_us=p.more_us / times

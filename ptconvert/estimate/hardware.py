@@ -29,6 +29,7 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from ptconvert.errors import HardwareError
 from ptconvert.estimate.sources import Sources
@@ -84,8 +85,9 @@ class Device:
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     """One way of moving a message over a link: `step_us` per hop, `gb_s` (1e9 B/s) per rank, and
-    `more_us` of fixed time beyond the link's."""
+    `more_us` of fixed time beyond the link's. It may have a `name`, such as NCCL's."""
 
+    name: str = ""
     step_us: float = number(about=_LATENCY)
     gb_s: float = number(1e-6, about=_BANDWIDTH)
     more_us: float = number(default=0.0, about=_LATENCY)
@@ -98,11 +100,17 @@ class Link:
     `base_us` is the fixed time of one all-reduce. Ring all-reduces take 2(n-1) steps, trees
     2 ceil(log2 n); where this link joins nodes by NCCL (`across nodes`), both run over all ranks of
     all nodes in one protocol, and this link and the one before it have NCCL's three, LL, LL128 and
-    Simple. `one_shot_us` is the fixed time of a kernel that reads all peers' buffers at once, and
-    `two_shot_us` and `two_shot_gb_s` (1e9 B/s per rank) are of one that reads each peer's part, and
-    then the sums; 0 where peers can't be read. `switch_us` and `switch_gb_s` (1e9 bytes of the
-    message per second) are of a reduction in the switch, 0 where there is none. The fastest way is
-    taken at each message size.
+    Simple. `one_shot_us` is the fixed time of a kernel that reads all peers' buffers at once, at
+    `one_shot_gb_s` (1e9 B/s per rank; 0 where that is the fastest protocol's), among
+    `one_shot_ranks` at most (0 where it serves all), and `two_shot_us` and `two_shot_gb_s` are of
+    one that reads each peer's part, and then the sums; 0 where peers can't be read. `switch_us` and
+    `switch_gb_s` (1e9 bytes of the message per second) are of a reduction in the switch, 0 where
+    there is none. The fastest way is taken at each message size.
+
+    `fused_norm_mb` (1e6 B) is up to which message there are kernels that all-reduce, add the sum to
+    the stream and normalise it, 0 where there are none. `quantised_us` and `quantised_gb_s` (1e9
+    B/s, of the numbers as they are) are of a two-shot kernel that sends fewer bits of each, which
+    changes what a model computes; `quantised_by` says which it is, and how it is turned on.
     """
 
     name: str
@@ -110,10 +118,16 @@ class Link:
     base_us: float = number(about=_LATENCY)
     algorithm: str = choice("ring", "tree", "ring or tree", ACROSS)
     one_shot_us: float = number(default=0.0, about=_LATENCY)
+    one_shot_gb_s: float = number(default=0.0, about=_BANDWIDTH)
+    one_shot_ranks: int = number(0, 2**20, 0)
     two_shot_us: float = number(default=0.0, about=_LATENCY)
     two_shot_gb_s: float = number(default=0.0, about=_BANDWIDTH)
     switch_us: float = number(default=0.0, about=_LATENCY)
     switch_gb_s: float = number(default=0.0, about=_BANDWIDTH)
+    fused_norm_mb: float = number(default=0.0)
+    quantised_us: float = number(default=0.0, about=_LATENCY)
+    quantised_gb_s: float = number(default=0.0, about=_BANDWIDTH)
+    quantised_by: str = ""
     protocols: tuple[Protocol, ...]
 
 
@@ -204,6 +218,8 @@ class Engine:
     - `one_shot`, `in_switch`: the endings whose all-reduces may be kernels that read peers'
       buffers, in one shot or two, up to `shot_mb` (1e6 B), and reductions in the switch: an
       engine's blocking all-reduces and its overlapped ones are often different libraries'.
+      `fused_norm`: those whose kernels add and normalise, too, where a link has such kernels and a
+      norm follows; `quantised`: those that may send fewer bits, where a link has that.
     """
 
     version: str = ""
@@ -233,6 +249,8 @@ class Engine:
     one_shot: str = choice(*_ENDINGS)
     shot_mb: float = number(default=1e9)
     in_switch: str = choice(*_ENDINGS)
+    fused_norm: str = choice("none", "blocking", default="none")
+    quantised: str = choice(*_ENDINGS, default="none")
     sources: Sources = field(default_factory=Sources)
 
     def serving(self, converted: bool) -> Engine:
@@ -311,10 +329,15 @@ def to_yaml(row: Hardware) -> str:
     fields = {"format": FORMAT, **{f.name: getattr(row, f.name) for f in dataclasses.fields(row)}}
     fields["device"] = dataclasses.asdict(row.device)
     fields["links"] = [
-        {**dataclasses.asdict(link), "protocols": list(map(dataclasses.asdict, link.protocols))}
+        {**_said(link), "protocols": [_said(protocol) for protocol in link.protocols]}
         for link in row.links
     ]
     fields["sources"] = row.sources.by_kind()
     if not row.accuracy:
         del fields["accuracy"]
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _said(row: Link | Protocol) -> dict[str, Any]:
+    """Its fields, less texts that are empty."""
+    return {name: value for name, value in dataclasses.asdict(row).items() if value != ""}

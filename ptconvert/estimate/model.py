@@ -16,14 +16,16 @@ from ptconvert.estimate.roofline import (
     Pass,
     head_seconds,
     joining_part,
+    kernel_seconds,
     logits_of,
     rank_bytes,
     stage_seconds,
 )
 from ptconvert.estimate.timeline import Timeline, run
+from ptconvert.models.families import Layer
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.schedule import Schedule
-from ptconvert.schedule.stages import BLOCKS, Sublayer
+from ptconvert.schedule.stages import BLOCKS, Kind, Sublayer
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,44 @@ def step(
     carried = [shape.payloads(sublayers) for sublayers in schedule.carried]
     of = {n: reduction(shape, hardware, engine, ranks, one, n) for n in set(carried)}
     moved = [of[streams] for streams in carried]
+    if any(reduced.fused for reduced in moved):
+        saved = kernel_seconds(1.0, hardware.device, engine, one)
+        for index in norms_after(schedule, shape):
+            less = saved if moved[index].fused else 0.0
+            if index + 1 < len(stages):
+                stages[index + 1] -= less
+            else:
+                head -= less
     outside = vocabulary_seconds(shape, hardware, engine, ranks, one)
     return run(schedule, stages, head, moved, hardware.device, outside)
+
+
+def norms_after(schedule: Schedule, shape: ModelShape) -> list[int]:
+    """The stages whose all-reduce is waited for and right after which come an addition to the
+    stream and a norm, as vLLM's pass that fuses the three wants it: what follows has one kernel
+    less then. In a conversion they don't where other all-reduces are merged there as well, or where
+    an output bias is added to the sum; of a model as it is one rank adds it before.
+    """
+    biased: set[tuple[Kind, Layer]] = set()
+    if schedule != shape.dense:
+        first = {kind: layer for layer, kind in reversed(list(enumerate(shape.kinds)))}
+        biased = {
+            (which, kind)
+            for kind, layer in first.items()
+            for which in Kind
+            for rule in shape.rules_of(layer)
+            if rule.is_common_bias and shape.runs_in(rule, Sublayer(layer, which))
+        }
+    adding = {
+        step.bucket
+        for step in schedule.program
+        if any((s.kind, shape.kinds[s.layer]) in biased for s in step.sublayers)
+    }
+    return [
+        step.index
+        for step in schedule.program
+        if step.merges == (step.index,) and not step.overlapped and step.index not in adding
+    ]
 
 
 def serving(engine: Engine, schedule: Schedule, shape: ModelShape) -> Engine:
@@ -138,9 +176,12 @@ def reduction(
     shape: ModelShape, hardware: Hardware, engine: Engine, ranks: int, one: Pass, streams: int = 1
 ) -> Reduction:
     """One all-reduce of a pass, of so many streams, in the ways that the engine opens to each kind
-    of ending."""
+    of ending.
 
-    nbytes = streams * one.total * shape.bytes_per_token
+    A blocking one is `fused` with the addition and the norm after it, up to the size that the
+    innermost link says, among its ranks.
+    """
+    nbytes, inner = streams * one.total * shape.bytes_per_token, hardware.links[:1]
 
     def ended(ending: str) -> Transfer:
         return all_reduce(
@@ -149,9 +190,13 @@ def reduction(
             hardware.links,
             one_shot=engine.one_shot in ("all", ending) and nbytes <= engine.shot_mb * 1e6,
             in_switch=engine.in_switch in ("all", ending),
+            quantised=engine.quantised in ("all", ending),
         )
 
-    return Reduction(ended("blocking"), ended("overlapped"))
+    fused = engine.fused_norm == "blocking" and any(
+        1 < ranks <= link.ranks and nbytes <= link.fused_norm_mb * 1e6 for link in inner
+    )
+    return Reduction(ended("blocking"), ended("overlapped"), fused)
 
 
 def vocabulary_seconds(
@@ -192,9 +237,9 @@ def draft_seconds(
     computed = stage_seconds(sublayers, shape, device, alone, ranks, one)
     computed += joining_part(shape, one).seconds(device, alone)
     computed += head_seconds(shape, device, alone, ranks, one)
-    waited = (1 if shape.family.parallel else 2) * reduction(
-        shape, hardware, alone, ranks, one
-    ).blocking.seconds
+    moved = reduction(shape, hardware, alone, ranks, one)
+    norm = moved.fused * kernel_seconds(1.0, device, alone, one)
+    waited = (1 if shape.family.parallel else 2) * (moved.blocking.seconds - norm)
     waited += vocabulary_seconds(shape, hardware, alone, ranks, one)
     return speculation.drafted * (computed + waited)
 

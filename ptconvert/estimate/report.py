@@ -20,6 +20,8 @@ from ptconvert.estimate.compare import (
     over_batches,
     over_link_speed,
     over_ranks,
+    quantised,
+    quantised_by,
     several_tracks,
 )
 from ptconvert.estimate.hardware import Hardware
@@ -178,6 +180,29 @@ def notes(rows: Sequence[Row], setting: Setting) -> list[str]:
             f"The model is served in {dtype(setting)}, but the hardware's rate of matrix products "
             f"is that of {device.matmul_dtype}: prefills will be off."
         )
+    return [*found, *_all_reduced(rows, setting)]
+
+
+def _all_reduced(rows: Sequence[Row], setting: Setting) -> list[str]:
+    """By which all-reduces tensor parallelism is estimated, and what fewer bits would change."""
+    s = setting
+    if s.ranks == 1:
+        return []
+    dense = s.engine.serving(converted=False)
+    ways = {
+        what: reduction(s.shape, s.hardware, dense, s.ranks, one).way
+        for what, one in _passes(s).items()
+    }
+    by = "; ".join(f"{way} (a {what})" for what, way in reversed(ways.items()))
+    found = [f"{BASELINE} all-reduces by {by}."]
+    if name := quantised_by(s):
+        fewer = quantised(rows, s)
+        gains = "; ".join(f"{row.candidate.name} {row.speed_up:.2f}" for row in fewer[1:])
+        found.append(
+            f"With {name}, which changes what is computed and isn't counted above, {BASELINE} "
+            f"would have a TTFT of {fewer[0].estimate.ttft * 1e3:,.1f} ms, and speed-ups would be: "
+            f"{gains}."
+        )
     return found
 
 
@@ -332,8 +357,9 @@ def _stage_by_hand(
     s, device = setting, setting.hardware.device
     parts = sublayer_parts(sublayer, s.shape, s.engine, s.ranks, one)
     roofline = sum(part.seconds(device, s.engine) for part in parts)
-    fixed = kernel_seconds(kernels_of(sublayer.kind, s.engine, one), device, s.engine, one)
     moved = reduction(s.shape, s.hardware, s.engine, s.ranks, one)
+    kernels = kernels_of(sublayer.kind, s.engine, one) - moved.fused  # its norm is the all-reduce's
+    fixed = kernel_seconds(kernels, device, s.engine, one)
     return [
         what,
         name,
