@@ -180,6 +180,12 @@ def test_the_answer_says_what_is_measured_and_what_is_assumed(tmp_path: Path) ->
             if path != "links.0.one_shot_us":  # there is none
                 line = re.search(f">{path}</td>.*?</tr>", text, flags=re.DOTALL)
                 assert line and source in line[0] and f">{kind.replace('_', ' ')}<" in line[0]
+    engine = json.loads(run_command(*given, "--json")[0])["engine_sources"]
+    assert engine == read_engine("vllm").sources.by_kind() and engine["measured"]["step_us"]
+    for kind, texts in engine.items():
+        for path, source in texts.items():
+            line = re.search(f">{path}</td>.*?</tr>", text, flags=re.DOTALL)
+            assert line and source in line[0] and f">{kind.replace('_', ' ')}<" in line[0]
 
 
 def test_the_answer_names_the_all_reduces_of_tensor_parallelism(tmp_path: Path) -> None:

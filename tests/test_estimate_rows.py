@@ -99,6 +99,15 @@ def test_every_number_of_a_packaged_row_has_its_source(name: str) -> None:
         assert UNSAID not in origins(row, row.sources)
 
 
+@pytest.mark.parametrize("name", [*hardware_names(), *engine_names()])
+def test_every_published_number_has_the_year_of_its_source(name: str) -> None:
+    """Of measurements and of data sheets; what is assumed may be a model's constant."""
+    read: Callable[[str], Any] = read_hardware if name in hardware_names() else read_engine
+    sources = read(name).sources
+    for path, source in {**sources.measured, **sources.data_sheet}.items():
+        assert re.search(r"\b20[0-3]\d\b", source), f"{name}: {path}: {source}"
+
+
 def test_the_hardware_that_the_issues_name_is_there() -> None:
     names = set(hardware_names())
     assert {"h100-sxm", "h200-sxm", "h100-pcie", "h100-sxm-p2p-off", "a100-sxm"} <= names

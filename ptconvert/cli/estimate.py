@@ -186,6 +186,7 @@ def _estimate(
         "engine_date": engine.date,
         "accuracy": accuracy(setting),
         "sources": row.sources.by_kind(),
+        "engine_sources": engine.sources.by_kind(),
         "ranks": ranks,
         "batch": workload.batch,
         "prompt_tokens": workload.prompt,

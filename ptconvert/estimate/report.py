@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from itertools import compress
 
 from markupsafe import Markup
@@ -24,7 +25,7 @@ from ptconvert.estimate.compare import (
     quantised_by,
     several_tracks,
 )
-from ptconvert.estimate.hardware import Hardware
+from ptconvert.estimate.hardware import Engine, Hardware
 from ptconvert.estimate.model import Estimate, Workload, reduction, vocabulary_seconds
 from ptconvert.estimate.roofline import Pass, kernel_seconds, kernels_of, sublayer_parts
 from ptconvert.estimate.server import Served
@@ -89,6 +90,8 @@ def to_html(rows: Sequence[Row], setting: Setting, served: Served | None = None)
         what_if=_what_if([row.candidate for row in rows[1:]], s),
         origins=origins(s.hardware, s.hardware.sources),
         numbers=_numbers(s.hardware),
+        engine=served_by(s),
+        engine_numbers=_engine_numbers(s.engine),
         limits=LIMITS,
         schedules=[(row.candidate.name, row.candidate.schedule) for row in rows[1:]],
     )
@@ -315,6 +318,17 @@ def _numbers(hardware: Hardware) -> list[list[str]]:
         [number.path, f"{number.value:g}", *hardware.sources.of(number.path)]
         for number in numbers(hardware)
         if not number.is_default
+    ]
+
+
+def _engine_numbers(engine: Engine) -> list[list[str]]:
+    """What the engine's row says a source for, numbers and words."""
+    given = {f.name: getattr(engine, f.name) for f in fields(engine)}
+    sources = {name: engine.sources.of(name) for name in given}
+    return [
+        [name, f"{value:g}" if isinstance(value, float | int) else value, *sources[name]]
+        for name, value in given.items()
+        if sources[name][1]
     ]
 
 
