@@ -149,6 +149,18 @@ def test_tracks_with_kv_heads_of_their_own_need_more_memory(tmp_path: Path) -> N
     assert "tracks needs 86 GB for weights and cache on each rank, which has 80 GB" in out
 
 
+def test_gpt_oss_is_estimated_as_it_is_published() -> None:
+    """MXFP4 in its experts, 4 bits of each number and 8 for every 32, the rest of its 116.83e9 in
+    bf16: so 120B fits two H100."""
+    given = ("--model", "gpt-oss-120b", "--hardware", "h100-sxm", "--ranks", 2, "--json")
+    (base, *_) = json.loads(run_command(*given)[0])["rows"]
+    experts = 36 * 128 * 3 * 2880**2
+    weights = experts * 4.25 / 8 + (116.83e9 - experts) * 2
+    cache = 18 * 2 * 8 * 64 * 2 * (1536 + 128)  # half of the layers keep a window of it
+    assert base["bytes_per_rank"] == pytest.approx((weights + cache) / 2, rel=0.01)
+    assert base["bytes_per_rank"] < 40e9
+
+
 def test_notes_and_the_accuracy_say_what_was_not_checked() -> None:
     text = {n: " ".join(run_command(*GIVEN, "--dtype", n)[0].split()) for n in DTYPES}
     assert "served in float32, but the hardware's rate of matrix products" in text["float32"]
