@@ -253,8 +253,8 @@ def test_a_small_model_over_nvlink_is_not_worth_it() -> None:
     assert out.endswith(said["text"]) and said["text"].startswith("Don't convert")
 
 
-def test_over_pcie_it_is() -> None:
-    found = figures("--model", "llama-3.1-8b", "--hardware", "h100-pcie")
+def test_over_pcie_without_peer_to_peer_it_is() -> None:
+    found = figures("--model", "llama-3.1-8b", "--hardware", "rtx-pro-6000-p2p-off")
     said, rows = found["verdict"], {row["name"]: row for row in found["rows"]}
     assert found["ranks"] == 8 and {row["tracks"] for row in rows.values()} == {8}
     assert list(rows) == ["tensor_parallel", "gentle", "balanced", "aggressive"]
@@ -266,7 +266,7 @@ def test_over_pcie_it_is() -> None:
     assert said["gains"]["tokens_per_second"] == pytest.approx(best / half - 1)
     assert best / half < rows["aggressive"]["speed_up"]["tokens_per_second"]
     assert said["requests_at_once"] == 8
-    out, _ = run_command("llama-3.1-8b", "--hardware", "h100-pcie")
+    out, _ = run_command("llama-3.1-8b", "--hardware", "rtx-pro-6000-p2p-off")
     assert out.endswith(said["text"]) and "layers: 2-31, use: parallel_track, depth: 4" in out
     for way in said["ways"][-2:]:
         line = f"{way['name']} 0 0 {way['ttft_seconds'] * 1e3:.1f} {way['tpot_seconds'] * 1e3:.2f}"
@@ -275,7 +275,7 @@ def test_over_pcie_it_is() -> None:
 
 def test_many_small_requests_want_replicas() -> None:
     said = figures("llama-3.2-1b", "--hardware", "h100-pcie", "--batch", 128)["verdict"]
-    assert said["convert"] is False and said["instead"] == "replicas"
+    assert said["convert"] is False and said["instead"].startswith("replicas")
 
 
 def test_replicas_need_the_whole_model_on_a_device(tmp_path: Path) -> None:
@@ -356,10 +356,11 @@ def test_of_a_box_as_many_ranks_as_the_model_can_be_shared_among() -> None:
 
 def test_fewer_tracks_are_named_where_they_would_be_worth_it() -> None:
     """Four tracks on each rank lose what one on each would gain."""
-    spec = ROOT / "specs" / "llama-3.1-8b-balanced.yaml"
-    out, _ = run_command(spec, "--model", "llama-3.1-8b", "--hardware", "h100-pcie", "--ranks", 2)
+    spec, row = ROOT / "specs" / "llama-3.1-8b-balanced.yaml", "rtx-pro-6000-p2p-off"
+    out, _ = run_command(spec, "--model", "llama-3.1-8b", "--hardware", row, "--ranks", 2)
     gain = re.search(r"llama-3.1-8b-balanced with a track for each rank would gain (\d+)%", out)
     assert "Don't convert" in out and gain and 5 <= int(gain[1]) < 20
+    assert "%: convert it so, or serve it tensor parallel as it is." in out
 
 
 @pytest.fixture

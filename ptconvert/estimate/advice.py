@@ -209,7 +209,7 @@ def verdict(advice: Advice) -> str:
     if advice.alone:
         return f"Don't convert: one rank has no all-reduce to save.{_crowd(advice, other)}"
     if not advice.schedules:
-        return f"Don't convert: no schedule fits the devices. {_as_it_is(advice, other)}"
+        return f"Don't convert: no schedule fits the devices. Serve{_as_it_is(advice, other)}"
     best = advice.schedules[0]
     gains = best.gains(other)
     parts = f"{_faster(gains['ttft'])} prefill, {_faster(gains['tpot'])} decode"
@@ -224,7 +224,7 @@ def verdict(advice: Advice) -> str:
         return (
             f"Don't convert{_limited(advice)}: the best schedule, {best.name}, {found} "
             f"{other.name} ({parts}), and {WORTH:.0%} is the least that is worth it. "
-            f"{_retracked(advice, other)}{_as_it_is(advice, other)}"
+            f"{_retracked(advice, other) or 'Serve'}{_as_it_is(advice, other)}"
         )
     about = f" ({best.about})" if best.about else ""
     text = (
@@ -254,7 +254,7 @@ def _retracked(advice: Advice, other: Way) -> str:
         for way in advice.retracked
         if way.fits and way.rate >= (1 + WORTH) * other.rate
     ]
-    return f"But {'; '.join(found)}: convert it so. " if found else ""
+    return f"But {'; '.join(found)}: convert it so, or serve" if found else ""
 
 
 def _cost(way: Way) -> str:
@@ -262,7 +262,7 @@ def _cost(way: Way) -> str:
 
 
 def _as_it_is(advice: Advice, way: Way) -> str:
-    return f"Serve it {way.as_it_is}.{_crowd(advice, way)}"
+    return f" it {way.as_it_is}.{_crowd(advice, way)}"
 
 
 def _for_crowd(advice: Advice) -> Way | None:
