@@ -69,8 +69,8 @@ def test_gpus_are_measured_for_what_serves_on_them(monkeypatch: pytest.MonkeyPat
     """vLLM, whose kernels are in a graph: not the time that the host takes to launch one."""
     monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 3))
     results = found(2, base=4e-4, step=2e-5, per_byte=1e-9, overlapped=5e-3)
-    for result, seconds in zip(results, (1.9e-6, 2.1e-6), strict=True):
-        result["in_graph"] = seconds
+    for result, kernel in zip(results, (1.9e-6, 2.1e-6), strict=True):
+        result["in_graph"] = kernel
         result["sweep"] = json.loads(json.dumps(result["sweep"]).replace('"gloo"', '"nccl"'))
     row = measure.to_measured(results, "nccl", ENGINE).hardware
     assert row.engine == "vllm" and row.device.kernel_us == pytest.approx(2.1)
