@@ -29,8 +29,12 @@ $ ptconvert estimate --model llama-3.1-70b --hardware rtx-pro-6000-pcie
 
 Worth trying: `gentle`, which rewrites no tensor, gains a third of what `aggressive` does. A
 prefill gains the most, as its all-reduces wait for the bytes that PCIe moves. The row has NCCL's
-times behind PCIe switches; engines with one-shot kernels for PCIe make tensor parallelism faster
-than here, and the gain smaller. Without peer-to-peer it is larger:
+times behind PCIe switches. Kernels that others wrote for these cards make tensor parallelism faster,
+without a conversion; where you can have them, take them first:
+
+$ ptconvert estimate --model llama-3.1-70b --hardware rtx-pro-6000-pcie-one-shot
+
+Without peer-to-peer there is more to gain:
 
 $ ptconvert estimate --model llama-3.1-70b --hardware rtx-pro-6000-p2p-off
 
@@ -42,15 +46,9 @@ $ ptconvert estimate --model llama-3.1-70b --hardware rtx-pro-6000-pcie --ranks 
 
 $ ptconvert estimate --model llama-3.1-405b --hardware 2x8-h100-sxm-ib400
 
-All-reduces of 16 ranks cross InfiniBand, and that is what a schedule saves. A pipeline of 16
-stages is nobody's choice: two stages of 8 are. `estimate` doesn't try groups, but for one request
-at a time these take as long as 8 ranks with all the layers, which no node holds:
-
-$ ptconvert estimate --model llama-3.1-405b --hardware 2x8-h100-sxm-ib400 --ranks 8
-
-So for one request at a time convert, and serve on all 16 ranks: their tensor parallelism is faster
-than two stages already. Within the stages, over NVLink, don't: there is less to gain than is worth
-a conversion. Of the 12 published speed-ups on two such nodes 11 are higher than estimated here, by
+All-reduces of 16 ranks cross InfiniBand, and that is what a schedule saves. The usual way around
+them, two stages of 8 ranks, is slower even than tensor parallelism over both nodes, for one request
+and for 16: a token goes through one node after the other. Of the 12 published speed-ups on two such nodes 11 are higher than estimated here, by
 up to 4%.
 
 ## A 35B mixture on two DGX Spark

@@ -266,8 +266,8 @@ def test_the_rate_falls_only_where_a_prompt_takes_a_step_more(
 
 
 def test_a_servers_verdict_is_of_its_load() -> None:
-    """By what it serves at most, or by a token's time, each against the best of all others, where
-    it doesn't lose as much of the other of the two."""
+    """By a token's time at its rate, or by what it serves at most where tokens take no longer, each
+    against the best of all others."""
 
     def of(ours: Server, *others: Server) -> str:
         return Served(Load(2.0, 2048), [*others, ours]).verdict
@@ -293,8 +293,9 @@ def test_a_servers_verdict_is_of_its_load() -> None:
         "As a server: don't convert: ours serves 3.00 requests a second at most, replicas 3.10; a "
         "token takes 9.80 ms, with dense 10.00."
     )
-    assert "don't" in of(way("ours", 2.0, 0.009), slow, quick)  # a third of the rate is lost
-    assert "convert: ours" in of(way("ours", 3.0, 0.009), slow, quick)[12:]
+    assert "As a server: convert" in of(way("ours", 3.0, 0.009), slow, quick)
+    assert "As a server: convert" in of(way("ours", 3.4, 0.0104), slow, quick)
+    assert "don't" in of(way("ours", 3.4, 0.011), slow, quick)  # a token takes 10% longer
     lost = of(way("ours", 3.5, None), slow, quick)
     assert "don't convert" in lost and "ours saturates, dense doesn't" in lost
     assert of(way("ours", 0.0, None), way("dense", 3.0, 0.01)) == ""

@@ -197,6 +197,8 @@ def _all_reduced(rows: Sequence[Row], setting: Setting) -> list[str]:
         for what, one in _passes(s).items()
     }
     by = "; ".join(f"{way} (a {what})" for what, way in reversed(ways.items()))
+    if len(set(ways.values())) == 1:
+        by = next(iter(ways.values()))
     found = [f"{BASELINE} all-reduces by {by}."]
     if name := quantised_by(s):
         fewer = quantised(rows, s)

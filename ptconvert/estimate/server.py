@@ -153,8 +153,8 @@ class Served:
         """Convert for this load, or don't, in a sentence; nothing where no schedule, or nothing
         else, holds a request.
 
-        A schedule is worth it by what it serves at most, or by a token's time, each against the
-        best that leaves the model as it is, where it doesn't lose as much of the other.
+        A schedule is worth it by a token's time at this rate, or by what it serves at most where a
+        token takes no longer, each against the best that leaves the model as it is.
         """
         ours, others = ([x for x in self.fits if x.converts is c] for c in (True, False))
         if not ours or not others:
@@ -162,15 +162,14 @@ class Served:
         most = max(others, key=lambda x: x.most)
         quick = min(others, key=lambda x: x.tpot)
 
-        def gains(x: Server) -> list[float]:
-            by_tokens = 0.0 if x.tpot == quick.tpot else quick.tpot / x.tpot - 1
-            return sorted([x.most / most.most - 1, by_tokens])
+        def sooner(x: Server) -> float:
+            return 0.0 if x.tpot == quick.tpot else quick.tpot / x.tpot - 1
 
         def worth(x: Server) -> bool:
-            least, best = gains(x)
-            return best >= WORTH and least > -WORTH
+            more = x.most / most.most - 1
+            return sooner(x) >= WORTH or (more >= WORTH and sooner(x) > -WORTH)
 
-        best = max(ours, key=lambda x: (worth(x), sum(gains(x)), x.most))
+        best = max(ours, key=lambda x: (worth(x), sooner(x), x.most))
         found = (
             f"{best.name} serves {best.most:,.2f} requests a second at most, {most.name} "
             f"{most.most:,.2f}"
