@@ -328,7 +328,7 @@ def test_a_server_is_printed(tmp_path: Path) -> None:
     assert replicas["running"] > base["running"] > ours["running"]  # the slower, the more
     many = run_command(*GIVEN, "--rate", 1000)[0]
     said = " ".join(many.split())
-    assert said.count("note:") == 1 and "note: At 1000 requests a second these saturate" in said
+    assert said.count("note:") == 2 and "note: At 1000 requests a second these saturate" in said
     assert (
         f"tensor_parallel, at most {base['most_requests_per_second']:,.2f} ({base['limited_by']})"
         in said
