@@ -322,7 +322,7 @@ def test_a_server_is_printed(tmp_path: Path) -> None:
     replicas = ways["replicas"]
     assert base["name"] == "tensor_parallel" and "pipeline" in ways
     assert figures["verdict"] in " ".join(run_command(*given)[0].split())
-    assert "As a server: don't convert: llama-3.1-8b-balanced" in html.unescape(text)
+    assert "As a server: convert: llama-3.1-8b-balanced" in html.unescape(text)
     assert ours["most_requests_per_second"] > base["most_requests_per_second"] > 2
     assert ours["tokens_per_second"] == pytest.approx(2 * 512)
     assert replicas["running"] > base["running"] > ours["running"]  # the slower, the more
