@@ -29,8 +29,8 @@ $ ptconvert estimate --model llama-3.1-70b --hardware rtx-pro-6000-pcie
 
 Worth trying: `gentle`, which rewrites no tensor, gains a third of what `aggressive` does. A
 prefill gains the most, as its all-reduces wait for the bytes that PCIe moves. The row has NCCL's
-times behind PCIe switches. Kernels that others wrote for these cards make tensor parallelism faster,
-without a conversion; where you can have them, take them first:
+times behind PCIe switches. Kernels that others wrote for these cards make tensor parallelism
+faster without a conversion; where you can have them, take them first:
 
 $ ptconvert estimate --model llama-3.1-70b --hardware rtx-pro-6000-pcie-one-shot
 
@@ -48,8 +48,8 @@ $ ptconvert estimate --model llama-3.1-405b --hardware 2x8-h100-sxm-ib400
 
 All-reduces of 16 ranks cross InfiniBand, and that is what a schedule saves. The usual way around
 them, two stages of 8 ranks, is slower even than tensor parallelism over both nodes, for one request
-and for 16: a token goes through one node after the other. Of the 12 published speed-ups on two such nodes 11 are higher than estimated here, by
-up to 4%.
+and for 16: a token goes through one node after the other. Of the 12 published speed-ups on two such
+nodes 11 are higher than estimated here, by up to 4%.
 
 ## A 35B mixture on two DGX Spark
 

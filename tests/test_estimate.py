@@ -476,8 +476,7 @@ def test_a_vocabulary_cut_by_rank_is_exchanged_in_every_pass() -> None:
     the embedding of a conversion whole."""
     one, link = Pass(16, 1, past=100), read_hardware("4-workstations-10gbe").links[0]
     hardware = replace(H100, links=(link,))
-    whole = {"converted_embedding": "", "converted_lm_head": ""}
-    alone = replace(VLLM, vocabulary="replicated", **whole)
+    alone = replace(VLLM, vocabulary="replicated", converted_embedding="", converted_lm_head="")
     for schedule in (dense_schedule(LAYERS), SCHEDULES["parallel_track"]):
         with_it, without = (step(schedule, SHAPE, hardware, e, 2, one) for e in (VLLM, alone))
         embedded = seconds(16 * 8192 * 2, 2, [link], one_shot=True, in_switch=False)

@@ -143,7 +143,7 @@ def test_tracks_with_kv_heads_of_their_own_need_more_memory(tmp_path: Path) -> N
     given = (spec, "--model", config, "--hardware", "h100-sxm", "--ranks", 8, "--batch", 700)
     base, ours = json.loads(run_command(*given, "--json")[0])["rows"]
     head = 2 * 128 * 2  # a key's and a value's bytes
-    more = 40 * head * (700 * 1536 + 8192)  # the cache and the weights of one more head
+    more: float = 40 * head * (700 * 1536 + 8192)  # the cache and the weights of one more head
     more += 128256 * 8192 * 2 * 7 / 8  # and all of the embedding, not an eighth of it
     assert ours["bytes_per_rank"] - base["bytes_per_rank"] == pytest.approx(more)
     out = " ".join(run_command(*given)[0].split())

@@ -379,7 +379,8 @@ def rank_bytes(
         layers += count * cut // ranks * (weights + cache * size)
     cuts = (engine.cuts_embedding, engine.cuts_lm_head)
     held = [shape.vocabulary / (ranks if cut else 1) for cut in cuts]
-    # tied ones are one tensor, unless one of them is cut and the other isn't
-    vocabulary = sum(set(held) if shape.tied else held) * shape.width
+    if shape.tied:  # one tensor, unless one of them is cut and the other isn't
+        held = list(dict.fromkeys(held))
+    vocabulary = sum(held) * shape.width
     guessed = sum(math.prod(size) for _, _, size in guess_tensors(shape, guesses, 1))
     return layers + (max(tracks, ranks) // ranks * guessed + vocabulary) * size
