@@ -21,7 +21,7 @@ from ptconvert.estimate.alternatives import Served, group_sizes, named, pipeline
 from ptconvert.estimate.collective import point_to_point
 from ptconvert.estimate.compare import Setting, compare, faster
 from ptconvert.estimate.hardware import Link, Protocol, to_yaml
-from ptconvert.estimate.model import Workload, estimate, step
+from ptconvert.estimate.model import Workload, estimate, step, vocabulary_seconds
 from ptconvert.estimate.roofline import Pass, head_seconds, rank_bytes
 from ptconvert.estimate.sources import Sources
 from ptconvert.plan.frontier import to_csv
@@ -144,11 +144,15 @@ def test_groups_that_are_tensor_parallel_within() -> None:
     crosses the slow link once, the tokens once back."""
     s = setting(7)
     assert group_sizes(s) == [1, 2] and group_sizes(setting(7, ranks=1)) == []
+    three = replace(LINK, ranks=3)  # pairs would lie across what joins threes
+    across = replace(s.hardware, links=(three, replace(SLOW, ranks=6)))
+    assert group_sizes(replace(s, hardware=across, ranks=6)) == [1]
     assert [named("pipeline", g, 4) for g in (1, 2)] == ["pipeline", "pipeline 2x2"]
     engine, seen = s.engine.serving(False), {}
     for what, one in (("prefill", Pass(4, 100, 0, 121)), ("decode", Pass(4, 1, 110, 121))):
         whole = step(dense_schedule(10), s.shape, s.hardware, s.engine, 2, one).seconds
-        head = head_seconds(s.shape, s.hardware.device, engine, 2, one)
+        on = (s.hardware.device, engine, 2, one)
+        head = head_seconds(s.shape, *on) + vocabulary_seconds(s.shape, s.hardware, *on[1:])
         sent = 80e-6 + 4 * one.tokens * 8192 * 2 / 1e9 + (80e-6 + 16 / 1e9)
         seen[what] = (whole + sent, (whole - head) / 2 + head)
     found = pipeline(s, 2)
@@ -293,11 +297,22 @@ def test_replicas_need_the_whole_model_on_a_device(tmp_path: Path) -> None:
     assert nothing.endswith("weights and cache take 71 GB or more of a rank.")
 
 
+def test_what_the_engine_does_not_serve_is_not_advised() -> None:
+    """vLLM has no conversions of quantised experts; the runtime of `verify` has."""
+    asked = ("gpt-oss-120b", "--hardware", "h100-pcie")
+    said = figures(*asked)["verdict"]
+    assert said["convert"] is False and said["worth_it"] == []
+    assert said["text"].startswith("Don't convert: vllm serves no conversion of quantised experts.")
+    assert figures(*asked, "--engine", "ptconvert")["verdict"]["convert"] is True
+
+
 def test_one_rank_has_nothing_to_save() -> None:
     found = figures("llama-3.1-8b", "--hardware", "h100-pcie", "--ranks", 1)["verdict"]
     assert found["convert"] is False and len(found["ways"]) == 4
     assert found["gains"]["tokens_per_second"] == pytest.approx(0, abs=1e-9)
-    assert found["text"] == "Don't convert: one rank has no all-reduce to save."
+    assert found["text"] == (
+        "Don't convert: one rank has no all-reduce to save. Serve it as it is."
+    )
 
 
 def test_a_model_is_named_in_any_of_the_ways() -> None:
@@ -369,7 +384,7 @@ def frontier(tmp_path: Path) -> Path:
     schedules = (dense_schedule(32), *(RECIPES[i].schedule(32) for i in (1, 2)))
     file = tmp_path / "frontier.csv"
     rows = [
-        {"tracks": 8, "kl": kl, "schedule": str(schedule)}
+        {"tracks": 8, "guess": 0, "kl": kl, "schedule": str(schedule)}
         for kl, schedule in zip((0.0, 0.0123, 0.4567), schedules, strict=True)
     ]
     file.write_text(to_csv(rows))
@@ -379,22 +394,43 @@ def frontier(tmp_path: Path) -> Path:
 def test_a_frontier_is_tried_with_what_it_costs(frontier: Path) -> None:
     asked = (frontier, "--model", "llama-3.1-8b", "--hardware", "h100-pcie")
     found = figures(*asked)
-    names = ["tensor_parallel", "planned-22", "planned-5"]
+    names = ["tensor_parallel", "frontier-22", "frontier-5"]
     assert [row["name"] for row in found["rows"]] == names
     assert [row["kl"] for row in found["rows"]] == [None, 0.0123, 0.4567]
     out, _ = run_command(*asked)
-    best = "Convert with planned-5 (of frontier.csv, with 5 waits): "
-    assert best in out and "planned-5 costs KL 0.4567 before any training." in out
-    assert re.search(r"Also worth it: planned-22, \d+% for KL 0\.0123\.", out)
-    assert re.search(r"planned-22 22 22 0\.012", out)  # in a column of its own
-    assert "planned-22" not in run_command("llama-3.1-8b", *asked[3:])[0]
+    best = "Convert with frontier-5 (of frontier.csv, with 5 waits): "
+    assert best in out and "frontier-5 costs KL 0.4567 before any training." in out
+    assert re.search(r"Also worth it: frontier-22, \d+% for KL 0\.0123\.", out)
+    assert re.search(r"frontier-22 22 22 0\.0123", out)  # in a column of its own
+    assert "KL" not in run_command("llama-3.1-8b", *asked[3:])[0]
+
+
+def test_the_guesses_of_a_frontier_take_their_time(frontier: Path) -> None:
+    asked = (frontier, "--model", "llama-3.1-8b", "--hardware", "h100-pcie")
+    without = figures(*asked)["rows"][1]
+    frontier.write_text(frontier.read_text().replace("8,0,", "8,64,"))
+    guessing = figures(*asked)["rows"][1]
+    assert set(guessing["guesses"].values()) == {64} and not without["guesses"]
+    assert guessing["tpot_seconds"] > 1.02 * without["tpot_seconds"]
+
+
+def test_schedules_that_wait_as_often_have_names_of_their_own(frontier: Path) -> None:
+    lines = frontier.read_text().splitlines(keepends=True)
+    frontier.write_text("".join([*lines, lines[2]]))
+    found = figures(frontier, "--model", "llama-3.1-8b", "--hardware", "h100-pcie")
+    names = [row["name"] for row in found["rows"]]
+    assert names[1:] == ["frontier-22", "frontier-5", "frontier-22-2"]
 
 
 @pytest.mark.parametrize(
     ("old", "new", "what"),
     [
         ("tracks,", "ranks,", "it has no column tracks; write it with `ptconvert plan --frontier`"),
-        ("8,0.0123", "8,little", ":3: tracks is 8, kl little; they must be numbers"),
+        ("0,0.0123", "0,little", ":3: tracks is 8, guess 0, kl little; they must be numbers"),
+        ("0,0.0123", "0,nan", "kl nan; they must be numbers, 1, 0 and 0 at least"),
+        ("8,0,0.0123", "0,0,0.0123", "tracks is 0"),
+        (",0.0123,", ",", ":3: tracks is 8, guess 0, kl "),
+        ("a0! m0! a1! m1!", "x" * 200_000, "can't be read as CSV in UTF-8: field larger than"),
         ("m31", "m31!", ":2: "),
     ],
 )

@@ -133,7 +133,7 @@ def test_one_shot_kernels_have_a_rate_and_a_most_of_ranks() -> None:
     """By hand: 8 KB of 7 others at 27.7 GB/s after 7.5 us; two PCIe cards have vLLM's, four not."""
     (link,) = read_hardware("rtx-pro-6000-pcie-one-shot").links
     eight = all_reduce(8192, 8, [link], one_shot=True)
-    assert eight.seconds == pytest.approx(7.5e-6 + 7 * 8192 / 27.7e9)
+    assert eight.seconds == pytest.approx((4.1 + 6 * 0.57) * 1e-6 + 7 * 8192 / 27.7e9)
     assert eight.way == "one-shot kernel"
     (link,) = read_hardware("rtx-pro-6000-pcie").links
     two = all_reduce(16384, 2, [link], one_shot=True)
@@ -188,12 +188,12 @@ def _unfused(schedule: Schedule, one: Pass, shape: ModelShape = SHAPE) -> float:
 
 def test_a_norm_after_an_all_reduce_is_in_its_kernel() -> None:
     """One kernel less for each blocking all-reduce of 70B, the last one's being the final norm: 160
-    of a decode step; none where a sum of 64 sequences is more than 1 MiB. Of a conversion's those
-    with nothing else to merge, and no output bias; overlapped ones not."""
+    of a decode step; none where a sum of 33 sequences is more than half a MiB. Of a conversion's
+    those with nothing else to merge, and no output bias; overlapped ones not."""
     dense, one = dense_schedule(LAYERS), Pass(1, 1, past=1000, allocated=2000)
     assert _unfused(dense, one) == pytest.approx(160)
-    assert _unfused(dense, replace(one, sequences=64)) == pytest.approx(160)
-    assert _unfused(dense, replace(one, sequences=65)) == pytest.approx(0)
+    assert _unfused(dense, replace(one, sequences=31)) == pytest.approx(160)
+    assert _unfused(dense, replace(one, sequences=33)) == pytest.approx(0)
     assert _unfused(dense, Pass(1, 1024)) == pytest.approx(0)
     assert _unfused(SCHEDULES["parallel_track"], one) == pytest.approx(20)
     assert _unfused(SCHEDULES["ladder"], one) == pytest.approx(0)
@@ -209,6 +209,28 @@ def test_a_norm_after_an_all_reduce_is_in_its_kernel() -> None:
     assert _unfused(Schedule.parse("a0! m0! a1. m1!"), one, biased) == pytest.approx(1)
     moved = reduction(SHAPE, H100, VLLM, 8, one)
     assert moved.way == "one-shot kernel, fused with the norm"
+
+
+def test_norms_that_no_kernel_fuses() -> None:
+    """LayerNorms, and RMSNorms that multiply by one more than their weight."""
+    config = {"hidden_size": 8192, "num_hidden_layers": 2, "num_attention_heads": 64}
+    config |= {"num_key_value_heads": 8, "intermediate_size": 28672, "vocab_size": 1000}
+    one = Pass(1, 1, past=1000, allocated=2000)
+    for family, each in (("mistral", 4), ("starcoder2", 0), ("gemma", 0)):
+        own = {"head_dim": 128, "model_type": family, "dtype": "bfloat16"}
+        shape = ModelShape.from_config({**config, **own})
+        assert _unfused(shape.dense, one, shape) == pytest.approx(each)
+        assert reduction(shape, H100, VLLM, 8, one).fused is bool(each)
+
+
+def test_a_kernel_for_more_cards_serves_two_as_fast_as_one_for_two() -> None:
+    custom, plain = (
+        all_reduce(16384, 2, read_hardware(name).links, one_shot=True)
+        for name in ("rtx-pro-6000-pcie-one-shot", "rtx-pro-6000-pcie")
+    )
+    assert custom.fixed == plain.fixed == pytest.approx(4.1e-6)
+    eight = all_reduce(1024, 8, read_hardware("rtx-pro-6000-pcie-one-shot").links, one_shot=True)
+    assert eight.fixed == pytest.approx(7.5e-6, rel=0.01)
 
 
 @pytest.mark.parametrize("engine", ["gpt-fast", "tensorrt-llm", "vllm-parallel-track-paper"])

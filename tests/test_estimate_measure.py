@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ptconvert.errors import HardwareError
 from ptconvert.estimate import measure
 from ptconvert.estimate.fit import Point, fit_links
 from ptconvert.estimate.hardware import read_engine, read_hardware
+from ptconvert.estimate.roofline import Part
 from ptconvert.estimate.sources import numbers
 from ptconvert.estimate.sweep import CLOSER, SIZES, Own, islands_of, pairs_of, sizes_of, sums_right
 from ptconvert.runtime.launch import Rank, launch
@@ -74,6 +76,11 @@ def test_gpus_are_measured_for_what_serves_on_them(monkeypatch: pytest.MonkeyPat
         result["sweep"] = json.loads(json.dumps(result["sweep"]).replace('"gloo"', '"nccl"'))
     row = measure.to_measured(results, "nccl", ENGINE).hardware
     assert row.engine == "vllm" and row.device.kernel_us == pytest.approx(2.1)
+    # what large products reached is not once more taken as a data sheet's
+    part, vllm = Part(4e10, 0.0), read_engine("vllm")
+    assert part.seconds(row.device, vllm) == pytest.approx(1.0)
+    listed = replace(row.device, matmul_rate="data sheet")
+    assert part.seconds(listed, vllm) == pytest.approx(1 / vllm.matmul_reach)
     same = measure.to_measured(found(2, 4e-4, 2e-5, 1e-9, 5e-3), "gloo", ENGINE).hardware
     assert row.device.overlap_share == same.device.overlap_share
 

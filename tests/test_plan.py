@@ -381,9 +381,11 @@ def test_the_spec_goes_through_transform_and_show(source: Path, tmp_path: Path) 
         rows = list(csv.DictReader(file))
     assert [float(r["kl"]) for r in rows] == [p["kl"] for p in figures["frontier"]]
     assert [r["schedule"] for r in rows] == [p["schedule"] for p in figures["frontier"]]
-    assert [(str(k.schedule), k.tracks, k.kl) for k in read_frontier(table)] == [
-        (p["schedule"], 4, p["kl"]) for p in figures["frontier"]
+    assert [(str(k.schedule), k.tracks, k.guess, k.kl) for k in read_frontier(table)] == [
+        (p["schedule"], 4, 0, p["kl"]) for p in figures["frontier"]
     ]
+    plan(source, tmp_path, *asked, "--guess", 8, "--frontier", table)
+    assert {known.guess for known in read_frontier(table)} == {8}
     html = page.read_text()
     assert html.count("<svg") > 3 and "Sensitivity of each sublayer" in html
     assert str(read_spec(spec).schedule()) == chosen["schedule"]

@@ -100,7 +100,7 @@ def estimate(
     """
     hardware, model = options["hardware"], options["model"]
     if listing:
-        _unused("--list", {"measure"} if measure is None else set())
+        _unused("--list", set())
         return _list(options["as_json"])
     if measure is not None:
         _unused("--measure", {"measure", "ranks"})
@@ -206,8 +206,9 @@ def _estimate(
 
 def _most_ranks(whole: int, shape: ModelShape, candidates: Sequence[Candidate]) -> int:
     """As many of the hardware's ranks as divide the model and all tracks; says so if not all."""
-    fit = [n for n in range(1, whole + 1) if not shape.indivisible(n)]
-    ranks = max(n for n in fit if all(c.tracks % n == 0 for c in candidates))
+    from ptconvert.estimate.compare import dividing
+
+    ranks = max(dividing(whole, shape, candidates))
     if ranks < whole:
         tracks = ", ".join(str(n) for n in sorted({c.tracks for c in candidates}))
         why = shape.indivisible(whole) or f"they must divide the {tracks} tracks"
@@ -279,9 +280,13 @@ def _frontier(file: Path, shape: ModelShape | None) -> list[Candidate]:
             )
         if known.schedule != shape.dense:
             waited = known.schedule.counts.waited_for
+            again = sum(c.schedule.counts.waited_for == waited for c in found)
+            name = f"{file.stem}-{waited}" + (f"-{again + 1}" if again else "")
+            rank, tracks = known.guess, known.tracks
+            guesses = most_guesses(known.schedule, tracks, rank, shape) if rank else {}
             about = f"of {file.name}, with {waited} waits"
-            name = f"planned-{waited}"
-            found.append(Candidate(name, known.schedule, known.tracks, about=about, kl=known.kl))
+            candidate = Candidate(name, known.schedule, tracks, guesses, about, known.kl)
+            found.append(candidate)
     if not found:
         raise PlanError(f"{file}: it has no schedule but the model's own")
     return found

@@ -29,8 +29,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ptconvert.estimate.collective import point_to_point
-from ptconvert.estimate.compare import Setting
-from ptconvert.estimate.model import Estimate, draft_seconds, estimate, serving, step
+from ptconvert.estimate.compare import Setting, dividing
+from ptconvert.estimate.model import (
+    Estimate,
+    draft_seconds,
+    estimate,
+    serving,
+    step,
+    vocabulary_seconds,
+)
 from ptconvert.estimate.roofline import Pass, head_seconds, rank_bytes
 
 
@@ -51,9 +58,13 @@ class Served:
 
 def group_sizes(setting: Setting) -> list[int]:
     """How many ranks a group may have, so that there are several alike: tensor parallel groups of a
-    size that divides the model."""
-    ranks, shape = setting.ranks, setting.shape
-    return [g for g in range(1, ranks) if ranks % g == 0 and not shape.indivisible(g)]
+    size that divides the model, none of which lies across what joins others."""
+    ranks, joined = setting.ranks, [link.ranks for link in setting.hardware.links]
+    return [
+        g
+        for g in dividing(ranks - 1, setting.shape, ())
+        if ranks % g == 0 and all(n % g == 0 or g % n == 0 for n in joined)
+    ]
 
 
 def replicas(setting: Setting, group: int = 1) -> Served:
@@ -106,9 +117,11 @@ class Stages:
         the last one also drafts what a decode step verifies, if so."""
         s, layers = self.setting, self.setting.shape.layers
         engine = serving(s.engine, s.shape.dense, s.shape)
+        engine = replace(engine, fused_norm="none")  # vLLM: broken with pipelines
         on = (s.shape, s.hardware, engine, self.group, one)
         whole = step(s.shape.dense, *on).seconds
         head = head_seconds(s.shape, s.hardware.device, engine, self.group, one)
+        head += vocabulary_seconds(*on)
         more = draft_seconds(*on, s.workload.speculation) if drafts else 0.0
         layer = (whole - head) / layers
         most, least = math.ceil(layers / self.count), layers // self.count

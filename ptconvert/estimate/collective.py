@@ -156,7 +156,8 @@ def _within(nbytes: float, ranks: int, link: Link, one_shot: bool) -> Transfer:
     others = [("in the switch", base + link.switch_us * 1e-6, nbytes, link.switch_gb_s)]
     if one_shot and link.one_shot_us and ranks <= (link.one_shot_ranks or ranks):
         read = link.one_shot_gb_s or max(p.gb_s for p in link.protocols)
-        others.append(("one-shot kernel", link.one_shot_us * 1e-6, (ranks - 1) * nbytes, read))
+        meeting = link.one_shot_us + (ranks - 2) * link.one_shot_peer_us
+        others.append(("one-shot kernel", meeting * 1e-6, (ranks - 1) * nbytes, read))
     if one_shot:
         others.append(("two-shot kernel", link.two_shot_us * 1e-6, sent, link.two_shot_gb_s))
     quantised = f"quantised by {link.quantised_by}"

@@ -190,13 +190,15 @@ def over_batches(candidates: Sequence[Candidate], setting: Setting) -> dict[int,
     return found
 
 
+def dividing(most: int, shape: ModelShape, candidates: Sequence[Candidate]) -> list[int]:
+    """The numbers of ranks, up to one, that share the model and every candidate's tracks evenly."""
+    fit = [n for n in range(1, most + 1) if not shape.indivisible(n)]
+    return [n for n in fit if all(c.tracks % n == 0 for c in candidates)]
+
+
 def over_ranks(candidates: Sequence[Candidate], setting: Setting) -> dict[int, list[Row]]:
     """Rows at every number of ranks that the hardware joins and every candidate's tracks allow."""
-    fits = [
-        n
-        for n in range(1, setting.hardware.ranks + 1)
-        if not setting.shape.indivisible(n) and all(c.tracks % n == 0 for c in candidates)
-    ]
+    fits = dividing(setting.hardware.ranks, setting.shape, candidates)
     return {n: _rows(candidates, replace(setting, ranks=n)) for n in fits}
 
 
@@ -216,6 +218,7 @@ def faster(hardware: Hardware, times: float) -> Hardware:
             link,
             base_us=link.base_us / times,
             one_shot_us=link.one_shot_us / times,
+            one_shot_peer_us=link.one_shot_peer_us / times,
             one_shot_gb_s=link.one_shot_gb_s * times,
             two_shot_us=link.two_shot_us / times,
             two_shot_gb_s=link.two_shot_gb_s * times,

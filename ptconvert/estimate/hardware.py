@@ -50,15 +50,16 @@ class Device:
     """One GPU, or one rank's share of a CPU.
 
     `matmul_tflops` (1e12 FLOP/s, in `matmul_dtype`) and `memory_gb_s` (1e9 B/s) are the data
-    sheet's; `fp8_tflops`, `int8_tflops` and `fp4_tflops` are of products of weights and activations
-    that are both quantised so, 0 where the device multiplies them in `matmul_dtype`. `memory_reach`
-    is the share of the memory rate that kernels attain in reading weights, and `batched_reach` what
-    is left of it with more than one token. `memory_gb` is 1e9 B. `kernel_us` is the fixed time of
-    one kernel beyond its roofline (launch, ramp up, tail). An all-reduce takes a part of its time
-    from the computation beside it, as its kernel holds processors (on a CPU, cores) and memory:
-    `overlap_share` of its fixed time, and `bulk_overlap_share` of the time that its bytes take.
-    `reduces_at_once` all-reduces progress side by side: 1 on NCCL's stream, 2 on gloo's two
-    threads.
+    sheet's; with a `matmul_rate` that is reached, large products were timed, and an engine's share
+    of the data sheet's isn't taken. `fp8_tflops`, `int8_tflops` and `fp4_tflops` are of products of
+    weights and activations that are both quantised so, 0 where the device multiplies them in
+    `matmul_dtype`. `memory_reach` is the share of the memory rate that kernels attain in reading
+    weights, and `batched_reach` what is left of it with more than one token. `memory_gb` is 1e9 B.
+    `kernel_us` is the fixed time of one kernel beyond its roofline (launch, ramp up, tail). An
+    all-reduce takes a part of its time from the computation beside it, as its kernel holds
+    processors (on a CPU, cores) and memory: `overlap_share` of its fixed time, and
+    `bulk_overlap_share` of the time that its bytes take. `reduces_at_once` all-reduces progress
+    side by side: 1 on NCCL's stream, 2 on gloo's two threads.
     """
 
     matmul_tflops: float = number(1e-6, about=_FLOPS)
@@ -71,6 +72,7 @@ class Device:
     batched_reach: float = number(1e-3, 1.0, 1.0, about=_REACH)
     reduces_at_once: int = number(1, 64, 1, about=_OVERLAP)
     matmul_dtype: str = choice("bfloat16", "float32", default="bfloat16")
+    matmul_rate: str = choice("data sheet", "reached", default="data sheet")
     fp8_tflops: float = number(default=0.0, about=_FLOPS)
     int8_tflops: float = number(default=0.0, about=_FLOPS)
     fp4_tflops: float = number(default=0.0, about=_FLOPS)
@@ -97,15 +99,16 @@ class Protocol:
 class Link:
     """What joins `ranks` devices, groups of the level below included.
 
-    `base_us` is the fixed time of one all-reduce. Ring all-reduces take 2(n-1) steps, trees
-    2 ceil(log2 n); where this link joins nodes by NCCL (`across nodes`), both run over all ranks of
+    `base_us` is the fixed time of one all-reduce. Ring all-reduces take 2(n-1) steps, trees 2
+    ceil(log2 n); where this link joins nodes by NCCL (`across nodes`), both run over all ranks of
     all nodes in one protocol, and this link and the one before it have NCCL's three, LL, LL128 and
-    Simple. `one_shot_us` is the fixed time of a kernel that reads all peers' buffers at once, at
-    `one_shot_gb_s` (1e9 B/s per rank; 0 where that is the fastest protocol's), among
-    `one_shot_ranks` at most (0 where it serves all), and `two_shot_us` and `two_shot_gb_s` are of
-    one that reads each peer's part, and then the sums; 0 where peers can't be read. `switch_us` and
-    `switch_gb_s` (1e9 bytes of the message per second) are of a reduction in the switch, 0 where
-    there is none. The fastest way is taken at each message size.
+    Simple. `one_shot_us` is the fixed time of a kernel that reads all peers' buffers at once, and
+    `one_shot_peer_us` what each peer but the first adds to it, at `one_shot_gb_s` (1e9 B/s per
+    rank; 0 where that is the fastest protocol's), among `one_shot_ranks` at most (0 where it serves
+    all), and `two_shot_us` and `two_shot_gb_s` are of one that reads each peer's part, and then the
+    sums; 0 where peers can't be read. `switch_us` and `switch_gb_s` (1e9 bytes of the message per
+    second) are of a reduction in the switch, 0 where there is none. The fastest way is taken at
+    each message size.
 
     `fused_norm_mb` (1e6 B) is up to which message there are kernels that all-reduce, add the sum to
     the stream and normalise it, 0 where there are none. `quantised_us` and `quantised_gb_s` (1e9
@@ -118,6 +121,7 @@ class Link:
     base_us: float = number(about=_LATENCY)
     algorithm: str = choice("ring", "tree", "ring or tree", ACROSS)
     one_shot_us: float = number(default=0.0, about=_LATENCY)
+    one_shot_peer_us: float = number(default=0.0, about=_LATENCY)
     one_shot_gb_s: float = number(default=0.0, about=_BANDWIDTH)
     one_shot_ranks: int = number(0, 2**20, 0)
     two_shot_us: float = number(default=0.0, about=_LATENCY)
@@ -214,7 +218,8 @@ class Engine:
       kernels are fused.
     - `cache`: whether attention reads the tokens so far or the whole allocated cache; `logits`: of
       which positions; `vocabulary`: whether ranks share embedding and lm_head;
-      `converted_embedding`, `converted_lm_head`: those of a conversion, where that differs.
+      `converted_embedding`, `converted_lm_head`: those of a conversion, where that differs;
+      `quantised_experts`: whether it serves conversions of them.
     - `one_shot`, `in_switch`: the endings whose all-reduces may be kernels that read peers'
       buffers, in one shot or two, up to `shot_mb` (1e6 B), and reductions in the switch: an
       engine's blocking all-reduces and its overlapped ones are often different libraries'.
@@ -244,6 +249,7 @@ class Engine:
     cache: str = choice("so far", "allocated")
     logits: str = choice("last", "all")
     vocabulary: str = choice(*VOCABULARIES)
+    quantised_experts: str = choice("served", "refused", default="served")
     converted_embedding: str = choice(*VOCABULARIES, default="")
     converted_lm_head: str = choice(*VOCABULARIES, default="")
     one_shot: str = choice(*_ENDINGS)
@@ -252,6 +258,12 @@ class Engine:
     fused_norm: str = choice("none", "blocking", default="none")
     quantised: str = choice(*_ENDINGS, default="none")
     sources: Sources = field(default_factory=Sources)
+
+    def reach(self, device: Device, attends: bool = False) -> float:
+        """The share of a device's FLOP/s that it attains in a prefill, or in its attention."""
+        if device.matmul_rate == "reached":
+            return 1.0
+        return (self.attention_reach if attends else 0.0) or self.matmul_reach
 
     def serving(self, converted: bool) -> Engine:
         """As it serves conversions, or models as they are."""

@@ -266,6 +266,7 @@ def to_measured(results: list[dict[str, Any]], backend: str, engine: Engine) -> 
         overlap_share=0.0,
         bulk_overlap_share=0.0,
         matmul_dtype=dtype,
+        matmul_rate="reached",
     )
     levels = [ranks for ranks, _ in swept[0]["levels"]]
     names = [name for _, name in swept[0]["levels"]]

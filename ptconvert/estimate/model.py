@@ -138,8 +138,11 @@ def norms_after(schedule: Schedule, shape: ModelShape) -> list[int]:
     """The stages whose all-reduce is waited for and right after which come an addition to the
     stream and a norm, as vLLM's pass that fuses the three wants it: what follows has one kernel
     less then. In a conversion they don't where other all-reduces are merged there as well, or where
-    an output bias is added to the sum; of a model as it is one rank adds it before.
+    an output bias is added to the sum; of a model as it is one rank adds it before. The pass knows
+    plain RMSNorms only.
     """
+    if not shape.family.plain_norms:
+        return []
     biased: set[tuple[Kind, Layer]] = set()
     if schedule != shape.dense:
         first = {kind: layer for layer, kind in reversed(list(enumerate(shape.kinds)))}
@@ -193,9 +196,8 @@ def reduction(
             quantised=engine.quantised in ("all", ending),
         )
 
-    fused = engine.fused_norm == "blocking" and any(
-        1 < ranks <= link.ranks and nbytes <= link.fused_norm_mb * 1e6 for link in inner
-    )
+    fused = engine.fused_norm == "blocking" and shape.family.plain_norms
+    fused &= any(1 < ranks <= link.ranks and nbytes <= link.fused_norm_mb * 1e6 for link in inner)
     return Reduction(ended("blocking"), ended("overlapped"), fused)
 
 

@@ -337,9 +337,9 @@ def _engine_numbers(engine: Engine) -> list[list[str]]:
 def _reached(setting: Setting) -> str:
     """What the rooflines are of, and what no row of them has."""
     s, device = setting, setting.hardware.device
-    attention = s.engine.attention_reach or s.engine.matmul_reach
+    products, attention = (s.engine.reach(device, attends) for attends in (False, True))
     reached = (
-        f"Reached are {device.matmul_tflops * s.engine.matmul_reach:,.0f} of "
+        f"Reached are {device.matmul_tflops * products:,.0f} of "
         f"{device.matmul_tflops:,.0f} TFLOP/s ({device.matmul_tflops * attention:,.0f} of them in "
         "attention) and "
         f"{device.memory_gb_s * device.memory_reach:,.0f} of {device.memory_gb_s:,.0f} GB/s."

@@ -90,7 +90,7 @@ class Part:
         """The larger of the two over what is reached of the device's rates."""
         computed = self.flops / device.tflops(None)
         computed += sum(flops / device.tflops(product) for product, flops in self.quantised.items())
-        computed /= 1e12 * ((self.attends and engine.attention_reach) or engine.matmul_reach)
+        computed /= 1e12 * engine.reach(device, self.attends)
         bandwidth = device.memory_gb_s * 1e9 * device.memory_reach
         slower = self.batched / device.batched_reach
         return max(computed, (self.nbytes - self.batched + slower) / bandwidth)

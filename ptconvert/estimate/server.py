@@ -154,7 +154,7 @@ class Served:
         else, holds a request.
 
         A schedule is worth it by a token's time at this rate, or by what it serves at most where a
-        token takes no longer, each against the best that leaves the model as it is.
+        token doesn't take as much longer, each against the best that leaves the model as it is.
         """
         ours, others = ([x for x in self.fits if x.converts is c] for c in (True, False))
         if not ours or not others:

@@ -271,6 +271,8 @@ class Family:
     has one; `shared` says what these call experts that all tokens go to, if there are any. With
     `layer_more` checkpoints hold a layer after the last, which predicts further tokens; it comes
     along. With `parallel` attention and MLP of a layer are side by side: both read what enters it.
+    `plain_norms` says that all norms between sublayers are RMSNorms that multiply by their weight:
+    no LayerNorm, and not by one more than the weight.
     `own_keys` gives a config.json in the keys that are read here, where others say the same, by it
     and the layers with full attention, of those with two kinds. One in which a key of `refused`
     says anything but no is refused, for that reason.
@@ -306,6 +308,7 @@ class Family:
     layer_more: bool = False
     parallel: bool = False
     final_norm: tuple[str, ...] = ("norm.weight",)
+    plain_norms: bool = True
     around: tuple[str, ...] = ()
 
     def __reduce__(self) -> tuple[Callable[[str], Family], tuple[str]]:
@@ -767,6 +770,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 defaults=_defaults(num_key_value_heads=None),
                 nullable=("head_dim",),
                 final_norm=_BIASED_FINAL_NORM,
+                plain_norms=False,
             ),
             Family(
                 "hunyuan_v1_dense",
@@ -793,6 +797,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 mlp=Block("mlp", "post_attention_layernorm", "c_proj"),
                 final_norm=_BIASED_FINAL_NORM,
                 kinds=_WINDOWED,
+                plain_norms=False,
             ),
             Family(
                 "arcee",
@@ -813,6 +818,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "Gemma",
                 _LLAMA + _ATTENTION_BIASES,
                 _defaults(num_key_value_heads=16, head_dim=256, tie_word_embeddings=True),
+                plain_norms=False,
             ),
             Family(
                 "jais2",
@@ -821,6 +827,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 _defaults(attention_bias=True, mlp_bias=True),
                 nullable=_SIZES,
                 final_norm=_BIASED_FINAL_NORM,
+                plain_norms=False,
             ),
             Family(
                 "gemma2",
@@ -831,6 +838,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 mlp=_GEMMA_MLP,
                 kinds=_WINDOWED,
                 full_every=2,
+                plain_norms=False,
             ),
             Family(
                 "gemma3_text",
@@ -842,6 +850,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 base_model="TextModel",
                 kinds=_WINDOWED,
                 full_every="sliding_window_pattern",
+                plain_norms=False,
             ),
             _GEMMA4,
             replace(
@@ -904,6 +913,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 nullable=(_KV_HEADS,),
                 mlp=_BEHIND_ONE_NORM,
                 parallel=True,
+                plain_norms=False,
             ),
             Family(
                 "cohere2",
@@ -915,6 +925,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 parallel=True,
                 kinds=_WINDOWED,
                 full_every="sliding_window_pattern",
+                plain_norms=False,
             ),
             Family(
                 "qwen3_5_text",
@@ -925,6 +936,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 full_every="full_attention_interval",
                 base_model="TextModel",
                 around=("mtp.",),
+                plain_norms=False,
             ),
             Family(
                 "qwen3_moe",
@@ -1071,6 +1083,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 shared=_SHARED_EXPERT,
                 dense=_DENSE_BY_STEP,
                 around=("mtp.",),
+                plain_norms=False,
             ),
             Family(
                 "qwen3_5_moe_text",
@@ -1083,6 +1096,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 shared=_SHARED_EXPERT,
                 base_model="TextModel",
                 around=("mtp.",),
+                plain_norms=False,
             ),
         )
     }

@@ -463,6 +463,15 @@ class ModelShape:
         if not self.tied:
             yield from ((rule.name, self.size(rule)) for rule in self.stored_head)
 
+    @property
+    def quantises_experts(self) -> bool:
+        """Whether a mixture's experts are kept in fewer bits."""
+        return any(
+            rule.is_of_experts and self.layer(layer) + rule.name in self.widths
+            for layer in range(self.layers)
+            for rule in self.rules_of(layer)
+        )
+
     def indivisible(self, tracks: int) -> str | None:
         """Why `tracks` can't share this model evenly, and what would do; None if they can."""
         fits = [n for n in range(1, self.heads + 1) if self._divides(n)]
@@ -478,10 +487,6 @@ class ModelShape:
             f"{tracks} tracks don't divide {self.heads} heads, {self.kv_heads} KV heads{linear} "
             f"and {' and '.join(neurons)}; possible are {', '.join(map(str, fits))}"
         )
-
-    def most_tracks(self, at_most: int) -> int:
-        """The largest number of tracks, up to `at_most`, that can share this model evenly."""
-        return max(n for n in range(1, at_most + 1) if self._divides(n))
 
     def _divides(self, tracks: int) -> bool:
         kv_heads = {self.kv_heads, self.global_kv_heads or self.kv_heads}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,17 @@ from ptconvert.errors import PlanError, PTConvertError
 from ptconvert.schedule.schedule import Schedule
 
 SUFFIX = ".csv"
-_READ = ("tracks", "kl", "schedule")
+_READ = ("tracks", "guess", "kl", "schedule")
 
 
 @dataclass(frozen=True)
 class Known:
-    """A schedule of a frontier: for how many tracks, and what KL was measured, nats per token."""
+    """A schedule of a frontier: for how many tracks, of which rank their guesses are to be (0:
+    none), and what KL was measured without them, nats per token."""
 
     schedule: Schedule
     tracks: int
+    guess: int
     kl: float
 
 
@@ -37,22 +40,27 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 def read_frontier(file: Path) -> list[Known]:
     """The points of a file. Raises PlanError where it isn't one that `plan --frontier` writes."""
     try:
-        lines = csv.DictReader(file.read_text(encoding="utf-8").splitlines())
+        lines = csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines())
         if missing := [name for name in _READ if name not in (lines.fieldnames or ())]:
             raise PlanError(
                 f"{file}: it has no column {missing[0]}; write it with `ptconvert plan --frontier`"
             )
         return [_point(f"{file}:{lines.line_num}", row) for row in lines]
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"{file}: can't be read as UTF-8 text: {error}") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise PlanError(f"{file}: can't be read as CSV in UTF-8: {error}") from None
 
 
 def _point(where: str, row: Mapping[str, Any]) -> Known:
     try:
-        return Known(Schedule.parse(row["schedule"]), int(row["tracks"]), float(row["kl"]))
-    except PTConvertError as error:
-        raise PlanError(f"{where}: {error}") from None
+        tracks, guess, kl = int(row["tracks"]), int(row["guess"]), float(row["kl"])
+        if tracks < 1 or guess < 0 or not 0 <= kl < math.inf:
+            raise ValueError
     except (TypeError, ValueError):
         raise PlanError(
-            f"{where}: tracks is {row['tracks']}, kl {row['kl']}; they must be numbers"
+            f"{where}: tracks is {row['tracks']}, guess {row['guess']}, kl {row['kl']}; they must "
+            "be numbers, 1, 0 and 0 at least"
         ) from None
+    try:
+        return Known(Schedule.parse(row["schedule"] or ""), tracks, guess, kl)
+    except PTConvertError as error:
+        raise PlanError(f"{where}: {error}") from None

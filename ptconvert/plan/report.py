@@ -148,7 +148,8 @@ def _row(planned: Planned, point: Point) -> dict[str, Any]:
 def table(planned: Planned) -> str:
     """The frontier as CSV."""
     rows = (_row(planned, point) for point in planned.frontier.points)
-    return to_csv([{"tracks": planned.tracks, **row} for row in rows])
+    head = {"tracks": planned.tracks, "guess": planned.wanted.get("guess") or 0}
+    return to_csv([{**head, **row} for row in rows])
 
 
 _SHOWN = (

@@ -16,11 +16,7 @@ def unserved(
     """What of a checkpoint's quantization_config vLLM, on so many ranks, has no method for, or one
     that computes something else, each in a line."""
     yield from (f"{QUANTIZATION}: {why}" for said, why in _SCHEMES if said(quantization))
-    if any(
-        rule.is_of_experts and shape.layer(layer) + rule.name in shape.widths
-        for layer in range(shape.layers)
-        for rule in shape.rules_of(layer)
-    ):
+    if shape.quantises_experts:
         yield "quantised experts aren't served in vLLM; transformers runs it"
     if ranks > 1:
         yield from _parted(quantization, shape, section, ranks)
