@@ -271,7 +271,7 @@ def _frontier(file: Path, shape: ModelShape | None) -> list[Candidate]:
 
     if shape is None:
         raise click.UsageError(f"{file}: a frontier needs --model SRC")
-    found = []
+    found: list[Candidate] = []
     for known in read_frontier(file):
         if known.schedule.layers != shape.layers:
             raise PlanError(

@@ -378,9 +378,9 @@ def rank_bytes(
         weights = sum(_weights(shape, Sublayer(layer, which), cut).nbytes for which in BLOCKS)
         layers += count * cut // ranks * (weights + cache * size)
     cuts = (engine.cuts_embedding, engine.cuts_lm_head)
-    held = [shape.vocabulary / (ranks if cut else 1) for cut in cuts]
+    rows = [shape.vocabulary / (ranks if cut else 1) for cut in cuts]
     if shape.tied:  # one tensor, unless one of them is cut and the other isn't
-        held = list(dict.fromkeys(held))
-    vocabulary = sum(held) * shape.width
+        rows = list(dict.fromkeys(rows))
+    vocabulary = sum(rows) * shape.width
     guessed = sum(math.prod(size) for _, _, size in guess_tensors(shape, guesses, 1))
     return layers + (max(tracks, ranks) // ranks * guessed + vocabulary) * size
