@@ -274,6 +274,25 @@ def check_measured(ranks: int, backend: str, file: Path) -> None:
         assert seconds(1e8, ranks, row.links) > seconds(4096, ranks, row.links)
 
 
+def test_the_ranks_at_hand_may_be_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = measure.to_measured(found(2, 4e-4, 2e-5, 1e-9, 5e-3), "gloo", ENGINE)
+    asked: list[int] = []
+
+    def at_hand(ranks: int, _: object) -> measure.Measured:
+        asked.append(ranks)
+        return measured
+
+    monkeypatch.setattr(measure, "measure", at_hand)
+    given = ["estimate", "llama-3.2-1b", "--hardware", "measured", "--ranks", "2", "--json"]
+    result = CliRunner().invoke(main, [*given, "--dtype", "float32"])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert asked == [2] and figures["hardware"] == measured.hardware.name
+    assert (figures["engine"], figures["ranks"]) == ("ptconvert", 2)
+    lacking = CliRunner().invoke(main, given[:4])
+    assert lacking.exit_code == 2 and "--ranks R" in lacking.output
+
+
 def test_two_ranks_are_measured(tmp_path: Path) -> None:
     check_measured(2, "gloo", tmp_path / "here.yaml")
 

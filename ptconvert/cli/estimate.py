@@ -29,9 +29,12 @@ from ptconvert.spec.document import read_spec
 
 if TYPE_CHECKING:
     from ptconvert.estimate.compare import Candidate
+    from ptconvert.estimate.hardware import Hardware
+    from ptconvert.estimate.measure import Measured
     from ptconvert.estimate.model import Speculation
     from ptconvert.estimate.server import Load
 
+MEASURED = "measured"  # the hardware that is here
 CHUNK = 2048  # vLLM's max_num_batched_tokens, where a device's memory doesn't ask for more
 
 
@@ -96,7 +99,7 @@ def estimate(
     spec file (with --model), a converted checkpoint, or a frontier that `plan --frontier` wrote
     (.csv, with --model) to try instead. The estimate is a roofline for each stage and a cost for
     each all-reduce, calibrated on published H100 runs. With --measure it times this machine's
-    ranks, or torchrun's.
+    ranks, or torchrun's, and with --hardware measured it goes on to estimate for them.
     """
     hardware, model = options["hardware"], options["model"]
     if listing:
@@ -149,7 +152,9 @@ def _estimate(
     from ptconvert.estimate.server import Served, servers
     from ptconvert.estimate.terminal import print_estimates
 
-    row = read_hardware(hardware)
+    row = _measured_here(ranks) if hardware == MEASURED else read_hardware(hardware)
+    if row is None:
+        return
     engine_name = options["engine"] or row.engine
     engine = read_engine(engine_name, options["vocabulary"])
     shape = model_shape(model, options["revision"]) if model else None
@@ -293,9 +298,8 @@ def _frontier(file: Path, shape: ModelShape | None) -> list[Candidate]:
 
 
 def _measure(out: Path, ranks: int | None, as_json: bool) -> None:
-    from ptconvert.engines import own_all_reduces
     from ptconvert.estimate.hardware import to_yaml
-    from ptconvert.estimate.measure import Measured, has_peers, measure, without_peers
+    from ptconvert.estimate.measure import has_peers, without_peers
     from ptconvert.estimate.terminal import print_measured
     from ptconvert.runtime.launch import under_torchrun
 
@@ -303,11 +307,7 @@ def _measure(out: Path, ranks: int | None, as_json: bool) -> None:
         raise click.UsageError(f"{out}: the directory {out.resolve().parent} does not exist")
     if out.is_dir() or not os.access(out if out.exists() else out.resolve().parent, os.W_OK):
         raise click.UsageError(f"{out}: it must be a file that can be written")
-    if ranks is None and not under_torchrun():
-        raise click.UsageError("give the number of processes: --ranks R")
-    makers = own_all_reduces()
-    with waiting("measuring all-reduces, matrix products and memory"):
-        found = measure(ranks, makers)
+    found = _timed(ranks, "measuring all-reduces, matrix products and memory")
     if found is None:
         return
     written: dict[Path, Measured] = {}
@@ -318,8 +318,8 @@ def _measure(out: Path, ranks: int | None, as_json: bool) -> None:
 
     write(out, found)
     if has_peers() and not under_torchrun():
-        with without_peers(), waiting("the same, peer-to-peer off"):
-            other = measure(ranks, makers)
+        with without_peers():
+            other = _timed(ranks, "the same, peer-to-peer off")
         assert other is not None
         write(out.with_stem(f"{out.stem}-p2p-off"), other)
     figures = [{"file": str(file), **one.to_json()} for file, one in written.items()]
@@ -330,6 +330,23 @@ def _measure(out: Path, ranks: int | None, as_json: bool) -> None:
             console.print(f"{file}: {one.hardware.name}")
 
     print_figures({"rows": figures}, as_json, show)
+
+
+def _measured_here(ranks: int | None) -> Hardware | None:
+    """The ranks at hand as a row; None in all of torchrun's processes but the first."""
+    found = _timed(ranks, "measuring the ranks here")
+    return found.hardware if found else None
+
+
+def _timed(ranks: int | None, what: str) -> Measured | None:
+    from ptconvert.engines import own_all_reduces
+    from ptconvert.estimate.measure import measure
+    from ptconvert.runtime.launch import under_torchrun
+
+    if ranks is None and not under_torchrun():
+        raise click.UsageError("give the number of processes: --ranks R")
+    with waiting(what):
+        return measure(ranks, own_all_reduces())
 
 
 def _list(as_json: bool) -> None:
