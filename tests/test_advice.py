@@ -384,7 +384,7 @@ def frontier(tmp_path: Path) -> Path:
     schedules = (dense_schedule(32), *(RECIPES[i].schedule(32) for i in (1, 2)))
     file = tmp_path / "frontier.csv"
     rows = [
-        {"tracks": 8, "guess": 0, "kl": kl, "schedule": str(schedule)}
+        {"tracks": 8, "guess_rank": 0, "kl": kl, "schedule": str(schedule)}
         for kl, schedule in zip((0.0, 0.0123, 0.4567), schedules, strict=True)
     ]
     file.write_text(to_csv(rows))
@@ -426,10 +426,10 @@ def test_schedules_that_wait_as_often_have_names_of_their_own(frontier: Path) ->
     ("old", "new", "what"),
     [
         ("tracks,", "ranks,", "it has no column tracks; write it with `ptconvert plan --frontier`"),
-        ("0,0.0123", "0,little", ":3: tracks is 8, guess 0, kl little; they must be numbers"),
+        ("0,0.0123", "0,little", ":3: tracks is 8, guess_rank 0, kl little; they must be numbers"),
         ("0,0.0123", "0,nan", "kl nan; they must be numbers, 1, 0 and 0 at least"),
         ("8,0,0.0123", "0,0,0.0123", "tracks is 0"),
-        (",0.0123,", ",", ":3: tracks is 8, guess 0, kl "),
+        (",0.0123,", ",", ":3: tracks is 8, guess_rank 0, kl "),
         ("a0! m0! a1! m1!", "x" * 200_000, "can't be read as CSV in UTF-8: field larger than"),
         ("m31", "m31!", ":2: "),
     ],

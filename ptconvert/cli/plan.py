@@ -266,6 +266,7 @@ def _plan(
         wanted={
             f.name: options[f.name] for f in COMPUTED if options[f.name] not in (None, f.default)
         },
+        guess_rank=options["guess"] or 0,
     )
 
 
@@ -291,6 +292,7 @@ def _objective(options: dict[str, Any], shape: ModelShape) -> Objective:
     if tracks % ranks:
         raise PlanError(f"--ranks {ranks} doesn't divide --tracks {tracks}")
     engine = read_engine(options["engine"] or hardware.engine, options["vocabulary"])
+    engine = engine.alike()  # what a conversion saves at once is no part's of a schedule
     workload = Workload(options["batch"], options["prompt"], options["new"])
 
     def seconds(schedule: Schedule) -> float:

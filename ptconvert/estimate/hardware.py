@@ -217,7 +217,8 @@ class Engine:
     - `score_passes`: times that a prefill's attention scores travel to or from memory; 0 where
       kernels are fused.
     - `cache`: whether attention reads the tokens so far or the whole allocated cache; `logits`: of
-      which positions; `vocabulary`: whether ranks share embedding and lm_head;
+      which positions; `vocabulary`: whether ranks share embedding and lm_head; `embedding`: whether
+      they share that, where it differs;
       `converted_embedding`, `converted_lm_head`: those of a conversion, where that differs;
       `quantised_experts`: whether it serves conversions of them.
     - `one_shot`, `in_switch`: the endings whose all-reduces may be kernels that read peers'
@@ -249,6 +250,7 @@ class Engine:
     cache: str = choice("so far", "allocated")
     logits: str = choice("last", "all")
     vocabulary: str = choice(*VOCABULARIES)
+    embedding: str = choice(*VOCABULARIES, default="")
     quantised_experts: str = choice("served", "refused", default="served")
     converted_embedding: str = choice(*VOCABULARIES, default="")
     converted_lm_head: str = choice(*VOCABULARIES, default="")
@@ -269,10 +271,20 @@ class Engine:
         """As it serves conversions, or models as they are."""
         return self if converted else replace(self, converted_embedding="", converted_lm_head="")
 
+    def alike(self) -> Engine:
+        """With models as they are held as conversions are, so that schedules alone differ."""
+        return replace(
+            self,
+            vocabulary=self.converted_lm_head or self.vocabulary,
+            embedding=self.converted_embedding or self.embedding or self.vocabulary,
+            converted_embedding="",
+            converted_lm_head="",
+        )
+
     @property
     def cuts_embedding(self) -> bool:
         """Whether each rank holds a share of the embedding, so that they all-reduce it."""
-        return (self.converted_embedding or self.vocabulary) == "sharded"
+        return (self.converted_embedding or self.embedding or self.vocabulary) == "sharded"
 
     @property
     def cuts_lm_head(self) -> bool:

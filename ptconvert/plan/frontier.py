@@ -14,7 +14,7 @@ from ptconvert.errors import PlanError, PTConvertError
 from ptconvert.schedule.schedule import Schedule
 
 SUFFIX = ".csv"
-_READ = ("tracks", "guess", "kl", "schedule")
+_READ = ("tracks", "guess_rank", "kl", "schedule")
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ def read_frontier(file: Path) -> list[Known]:
 
 def _point(where: str, row: Mapping[str, Any]) -> Known:
     try:
-        tracks, guess, kl = int(row["tracks"]), int(row["guess"]), float(row["kl"])
+        tracks, guess, kl = int(row["tracks"]), int(row["guess_rank"]), float(row["kl"])
         if tracks < 1 or guess < 0 or not 0 <= kl < math.inf:
             raise ValueError
     except (TypeError, ValueError):
         raise PlanError(
-            f"{where}: tracks is {row['tracks']}, guess {row['guess']}, kl {row['kl']}; they must "
+            f"{where}: tracks is {row['tracks']}, guess_rank {row['guess_rank']}, kl {row['kl']}; they must "
             "be numbers, 1, 0 and 0 at least"
         ) from None
     try:

@@ -42,6 +42,7 @@ class Planned:
     chosen: Point
     shape: ModelShape  # of the source
     wanted: Mapping[str, Any] = field(default_factory=dict)  # to be computed, for the spec
+    guess_rank: int = 0  # of those among them, 0 without
 
     @property
     def tokens(self) -> int:
@@ -148,7 +149,7 @@ def _row(planned: Planned, point: Point) -> dict[str, Any]:
 def table(planned: Planned) -> str:
     """The frontier as CSV."""
     rows = (_row(planned, point) for point in planned.frontier.points)
-    head = {"tracks": planned.tracks, "guess": planned.wanted.get("guess") or 0}
+    head = {"tracks": planned.tracks, "guess_rank": planned.guess_rank}
     return to_csv([{**head, **row} for row in rows])
 
 
