@@ -57,8 +57,8 @@ def _point(where: str, row: Mapping[str, Any]) -> Known:
             raise ValueError
     except (TypeError, ValueError):
         raise PlanError(
-            f"{where}: tracks is {row['tracks']}, guess_rank {row['guess_rank']}, kl {row['kl']}; they must "
-            "be numbers, 1, 0 and 0 at least"
+            f"{where}: tracks is {row['tracks']}, guess_rank {row['guess_rank']}, kl {row['kl']}; "
+            "they must be numbers, 1, 0 and 0 at least"
         ) from None
     try:
         return Known(Schedule.parse(row["schedule"] or ""), tracks, guess, kl)
