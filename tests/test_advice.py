@@ -304,6 +304,9 @@ def test_what_the_engine_does_not_serve_is_not_advised() -> None:
     assert said["convert"] is False and said["worth_it"] == []
     assert said["text"].startswith("Don't convert: vllm serves no conversion of quantised experts.")
     assert figures(*asked, "--engine", "ptconvert")["verdict"]["convert"] is True
+    server = figures(*asked, "--rate", 0.5)["server"]
+    ways = {way["name"].split()[0] for way in server["ways"]}
+    assert server["verdict"] == "" and ways == {"tensor_parallel", "pipeline", "replicas"}
 
 
 def test_one_rank_has_nothing_to_save() -> None:

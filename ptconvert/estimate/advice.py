@@ -21,6 +21,7 @@ from ptconvert.estimate.compare import (
     Setting,
     compare,
     one_track_each,
+    refused,
     several_tracks,
 )
 from ptconvert.schedule.recipes import RECIPES
@@ -190,11 +191,8 @@ def advise(rows: Sequence[Row], setting: Setting) -> Advice:
         schedule(one_track_each(row, setting), one_track_each(row, many))
         for row in several_tracks(rows, setting)
     )
-    refused = ""
-    if setting.shape.quantises_experts and setting.engine.quantised_experts == "refused":
-        refused = f"{setting.engine_name} serves no conversion of quantised experts"
     batches = workload.batch, many.workload.batch
-    return Advice(tuple(ways), *batches, tuple(retracked), refused)
+    return Advice(tuple(ways), *batches, tuple(retracked), refused(setting))
 
 
 def _best(tried: Sequence[Way]) -> list[Way]:
