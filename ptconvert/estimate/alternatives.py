@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 
 from ptconvert.estimate.collective import point_to_point
 from ptconvert.estimate.compare import Setting, dividing
+from ptconvert.estimate.hardware import Engine
 from ptconvert.estimate.model import (
     Estimate,
     draft_seconds,
@@ -112,12 +113,17 @@ class Stages:
         """How many there are."""
         return self.setting.ranks // self.group
 
+    @property
+    def engine(self) -> Engine:
+        """The setting's, as it serves the model in a pipeline."""
+        s = self.setting
+        # vLLM: fused norms are broken with pipelines
+        return replace(serving(s.engine, s.shape.dense, s.shape), fused_norm="none")
+
     def through(self, one: Pass, drafts: bool = False) -> tuple[float, float]:
         """Seconds of a pass through all stages, and those that its slowest stage computes, where
         the last one also drafts what a decode step verifies, if so."""
-        s, layers = self.setting, self.setting.shape.layers
-        engine = serving(s.engine, s.shape.dense, s.shape)
-        engine = replace(engine, fused_norm="none")  # vLLM: broken with pipelines
+        s, layers, engine = self.setting, self.setting.shape.layers, self.engine
         on = (s.shape, s.hardware, engine, self.group, one)
         whole = step(s.shape.dense, *on).seconds
         head = head_seconds(s.shape, s.hardware.device, engine, self.group, one)
@@ -138,10 +144,9 @@ class Stages:
         # Of embeddings and lm_head a stage holds one: what a model holds that ties them.
         kinds, count = s.shape.kinds, math.ceil(s.shape.layers / self.count)
         stages = {kinds[i : i + count] for i in range(0, len(kinds), count)}
-        engine = serving(s.engine, s.shape.dense, s.shape)
         return max(
             rank_bytes(
-                *(replace(s.shape, kinds=stage, tied=True), engine, self.group, one),
+                *(replace(s.shape, kinds=stage, tied=True), self.engine, self.group, one),
                 drafting=s.workload.speculation.layer,
             )
             for stage in stages

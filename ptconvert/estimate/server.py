@@ -323,11 +323,11 @@ def servers(rows: Sequence[Row], setting: Setting, load: Load) -> list[Server]:
         )
         for row in (rows[:1] if refused(setting) else rows)
     ]
-    for way, engines in ((piped, 1), (replica, setting.ranks)):
+    for way, one_engine in ((piped, True), (replica, False)):
         tried = []
         for group in group_sizes(setting):
             count = setting.ranks // group
-            limited = replace(load, requests=load.requests * min(engines, count) / count)
+            limited = replace(load, requests=load.requests / count) if one_engine else load
             tried.append(_together(way(setting, group), setting, limited, count))
         if tried:
             best = max(tried, key=lambda x: x.most), min(tried, key=lambda x: (x.tpot, -x.most))
