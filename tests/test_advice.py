@@ -297,18 +297,6 @@ def test_replicas_need_the_whole_model_on_a_device(tmp_path: Path) -> None:
     assert nothing.endswith("weights and cache take 71 GB or more of a rank.")
 
 
-def test_what_the_engine_does_not_serve_is_not_advised() -> None:
-    """vLLM has no conversions of quantised experts; the runtime of `verify` has."""
-    asked = ("gpt-oss-120b", "--hardware", "h100-pcie")
-    said = figures(*asked)["verdict"]
-    assert said["convert"] is False and said["worth_it"] == []
-    assert said["text"].startswith("Don't convert: vllm serves no conversion of quantised experts.")
-    assert figures(*asked, "--engine", "ptconvert")["verdict"]["convert"] is True
-    server = figures(*asked, "--rate", 0.5)["server"]
-    ways = {way["name"].split()[0] for way in server["ways"]}
-    assert server["verdict"] == "" and ways == {"tensor_parallel", "pipeline", "replicas"}
-
-
 def test_one_rank_has_nothing_to_save() -> None:
     found = figures("llama-3.1-8b", "--hardware", "h100-pcie", "--ranks", 1)["verdict"]
     assert found["convert"] is False and len(found["ways"]) == 4

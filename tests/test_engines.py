@@ -188,11 +188,17 @@ def unserved_of(quantization: dict[str, Any], ranks: int, family: str = "llama")
     return list(unserved(quantization, shape, Section(dense_schedule(6), 2, "sum", {}), ranks))
 
 
-def test_of_a_mixture_vllm_serves_quantised_attention_only() -> None:
-    (refused,) = unserved_of(_BLOCKS, 1, "mixtral")
-    assert refused == "quantised experts aren't served in vLLM; transformers runs it"
-    left = [f"model.layers.{layer}.block_sparse_moe.experts" for layer in range(6)]
-    assert unserved_of(_BLOCKS | {"modules_to_not_convert": left}, 1, "mixtral") == []
+def test_fp8_experts_are_served_where_activations_are_fp8_too() -> None:
+    assert unserved_of(_BLOCKS, 1, "mixtral") == []
+    fp8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    taken = {**_TOKEN, "type": "float"}
+    assert unserved_of(compressed("float-quantized", taken, **fp8), 1, "mixtral") == []
+    (refused,) = unserved_of(compressed("float-quantized", **fp8), 1, "mixtral")
+    assert refused == (
+        "quantization_config: FP8 experts beside activations that aren't quantised: vLLM has no "
+        "such"
+    )
+    assert unserved_of(compressed("float-quantized", **fp8), 1) == []  # a dense model
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.32.0+cpu"])

@@ -21,7 +21,6 @@ from ptconvert.estimate.compare import (
     Setting,
     compare,
     one_track_each,
-    refused,
     several_tracks,
 )
 from ptconvert.schedule.recipes import RECIPES
@@ -96,15 +95,13 @@ class Advice:
     """The ways to serve a model: the rows of a comparison, in order, then the alternatives; and the
     schedules whose ranks run several tracks of a layer, with a track for each rank instead.
 
-    `batch` requests were asked for, and `crowd` are as many batches as there are ranks. `refused`
-    says why the engine serves no conversion, where it doesn't.
+    `batch` requests were asked for, and `crowd` are as many batches as there are ranks.
     """
 
     ways: tuple[Way, ...]
     batch: int
     crowd: int
     retracked: tuple[Way, ...] = ()
-    refused: str = ""
 
     @property
     def alone(self) -> bool:
@@ -114,7 +111,7 @@ class Advice:
     @property
     def schedules(self) -> list[Way]:
         """The schedules that fit, the fastest first."""
-        ways = (way for way in self.ways if way.converts and way.fits and not self.refused)
+        ways = (way for way in self.ways if way.converts and way.fits)
         return sorted(ways, key=lambda way: way.rate, reverse=True)
 
     @property
@@ -192,7 +189,7 @@ def advise(rows: Sequence[Row], setting: Setting) -> Advice:
         for row in several_tracks(rows, setting)
     )
     batches = workload.batch, many.workload.batch
-    return Advice(tuple(ways), *batches, tuple(retracked), refused(setting))
+    return Advice(tuple(ways), *batches, tuple(retracked))
 
 
 def _best(tried: Sequence[Way]) -> list[Way]:
@@ -212,8 +209,6 @@ def verdict(advice: Advice) -> str:
         return f"Nothing serves it here: weights and cache take {least:,.0f} GB or more of a rank."
     if advice.alone:
         return "Don't convert: one rank has no all-reduce to save. Serve it as it is."
-    if advice.refused:
-        return f"Don't convert: {advice.refused}. Serve{_as_it_is(advice, other)}"
     if not advice.schedules:
         return f"Don't convert: no schedule fits the devices. Serve{_as_it_is(advice, other)}"
     best = advice.schedules[0]
@@ -275,7 +270,7 @@ def _for_crowd(advice: Advice) -> Way | None:
     """The fastest way for many requests at once: a schedule, where it gains enough there."""
     kept = (way for way in advice.ways if not way.converts)
     most = max(kept, key=lambda way: way.crowded_rate, default=None)
-    changed = (way for way in advice.ways if way.converts and not advice.refused)
+    changed = (way for way in advice.ways if way.converts)
     other = max(changed, key=lambda way: way.crowded_rate, default=most)
     if most is None or other is None:
         return other

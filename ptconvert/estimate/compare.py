@@ -152,13 +152,6 @@ def _rows(candidates: Sequence[Candidate], setting: Setting) -> list[Row]:
     return [Row(candidate, e, estimates[0]) for candidate, e in pairs]
 
 
-def refused(setting: Setting) -> str:
-    """Why the engine serves no conversion of the model; empty where it does."""
-    if setting.shape.quantises_experts and setting.engine.quantised_experts == "refused":
-        return f"{setting.engine_name} serves no conversion of quantised experts"
-    return ""
-
-
 def several_tracks(rows: Sequence[Row], setting: Setting) -> list[Row]:
     """Those whose ranks run several tracks of a layer one after another."""
     candidates = ((row, row.candidate) for row in rows)

@@ -219,8 +219,7 @@ class Engine:
     - `cache`: whether attention reads the tokens so far or the whole allocated cache; `logits`: of
       which positions; `vocabulary`: whether ranks share embedding and lm_head; `embedding`: whether
       they share that, where it differs;
-      `converted_embedding`, `converted_lm_head`: those of a conversion, where that differs;
-      `quantised_experts`: whether it serves conversions of them.
+      `converted_embedding`, `converted_lm_head`: those of a conversion, where that differs.
     - `one_shot`, `in_switch`: the endings whose all-reduces may be kernels that read peers'
       buffers, in one shot or two, up to `shot_mb` (1e6 B), and reductions in the switch: an
       engine's blocking all-reduces and its overlapped ones are often different libraries'.
@@ -251,7 +250,6 @@ class Engine:
     logits: str = choice("last", "all")
     vocabulary: str = choice(*VOCABULARIES)
     embedding: str = choice(*VOCABULARIES, default="")
-    quantised_experts: str = choice("served", "refused", default="served")
     converted_embedding: str = choice(*VOCABULARIES, default="")
     converted_lm_head: str = choice(*VOCABULARIES, default="")
     one_shot: str = choice(*_ENDINGS)

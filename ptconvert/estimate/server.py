@@ -36,7 +36,7 @@ from typing import Any
 
 from ptconvert.estimate.advice import WORTH
 from ptconvert.estimate.alternatives import Stages, group_sizes, named
-from ptconvert.estimate.compare import Candidate, Row, Setting, refused
+from ptconvert.estimate.compare import Candidate, Row, Setting
 from ptconvert.estimate.model import draft_seconds, serving, several_tracked, step
 from ptconvert.estimate.roofline import Pass, rank_bytes
 
@@ -312,16 +312,15 @@ class _Steps:
 
 
 def servers(rows: Sequence[Row], setting: Setting, load: Load) -> list[Server]:
-    """What each row's server does under a load, where the engine serves it, and pipelines and
-    replicas that share it: of the sizes that their groups may have the one that serves most, and
-    that with the quickest tokens. A pipeline is one engine, which shares its requests among the
-    crowds; each replica has its own.
+    """What each row's server does under a load, and pipelines and replicas that share it: of the
+    sizes that their groups may have the one that serves most, and that with the quickest tokens. A
+    pipeline is one engine, which shares its requests among the crowds; each replica has its own.
     """
     found = [
         replace(
             serve(scheduled(row.candidate, setting), setting, load), converts=row is not rows[0]
         )
-        for row in (rows[:1] if refused(setting) else rows)
+        for row in rows
     ]
     for way, one_engine in ((piped, True), (replica, False)):
         tried = []

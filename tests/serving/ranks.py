@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import delta_rule
+import expert_kernels
 import lockstep
 import pictured
 from starting import started
@@ -52,6 +53,7 @@ def _main(
     if all(case["device"] == "cpu" for case in cases):
         lockstep.bind(rank)
         delta_rule.install()
+        expert_kernels.install()
     engines_start_faster()
     found = {}
     for index, case in enumerate(cases):

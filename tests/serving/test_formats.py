@@ -1,5 +1,5 @@
 """Quantised checkpoints in vLLM: on 2 ranks where vLLM has kernels for CPUs, else up to its loaded
-tensors."""
+tensors. Of mixtures the experts are quantised."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import engines  # noqa: F401  # settings
+import expert_kernels
 import pytest
 import quantising
 import torch
@@ -27,6 +28,9 @@ from ptconvert.spec.document import parse_spec
 WIDE = {**SIZES, "intermediate_size": 256}
 # Of these in float16, which they compute in: that much it rounds in vLLM's dense model, too.
 HALF: dict[str, Any] = {"dtype": "float16", "within": 3e-2}
+# Kernels of quantised experts compute in this; those of four bits round activations to eight bits.
+BF16: dict[str, Any] = {"dtype": "bfloat16", "within": 0.1}
+PUBLISHED = "MXFP4 of gpt-oss"
 # Where ranks' sums differ in the last bit, an activation may be rounded to the next number of its
 # eight bits, which is up to a sixteenth away.
 EIGHT: dict[str, Any] = {"within": 1e-2}
@@ -47,10 +51,23 @@ class Case:
     sizes: Mapping[str, Any] = field(default_factory=dict)
 
     def is_quantised(self, module: str) -> bool:
-        """Whether a linear of the source is."""
+        """Whether a linear of the source is; of a mixture its experts are."""
+        if self.variant in MIXTURES:
+            return ".experts." in module
         return ".layers." in module and not module.endswith(self.left or ("none",))
 
 
+# All experts are chosen: where some are, the last bit of a number decides which. And weights are
+# small, or four layers in bfloat16 would be as far from float32 as from another model.
+QUIET = 0.4
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_experts_per_tok": 4},
+    "qwen3_moe": {
+        **{"num_experts_per_tok": 4, "moe_intermediate_size": 256},
+        "shared_expert_intermediate_size": 0,
+    },
+    "gpt_oss": {"num_experts_per_tok": 4, "tie_word_embeddings": False},
+}
 # As recipes leave modules in bf16: by name, so that the conversion names the tracks' as well.
 LEFT = "layers.1.mlp.down_proj", "layers.2.self_attn.o_proj"
 CASES = {
@@ -65,20 +82,34 @@ CASES = {
     "AutoRound": Case("AutoRound", **HALF),
     "INT8": Case("INT8", **EIGHT, activations="int"),
     "FP8 per channel": Case("FP8 per channel", **EIGHT, activations="float"),
+    "gpt-oss": Case(PUBLISHED, variant="gpt_oss", **BF16),
+    "mixtral, W4A16": Case("W4A16", variant="mixtral", **{**BF16, "within": 0.25}),
+    "qwen3_moe, block FP8": Case("block FP8 of 128", variant="qwen3_moe", **BF16),
+    "compiled, gpt-oss": Case(PUBLISHED, variant="gpt_oss", **BF16, eager=False),
     "compiled, W4A16": Case("W4A16", **HALF, eager=False),
     "compiled, INT8": Case("INT8", **EIGHT, activations="int", eager=False),
 }
-WITH_FAULTS = "W4A16", "INT8"
+WITH_FAULTS = "W4A16", "INT8", "gpt-oss"
+if not expert_kernels.supported():
+    CASES = {name: case for name, case in CASES.items() if case.variant not in MIXTURES}
 
 
 def quantised(case: Case, directory: Path) -> Path:
     """A checkpoint of a case, as it is before it is converted."""
     dense = directory / "dense"
-    random_model(case.variant, **{**WIDE, **case.sizes}, num_hidden_layers=4).save_pretrained(dense)
-    names = [f"model.{name}" for name in case.left]
-    key = "ignore" if "W4A16" in case.form else "modules_to_not_convert"
-    left = {key: ["lm_head", *names]} if case.left and "GPTQ" not in case.form else {}
-    source = quantising.quantise(dense, directory / "source", case.form, case.is_quantised, **left)
+    sizes = {**WIDE, **MIXTURES.get(case.variant, {}), **case.sizes}
+    model = random_model(case.variant, **sizes, num_hidden_layers=4)
+    if case.variant in MIXTURES:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 if parameter.ndim == 1 else QUIET)
+    model.save_pretrained(dense)
+    if case.form == PUBLISHED:
+        return quantising.mxfp4_experts(dense, directory / "source")
+    modules = (n.removesuffix(".weight") for n, t in tensors_of(dense).items() if t.ndim == 2)
+    left = [m for m in modules if ".layers." in m and not case.is_quantised(m)]
+    said = left_out(case.form, ["lm_head", *left]) if left else {}
+    source = quantising.quantise(dense, directory / "source", case.form, case.is_quantised, **said)
     if case.activations is not None:
         with quantising.changed(source) as quantization:
             for group in quantization["config_groups"].values():
@@ -87,12 +118,21 @@ def quantised(case: Case, directory: Path) -> Path:
     return source
 
 
+def left_out(form: str, modules: list[str]) -> dict[str, list[str]]:
+    """How a format's quantization_config says which linears aren't quantised; of GPTQ vLLM sees it
+    by the tensors that they are kept as."""
+    method = {**quantising.FORMATS, **quantising.IN_128}[form].config["quant_method"]
+    keys = {"compressed-tensors": "ignore", "modelopt": "ignore", "gptq": None}
+    key = keys.get(method, "modules_to_not_convert")
+    return {} if key is None else {key: modules}
+
+
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return {n: t for file in sorted(path.glob("*.safetensors")) for n, t in load_file(file).items()}
 
 
-def convert(source: Path, destination: Path, schedule: str) -> Path:
-    spec = parse_spec(spec_text(2, schedule), "spec.yaml")
+def convert(source: Path, destination: Path, schedule: str, tracks: int = 2) -> Path:
+    spec = parse_spec(spec_text(tracks, schedule), "spec.yaml")
     execute(plan_conversion(open_checkpoint(source), spec, source_name="source"), destination)
     return destination
 
@@ -160,13 +200,27 @@ def references(paths: dict[str, Path]) -> dict[str, Answers]:
     return found
 
 
+def differ(name: str, answers: Any, reference: Answers) -> float:
+    """How far log-probabilities are apart. In bfloat16 up to the first token that is another, where
+    two of them are as likely as each other: what follows on it says nothing."""
+    if CASES[name].variant not in MIXTURES:
+        return apart(answers, reference)
+    found: list[float] = []
+    for (own, logs), (tokens, others) in zip(answers, reference, strict=True):
+        known = 1 + next((i for i in range(len(own)) if own[i] != tokens[i]), len(own) - 1)
+        found += [abs(x - y) for x, y in zip(logs[:known], others[:known], strict=True)]
+    return max(found)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_answers_of_the_weights_that_are_meant(
     name: str, found: Any, references: dict[str, Answers]
 ) -> None:
     for rank in of_case(found, name):
-        assert apart(rank["answers"], references[name]) <= CASES[name].within
-        assert apart(rank["again"], references[name]) <= CASES[name].within
+        for answers in (rank["answers"], rank["again"]):
+            assert differ(name, answers, references[name]) <= CASES[name].within
+            pairs = zip(answers, references[name], strict=True)
+            assert sum(own[0] == other[0] for own, other in pairs) > len(answers) / 2
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -180,23 +234,46 @@ def test_all_reduces_are_the_schedules(name: str, found: Any, paths: dict[str, P
 def test_faults_are_seen(name: str, found: Any, references: dict[str, Answers]) -> None:
     for rank in of_case(found, name):
         for fault, answers in rank["faults"].items():
-            assert apart(answers, references[name]) > CASES[name].within, fault
+            assert differ(name, answers, references[name]) > CASES[name].within, fault
 
 
-# Formats that vLLM 0.32 has no kernel for on CPUs, or none without AMX; and what else their
-# published quantization_config says.
+# What published quantization_configs say beside what `quantising` writes.
 _LOCAL = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
 _STATIC = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
 _GROUP = {**_STATIC, "strategy": "group", "group_size": 16, "dynamic": True}
-LOADED: dict[str, dict[str, Any] | None] = {
-    "block FP8": None,
+_TOKEN = {"num_bits": 8, "strategy": "token", "symmetric": True, "dynamic": True}
+TAKEN: dict[str, dict[str, Any]] = {
     "compressed block FP8": _GROUP,
     "FP8 per tensor": {**_STATIC, "dynamic": False},
-    "W8A16": None,
+    "FP8 per channel": {**_TOKEN, "type": "float"},
+    "INT8": {**_TOKEN, "type": "int"},
     "NVFP4": {**_LOCAL, "symmetric": True, "dynamic": "local"},
-    "NVFP4 of ModelOpt": None,
-    "MXFP4": None,
 }
+# Formats that vLLM 0.32 has no kernel for on CPUs, or none without AMX.
+LOADED = (
+    *("block FP8", "compressed block FP8", "FP8 per tensor", "W8A16"),
+    *("NVFP4", "NVFP4 of ModelOpt", "MXFP4"),
+)
+# Quantised experts, for which vLLM asks for AMX in any format: where they lie, and how they are
+# called that vLLM has in one, then the other.
+LATENTS = {
+    **{"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 16},
+    **{"qk_nope_head_dim": 16, "attention_bias": False},
+}
+PROJECTIONS = ("gate_proj", "up_proj"), "down_proj"
+EXPERTS: dict[str, tuple[str, tuple[tuple[str, str], str], dict[str, Any]]] = {
+    "mixtral": ("block_sparse_moe.experts", (("w1", "w3"), "w2"), {"intermediate_size": 512}),
+    "qwen3_moe": ("mlp.experts", PROJECTIONS, {"shared_expert_intermediate_size": 0}),
+    "glm4_moe": ("mlp.experts", PROJECTIONS, {}),
+    "deepseek_v3": ("mlp.experts", PROJECTIONS, LATENTS),
+    "deepseek_v3, latents in the cache": ("mlp.experts", PROJECTIONS, LATENTS),
+    "qwen3_next": ("mlp.experts", PROJECTIONS, {"decoder_sparse_step": 1}),
+}
+EXPERTS_LOADED = [
+    *((variant, form) for variant in EXPERTS for form in ("block FP8", "W4A16", "FP8 per channel")),
+    *(("qwen3_moe", form) for form in LOADED if form != "FP8 per tensor"),
+    *(("qwen3_moe", form) for form in ("INT8", "GPTQ in groups of 32")),
+]
 LINEARS = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "self_attn.o_proj": ("self_attn.o_proj",),
@@ -228,8 +305,13 @@ class NoKernel:
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.kernels import linear
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
+    from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
     from vllm.platforms import current_platform
 
+    takes = staticmethod(lambda *_: (True, None))
+    monkeypatch.setattr(FusedMoEExperts, "is_supported_config", takes)
+    monkeypatch.setattr(AutoAWQConfig, "get_min_capability", lambda: -1)
     for name in ("", "_FP8", "_FP8_BLOCK", "_WFP8A16", "_NVFP4", "_MXFP4"):
         kernels = getattr(linear, f"_POSSIBLE{name}_KERNELS")
         monkeypatch.setitem(kernels, current_platform._enum, [NoKernel])
@@ -261,6 +343,16 @@ def alone(tmp_path: Path) -> Iterator[Callable[[Path], Any]]:
     parallel_state.cleanup_dist_env_and_memory()
 
 
+def as_published(source: Path, form: str, left: list[str]) -> None:
+    """Writes what a format's quantization_config says in published checkpoints."""
+    with quantising.changed(source) as quantization:
+        if form in TAKEN:
+            quantization["config_groups"]["group_0"]["input_activations"] = TAKEN[form]
+        if form == "NVFP4 of ModelOpt":
+            quantization["group_size"] = 16
+        quantization |= left_out(form, left)
+
+
 def side_by_side(parts: list[torch.Tensor], size: torch.Size) -> torch.Tensor:
     """What projections are kept as, as vLLM fuses them: numbers one for each, the others along
     their outputs, whichever axis that is."""
@@ -277,11 +369,7 @@ def test_tensors_of_formats_without_a_kernel(
 ) -> None:
     """Each parameter of vLLM's is the tracks' tensors, byte for byte."""
     source = quantised(Case(form, sizes={"dtype": torch.bfloat16}), tmp_path)
-    with quantising.changed(source) as quantization:
-        if LOADED[form] is not None:
-            quantization["config_groups"]["group_0"]["input_activations"] = LOADED[form]
-        if form == "NVFP4 of ModelOpt":
-            quantization |= {"group_size": 16, "exclude_modules": ["lm_head"]}
+    as_published(source, form, ["lm_head"])
     path = convert(source, tmp_path / "converted", COMPILED)
     model, given, seen = alone(path), tensors_of(path), 0
     for index, layer in enumerate(model.model.layers):
@@ -302,3 +390,71 @@ def test_tensors_of_formats_without_a_kernel(
                     )
                     seen += 1
     assert seen >= 4 * 2 * (2 + 2 * 2)  # of two dense layers, and two of two tracks each
+
+
+@pytest.mark.usefixtures("without_kernels")
+@pytest.mark.parametrize(("variant", "form"), EXPERTS_LOADED)
+def test_tensors_of_quantised_experts(
+    variant: str,
+    form: str,
+    alone: Callable[[Path], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each expert's part of vLLM's parameters is its tensors in a track, byte for byte; what lies
+    beside, attention and shared experts, is quantised, too."""
+    lies, projections, sizes = EXPERTS[variant]
+    # Attention to latents vLLM plans for a track on each rank, and here is one rank.
+    variant, _, latents = variant.partition(", ")
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "0" if latents else "1")
+    dense = tmp_path / "dense"
+    of_experts = {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 128}
+    random_model(
+        variant, torch.bfloat16, **{**WIDE, **of_experts, **sizes}, num_hidden_layers=4
+    ).save_pretrained(dense)
+    ends = "_proj", "_proj_with_mqa", "w1", "w2", "w3"
+    linears = [n.removesuffix(".weight") for n, t in tensors_of(dense).items() if t.ndim == 2]
+    left = [n for n in linears if "embed" not in n and not n.endswith(ends)]
+    source = quantising.quantise(dense, tmp_path / "source", form, lambda m: m.endswith(ends))
+    as_published(source, form, left)
+    path = convert(source, tmp_path / "converted", COMPILED, 1 if latents else 2)
+    model, given, seen = alone(path), tensors_of(path), 0
+    for index, layer in enumerate(model.model.layers):
+        for name, part in layer.parts.items():
+            track = "" if name == "whole" else f"tracks.{name}."
+            before = f"model.layers.{index}.{track}{lies}."
+            parameters = dict(part.named_parameters())
+            first = f"{before}0.{projections[0][0]}."
+            for end in {n.removeprefix(first) for n in given if n.startswith(first)}:
+                if end in ("weight_shape", "g_idx"):  # groups lie in order
+                    continue
+                for kept, modules in (("w13", projections[0]), ("w2", (projections[1],))):
+                    parameter = parameters[f"mlp.experts.routed_experts.{kept}_{end}"].data
+                    for expert, own in enumerate(parameter):
+                        parts = [given[f"{before}{expert}.{module}.{end}"] for module in modules]
+                        if parts[0].dtype == torch.float16:  # which vLLM computes with as the rest
+                            parts = [part.to(own.dtype) for part in parts]
+                        assert own.dtype == parts[0].dtype
+                        assert any(same_bytes(own, whole) for whole in fused(parts)), (kept, end)
+                        seen += 1
+    assert seen >= 3 * 4 * 2 * 2  # layers with experts, experts, parameters, tensors of each
+
+
+def fused(parts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """How vLLM may have projections of an expert in one: side by side along either axis, and turned
+    round; numbers one for each; what is the same for all, once."""
+    if parts[0].numel() == 1:
+        yield from (torch.stack([part.squeeze() for part in parts]), parts[0].squeeze())
+        return
+    for axis in range(parts[0].ndim):
+        whole = torch.cat(parts, axis)
+        yield from (whole, whole.t())
+    if all(torch.equal(part, parts[0]) for part in parts):
+        yield parts[0]
+
+
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    pair = (x.contiguous().reshape(-1, 1).view(torch.uint8) for x in (one, other))
+    return torch.equal(*pair)

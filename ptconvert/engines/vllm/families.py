@@ -24,7 +24,8 @@ class Served:
     vLLM's class `norm`, if its layer has others. `normed_after` are the norms of queries and keys
     that follow their rotary positions; `keys_as_values` the layers whose keys are their values too.
     With `latent` attention (MLA) these tensors are parts of others there, where vLLM keeps the
-    latents in its cache. With a config key of `refused` vLLM's layers would be others, as it says;
+    latents in its cache. `methods` are quantisation methods of its own, by the names of those that
+    it would get. With a config key of `refused` vLLM's layers would be others, as it says;
     those of `fixed` have a value built in, and any other is refused. Without `float16` vLLM refuses
     that. What it computes beside, `engines.families` says.
     """
@@ -39,6 +40,7 @@ class Served:
     given: Callable[[Any], Mapping[str, Any]] = lambda config: {}  # noqa: ARG005
     normed_after: tuple[str, str] | None = None
     latent: Mapping[str, tuple[str, int]] = field(default_factory=lambda: MappingProxyType({}))
+    methods: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     keys_as_values: Callable[[Any], Sequence[int]] = lambda config: ()  # noqa: ARG005
     refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -150,12 +152,17 @@ SERVED: Mapping[str, Served] = MappingProxyType(
             attention="attn",
             tensors=MappingProxyType(
                 {
+                    ".experts.gate_up_proj_blocks": ".experts.w13_weight",
+                    ".experts.gate_up_proj_scales": ".experts.w13_weight_scale",
+                    ".experts.down_proj_blocks": ".experts.w2_weight",
+                    ".experts.down_proj_scales": ".experts.w2_weight_scale",
                     ".experts.gate_up_proj_bias": ".experts.w13_bias",
                     ".experts.down_proj_bias": ".experts.w2_bias",
                     ".experts.gate_up_proj": ".experts.w13_weight",
                     ".experts.down_proj": ".experts.w2_weight",
                 }
             ),
+            methods=MappingProxyType({"mxfp4": "gpt_oss_mxfp4"}),
             fixed=MappingProxyType(
                 {"rms_norm_eps": 1e-5, "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
             ),

@@ -16,8 +16,9 @@ def unserved(
     """What of a checkpoint's quantization_config vLLM, on so many ranks, has no method for, or one
     that computes something else, each in a line."""
     yield from (f"{QUANTIZATION}: {why}" for said, why in _SCHEMES if said(quantization))
-    if shape.quantises_experts:
-        yield "quantised experts aren't served in vLLM; transformers runs it"
+    if shape.quantises_experts and _is_fp8_alone(quantization):
+        why = "FP8 experts beside activations that aren't quantised: vLLM has no such"
+        yield f"{QUANTIZATION}: {why}"
     if ranks > 1:
         yield from _parted(quantization, shape, section, ranks)
 
@@ -41,6 +42,13 @@ def _has_int8_zeros(given: Mapping[str, Any]) -> bool:
 
 def _is_int8_alone(given: Mapping[str, Any]) -> bool:
     return any(not taken for _, taken in _int8(given))
+
+
+def _is_fp8_alone(given: Mapping[str, Any]) -> bool:
+    return any(
+        weights.get("type") == "float" and weights.get("num_bits") == 8 and not taken
+        for weights, taken in _schemes(given)
+    )
 
 
 def _caches(given: Mapping[str, Any]) -> bool:

@@ -42,11 +42,11 @@ from ptconvert.engines.base import NoPositions, NormedPositions
 from ptconvert.engines.families import computed
 from ptconvert.engines.vllm.collectives import all_reduce_boundary, finished
 from ptconvert.engines.vllm.families import SERVED
-from ptconvert.engines.vllm.quantised import by_names, name_fused
+from ptconvert.engines.vllm.quantised import by_names, method_of_family, name_fused
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.layers import TrackConfig
 from ptconvert.models.families import HEAD, KV_HEAD, TensorRule
-from ptconvert.models.quantised import weight_of
+from ptconvert.models.quantised import QUANTIZATION, weight_of
 from ptconvert.models.shape import ModelShape
 
 _LINEAR = "linear_attn"  # what layers with linear attention call it, in vLLM as in checkpoints
@@ -102,9 +102,11 @@ class VLLMServing:
         )
         rules = shape.family.layer
         self._by_head = {r.name for r in rules if r.axes and r.axes[0] in (HEAD, KV_HEAD)}
-        if vllm_config.quant_config is not None:
-            weights = {rule.name for rules in shape.rules.values() for rule in rules}
-            name_fused(vllm_config.quant_config, self.mapper.orig_to_new_stacked, weights)
+        given = getattr(vllm_config.model_config.hf_config, QUANTIZATION, None)
+        self._quant_config = method_of_family(vllm_config.quant_config, self.served.methods, given)
+        if self._quant_config is not None:
+            weights = {f".{rule.name}" for rules in shape.rules.values() for rule in rules}
+            name_fused(self._quant_config, self.mapper.orig_to_new_stacked, weights)
 
     def check(self, index: int, parts: Iterable[nn.Module], rules: Iterable[TensorRule]) -> None:
         """Raises ConfigError where vLLM's layer has other tensors than the checkpoint's: what one
@@ -148,7 +150,7 @@ class VLLMServing:
         vllm_config = copy.copy(self._vllm_config)
         vllm_config.model_config = copy.copy(vllm_config.model_config)
         vllm_config.model_config.hf_config = vllm_config.model_config.hf_text_config = config
-        vllm_config.quant_config = by_names(vllm_config.quant_config, f"{prefix}.", named)
+        vllm_config.quant_config = by_names(self._quant_config, f"{prefix}.", named)
         given = {
             "vllm_config": vllm_config,
             "config": config,

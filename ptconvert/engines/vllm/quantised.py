@@ -8,25 +8,36 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
+from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
 from ptconvert.errors import CheckpointError
 from ptconvert.models.quantised import QUANTIZATION
 
-_CONFIG_BUILT = "input_scale_ub"  # which vLLM makes of the quantization_config
+# What vLLM makes of the quantization_config, and what it takes away again where it isn't loaded.
+_BUILT = "input_scale_ub", "w13_bias", "w2_bias"
+
+
+def method_of_family(quant_config: Any, methods: Mapping[str, str], given: Any) -> Any:
+    """A quantisation config of vLLM's, or that of a family's own method, which vLLM finds by the
+    model's type: `methods` are their names by those of the others, `given` is config.json's."""
+    own = None if quant_config is None else methods.get(quant_config.get_name())
+    return quant_config if own is None else get_quantization_config(own).from_config(given)
 
 
 def name_fused(quant_config: Any, stacked: Mapping[str, Any], weights: Collection[str]) -> None:
     """Tells a quantisation config of vLLM's which of a layer's weights vLLM fuses into one linear.
 
-    `stacked` is where vLLM loads modules to, by their names, and `weights` are the checkpoint's:
-    what lies fused there has its own name.
+    `stacked` is where vLLM loads modules to, by their names, and `weights` are those of a
+    checkpoint's layers, each after a dot: what lies fused there has its own name.
     """
-    fused: dict[str, list[str]] = {}
+    fused: dict[str, dict[str, None]] = {}
     for part, (whole, _) in stacked.items():
-        if any(name.endswith(f"{part}.weight") for name in weights):
-            fused.setdefault(whole.removeprefix("."), []).append(part.removeprefix("."))
-    quant_config.packed_modules_mapping = fused
+        if any(name.endswith(f"{part.rstrip('.')}.weight") for name in weights):
+            # by the last of their names, as vLLM asks; `stacked` may say inside of what they are
+            whole, part = (name.strip(".").rpartition(".")[2] for name in (whole, part))
+            fused.setdefault(whole, {})[part] = None
+    quant_config.packed_modules_mapping = {whole: list(parts) for whole, parts in fused.items()}
 
 
 def by_names(quant_config: Any, before: str, named: str) -> Any:
@@ -46,13 +57,14 @@ def by_names(quant_config: Any, before: str, named: str) -> Any:
 def check_loaded(model: nn.Module, loaded: Collection[str]) -> None:
     """Raises CheckpointError where a parameter of a quantised model got no tensor, which vLLM lets
     pass without a word; scales of the KV cache may be left at 1."""
+    named = model.named_parameters(remove_duplicate=False)  # experts have their router's biases
+    filled = {id(parameter) for name, parameter in named if name in loaded}
     for name, module in model.named_modules():
         if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod):
             continue
         for own, parameter in module.named_parameters(recurse=False):
-            whole = f"{name}.{own}"
-            if parameter.numel() and own != _CONFIG_BUILT and whole not in loaded:
+            if parameter.numel() and own not in _BUILT and id(parameter) not in filled:
                 raise CheckpointError(
-                    f"the checkpoint has nothing for vLLM's {whole}: its {QUANTIZATION} says that "
-                    "this is kept otherwise than it is"
+                    f"the checkpoint has nothing for vLLM's {name}.{own}: its {QUANTIZATION} says "
+                    "that this is kept otherwise than it is"
                 )
