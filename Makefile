@@ -9,9 +9,11 @@ READY := $(VENV)/.ready
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_TESTS := tests/serving tests/gpu/test_examples.py tests/gpu/test_vllm_on_gpus.py
 
 SGLANG_READY := $(VLLM_VENV)/.sglang
 SGLANG_PIP := $(VLLM_BIN)/pip install -q -c constraints-vllm.txt -c constraints-sglang.txt
+SGLANG_TESTS := PYTHONPATH=tests/serving_sglang/standins $(VLLM_BIN)/python -m pytest tests/serving_sglang
 
 GPU_VENV := .venv-gpu
 GPU_BIN := $(GPU_VENV)/bin
@@ -24,7 +26,7 @@ QUANTISED_BIN := $(QUANTISED_VENV)/bin
 QUANTISED_READY := $(QUANTISED_VENV)/.ready
 QUANTISED_PIP := $(QUANTISED_BIN)/pip install -q -c constraints-quantised.txt
 
-.PHONY: help demo real test test-vllm newest-vllm test-gpu test-gpus test-sglang test-quantised \
+.PHONY: help demo real test test-slow test-vllm newest-vllm test-gpu test-gpus test-sglang test-quantised \
 	lint clean
 
 help:  ## this list
@@ -54,8 +56,8 @@ lint: $(READY)  ## ruff, mypy, and which way imports go
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layout.py
 
-test: lint  ## lint and all tests but vLLM's
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+test: lint  ## lint and tests, but what is slow and what needs a serving engine
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m 'not slow'
 
 # vLLM pins its own torch and transformers, so it has an environment of its own.
 $(VLLM_READY): pyproject.toml constraints-vllm.txt
@@ -70,8 +72,12 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	touch $@
 
 test-vllm: $(VLLM_READY)  ## the tests that need vLLM, in an environment of their own
-	$(VLLM_BIN)/python -m pytest tests/serving tests/gpu/test_examples.py \
-		tests/gpu/test_vllm_on_gpus.py
+	$(VLLM_BIN)/python -m pytest -m 'not slow' $(VLLM_TESTS)
+
+test-slow: $(READY) $(SGLANG_READY)  ## the rest of these three: each engine, families, processes
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m slow
+	$(VLLM_BIN)/python -m pytest -m slow $(VLLM_TESTS)
+	$(SGLANG_TESTS) -m slow
 
 newest-vllm:  ## whether the newest vLLM has what the plugin takes, by its source
 	$(PYTHON) tests/newest_vllm.py
@@ -109,7 +115,7 @@ $(SGLANG_READY): $(VLLM_READY) constraints-sglang.txt
 	touch $@
 
 test-sglang: $(SGLANG_READY)  ## the tests that need SGLang, in vLLM's environment
-	PYTHONPATH=tests/serving_sglang/standins $(VLLM_BIN)/python -m pytest tests/serving_sglang
+	$(SGLANG_TESTS) -m 'not slow'
 
 # Quantisers pin other versions of torch, transformers and each other than they need, so they come
 # without their dependencies, which are named instead, in an environment of their own.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from conftest import LAYERS, random_model, spec_text
@@ -23,6 +25,7 @@ from ptconvert.models.shape import ModelShape
 from ptconvert.spec.document import parse_spec
 from ptconvert.verify.session import greedy_steps
 
+Case = TypeVar("Case")
 # Engines' attention on CPUs takes heads of 32 or more; long enough positions for chunks and blocks.
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -72,6 +75,28 @@ ROPE: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0},
 }
 UNTIED = {"tie_word_embeddings": False}  # or the last token answers, whatever the layers do
+
+
+def quick(cases: Iterable[str], those: Collection[str]) -> list[Any]:
+    """Names of cases as a test's parameter `name`: all but those are slow."""
+    slow = pytest.mark.slow
+    return [name if name in those else pytest.param(name, marks=slow) for name in cases]
+
+
+def asked_for(
+    request: pytest.FixtureRequest,
+    file: str,
+    cases: Mapping[str, Case],
+    others: Collection[str] = (),
+) -> dict[str, Case]:
+    """Those of a file's cases that its selected tests are about, as engines take seconds to start:
+    by the tests' parameter `name`, and `others` for tests without."""
+    names = set[str]()
+    for item in request.session.items:
+        if item.path == Path(file):
+            given = getattr(item, "callspec", None)
+            names |= {given.params["name"]} if given and "name" in given.params else set(others)
+    return {name: case for name, case in cases.items() if name in names}
 
 
 def with_rope(variant: str) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def test_help_and_version() -> None:
     assert __version__ in subprocess.run(version, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_other_libraries_say_nothing_of_themselves() -> None:
     """torchao, where it is, names at import the kernels that it has for other machines."""
     code = (

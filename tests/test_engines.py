@@ -354,6 +354,7 @@ def expected(layers: Any, schedule: Schedule, base: torch.Tensor, norm: Any) -> 
     return normed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [

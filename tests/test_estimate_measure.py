@@ -293,10 +293,12 @@ def test_the_ranks_at_hand_may_be_the_hardware(monkeypatch: pytest.MonkeyPatch) 
     assert lacking.exit_code == 2 and "--ranks R" in lacking.output
 
 
+@pytest.mark.slow
 def test_two_ranks_are_measured(tmp_path: Path) -> None:
     check_measured(2, "gloo", tmp_path / "here.yaml")
 
 
+@pytest.mark.slow
 def test_two_machines_under_torchrun(tmp_path: Path) -> None:
     """Two agents of two ranks each, as on two machines: a level within, and one between."""
     with socket.socket() as free:

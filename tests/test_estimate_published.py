@@ -130,6 +130,7 @@ def test_the_limits_say_what_the_rows_show(rows: list[Any]) -> None:
         assert text in LIMITS[index], text
 
 
+@pytest.mark.slow
 def test_the_packaged_constants_are_the_fits() -> None:
     """Moving any constant by 5% either way makes the fit's rows worse (or none better)."""
     c = calibration()

@@ -101,6 +101,7 @@ def by_name(found: running.Report) -> dict[tuple[str, str], running.Row]:
 # lm-eval
 
 
+@pytest.mark.slow
 def test_tensor_parallel_answers_just_as_its_source(
     source: Path, settings: Settings, convert: Convert, tmp_path: Path
 ) -> None:
@@ -122,6 +123,7 @@ def test_tensor_parallel_answers_just_as_its_source(
     assert {(d.value, d.p_value) for d in differences} == {(0.0, 1.0)}
 
 
+@pytest.mark.slow
 def test_source_scores_are_those_of_lm_evals_own_backend(
     source: Path, settings: Settings, convert: Convert, tmp_path: Path
 ) -> None:
@@ -149,6 +151,7 @@ def test_source_scores_are_those_of_lm_evals_own_backend(
         assert row.source_stderr == (pytest.approx(stderr) if stderr != "N/A" else None)
 
 
+@pytest.mark.slow
 def test_plain_lm_eval_scores_a_converted_checkpoint(
     source: Path, settings: Settings, convert: Convert, run_without_ptconvert: Run, tmp_path: Path
 ) -> None:
@@ -203,6 +206,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 def test_the_next_conversion_finds_the_sources_answers(
     source: Path, settings: Settings, convert: Convert, tmp_path: Path, opened: list[str]
 ) -> None:
@@ -278,6 +282,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert {row.documents for row in found.rows} == {6}
 
 
+@pytest.mark.slow
 def test_batches_shrink_when_memory_runs_out(
     source: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -592,7 +597,10 @@ def test_our_own_faults_are_not_called_a_tasks(
             ["{damaged}", "--tasks", "text_cloze", "--include-path", "{own}"],
             "missing tensor lm_head",
         ),
-        (["{src}", "--tasks", "no_such_task"], "there is no task 'no_such_task'"),
+        pytest.param(
+            *(["{src}", "--tasks", "no_such_task"], "there is no task 'no_such_task'"),
+            marks=pytest.mark.slow,  # lm-eval looks through all that it has
+        ),
         (["{src}"], "gsm8k, ifeval, wikitext: "),
         (["{src}", "--tasks", "gsm8k"], "data is neither here nor can the hub be reached"),
         (["{src}", "--text", "{text}"], "give --baseline SRC"),

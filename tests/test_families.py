@@ -230,6 +230,7 @@ def test_what_a_checkpoint_calls_its_classes(
     assert [c.split(".")[1] for c in classes.values()] == [c.__name__ for c in ours]
 
 
+@pytest.mark.slow
 def test_every_family_on_ranks(make_dense: MakeDense, convert: Convert) -> None:
     """Layers held dense are cut among two ranks, the four tracks of others shared out."""
     paths = [convert(make_dense(v), 4, SCHEDULES["track-2-rest"]) for v in (*OF_A_FAMILY, "phi3")]

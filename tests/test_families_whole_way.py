@@ -18,6 +18,7 @@ from ptconvert.checkpoint.files import read_config
 from ptconvert.cli import main
 from ptconvert.models.shape import ModelShape
 
+pytestmark = pytest.mark.slow
 TEXT = "the quick brown fox jumps over the lazy dog, and {} of them count to {}.\n"
 
 

@@ -23,9 +23,8 @@ from ptconvert.measure.opening import open_model
 from ptconvert.measure.windows import Windows, windows_for
 from ptconvert.spec.document import parse_spec
 
-pytestmark = pytest.mark.skipif(
-    not FIXTURE.is_dir(), reason="shared/fixtures/stdlib-llama is not beside this checkout"
-)
+WHY = "shared/fixtures/stdlib-llama is not beside this checkout"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not FIXTURE.is_dir(), reason=WHY)]
 WINDOWS, LENGTH = 24, 256
 
 

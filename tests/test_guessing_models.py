@@ -93,6 +93,7 @@ def test_the_dense_function_stays(variant: str, make_dense: MakeDense, convert: 
     assert difference(step_logits(model, ids_BS, keep_BS, 12), expected, keep_BS) > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_everything_else_a_model_does(
     make_dense: MakeDense, convert: Convert, tmp_path: Path
 ) -> None:
@@ -128,6 +129,7 @@ def test_everything_else_a_model_does(
             torch.testing.assert_close(gradient, ordinary[name], msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tracks", "ranks"), [(4, 1), (4, 2), (2, 2)])
 def test_on_real_ranks(tracks: int, ranks: int, make_dense: MakeDense, convert: Convert) -> None:
     """verify's checks hold: the same counts, each rank with its own tracks' guesses only."""

@@ -123,6 +123,7 @@ def test_kl_falls_and_the_result_is_a_checkpoint_like_the_one_given(
     assert f"| KL | {figures['rows'][-1]['loss']:.4f} |" in card and "without training" not in card
 
 
+@pytest.mark.slow
 def test_guesses_are_healed_too_and_the_assignment_stays(source: Path, tmp_path: Path) -> None:
     spec, converted, out = (tmp_path / name for name in ("spec.yaml", "converted", "out"))
     spec.write_text(spec_text(4, SCHEDULE, "assignment: affinity\nguess: {rank: 4}\n"))
@@ -135,6 +136,7 @@ def test_guesses_are_healed_too_and_the_assignment_stays(source: Path, tmp_path:
     assert not any(".assignment." in name for name in moved)
 
 
+@pytest.mark.slow
 def test_16_bits_on_a_cpu(source: Path, convert: Convert, tmp_path: Path) -> None:
     converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
     given = ("--text", TEXT, *QUICK, "--dtype", "bfloat16", "--blockwise")
@@ -142,6 +144,7 @@ def test_16_bits_on_a_cpu(source: Path, convert: Convert, tmp_path: Path) -> Non
     assert figures["kept"] == "KL" and kls(figures)["KL"] < 0.9 * kls(figures)["before"]
 
 
+@pytest.mark.slow
 def test_verify_and_eval_take_it_and_to_dense_refuses(
     source: Path, convert: Convert, tmp_path: Path
 ) -> None:
@@ -154,6 +157,7 @@ def test_verify_and_eval_take_it_and_to_dense_refuses(
     assert "config.json: healed since the conversion" in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_two_runs_are_equal_and_another_seed_is_not(
     source: Path, convert: Convert, tmp_path: Path
 ) -> None:
@@ -283,6 +287,7 @@ def killed(arguments: Sequence[object], line: str, log: Path) -> None:
     assert process.exitcode == -signal.SIGKILL, log.read_text()[-2000:]
 
 
+@pytest.mark.slow
 def test_killed_runs_end_in_the_same_bytes(source: Path, convert: Convert, tmp_path: Path) -> None:
     """One kill between blocks, one in the end-to-end stage."""
     converted, out = convert(source, 4, SCHEDULE), tmp_path / "out"
@@ -493,6 +498,7 @@ def by_torchrun(_: object, arguments: Sequence[object], __: Path) -> tuple[str, 
     return done.stdout, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("started", "top_k"), [(by_torchrun, None), (in_two, 16)])
 def test_two_processes(
     source: Path, convert: Convert, tmp_path: Path, started: Any, top_k: int | None
@@ -537,6 +543,7 @@ def sharded(arguments: list[str]) -> None:
     command(arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "top_k"), [(MIDDLE, None), (SCHEDULE, None), (MIDDLE, 16)])
 def test_fsdp(
     source: Path, convert: Convert, tmp_path: Path, schedule: str, top_k: int | None

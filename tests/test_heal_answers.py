@@ -143,6 +143,7 @@ def test_only_what_is_missing_is_made(
 # The whole command
 
 
+@pytest.mark.slow
 def test_a_second_healing_does_not_open_the_teacher(
     source: Path, convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +168,7 @@ def test_a_second_healing_does_not_open_the_teacher(
         heal(converted, tmp_path / "d", source, *options, *kept, "--top-k", 17)
 
 
+@pytest.mark.slow
 def test_the_whole_vocabulary_kept_heals_as_the_teacher_does(
     source: Path, convert: Convert, tmp_path: Path
 ) -> None:

@@ -107,6 +107,7 @@ def test_what_is_better() -> None:
     assert Measured("", 2.0, 0.1).gain > Measured("", 1.0, 0.2).gain
 
 
+@pytest.mark.slow
 def test_a_task_judges_the_whole_command(
     source: Path, convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -241,6 +241,7 @@ def test_keys_that_a_family_does_not_know_change_nothing(
     assert difference(found, expected, keep_BS) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_compiles(make_dense: MakeDense, convert: Convert) -> None:
     model = load(convert(make_dense("llama-biases"), 4, SCHEDULES["mixed"]))
     ids_BS, _ = left_padded()

@@ -189,6 +189,7 @@ SEGMENTS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [LAYERS, 2])
 def test_a_segment_alone_is_weighed_as_it_is_measured(
     kept: int, gentle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -515,6 +516,7 @@ def test_interrupted_says_where_to_go_on(
 # The trained model
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not FIXTURE.is_dir(), reason="shared/fixtures/stdlib-llama is not beside this checkout"
 )

@@ -63,6 +63,7 @@ def with_scales(schedule: Schedule, tracks: int) -> tuple[str, Calibration]:
     return ("scale: fitted\n" if scales else ""), Calibration(values={"scale": scales})
 
 
+@pytest.mark.slow
 @settings(
     max_examples=30,
     phases=[Phase.explicit, Phase.generate],
@@ -177,6 +178,7 @@ def test_gradient_checkpointing(reentrant: bool, make_dense: MakeDense, convert:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_compiles(make_dense: MakeDense, convert: Convert) -> None:
     model = load(convert(make_dense("gemma4_text"), 4, f'stages: "{CROSSING}"'))
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)

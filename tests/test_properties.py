@@ -106,6 +106,7 @@ def test_arbitrary_specs(content: bytes) -> None:
         assert "s.yaml:" in str(error)
 
 
+@pytest.mark.slow
 @FEW
 @given(data=st.data())
 def test_mutated_configs(sharded: Path, data: st.DataObject) -> None:
@@ -128,6 +129,7 @@ def converted(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @FEW
 @given(data=st.data())
 def test_mutated_converted_configs(converted: Path, data: st.DataObject) -> None:
@@ -140,6 +142,7 @@ def test_mutated_converted_configs(converted: Path, data: st.DataObject) -> None
         attempt(source, "", to_dense=True)
 
 
+@pytest.mark.slow
 @FEW
 @given(data=st.data())
 def test_mutated_indexes(sharded: Path, data: st.DataObject) -> None:

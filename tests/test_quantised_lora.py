@@ -72,6 +72,7 @@ def logits(path: Path) -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 def test_it_heals_and_leaves_the_quantised_tensors(case: Any, tmp_path: Path) -> None:
     name, source, converted, out, figures = case
     assert figures["kept"] == "KL" and kls(figures)["KL"] < kls(figures)["before"]
@@ -91,6 +92,7 @@ def test_it_heals_and_leaves_the_quantised_tensors(case: Any, tmp_path: Path) ->
     assert "a LoRA of rank 4 beside the quantised weights" in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_it_is_opened_with_the_adapter_wherever_it_lies(case: Any, tmp_path: Path) -> None:
     _, _, _, out, _ = case
     moved = shutil.copytree(out, tmp_path / "moved")
@@ -165,6 +167,7 @@ def test_factors_of_another_model(change: str, made: Any, tmp_path: Path) -> Non
         open_checkpoint(broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["biases", "guesses", "some left"])
 def test_what_is_not_quantised_is_trained_itself(
     kind: str, make_dense: MakeDense, tmp_path: Path

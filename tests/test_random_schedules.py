@@ -6,6 +6,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pytest
 import torch
 from calibrating import for_reference, permuted, random_calibration
 from conftest import LAYERS, Convert, MakeDense, load
@@ -93,6 +94,7 @@ def logits_on_a_rank(paths: list[Path], rank: Rank) -> dict[str, Any]:
         }
 
 
+@pytest.mark.slow
 def test_on_real_ranks(make_dense: MakeDense, convert: Convert) -> None:
     """Of 16 schedules, some of them such as span layers held dense and layers of tracks."""
     random, source, tracks = Random(7), make_dense("llama-biases"), 4

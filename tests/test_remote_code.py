@@ -41,6 +41,7 @@ print(type(model).__module__)
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["llama-biases", "qwen3"])
 def test_opens_without_ptconvert(
     variant: str,
@@ -107,6 +108,7 @@ def run_with_torch() -> Iterator[Run]:
         yield run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_opens_whatever_is_imported_first(
     order: str, make_dense: MakeDense, convert: Convert, run_with_torch: Run, tmp_path: Path

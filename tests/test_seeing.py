@@ -160,6 +160,7 @@ def test_what_makes_pixels_of_pictures_comes_along(convert: Convert) -> None:
     assert torch.equal(*answers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_5", "llava", "gemma4"])
 def test_it_opens_without_ptconvert(
     name: str, convert: Convert, run_without_ptconvert: Run, tmp_path: Path

@@ -72,6 +72,7 @@ def test_classes_differ() -> None:
     assert [as_it_is.encode(t) for t in TEXTS] != [qwen.encode(t) for t in TEXTS]
 
 
+@pytest.mark.slow
 def test_with_ptconvert_imported(pairs: dict[str, tuple[Path, Path]]) -> None:
     bpe = trained()
     for source, converted in pairs.values():
@@ -82,6 +83,7 @@ def test_with_ptconvert_imported(pairs: dict[str, tuple[Path, Path]]) -> None:
             assert facts(AutoTokenizer.from_pretrained(converted)) == expected, (source, name)
 
 
+@pytest.mark.slow
 def test_by_remote_code(
     pairs: dict[str, tuple[Path, Path]], run_without_ptconvert: Run, tmp_path: Path
 ) -> None:

@@ -424,6 +424,7 @@ print(calls)
 OLD = {"config.json": b"old", "model.safetensors": b"old"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_at_any_moment_it_leaves_all_or_nothing(
     overwrite: bool, make_dense: MakeDense, tmp_path: Path

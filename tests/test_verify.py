@@ -64,6 +64,7 @@ def expected_of(path: Path) -> Expected:
     return Expected(schedule, shape_of(checkpoint), torch.float32, BATCH, PROMPT, NEW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tracks", "ranks"), [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
 def test_every_schedule_on_every_number_of_ranks(
     tracks: int, ranks: int, make_dense: MakeDense, convert: Convert
@@ -261,6 +262,7 @@ def tell(report: Report | None) -> str:
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
@@ -427,6 +429,7 @@ def test_command_line(make_dense: MakeDense, convert: Convert, tmp_path: Path) -
     assert result.exit_code == 2
 
 
+@pytest.mark.slow
 def test_under_torchrun(make_dense: MakeDense, convert: Convert) -> None:
     path = convert(make_dense("llama"), 2, "use: parallel_track, depth: 2")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -438,6 +441,7 @@ def test_under_torchrun(make_dense: MakeDense, convert: Convert) -> None:
     assert figures["ok"] and figures["ranks"] == 2 and done.stdout.count('"ok": true,') > 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not FIXTURE.is_dir(), reason="shared/fixtures/stdlib-llama is not beside this checkout"
 )

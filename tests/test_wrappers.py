@@ -70,6 +70,7 @@ def trained(model: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return out.logits.detach(), full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrapped_layers_give_the_same(wrapper: str, name: str, converted: dict[str, Path]) -> None:

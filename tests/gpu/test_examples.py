@@ -54,6 +54,7 @@ def test_throughput(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert "ladder" in table and "decode, tokens/s" in table
 
 
+@pytest.mark.slow
 def test_latency(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -70,6 +71,7 @@ def test_latency(
     assert read_hardware(str(tmp_path / "here.yaml")) == row
 
 
+@pytest.mark.slow
 @VLLM
 def test_graphs(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Of the dense model only, as compiling takes longest."""
@@ -79,6 +81,7 @@ def test_graphs(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     check(rows, {f"dense, {mode}": "dense, eager" for mode in ("eager", "compiled")})
 
 
+@pytest.mark.slow
 @VLLM
 def test_latency_in_vllm(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     only = ("--device", "cpu", "--batches", 1, "--repeats", 1, "--presets", DEPTH_4)

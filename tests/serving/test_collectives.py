@@ -209,6 +209,7 @@ def broken_capture() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_captures_that_vllm_breaks_are_broken_at_boundaries() -> None:
     code = "import json, test_collectives; print(json.dumps(test_collectives.broken_capture()))"
     done = subprocess.run(

@@ -331,6 +331,7 @@ metric_list:
 """
 
 
+@pytest.mark.slow
 def test_lm_eval_scores_as_with_the_transformers_model(
     checkpoint: Path, named_vllm: dict[str, str], tmp_path: Path
 ) -> None:
@@ -414,6 +415,7 @@ print(json.dumps(apart))
 """
 
 
+@pytest.mark.slow
 def test_the_plugin_in_a_process_of_its_own(tmp_path: Path) -> None:
     """It can run twice and touches no device; with it, and nothing else of ptconvert imported,
     vLLM opens tokenizers as the sources'."""

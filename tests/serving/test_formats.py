@@ -15,7 +15,7 @@ import quantising
 import torch
 from conftest import random_model, spec_text
 from safetensors.torch import load_file
-from served import COMPILED, SIZES, answer, apart, prompts, shape_of
+from served import COMPILED, SIZES, answer, apart, asked_for, prompts, quick, shape_of
 from test_parity import NEW_TOKENS, of_case, run_cases, schedule_of
 
 from ptconvert.checkpoint.reader import open_checkpoint
@@ -90,6 +90,7 @@ CASES = {
     "compiled, INT8": Case("INT8", **EIGHT, activations="int", eager=False),
 }
 WITH_FAULTS = "W4A16", "INT8", "gpt-oss"
+QUICK = {"W4A16", "GPTQ, some left", "INT8", "gpt-oss"}
 if not expert_kernels.supported():
     CASES = {name: case for name, case in CASES.items() if case.variant not in MIXTURES}
 
@@ -138,9 +139,11 @@ def convert(source: Path, destination: Path, schedule: str, tracks: int = 2) -> 
 
 
 @pytest.fixture(scope="session")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def paths(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     found = {}
-    for name, case in CASES.items():
+    for name, case in asked_for(request, __file__, CASES).items():
         directory = tmp_path_factory.mktemp("model")
         found[name] = convert(quantised(case, directory), directory / "converted", COMPILED)
     return found
@@ -151,10 +154,11 @@ def found(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) -> A
     cases = [
         {
             **{"device": "cpu", "arguments": {"dtype": case.dtype}, "name": name},
-            **{"path": str(paths[name]), "eager": case.eager, "faults": name in WITH_FAULTS},
+            **{"path": str(path), "eager": case.eager, "faults": name in WITH_FAULTS},
             **{"drawn": [], "alone": None},
         }
-        for name, case in CASES.items()
+        for name, path in paths.items()
+        for case in (CASES[name],)
     ]
     return run_cases(tmp_path_factory.mktemp("ranks"), cases, 2)
 
@@ -212,7 +216,7 @@ def differ(name: str, answers: Any, reference: Answers) -> float:
     return max(found)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, QUICK))
 def test_answers_of_the_weights_that_are_meant(
     name: str, found: Any, references: dict[str, Answers]
 ) -> None:
@@ -223,14 +227,14 @@ def test_answers_of_the_weights_that_are_meant(
             assert sum(own[0] == other[0] for own, other in pairs) > len(answers) / 2
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, QUICK))
 def test_all_reduces_are_the_schedules(name: str, found: Any, paths: dict[str, Path]) -> None:
     passes = [rank["passes"] for rank in of_case(found, name)]
     checks = count_checks(passes, schedule_of(paths[name]), shape_of(paths[name]), new_tokens=3)
     assert all(check.ok for check in checks), checks
 
 
-@pytest.mark.parametrize("name", WITH_FAULTS)
+@pytest.mark.parametrize("name", quick(WITH_FAULTS, QUICK))
 def test_faults_are_seen(name: str, found: Any, references: dict[str, Answers]) -> None:
     for rank in of_case(found, name):
         for fault, answers in rank["faults"].items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from ptconvert.cli import main
@@ -14,6 +15,7 @@ from ptconvert.estimate.sweep import SIZES
 WAY = "vLLM shared memory"
 
 
+@pytest.mark.slow
 def test_it_is_timed_at_each_size_and_is_the_rows_one_shot_kernel(tmp_path: Path) -> None:
     file = tmp_path / "here.yaml"
     arguments = ["estimate", "--measure", str(file), "--ranks", "2", "--json"]

@@ -28,10 +28,12 @@ from served import (
     SIZES,
     UNTIED,
     apart,
+    asked_for,
     calibration,
     greedy,
     make_model,
     prompts,
+    quick,
     shape_of,
     with_rope,
 )
@@ -146,6 +148,12 @@ WITH_FAULTS = (
 WHOLE_HEAD = "mixed, qwen2, tied"  # also with all of lm_head on each rank
 RUINED = "mixed, biases, 2 tracks per rank"
 ALONE = ("guesses, mixed, 2 tracks per rank", "compiled")  # also with all tracks on one rank
+# Each way through the walk, the layers and vLLM once; families that differ by less are slow.
+QUICK = {
+    *("ladder", "mixed, qwen2, tied", "parallel_track, depth 3, guesses", "dense"),
+    *("mixed, biases, 2 tracks per rank", "guesses, mixed, 2 tracks per rank", "compiled"),
+    *("gemma2", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_5_text", "cohere2", *DRAFTS),
+}
 # Its model, in which layers 1 and 2 are held as tracks, runs other schedules too: see `drawn`.
 DRAWN = "guesses, mixed, 2 tracks per rank"
 
@@ -165,14 +173,17 @@ def drawn() -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def paths(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    others = {DRAWN, "dense", *ALONE, WHOLE_HEAD, RUINED}
     return {
         name: make_model(
             tmp_path_factory.mktemp("model"),
             *(c.variant, c.tracks, c.schedule, c.top, c.layers),
             **c.sizes,
         )
-        for name, c in CASES.items()
+        for name, c in asked_for(request, __file__, CASES, others).items()
     }
 
 
@@ -229,15 +240,15 @@ def run_cases(directory: Path, cases: list[dict[str, Any]], count: int) -> Any:
 @pytest.fixture(scope="session")
 def found(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) -> Any:
     """All engines run in the same two processes: starting these takes longer than most of them."""
-    cases = [case_of(name, paths[name]) for name in CASES]
-    own = ruined(paths[RUINED], tmp_path_factory.mktemp("own"))
-    cases.append({**case_of(RUINED, own), "name": "own", "faults": False})
-    whole = case_of(
-        *(WHOLE_HEAD, paths[WHOLE_HEAD]),
-        additional_config={"ptconvert": {"lm_head": "replicated"}},
-    )
-    cases.append({**whole, "name": "whole head"})
-    cases += [case_of(name, paths[name], rank) for rank, name in enumerate(ALONE)]
+    cases = [case_of(name, path) for name, path in paths.items()]
+    if RUINED in paths:
+        own = ruined(paths[RUINED], tmp_path_factory.mktemp("own"))
+        cases.append({**case_of(RUINED, own), "name": "own", "faults": False})
+    if WHOLE_HEAD in paths:
+        replicated = {"ptconvert": {"lm_head": "replicated"}}
+        whole = case_of(WHOLE_HEAD, paths[WHOLE_HEAD], additional_config=replicated)
+        cases.append({**whole, "name": "whole head"})
+    cases += [case_of(n, paths[n], rank) for rank, n in enumerate(ALONE) if n in paths]
     # vLLM 0.32 starts no further engine in a process in which one drafted: its registration of
     # kernels stumbles over what drafting imports.
     cases.sort(key=lambda case: case["name"] in DRAFTS)
@@ -264,7 +275,7 @@ def test_every_family_that_is_served_is_here() -> None:
     assert set(SERVED) == {c.variant.split("-")[0] for c in CASES.values()}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, QUICK))
 def test_answers_of_the_single_process_model(
     name: str, found: Any, references: dict[str, Answers]
 ) -> None:
@@ -276,7 +287,9 @@ def test_answers_of_the_single_process_model(
         assert (rank["cached"] > 0) != latent
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].tracks and n not in DRAFTS])
+@pytest.mark.parametrize(
+    "name", quick((n for n in CASES if CASES[n].tracks and n not in DRAFTS), QUICK)
+)
 def test_all_reduces_are_the_schedules(name: str, found: Any, paths: dict[str, Path]) -> None:
     passes = [rank["passes"] for rank in of_case(found, name)]
     shape = shape_of(paths[name])
@@ -362,7 +375,7 @@ def test_vllms_own_dense_model_does_one_more_for_its_embedding(found: Any) -> No
         assert counts == [2 * LAYERS + 1] * 3
 
 
-@pytest.mark.parametrize("name", WITH_FAULTS)
+@pytest.mark.parametrize("name", quick(WITH_FAULTS, QUICK))
 def test_faults_are_seen(name: str, found: Any, references: dict[str, Answers]) -> None:
     seen = set()
     for rank in of_case(found, name):

@@ -19,7 +19,7 @@ import served
 import torch
 from commands import serving, under_vllms_name, verify
 from conftest import spec_text
-from served import COMPILED, MIXED, ROPE, shape_of
+from served import COMPILED, MIXED, ROPE, asked_for, quick, shape_of
 from test_parity import NEW_TOKENS, of_case, run_cases, schedule_of
 
 from ptconvert.checkpoint.reader import open_checkpoint
@@ -94,6 +94,9 @@ WITHOUT_TOWERS = {
 }
 
 
+QUICK = {"llava"}
+
+
 def make(directory: Path, case: Case) -> Path:
     """A random model, converted, with its processor."""
     source = seeing.save(case.model, directory / "dense", **SIZES, **case.text)
@@ -107,16 +110,21 @@ def make(directory: Path, case: Case) -> Path:
 
 
 @pytest.fixture(scope="session")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def paths(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     return {
         name: seeing.with_processor(case.model, make(tmp_path_factory.mktemp("model"), case))
-        for name, case in CASES.items()
+        for name, case in asked_for(request, __file__, CASES, ["llava"]).items()
     }
 
 
 @pytest.fixture(scope="session")
-def blind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {n: make(tmp_path_factory.mktemp("model"), c) for n, c in WITHOUT_TOWERS.items()}
+def blind(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    cases = asked_for(request, __file__, WITHOUT_TOWERS)
+    return {name: make(tmp_path_factory.mktemp("model"), case) for name, case in cases.items()}
 
 
 @pytest.fixture(scope="session")
@@ -129,8 +137,8 @@ def found(
             **{"arguments": dict(case.arguments), "alone": None, "faults": False, "drawn": []},
         }
 
-    cases = [run(name, c, paths[name]) | {"model": c.model} for name, c in CASES.items()]
-    cases += [run(f"{name}, blind", c, blind[name]) for name, c in WITHOUT_TOWERS.items()]
+    cases = [run(n, CASES[n], path) | {"model": CASES[n].model} for n, path in paths.items()]
+    cases += [run(f"{name}, blind", WITHOUT_TOWERS[name], path) for name, path in blind.items()]
     return run_cases(tmp_path_factory.mktemp("ranks"), cases, 2)
 
 
@@ -138,8 +146,8 @@ def found(
 def expected(paths: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """Of each request its ids, and what the single-process model answers."""
     found: dict[str, dict[str, Any]] = {}
-    for name, case in CASES.items():
-        model = open_model(open_checkpoint(paths[name]), "float32", "cpu")
+    for name, path in paths.items():
+        case, model = CASES[name], open_model(open_checkpoint(path), "float32", "cpu")
         model.set_attn_implementation("eager")
         processor = seeing.processor(case.model)
         found[name] = {}
@@ -180,7 +188,7 @@ def test_every_wrapper_that_is_served_is_here() -> None:
     assert set(TEXTS_ONLY) <= set(WITHOUT_TOWERS)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, QUICK))
 def test_answers_about_pictures(name: str, found: Any, expected: dict[str, Any]) -> None:
     """Those of the single-process model, in a chat too, and out of vLLM's caches of prompts."""
     within = CASES[name].within
@@ -195,7 +203,7 @@ def test_answers_about_pictures(name: str, found: Any, expected: dict[str, Any])
         assert len(set(answers)) == 2  # what is seen counts
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, QUICK))
 def test_all_reduces_are_the_language_models(name: str, found: Any, paths: dict[str, Path]) -> None:
     """As scheduled, and none for pictures: of two requests the second has one, whose tower runs
     before its first pass, and so within the first request's last."""
@@ -211,7 +219,7 @@ def test_all_reduces_are_the_language_models(name: str, found: Any, paths: dict[
     assert {len(rank) for rank in ranks} == {2 * new}
 
 
-@pytest.mark.parametrize("name", WITHOUT_TOWERS)
+@pytest.mark.parametrize("name", quick(WITHOUT_TOWERS, QUICK))
 def test_texts_without_the_tower(name: str, found: Any, blind: dict[str, Path]) -> None:
     ranks, path = of_case(found, f"{name}, blind"), blind[name]
     reference = served.greedy(path, served.prompts(), NEW_TOKENS)
@@ -223,12 +231,14 @@ def test_texts_without_the_tower(name: str, found: Any, blind: dict[str, Path]) 
     assert all(check.ok for check in checks), checks
 
 
+@pytest.mark.slow
 def test_verify_runs_the_language_model(paths: dict[str, Path]) -> None:
     """Prompts are texts there, and the tower isn't loaded."""
     code, report = verify(paths["llava"], "--enforce-eager", "--batch", "2", "--dtype", "float32")
     assert code == 0 and report["ok"] and len(report["checks"]) == 5, report
 
 
+@pytest.mark.slow
 def test_server_answers_about_a_picture(
     paths: dict[str, Path], expected: Any, tmp_path: Path
 ) -> None:
