@@ -74,9 +74,11 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 test-vllm: $(VLLM_READY)  ## the tests that need vLLM, in an environment of their own
 	$(VLLM_BIN)/python -m pytest -m 'not slow' $(VLLM_TESTS)
 
-test-slow: $(READY) $(SGLANG_READY)  ## the rest of these three: each engine, families, processes
+test-slow: $(READY) $(VLLM_READY)  ## the rest of test, test-vllm and test-sglang
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m slow
 	$(VLLM_BIN)/python -m pytest -m slow $(VLLM_TESTS)
+	@# after vLLM's own, which don't need it
+	$(MAKE) $(SGLANG_READY)
 	$(SGLANG_TESTS) -m slow
 
 newest-vllm:  ## whether the newest vLLM has what the plugin takes, by its source

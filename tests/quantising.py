@@ -130,11 +130,13 @@ def _scaled(found: Tensors) -> torch.Tensor:
 BLOCK, GROUP = 16, 16
 
 
-def _block(name: str, size: int = BLOCK) -> Callable[[int, int, torch.Generator], Tensors]:
+def _block(
+    name: str, size: int = BLOCK, times: float = 1.0
+) -> Callable[[int, int, torch.Generator], Tensors]:
     def draw(o: int, i: int, rng: torch.Generator) -> Tensors:
         return {
             "weight": _fp8((o, i), rng),
-            name: _scales((-(-o // size), -(-i // size)), rng),
+            name: times * _scales((-(-o // size), -(-i // size)), rng),
         }
 
     return draw
@@ -329,7 +331,7 @@ FORMATS: Mapping[str, Format] = {
 IN_128: Mapping[str, Format] = {
     "block FP8 of 128": Format(
         _method("fp8", weight_block_size=[128, 128], activation_scheme="dynamic"),
-        *(_block("weight_scale_inv", 128), _blockwise("weight_scale_inv", 128), 128, 128),
+        *(_block("weight_scale_inv", 128, 4.0), _blockwise("weight_scale_inv", 128), 128, 128),
     ),
 }
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch._inductor import config as inductor
 
 from ptconvert import engines
+from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.section import Section
 from ptconvert.cli import main
 from ptconvert.engines import ServingEngine
@@ -34,6 +35,7 @@ from ptconvert.models.shape import HEAD, ModelShape
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
+from ptconvert.spec.document import read_spec
 from ptconvert.verify.run import Check, Report
 
 
@@ -114,6 +116,9 @@ def test_what_sglang_cannot_serve_is_refused_by_name(
     with pytest.raises(ConfigError) as refused:
         check_sglang(config, shape, section, **{"ranks": 2, "on_cpu": False, **settings})
     assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+SPECS = Path(__file__).parents[1] / "specs"
 
 
 def compressed(form: str, taken: Any = None, **weights: Any) -> dict[str, Any]:
@@ -199,6 +204,42 @@ def test_fp8_experts_are_served_where_activations_are_fp8_too() -> None:
         "such"
     )
     assert unserved_of(compressed("float-quantized", **fp8), 1) == []  # a dense model
+    mixed = compressed("float-quantized", **fp8)
+    groups = mixed["config_groups"]
+    groups["group_0"]["targets"] = ["re:.*self_attn.*"]
+    four = compressed("pack-quantized", **_FOUR)["config_groups"]["group_0"]
+    groups["group_1"] = four | {"targets": ["re:.*experts.*"], "format": "pack-quantized"}
+    assert unserved_of(mixed, 1, "mixtral") == []
+
+
+def test_of_experts_whose_groups_ranks_would_part() -> None:
+    groups = compressed("pack-quantized", **{**_FOUR, "group_size": 32})
+    (refused,) = unserved_of(groups, 2, "mixtral")
+    assert refused == (
+        "tensor_parallel_size 2: model.layers.0.block_sparse_moe.experts.0.w2 keeps 32 of its "
+        "inputs together, and each rank would have 48 of them; take fewer ranks"
+    )
+    # by the names of single experts
+    named = groups["config_groups"]["group_0"] | {"targets": [r"re:.*experts\.\d+\.w\d"]}
+    whole = {**_FOUR, "group_size": 64}
+    attention = compressed("pack-quantized", **whole)["config_groups"]["group_0"]
+    both = {"group_0": named, "group_1": attention | {"targets": ["re:.*self_attn.*"]}}
+    (refused,) = unserved_of(groups | {"config_groups": both}, 2, "mixtral")
+    assert "experts.0.w2 keeps 32 of its inputs" in refused
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_gpt_oss_as_it_is_published_is_served_by_its_ready_specs(ranks: int) -> None:
+    """vLLM gives each rank whole blocks of a layer held dense."""
+    config = read_config(SPECS / "configs" / "gpt-oss-120b.json")
+    shape, fitting = ModelShape.from_config(config), []
+    for path in sorted(SPECS.glob("gpt-oss-120b-*.yaml")):
+        spec = read_spec(path)
+        if spec.tracks % ranks == 0:
+            section = Section(spec.schedule(), spec.tracks, "sum", {})
+            assert list(unserved(config["quantization_config"], shape, section, ranks)) == []
+            fitting.append(path.stem)
+    assert len(fitting) >= 3
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.32.0+cpu"])

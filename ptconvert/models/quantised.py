@@ -141,7 +141,7 @@ def unit_sizes(
 ) -> frozenset[int]:
     """Sizes of the groups and blocks that a quantization_config speaks of, anywhere in it, by some
     of the `keys` that it has for them; of one module where it says which scheme is whose."""
-    if module is not None and (own := _scheme(quantization, module)) is not None:
+    if module is not None and (own := scheme_of(quantization, module)) is not None:
         quantization = {**quantization, "config_groups": {"own": own}}
 
     def found(value: Any, is_unit: bool = False) -> Iterator[int]:
@@ -426,7 +426,7 @@ def weight_width(quantization: Mapping[str, Any], module: str) -> Width | None:
     if _meaning(method, tuple(map(str, left)))(module):
         return None
     if method == "compressed-tensors":
-        own = _scheme(quantization, module)
+        own = scheme_of(quantization, module)
         if own is None:
             return None
         taken = own.get("input_activations") or {}
@@ -455,7 +455,7 @@ def weight_width(quantization: Mapping[str, Any], module: str) -> Width | None:
     return Width(bits + ((16 + bits) / group if group > 0 else 0.0))
 
 
-def _scheme(quantization: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
+def scheme_of(quantization: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
     """Which of compressed-tensors' schemes a module has: that of its name, of a pattern, or of its
     class, in this order; None where none is its."""
     groups = quantization.get("config_groups")

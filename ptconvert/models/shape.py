@@ -463,14 +463,13 @@ class ModelShape:
         if not self.tied:
             yield from ((rule.name, self.size(rule)) for rule in self.stored_head)
 
-    @property
-    def quantises_experts(self) -> bool:
-        """Whether a mixture's experts are kept in fewer bits."""
-        return any(
-            rule.is_of_experts and self.layer(layer) + rule.name in self.widths
-            for layer in range(self.layers)
-            for rule in self.rules_of(layer)
-        )
+    def module(self, layer: int, rule: TensorRule) -> str | None:
+        """What a quantization_config calls the module that has a weight, which may be one expert's;
+        None where it is no linear's, or a router's."""
+        biased = rule.name.endswith("bias")  # of experts it has two axes, too
+        if len(rule.axes) < 2 or biased or (not rule.is_cut and E in rule.axes):
+            return None
+        return self.layer(layer) + next(rule.stored(1)).name.removesuffix(".weight")
 
     def indivisible(self, tracks: int) -> str | None:
         """Why `tracks` can't share this model evenly, and what would do; None if they can."""
@@ -660,7 +659,7 @@ class ModelShape:
                 for layer in range(layers)
                 for rule in shape.rules_of(layer)
                 if (name := shape.layer(layer) + rule.name)
-                and (module := _module(shape.layer(layer), rule))
+                and (module := shape.module(layer, rule))
             }
             shape = replace(shape, widths={k: v for k, v in found.items() if v is not None})
         for name in ("kv_heads", "global_kv_heads"):
@@ -687,14 +686,6 @@ def _width(quantization: Mapping[str, Any], module: str, where: str) -> Width | 
         raise ConfigError(
             f"{where}: {QUANTIZATION} doesn't say how {module} is quantised: {_short(error)}"
         ) from None
-
-
-def _module(layer: str, rule: TensorRule) -> str | None:
-    """What a quantization_config calls the module that has a weight, which may be one expert's;
-    None where it is no linear's, or a router's."""
-    if len(rule.axes) < 2 or (not rule.is_cut and E in rule.axes):
-        return None
-    return layer + next(rule.stored(1)).name.removesuffix(".weight")
 
 
 def _kinds(

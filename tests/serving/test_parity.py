@@ -273,6 +273,7 @@ def schedule_of(path: Path) -> Schedule:
 
 def test_every_family_that_is_served_is_here() -> None:
     assert set(SERVED) == {c.variant.split("-")[0] for c in CASES.values()}
+    assert set(CASES) >= QUICK
 
 
 @pytest.mark.parametrize("name", quick(CASES, QUICK))

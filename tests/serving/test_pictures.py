@@ -86,7 +86,7 @@ CASES = {
 }
 
 WITHOUT_TOWERS = {
-    name: Case(name, 2, COMPILED, text=text, arguments={"language_model_only": True})
+    f"{name}, blind": Case(name, 2, COMPILED, text=text, arguments={"language_model_only": True})
     for name, text in (
         ("gemma3", {**FOUR, "rope_parameters": ROPE["gemma3_text"]}),
         ("qwen3_5", {**FOUR, **HYBRID}),
@@ -138,7 +138,7 @@ def found(
         }
 
     cases = [run(n, CASES[n], path) | {"model": CASES[n].model} for n, path in paths.items()]
-    cases += [run(f"{name}, blind", WITHOUT_TOWERS[name], path) for name, path in blind.items()]
+    cases += [run(name, WITHOUT_TOWERS[name], path) for name, path in blind.items()]
     return run_cases(tmp_path_factory.mktemp("ranks"), cases, 2)
 
 
@@ -185,7 +185,8 @@ def check(answered: dict[str, Any], expected: dict[str, Any], within: float) -> 
 
 def test_every_wrapper_that_is_served_is_here() -> None:
     assert set(LANGUAGE_MODELS) == {c.model for c in CASES.values()} | set(TEXTS_ONLY)
-    assert set(TEXTS_ONLY) <= set(WITHOUT_TOWERS)
+    assert set(TEXTS_ONLY) <= {c.model for c in WITHOUT_TOWERS.values()}
+    assert set(CASES) >= QUICK
 
 
 @pytest.mark.parametrize("name", quick(CASES, QUICK))
@@ -221,7 +222,7 @@ def test_all_reduces_are_the_language_models(name: str, found: Any, paths: dict[
 
 @pytest.mark.parametrize("name", quick(WITHOUT_TOWERS, QUICK))
 def test_texts_without_the_tower(name: str, found: Any, blind: dict[str, Path]) -> None:
-    ranks, path = of_case(found, f"{name}, blind"), blind[name]
+    ranks, path = of_case(found, name), blind[name]
     reference = served.greedy(path, served.prompts(), NEW_TOKENS)
     for rank in ranks:
         assert served.apart(rank["answers"], reference) <= TOLERANCE

@@ -191,6 +191,7 @@ def test_all_reduces_are_the_schedules(
 
 def test_every_family_is_one_of_the_cases() -> None:
     assert {case.variant.split("-")[0] for case in CASES.values()} == set(SERVED)
+    assert set(CASES) >= QUICK
 
 
 def verified(path: Path, *options: str) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ptconvert.checkpoint.section import Section
-from ptconvert.models.quantised import BLOCKS, QUANTIZATION, unit_sizes
+from ptconvert.models.quantised import BLOCKS, QUANTIZATION, scheme_of, unit_sizes
 from ptconvert.models.shape import ModelShape
 
 
@@ -16,7 +16,7 @@ def unserved(
     """What of a checkpoint's quantization_config vLLM, on so many ranks, has no method for, or one
     that computes something else, each in a line."""
     yield from (f"{QUANTIZATION}: {why}" for said, why in _SCHEMES if said(quantization))
-    if shape.quantises_experts and _is_fp8_alone(quantization):
+    if any(map(_is_fp8_alone, _schemes_of_experts(quantization, shape))):
         why = "FP8 experts beside activations that aren't quantised: vLLM has no such"
         yield f"{QUANTIZATION}: {why}"
     if ranks > 1:
@@ -44,11 +44,20 @@ def _is_int8_alone(given: Mapping[str, Any]) -> bool:
     return any(not taken for _, taken in _int8(given))
 
 
-def _is_fp8_alone(given: Mapping[str, Any]) -> bool:
-    return any(
-        weights.get("type") == "float" and weights.get("num_bits") == 8 and not taken
-        for weights, taken in _schemes(given)
-    )
+def _schemes_of_experts(given: Mapping[str, Any], shape: ModelShape) -> Iterator[Mapping[str, Any]]:
+    """compressed-tensors' schemes that a mixture's experts have."""
+    for layer in range(shape.layers):
+        for rule in shape.rules_of(layer):
+            if rule.is_of_experts and (module := shape.module(layer, rule)):
+                scheme = scheme_of(given, module)
+                if scheme is not None and shape.layer(layer) + rule.name in shape.widths:
+                    yield scheme
+
+
+def _is_fp8_alone(scheme: Mapping[str, Any]) -> bool:
+    weights, form = scheme["weights"], str(scheme.get("format"))
+    is_fp8 = weights.get("type") == "float" and weights.get("num_bits") == 8
+    return is_fp8 and not form.startswith("mx") and not scheme.get("input_activations")
 
 
 def _caches(given: Mapping[str, Any]) -> bool:
@@ -89,10 +98,12 @@ def _parted(
     as many heads and neurons, where transformers' tracks have whole groups."""
     for layer in sorted(set(range(shape.layers)) - section.schedule.track_layers):
         for rule in shape.rules_of(layer):
-            name, of_inputs = shape.layer(layer) + rule.name, rule.axis == 1
-            module = name.removesuffix(".weight")
-            if not rule.is_cut or name not in shape.widths:
+            module, of_inputs = shape.module(layer, rule), rule.axis == len(rule.axes) - 1
+            quantised = shape.layer(layer) + rule.name in shape.widths
+            if not (rule.is_cut and quantised) or module is None:
                 continue
+            if rule.is_of_experts and quantization.get("quant_method") == "mxfp4":
+                continue  # gpt-oss', of which vLLM gives each rank whole blocks
             units = unit_sizes(quantization, module)
             if not of_inputs:
                 units = unit_sizes(quantization, module, BLOCKS)

@@ -46,7 +46,7 @@ from ptconvert.engines.vllm.quantised import by_names, method_of_family, name_fu
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.layers import TrackConfig
 from ptconvert.models.families import HEAD, KV_HEAD, TensorRule
-from ptconvert.models.quantised import QUANTIZATION, weight_of
+from ptconvert.models.quantised import weight_of
 from ptconvert.models.shape import ModelShape
 
 _LINEAR = "linear_attn"  # what layers with linear attention call it, in vLLM as in checkpoints
@@ -102,8 +102,7 @@ class VLLMServing:
         )
         rules = shape.family.layer
         self._by_head = {r.name for r in rules if r.axes and r.axes[0] in (HEAD, KV_HEAD)}
-        given = getattr(vllm_config.model_config.hf_config, QUANTIZATION, None)
-        self._quant_config = method_of_family(vllm_config.quant_config, self.served.methods, given)
+        self._quant_config = method_of_family(vllm_config.quant_config, self.served.methods)
         if self._quant_config is not None:
             weights = {f".{rule.name}" for rules in shape.rules.values() for rule in rules}
             name_fused(self._quant_config, self.mapper.orig_to_new_stacked, weights)

@@ -14,15 +14,15 @@ from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from ptconvert.errors import CheckpointError
 from ptconvert.models.quantised import QUANTIZATION
 
-# What vLLM makes of the quantization_config, and what it takes away again where it isn't loaded.
-_BUILT = "input_scale_ub", "w13_bias", "w2_bias"
+# What vLLM makes of the quantization_config, and experts' output biases, which are beside tracks.
+_LEFT = "input_scale_ub", "w2_bias"
 
 
-def method_of_family(quant_config: Any, methods: Mapping[str, str], given: Any) -> Any:
+def method_of_family(quant_config: Any, methods: Mapping[str, str]) -> Any:
     """A quantisation config of vLLM's, or that of a family's own method, which vLLM finds by the
-    model's type: `methods` are their names by those of the others, `given` is config.json's."""
+    model's type: `methods` are their names by those of the others, which say nothing more."""
     own = None if quant_config is None else methods.get(quant_config.get_name())
-    return quant_config if own is None else get_quantization_config(own).from_config(given)
+    return quant_config if own is None else get_quantization_config(own).from_config({})
 
 
 def name_fused(quant_config: Any, stacked: Mapping[str, Any], weights: Collection[str]) -> None:
@@ -62,8 +62,11 @@ def check_loaded(model: nn.Module, loaded: Collection[str]) -> None:
     for name, module in model.named_modules():
         if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod):
             continue
+        left = set(_LEFT)
+        if hasattr(module, "moe_config") and not module.moe_config.has_bias:
+            left.add("w13_bias")  # which vLLM takes away again
         for own, parameter in module.named_parameters(recurse=False):
-            if parameter.numel() and own not in _BUILT and id(parameter) not in filled:
+            if parameter.numel() and own not in left and id(parameter) not in filled:
                 raise CheckpointError(
                     f"the checkpoint has nothing for vLLM's {name}.{own}: its {QUANTIZATION} says "
                     "that this is kept otherwise than it is"
