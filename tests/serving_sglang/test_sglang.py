@@ -93,7 +93,8 @@ OTHERS: dict[str, Mapping[str, Any]] = {
 }
 CASES = {
     "mixed, biases, affinity, guesses": Case(
-        "llama-biases", MIXED, "assignment: {method: affinity}\nguess: {rank: 8}\n"
+        *("llama-biases", MIXED, "assignment: {method: affinity}\nguess: {rank: 8}\n"),
+        more={"final_logit_softcapping": 5.0},  # a key that a Llama doesn't read, and SGLang does
     ),
     "delayed, mistral": Case("mistral", "use: delayed, delay: 2"),
     "depth 2, mean, qwen2, tied": Case(

@@ -87,8 +87,11 @@ class PTConvertForCausalLM(nn.Module):
         self.config = config
         self.model = PTConvertModel(config, quant_config)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
-        scale = self.model.serving.computed.logits_scale(config)
-        self.logits_processor = LogitsProcessor(config, logit_scale=scale)
+        computed = self.model.serving.computed
+        self.logits_processor = LogitsProcessor(config, logit_scale=computed.logits_scale(config))
+        # It would cap logits wherever a config has this key, also one that the family doesn't read.
+        cap = getattr(config, computed.soft_cap) if computed.soft_cap else None
+        self.logits_processor.final_logit_softcapping = cap
         self.passes = 0  # profiled ones
 
     @torch.no_grad()
