@@ -21,13 +21,16 @@ from conftest import spec_text
 from served import MIXED, WORDS, check_chat, make_model, with_rope, with_words
 
 from ptconvert.checkpoint import section
+from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.engines.verify import TOLERANCE
 from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, TEXTS_ONLY
+from ptconvert.models.shape import ModelShape
 from ptconvert.models.wrappers import WRAPPERS
 from ptconvert.schedule.lower import lower
 from ptconvert.spec.document import parse_spec
+from ptconvert.verify.run import Settings
 
 
 @pytest.fixture(scope="session")
@@ -214,6 +217,22 @@ def test_states_of_linear_attention_are_those_that_a_rank_holds(
     assert config.model_config.is_hybrid
     shapes = PTConvertHybridForCausalLM.get_mamba_state_shape_from_config(config)
     assert shapes == ((3, channels), (heads, 4, 4))
+
+
+def test_the_cache_of_verify_has_room_for_states() -> None:
+    """Of Qwen3.6-27B each of 48 value heads of 64 layers' pages has 128 * 128 numbers of 4 bytes,
+    which for 4 requests on one rank is more than all that other models are given."""
+    from ptconvert.engines.vllm.verify import _cache_bytes
+
+    settings = Settings(ranks=1, batch=4, prompt_tokens=16, new_tokens=8)
+    configs = Path(__file__).parents[2] / "specs" / "configs"
+    shapes = (
+        ModelShape.from_config(read_config(configs / f"{name}.json"))
+        for name in ("qwen3.6-27b", "qwen3-8b")
+    )
+    hybrid, plain = (_cache_bytes(shape, 1, settings) for shape in shapes)
+    states = 4 * 64 * 48 * 128 * 128 * 4
+    assert hybrid > states > plain
 
 
 def test_an_activation_that_experts_have_not_is_refused(tmp_path: Path) -> None:

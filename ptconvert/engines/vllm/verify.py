@@ -120,10 +120,16 @@ def engine(path: Path, ranks: int, **arguments: Any) -> Iterator[Any]:
 
 
 def _cache_bytes(shape: ModelShape, tracks: int, settings: Settings) -> int:
-    """KV cache for the batch, with room to spare; vLLM would take most of the machine's memory."""
+    """KV cache for the batch, with room to spare; vLLM would take most of the machine's memory.
+
+    With linear attention vLLM's pages are as large as a layer's state of a request, and a request
+    has one of each layer at least, in whole pages.
+    """
     kv_width = max(shape.kv_width, tracks * shape.head_size)
     tokens = settings.batch * (settings.prompt_tokens + settings.new_tokens + 256)
-    return 2**28 + 2 * 4 * kv_width * shape.layers * tokens
+    page = 4 * shape.linear_value_heads * shape.linear_key_size * shape.linear_value_size
+    pages = shape.layers * (settings.batch + 1)
+    return 2**28 + 2 * 4 * kv_width * shape.layers * tokens + pages * page
 
 
 def generate(llm: Any, prompts: list[list[int]], new_tokens: int) -> Answers:
