@@ -231,7 +231,7 @@ def test_of_experts_whose_groups_ranks_would_part() -> None:
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_gpt_oss_as_it_is_published_is_served_by_its_ready_specs(ranks: int) -> None:
     """vLLM gives each rank whole blocks of a layer held dense."""
-    config = read_config(SPECS / "configs" / "gpt-oss-120b.json")
+    config: dict[str, Any] = read_config(SPECS / "configs" / "gpt-oss-120b.json")
     shape, fitting = ModelShape.from_config(config), []
     for path in sorted(SPECS.glob("gpt-oss-120b-*.yaml")):
         spec = read_spec(path)
