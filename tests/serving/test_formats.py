@@ -305,7 +305,7 @@ EXPERTS_LOADED = [
     *((variant, form) for variant in EXPERTS for form in ("block FP8", "W4A16", "FP8 per channel")),
     ("deepseek_v3, latents in the cache", "GPTQ in groups of 32"),
     # (but for static activations: vLLM asks for the same scale of gate and up)
-    *(("qwen3_moe", form) for form in LOADED if form != "FP8 per tensor"),
+    *(("qwen3_moe", form) for form in LOADED if form not in ("FP8 per tensor", "block FP8")),
     *(("qwen3_moe", form) for form in ("INT8", "GPTQ in groups of 32")),
 ]
 LINEARS = {
