@@ -336,6 +336,10 @@ IN_128: Mapping[str, Format] = {
 }
 
 
+def format_of(name: str) -> Format:
+    return {**FORMATS, **IN_128}[name]
+
+
 def quantise(
     dense: Path,
     destination: Path,
@@ -347,7 +351,7 @@ def quantise(
 
     `more` goes into its quantization_config.
     """
-    form, rng = {**FORMATS, **IN_128}[name], torch.Generator().manual_seed(0)
+    form, rng = format_of(name), torch.Generator().manual_seed(0)
     tensors: Tensors = {}
     for file in sorted(dense.glob("*.safetensors")):
         for tensor, value in load_file(file).items():

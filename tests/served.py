@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -77,10 +78,17 @@ ROPE: dict[str, dict[str, Any]] = {
 UNTIED = {"tie_word_embeddings": False}  # or the last token answers, whatever the layers do
 
 
-def quick(cases: Iterable[str], those: Collection[str]) -> list[Any]:
-    """Names of cases as a test's parameter `name`: all but those are slow."""
-    slow = pytest.mark.slow
-    return [name if name in those else pytest.param(name, marks=slow) for name in cases]
+def quick(
+    cases: Iterable[str],
+    those: Collection[str],
+    marks: Mapping[str, pytest.MarkDecorator] = MappingProxyType({}),
+) -> list[Any]:
+    """Names of cases as a test's parameter `name`: all but those are slow; some have marks."""
+    found = []
+    for name in cases:
+        own = [] if name in those else [pytest.mark.slow]
+        found.append(pytest.param(name, marks=[*own, *([marks[name]] if name in marks else [])]))
+    return found
 
 
 def asked_for(

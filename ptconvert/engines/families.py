@@ -42,6 +42,11 @@ class Computed:
         """What logits are multiplied by."""
         return 1.0 if self.logits is None else self.logits(config)
 
+    def logits_cap(self, config: Any) -> float | None:
+        """Where logits are softly capped, if anywhere."""
+        cap: float | None = getattr(config, self.soft_cap) if self.soft_cap else None
+        return cap
+
 
 def _gemma(soft_cap: str | None = None) -> Computed:
     return Computed(

@@ -234,12 +234,6 @@ def _weights(
     return Weights(numbers, nbytes)
 
 
-def _state(shape: ModelShape, cut: int) -> float:
-    """Numbers of a sequence's state in one of `cut` parts of linear attention."""
-    size = shape.linear_key_size * shape.linear_value_size
-    return shape.linear_value_heads / cut * size
-
-
 def _linear_attention(shape: ModelShape, weights: Weights, cut: int, one: Pass) -> tuple[Part, ...]:
     """Projections, and the state of one of `cut` parts, by the gated delta rule (Gated DeltaNet,
     arXiv 2412.06464): a token reads the state by its key, writes it, and reads it by its query, 2
@@ -251,7 +245,7 @@ def _linear_attention(shape: ModelShape, weights: Weights, cut: int, one: Pass) 
     moved = one.total * (4 * shape.width + 4 * values + 4 * keys)  # norm, addition; in and out
     size = _bytes(shape)
     projections = _projections(weights, moved * size, one)
-    state = _state(shape, cut)
+    state = shape.linear_state / cut
     recurrences = (
         Part(6 * part.total * state, 4 * part.sequences * state * (2 + part.drafted))
         for part in one.alike
@@ -368,7 +362,7 @@ def rank_bytes(
     for (layer, as_tracks), count in alike.items():
         cut = max(tracks, ranks) if as_tracks else ranks
         if shape.is_linear(layer):
-            cache = one.sequences * (1 + one.drafted) * _state(shape, cut) * 4 / size
+            cache = one.sequences * (1 + one.drafted) * shape.linear_state / cut * 4 / size
         elif shape.kv_latent:
             cache = one.sequences * one.allocated * shape.kv_latent_rope
         else:

@@ -219,6 +219,12 @@ class ModelShape:
         """Of a query and its gate."""
         return 2 * self.head_size
 
+    @property
+    def linear_state(self) -> int:
+        """Numbers that a layer with linear attention keeps of a sequence: a matrix for each value
+        head."""
+        return self.linear_value_heads * self.linear_key_size * self.linear_value_size
+
     def rules_of(self, layer: int) -> tuple[TensorRule, ...]:
         """The tensors of a layer, as transformers has them in memory."""
         return self.rules[self.kinds[layer]]

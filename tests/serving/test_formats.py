@@ -15,7 +15,7 @@ import quantising
 import torch
 from conftest import random_model, spec_text
 from safetensors.torch import load_file, save_file
-from served import COMPILED, SIZES, answer, apart, asked_for, prompts, shape_of
+from served import COMPILED, SIZES, answer, apart, asked_for, prompts, quick, shape_of
 from test_parity import NEW_TOKENS, of_case, run_cases, schedule_of
 
 from ptconvert.checkpoint.reader import open_checkpoint
@@ -101,12 +101,8 @@ KERNELS = pytest.mark.skipif(
 
 def chosen(names: Iterable[str]) -> list[Any]:
     """Cases as a test's parameter `name`."""
-    found = []
-    for name in names:
-        slow = [] if name in QUICK else [pytest.mark.slow]
-        skipped = [KERNELS] if CASES[name].variant in MIXTURES else []
-        found.append(pytest.param(name, marks=[*slow, *skipped]))
-    return found
+    mixtures = {name: KERNELS for name, case in CASES.items() if case.variant in MIXTURES}
+    return quick(names, QUICK, mixtures)
 
 
 def quantised(case: Case, directory: Path) -> Path:
@@ -136,7 +132,7 @@ def quantised(case: Case, directory: Path) -> Path:
 def left_out(form: str, modules: list[str]) -> dict[str, list[str]]:
     """How a format's quantization_config says which linears aren't quantised; of GPTQ vLLM sees it
     by the tensors that they are kept as."""
-    method = {**quantising.FORMATS, **quantising.IN_128}[form].config["quant_method"]
+    method = quantising.format_of(form).config["quant_method"]
     keys = {"compressed-tensors": "ignore", "modelopt": "ignore", "gptq": None}
     key = keys.get(method, "modules_to_not_convert")
     return {} if key is None else {key: modules}

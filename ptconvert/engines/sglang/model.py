@@ -90,8 +90,7 @@ class PTConvertForCausalLM(nn.Module):
         computed = self.model.serving.computed
         self.logits_processor = LogitsProcessor(config, logit_scale=computed.logits_scale(config))
         # It would cap logits wherever a config has this key, also one that the family doesn't read.
-        cap = getattr(config, computed.soft_cap) if computed.soft_cap else None
-        self.logits_processor.final_logit_softcapping = cap
+        self.logits_processor.final_logit_softcapping = computed.logits_cap(config)
         self.passes = 0  # profiled ones
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ptconvert.checkpoint.section import Section
+from ptconvert.models.families import TensorRule
 from ptconvert.models.quantised import BLOCKS, QUANTIZATION, scheme_of, unit_sizes
 from ptconvert.models.shape import ModelShape
 
@@ -47,11 +48,17 @@ def _is_int8_alone(given: Mapping[str, Any]) -> bool:
 def _schemes_of_experts(given: Mapping[str, Any], shape: ModelShape) -> Iterator[Mapping[str, Any]]:
     """compressed-tensors' schemes that a mixture's experts have."""
     for layer in range(shape.layers):
-        for rule in shape.rules_of(layer):
-            if rule.is_of_experts and (module := shape.module(layer, rule)):
-                scheme = scheme_of(given, module)
-                if scheme is not None and shape.layer(layer) + rule.name in shape.widths:
-                    yield scheme
+        for rule, module in _quantised(shape, layer):
+            if rule.is_of_experts and (scheme := scheme_of(given, module)) is not None:
+                yield scheme
+
+
+def _quantised(shape: ModelShape, layer: int) -> Iterator[tuple[TensorRule, str]]:
+    """A layer's weights that are, and what the quantization_config calls their modules."""
+    for rule in shape.rules_of(layer):
+        module = shape.module(layer, rule)
+        if module is not None and shape.layer(layer) + rule.name in shape.widths:
+            yield rule, module
 
 
 def _is_fp8_alone(scheme: Mapping[str, Any]) -> bool:
@@ -97,13 +104,12 @@ def _parted(
     """Of a layer held dense the first weight whose groups ranks would part: vLLM gives each rank
     as many heads and neurons, where transformers' tracks have whole groups."""
     for layer in sorted(set(range(shape.layers)) - section.schedule.track_layers):
-        for rule in shape.rules_of(layer):
-            module, of_inputs = shape.module(layer, rule), rule.axis == len(rule.axes) - 1
-            quantised = shape.layer(layer) + rule.name in shape.widths
-            if not (rule.is_cut and quantised) or module is None:
+        for rule, module in _quantised(shape, layer):
+            if not rule.is_cut:
                 continue
             if rule.is_of_experts and quantization.get("quant_method") == "mxfp4":
                 continue  # gpt-oss', of which vLLM gives each rank whole blocks
+            of_inputs = rule.axis == len(rule.axes) - 1
             units = unit_sizes(quantization, module)
             if not of_inputs:
                 units = unit_sizes(quantization, module, BLOCKS)

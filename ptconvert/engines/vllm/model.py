@@ -111,7 +111,7 @@ class PTConvertForCausalLM(nn.Module):
         self.logits_processor = LogitsProcessor(
             config.vocab_size,
             scale=computed.logits_scale(config),
-            soft_cap=getattr(config, computed.soft_cap) if computed.soft_cap else None,
+            soft_cap=computed.logits_cap(config),
         )
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -127,9 +127,8 @@ def _cache_bytes(shape: ModelShape, tracks: int, settings: Settings) -> int:
     """
     kv_width = max(shape.kv_width, tracks * shape.head_size)
     tokens = settings.batch * (settings.prompt_tokens + settings.new_tokens + 256)
-    page = 4 * shape.linear_value_heads * shape.linear_key_size * shape.linear_value_size
     pages = shape.layers * (settings.batch + 1)
-    return 2**28 + 2 * 4 * kv_width * shape.layers * tokens + pages * page
+    return 2**28 + 2 * 4 * kv_width * shape.layers * tokens + pages * 4 * shape.linear_state
 
 
 def generate(llm: Any, prompts: list[list[int]], new_tokens: int) -> Answers:
