@@ -90,6 +90,8 @@ OTHERS: dict[str, Mapping[str, Any]] = {
     "mixtral": {},
     # one layer of which has a dense MLP
     "qwen3_moe": {"shared_expert_intermediate_size": 0, "moe_intermediate_size": 64},
+    "glm4_moe": {"moe_intermediate_size": 64, "n_routed_experts": 8, "n_group": 2}
+    | {"routed_scaling_factor": 2.5},
 }
 CASES = {
     "mixed, biases, affinity, guesses": Case(
