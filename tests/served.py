@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from random import Random
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import LAYERS, random_model, spec_text
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ptconvert.checkpoint.calibration import Assignment, Calibration
@@ -22,7 +24,7 @@ from ptconvert.checkpoint.section import read_section, source_config
 from ptconvert.convert.transform import Plan, execute, plan_conversion
 from ptconvert.engines.verify import Answers
 from ptconvert.models.guesses import guess_tensors
-from ptconvert.models.shape import ModelShape
+from ptconvert.models.shape import HEAD, ModelShape
 from ptconvert.spec.document import parse_spec
 from ptconvert.verify.session import greedy_steps
 
@@ -131,6 +133,7 @@ def make_model(
     """
     dense = directory / "dense"
     random_model(variant, **{**SIZES, **sizes}, num_hidden_layers=layers).save_pretrained(dense)
+    add_head(dense)
     if tracks == 0:
         return dense
     known = calibration(dense, tracks, schedule, top)
@@ -139,6 +142,35 @@ def make_model(
     plan = plan_conversion(source, spec, source_name="dense", calibration=known)
     execute(plan, directory / "converted")
     return directory / "converted"
+
+
+def add_head(dense: Path) -> None:
+    """Gives a dense checkpoint the head for further tokens (MTP) that published ones of its family
+    have, if they have one: its last layer with attention once more, which reads the embedding of
+    the token that came and nothing else, and the model's own last norm and lm_head."""
+    config = read_config(dense)
+    shape = ModelShape.from_config(config)
+    if not shape.mtp:
+        return
+    file, (begins,) = dense / "model.safetensors", shape.mtp
+    found = load_file(file)
+    layers = [shape.layer(index) for index in range(shape.layers)]
+    last = next(b for b in reversed(layers) if f"{b}self_attn.o_proj.weight" in found)
+    apart = begins == "mtp."
+    inner = f"{begins}layers.0." if apart else begins
+    own = {inner + n.removeprefix(last): t for n, t in found.items() if n.startswith(last)}
+    norm, embedding = found["model.norm.weight"], found[shape.embedding]
+    join = torch.cat([12 * torch.eye(shape.width), torch.zeros(shape.width, shape.width)], dim=1)
+    names = ("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+    if not apart:
+        names = ("eh_proj", "enorm", "hnorm", "shared_head.norm")
+        own[f"{begins}embed_tokens.weight"] = embedding
+        own[f"{begins}shared_head.head.weight"] = found.get(HEAD, embedding)
+    own |= dict(zip((f"{begins}{n}.weight" for n in names), (join, *[norm] * 3), strict=True))
+    save_file(found | {n: t.to(norm.dtype).clone() for n, t in own.items()}, file, {"format": "pt"})
+    if not apart:
+        config["num_nextn_predict_layers"] = 1
+        (dense / "config.json").write_text(json.dumps(config))
 
 
 def calibration(dense: Path, tracks: int, schedule: str, top: str) -> Calibration | None:

@@ -132,10 +132,6 @@ def test_a_draft_of_other_tokens_is_refused(source: Path, tmp_path: Path) -> Non
     [
         (("--speculate", "3"), "--speculate: for --text FILE only"),
         (("--text", "T", "--draft", "D"), "--draft needs --speculate K, the tokens drafted"),
-        (
-            ("--text", "T", "--speculate", "3", "--draft", "layer"),
-            "--draft layer: transformers runs no MTP or EAGLE head; give ngram or a MODEL",
-        ),
     ],
 )
 def test_wrong_options_are_a_line(arguments: tuple[str, ...], said: str) -> None:

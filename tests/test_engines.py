@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import random_model
+from conftest import MakeDense, random_model
 from torch import nn
 from torch._inductor import config as inductor
 
@@ -281,15 +281,19 @@ def test_verify_runs_it_and_prints_its_report(
     assert done.exit_code == code and f"some on {ranks} ranks, eagerly" in done.output
 
 
-def test_a_ranks_tensors_are_its_own_tracks_and_what_is_shared() -> None:
+def test_a_ranks_tensors_are_its_own_tracks_and_what_is_shared(make_dense: MakeDense) -> None:
+    """And no head for further tokens."""
+    config = read_config(make_dense("glm4_moe", tie_word_embeddings=True))
+    mine = range(2), ModelShape.from_config(config)
     layer, embedding = "model.layers.0", "model.embed_tokens.weight"
     names = [embedding, f"{layer}.mlp.up_proj.weight", f"{layer}.tracks.1.mlp.up_proj.weight"]
     others = [f"{layer}.tracks.2.mlp.up_proj.weight", f"{layer}.assignment.neurons"]
-    assert [is_for_others(name, range(2)) for name in [*names, *others]] == [False] * 3 + [True] * 2
-    given = [(name, name) for name in [*names, *others]]
-    tied = [name for name, _ in own_weights(given, range(2), tied=True)]  # type: ignore[arg-type]
-    assert tied == [embedding, HEAD, *names[1:]]
-    own = own_weights([(HEAD, "head"), *given], range(2), tied=True)  # type: ignore[list-item]
+    others.append("model.layers.6.eh_proj.weight")  # after the last one, 5
+    assert [is_for_others(name, *mine) for name in [*names, *others]] == [False] * 3 + [True] * 3
+    given: list[Any] = [(name, name) for name in [*names, *others]]
+    assert [name for name, _ in own_weights(given, *mine)] == [embedding, HEAD, *names[1:]]
+    stored: list[Any] = [(HEAD, "head"), *given]
+    own: list[Any] = list(own_weights(stored, *mine))
     assert [tensor for name, tensor in own if name == HEAD] == ["head"]
 
 

@@ -348,7 +348,7 @@ def test_experts_of_several_dtypes_are_healed(
     path = convert(source, 2, "use: parallel_track, depth: 2")
     name = "model.layers.0.tracks.1.mlp.experts.gate_up_proj"
     moved = load(path).state_dict()[name] + 1
-    write(open_checkpoint(path), {name: moved}, "card", tmp_path / "healed", False)
+    write(open_checkpoint(path), {name: moved}, {}, "card", tmp_path / "healed", False)
     before, after = tensors(path), tensors(tmp_path / "healed")
     assert {n for n in before if not torch.equal(before[n], after[n])} == {
         f"model.layers.0.tracks.1.mlp.experts.{e}.{which}_proj.weight"

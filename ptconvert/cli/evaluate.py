@@ -107,10 +107,6 @@ def evaluate(
         raise click.UsageError(f"{unused}: for --text FILE only")
     if speculate is None and given("draft"):
         raise click.UsageError("--draft needs --speculate K, the tokens drafted")
-    if draft == "layer":
-        raise click.UsageError(
-            "--draft layer: transformers runs no MTP or EAGLE head; give ngram or a MODEL"
-        )
     names = tuple(dict.fromkeys(t.strip() for t in (tasks or "").split(",") if t.strip()))
     if make_tasks is not None:
         made = write_tasks(make_tasks, texts, options["seed"] or 0)
@@ -163,7 +159,7 @@ def _run(
 ) -> Report:
     """The report; `drafts` are the tokens drafted for each step, and by what."""
     from ptconvert.checkpoint.reader import open_checkpoint
-    from ptconvert.evaluate.acceptance import NGRAM, Drafts
+    from ptconvert.evaluate.acceptance import LAYER, NGRAM, Drafts
     from ptconvert.evaluate.harness import Settings
     from ptconvert.evaluate.run import evaluate
     from ptconvert.measure.cache import cache_directory
@@ -176,7 +172,8 @@ def _run(
         source = locate(baseline, revision) if baseline is not None else None
         if text is not None and drafts is not None:
             drafted, draft = drafts
-            model = None if draft == NGRAM else open_checkpoint(locate(draft, None))
+            own = draft in (NGRAM, LAYER)
+            model = None if own else open_checkpoint(locate(draft, None))
             text = replace(text, drafts=Drafts(drafted, display_name(draft), model))
         names = tuple(
             None if name is None else display_name(name) for name in (checkpoint, baseline)

@@ -143,6 +143,11 @@ if TYPE_CHECKING:  # they import torch
     show_default=True,
     help="Evaluations without gain before it stops; the last steps, at small rates, gain much.",
 )
+@click.option(
+    "--mtp",
+    is_flag=True,
+    help="Then train the head for further tokens (MTP), to foresee the healed model's choices.",
+)
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory for more time.")
 @click.option(
     "--fsdp",
@@ -205,8 +210,9 @@ def heal(
         raise click.UsageError(f"{unused}: for --top-k only")
     if options["stop_on"] == "kl" and (unused := given("limit")):
         raise click.UsageError(f"{unused}: for --stop-on TASK only")
-    end_to_end = ("top_k", "lora", "train", "gradient_checkpointing", "fsdp", "options")
-    if not options["kl"] and (unused := given(*end_to_end)):
+    end_to_end = ("top_k", "lora", "train", "gradient_checkpointing", "fsdp")
+    trainers = () if options["mtp"] else ("options",)
+    if not options["kl"] and (unused := given(*end_to_end, *trainers)):
         raise click.UsageError(f"{unused}: for the end-to-end stage, which --no-kl leaves out")
     if options["dataset"] and importlib.util.find_spec("datasets") is None:
         raise HealError("--dataset needs the package datasets, not installed here")
@@ -342,6 +348,9 @@ def _print_healed(console: Console, figures: dict[str, Any]) -> None:
             cells.append("" if row["score"] is None else f"{row['score']['value']:.4f}")
         table.add_row(*cells)
     console.print(table)
+    if head := figures["head"]:
+        before, after = (f"{row['kl']:.4f}" for row in head)
+        console.print(f"its head for further tokens: KL from the model {before} → {after}")
     if figures["kept"] == "before":
         console.print("training did not help; the weights are those of the checkpoint as it came")
     console.print(f"wrote {figures['destination']}", soft_wrap=True)

@@ -395,21 +395,23 @@ class ServedPass:
         return [first_TD, *(norm(streams.base) for norm in norms[1:])]
 
 
-def is_for_others(name: str, local_tracks: range) -> bool:
-    """Whether a checkpoint's tensor isn't for this rank: other ranks' tracks are not, nor is what
-    an assignment says about where units came from."""
+def is_for_others(name: str, local_tracks: range, shape: ModelShape) -> bool:
+    """Whether a checkpoint's tensor isn't for this rank's model: other ranks' tracks are not, nor
+    is what an assignment says about where units came from, or a head for further tokens, which an
+    engine has a model of its own for."""
     track = _TRACK.search(name)
     others = track is not None and int(track[1]) not in local_tracks
-    return others or ".assignment." in name
+    return others or ".assignment." in name or name.startswith(shape.mtp)
 
 
 def own_weights(
-    weights: Iterable[tuple[str, torch.Tensor]], local_tracks: range, tied: bool
+    weights: Iterable[tuple[str, torch.Tensor]], local_tracks: range, shape: ModelShape
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """This rank's tensors of a checkpoint. A tied lm_head is a shard of the embedding, which is
     whole here, and so comes beside it; one that is stored is itself, whatever the config says."""
+    tied = shape.tied
     for name, tensor in weights:
-        if is_for_others(name, local_tracks):
+        if is_for_others(name, local_tracks, shape):
             continue
         tied = tied and name != HEAD
         yield name, tensor

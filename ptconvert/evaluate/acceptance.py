@@ -13,7 +13,7 @@ Shapes: N windows, B of them at once, S tokens of a prompt, G new ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +35,10 @@ from ptconvert.measure.statistics import (
     compare,
     estimate,
 )
+from ptconvert.runtime.further_tokens import check_head, open_head
 
 NEW_TOKENS = 128  # after each window's prompt, or half of a window that is shorter than two of it
-NGRAM = "ngram"
+NGRAM, LAYER = "ngram", "layer"
 # Of the tokens so far the last so many are looked for: vLLM's prompt_lookup_min and _max.
 SHORTEST, LONGEST = 2, 5
 
@@ -48,8 +49,9 @@ Draft = Callable[[int], Ids]
 
 @dataclass(frozen=True)
 class Drafts:
-    """What is asked for: so many tokens for each step, drafted from the text so far, or by a model,
-    which the report calls `name`."""
+    """What is asked for: so many tokens for each step, drafted from the text so far (NGRAM), by
+    each model's own head for further tokens (LAYER), or by a model, which the report calls
+    `name`."""
 
     drafted: int
     name: str = NGRAM
@@ -224,6 +226,18 @@ def check_length(drafts: Drafts, window: int) -> None:
         )
 
 
+def check_heads(drafts: Drafts, models: Iterable[Checkpoint]) -> None:
+    """Raises PTConvertError where these models have no heads of their own to draft by, or more is
+    asked of such than the token after the next."""
+    for model in models:
+        check_head(model)
+    if drafts.drafted > 1:
+        raise EvaluationError(
+            f"--speculate {drafts.drafted}: a model's own head was trained for one token, and is "
+            "measured with it; give --speculate 1"
+        )
+
+
 def check_draft(draft: Checkpoint, source: Checkpoint) -> None:
     """Raises EvaluationError where a draft model writes other tokens than the source."""
     theirs, ours = open_tokenizer(draft), open_tokenizer(source)
@@ -246,20 +260,56 @@ def choices_of(
 ) -> list[list[list[int]]]:
     """A draft model's first choice for each token of some texts after their prompts, each from the
     text before it."""
-    model = open_model(draft, dtype, device)
-    head, tokenizer = Head(model), open_tokenizer(draft)
+    model, tokenizer = open_model(draft, dtype, device), open_tokenizer(draft)
     found = []
     for of_model in texts:
-        length = max(map(len, of_model))
         check_ids((i for ids in of_model for i in ids), tokenizer, vocabulary(draft))
-        padded = torch.tensor([ids + [0] * (length - len(ids)) for ids in of_model])
-        chosen: list[list[int]] = []
-        step = "drafts: windows"
-        for _, given in outputs(model.get_decoder(), model.device, padded, batch, progress, step):
-            hidden_BGD = given.last_hidden_state[:, prompt - 1 :]
-            (ids_BG,) = in_pieces(
-                lambda hidden_PD: (head(hidden_PD).argmax(-1),), len(head.weight), hidden_BGD
-            )
-            chosen += ids_BG.tolist()
-        found.append(chosen)
+        found.append(_choices(model, of_model, prompt - 1, batch, progress, "drafts: windows"))
     return found
+
+
+@torch.inference_mode()
+def choices_of_head(
+    model: Any,
+    checkpoint: Checkpoint,
+    texts: Sequence[list[int]],
+    prompt: int,
+    batch: BatchSize,
+    progress: Progress,
+) -> list[list[int]]:
+    """The same of the head for further tokens that a model has in its checkpoint, each from the
+    model's own last hidden states and the embedding of the token before. Raises CheckpointError."""
+    further = open_head(checkpoint, model.dtype, model.device)
+    embed = model.get_input_embeddings()
+
+    def chosen(hidden_BSD: torch.Tensor, ids_BS: torch.Tensor) -> torch.Tensor:
+        out_BSD: torch.Tensor = further(hidden_BSD, embed(ids_BS[:, 1:].to(model.device)))
+        return out_BSD
+
+    step = "drafts of its own head: windows"
+    return _choices(model, texts, prompt - 2, batch, progress, step, chosen)
+
+
+def _choices(
+    model: Any,
+    texts: Sequence[list[int]],
+    first: int,
+    batch: BatchSize,
+    progress: Progress,
+    step: str,
+    further: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> list[list[int]]:
+    """First choices of a model's lm_head at each position from the `first` on, by its last hidden
+    states, or by what `further` makes of these (B, S, D) and of the ids (B, S + 1)."""
+    head, chosen = Head(model), list[list[int]]()
+    length = max(map(len, texts))
+    padded = torch.tensor([ids + [0] * (length - len(ids)) for ids in texts])
+    for rows, given in outputs(model.get_decoder(), model.device, padded, batch, progress, step):
+        hidden_BSD = given.last_hidden_state
+        if further is not None:
+            hidden_BSD = further(hidden_BSD, padded[rows])
+        (ids_BG,) = in_pieces(
+            lambda hidden_PD: (head(hidden_PD).argmax(-1),), len(head.weight), hidden_BSD[:, first:]
+        )
+        chosen += ids_BG.tolist()
+    return chosen

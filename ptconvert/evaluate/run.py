@@ -146,6 +146,8 @@ def evaluate(
             acceptance.check_length(text.drafts, windows.length)
         if text.drafts is not None and text.drafts.model is not None:
             acceptance.check_draft(text.drafts.model, source)
+        if text.drafts is not None and text.drafts.name == acceptance.LAYER:
+            acceptance.check_heads(text.drafts, (source, found))
         if len(windows.ids) < statistics.MIN_DOCUMENTS:
             notes.append(
                 f"with fewer than {statistics.MIN_DOCUMENTS} windows the divergence has no "
@@ -229,20 +231,24 @@ def _on_text(
     say: Callable[[str], None],
 ) -> tuple[Divergence, Speculation | None]:
     """Both models on the text, one after the other, and what drafts for them, at last."""
-    seed, written = settings.seed or 0, list[list[list[int]]]()
+    seed, written, chosen = settings.seed or 0, list[list[list[int]]](), list[list[list[int]]]()
     new = acceptance.new_tokens(windows.length)
     prompts = windows.ids[:, : windows.length - new]
 
-    def write(model: Any, label: str) -> None:
-        if text.drafts is not None:
-            step = f"{label} model's greedy text: windows"
-            written.append(acceptance.greedy_texts(model, prompts, new, batch, progress, step))
+    def write(model: Any, checkpoint: Checkpoint, label: str) -> None:
+        if text.drafts is None:
+            return
+        step = f"{label} model's greedy text: windows"
+        written.append(acceptance.greedy_texts(model, prompts, new, batch, progress, step))
+        if text.drafts.name == acceptance.LAYER:
+            given = written[-1], prompts.shape[1], batch, progress
+            chosen.append(acceptance.choices_of_head(model, checkpoint, *given))
 
     batch = BatchSize(settings.batch_size, settings.device)
     progress("divergence: opening the source", 0, None)
     model = open_model(source, settings.dtype, settings.device)
     reference = divergence.reference(model, windows, batch, progress, routes=True)
-    write(model, "source")
+    write(model, source, "source")
     del model
     progress("divergence: opening the converted model", 0, None)
     model = open_model(found, settings.dtype, settings.device)
@@ -257,7 +263,7 @@ def _on_text(
         blocks, block_windows = divergence.by_block(
             model, section, reference, windows, batch, progress, seed
         )
-    write(model, "converted")
+    write(model, found, "converted")
     del model, reference
     apart = Divergence(
         texts=tuple(path.name for path in text.paths),
@@ -272,7 +278,7 @@ def _on_text(
     )
     if text.drafts is None:
         return apart, None
-    choices, prompt = None, prompts.shape[1]
+    choices, prompt = chosen or None, prompts.shape[1]
     if text.drafts.model is not None:
         progress("drafts: opening the model", 0, None)
         given = settings.dtype, settings.device, batch, progress

@@ -23,6 +23,10 @@ def healing_section(report: Healed, command: str) -> str:
             how = f"a LoRA of rank {settings.lora} on {weights}, merged"
         over = f" over the source's {settings.top_k} likeliest tokens" if settings.top_k else ""
         stages.append(f"end to end by KL(source || healed){over} ({how}; {rate} {settings.rate:g})")
+    if settings.mtp:
+        stages.append(
+            f"its head for further tokens by KL(healed || head) ({rate} {settings.rate:g})"
+        )
     texts = few(report.data)
     judged = next((row.score.metric for row in report.rows if row.score is not None), None)
     head = ["", "loss", f"KL from `{report.teacher}`", *([judged] if judged else [])]
@@ -42,6 +46,15 @@ Distilled from `{report.teacher}`: {" and then ".join(stages)}.
 On {report.held_out_tokens} tokens held out, in nats per token; {kept}:
 
 {rows}
+{_of_head(report)}"""
+
+
+def _of_head(report: Healed) -> str:
+    if report.head is None:
+        return ""
+    before, after = (measured.kl for measured in report.head)
+    return f"""
+Its head for further tokens (MTP): KL from this model {before:.4f} before, {after:.4f} after.
 """
 
 

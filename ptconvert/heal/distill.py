@@ -184,6 +184,7 @@ def distill(
     say: Callable[[str], None],
     judge: Judge | None = None,
     beside: Sequence[str] = (),
+    by: type[Distillation] = Distillation,
 ) -> Tensors:
     """Trains the parameters `names` of the student towards the teacher, a model or its kept
     answers; returns those of the best state, none where the student as it came was best. Which that
@@ -191,7 +192,7 @@ def distill(
 
     With settings.lora adapters on the linear layers among `names` are trained in their place, and
     merged; where there are linear layers `beside` which adapters are to stay, `names` are trained
-    themselves, and these adapters.
+    themselves, and these adapters. `by` is the Trainer, whose loss it is.
 
     Frozen ones share the teacher's storage where they are the same. Goes on from the last state
     that it finds in `work`. Raises HealError.
@@ -225,7 +226,7 @@ def distill(
     held_out = data.held_out.ids
     loss = "kl" if settings.objective == "kl" else "nll"
     try:
-        trainer = Distillation(
+        trainer = by(
             model,
             arguments,
             train_dataset=_Rows(data.train, order, of),
@@ -270,7 +271,7 @@ def _placed(
     if not sharded(arguments):  # else each process holds a part of the student only
         shared = share(student, teacher, columns=columns)
         student.to(arguments.device)
-        if arguments.process_index == 0:
+        if shared and arguments.process_index == 0:
             say(f"student and teacher share {shared / 1e6:.1f} MB")
     return teacher
 

@@ -32,6 +32,7 @@ from ptconvert.measure.one_layer import (
 )
 from ptconvert.models.quantised import quantization_of
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ModelShape
+from ptconvert.runtime.further_tokens import check_head
 from ptconvert.runtime.load import opened, shape_of
 
 T = TypeVar("T")
@@ -54,6 +55,8 @@ def heal_needs(student: Checkpoint, teacher: Checkpoint, data: Data, settings: S
         phases.append(_answering(pair))
     if settings.kl:
         phases.append(_end_to_end(pair))
+    if settings.mtp:
+        phases.append(_further(pair))
     judged = () if settings.stop_on == "kl" else (f"scoring {settings.stop_on} is not counted",)
     return Needs(settings.device, tuple(phases), judged)
 
@@ -320,6 +323,31 @@ def _end_to_end(pair: _Pair) -> Phase:
         tuple(held),
         pair.windows / ranks * (both + teaches + 3 * pair.head)
         + judged * (pair.forward(layers) + teaches + pair.head),
+    )
+
+
+def _further(pair: _Pair) -> Phase:
+    """The head for further tokens, behind the whole model."""
+    settings, layers, batch = pair.settings, range(pair.shape.layers), pair.settings.batch_size
+    _, begins = check_head(pair.student)
+    head = sum(count for name, count in pair.numbers.items() if name.startswith(begins))
+    step, held_out = pair.trained[1], len(pair.data.held_out.ids)
+    judged = min(settings.evaluations, pair.windows // (batch * settings.accumulation)) + 2
+    model = pair.forward(layers) + pair.head
+    logits = batch * pair.data.length * pair.shape.vocabulary * (8 if pair.size == 4 else 12)
+    return Phase(
+        "its head for further tokens",
+        (
+            Held("weights", sum(pair.numbers.values()) * pair.size, Place.DEVICE),
+            Held(f"{head / 1e6:,.0f} M trained, and AdamW's", _TRAINED * head, Place.DEVICE),
+            Held(f"activations, {batch} windows", batch * step.kept + step.fixed, Place.DEVICE),
+            Held("logits and their gradients", logits, Place.DEVICE),
+            _logits(),
+            PROCESS,
+            Held("states to go on from", _STATES * (4 + 8) * head, Place.DISK),
+        ),
+        pair.windows * (model + step.both + 2 * pair.head)
+        + judged * held_out * (model + pair.once[1]),
     )
 
 

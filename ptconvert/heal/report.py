@@ -42,7 +42,8 @@ class Measured:
 class Healed:
     """A healing's report: figures in the order of the stages, and which of them is the model
     written. `tokens` are those trained on, in all stages together; `quantised` says that there are
-    weights which stay as they are."""
+    weights which stay as they are; `head` is that for further tokens, before and after, against the
+    model that is written."""
 
     teacher: str
     data: tuple[str, ...]
@@ -53,6 +54,7 @@ class Healed:
     rows: tuple[Measured, ...]
     kept: str
     quantised: bool = False
+    head: tuple[Measured, Measured] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for `--json`."""

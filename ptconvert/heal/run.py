@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ptconvert.heal.blockwise import heal_blocks
 from ptconvert.heal.card import healing_section
 from ptconvert.heal.data import Data
 from ptconvert.heal.distill import Judge, distill
+from ptconvert.heal.further import heal_head, measured_head
 from ptconvert.heal.models import (
     adaptable,
     changed_layers,
@@ -49,9 +50,11 @@ from ptconvert.measure.cache import cache_directory, content_digest
 from ptconvert.measure.divergence import Reference
 from ptconvert.measure.opening import open_model, section_of, vocabulary
 from ptconvert.models.quantised import quantization_of
+from ptconvert.runtime.further_tokens import check_head, open_head
 
 _BLOCKS = "blocks.safetensors"  # what the blockwise stage made
 _KL = "kl.safetensors"  # and the KL stage
+_HEAD = "head.safetensors"  # and that of its head for further tokens
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,10 @@ def check_case(case: Case, destination: Path, overwrite: bool) -> None:
             f"--lora {case.settings.lora}: none of the layers that are trained has a quantised "
             "linear layer, which adapters could go beside; leave it out"
         )
-    if not (case.settings.blockwise or case.settings.kl):
+    if not (case.settings.blockwise or case.settings.kl or case.settings.mtp):
         raise HealError("nothing to do: neither block by block nor end to end")
+    if case.settings.mtp:
+        _check_head(case, quantised)
     if case.settings.train == "changed" and not changed_layers(section_of(case.student)):
         raise HealError("the schedule changes no layer, so there is nothing to heal")
     if (case.settings.top_k or 0) > (size := vocabulary(case.teacher)):
@@ -123,6 +128,16 @@ def check_case(case: Case, destination: Path, overwrite: bool) -> None:
             "several"
         )
     check(case.settings, len(case.data.order(case.settings.tokens, case.settings.seed)))
+
+
+def _check_head(case: Case, quantised: bool) -> None:
+    check_head(case.student)
+    if quantised:
+        raise HealError("--mtp: quantised weights stay as they are, a head's too; leave it out")
+    if "WORLD_SIZE" in os.environ:
+        raise HealError(
+            "--mtp: a head is trained in one process, after the rest; leave it out here"
+        )
 
 
 def heal(
@@ -145,9 +160,13 @@ def heal(
         return None
     with work_folder(case.folder, key):
         report, healed = _stages(case, key, start)
+        head = Tensors()
+        if case.settings.mtp:
+            before_and_after, head = _further(case, healed)
+            report = replace(report, head=before_and_after)
         card = healed_card(case.student.path, destination.name, healing_section(report, command))
         case.progress(f"writing {destination.name}", 0, None)
-        write(case.student, healed, card, destination, overwrite)
+        write(case.student, healed, head, card, destination, overwrite)
     shutil.rmtree(case.folder.resolve(), ignore_errors=True)  # it may be a link
     return report
 
@@ -178,7 +197,7 @@ def _stages(case: Case, key: Mapping[str, object], start: Path) -> tuple[Healed,
             data=case.data.names,
             data_digest=case.data.digest,
             held_out_tokens=case.data.held_out.ids[:, 1:].numel(),
-            tokens=case.tokens * (case.settings.blockwise + case.settings.kl),
+            tokens=case.tokens * (case.settings.blockwise + case.settings.kl + case.settings.mtp),
             settings=case.settings,
             rows=(source, *rows),
             kept=best.name,
@@ -223,6 +242,29 @@ def _measured(
     source = Measured("source", float(tokens.source_loss.mean()), 0.0)
     loss, kl = float(tokens.converted_loss.mean()), float(tokens.kl.mean())
     return source, Measured(name, loss, kl, None if case.judge is None else case.judge(model))
+
+
+def _further(case: Case, healed: Tensors) -> tuple[tuple[Measured, Measured], Tensors]:
+    """The head for further tokens of the model with these tensors, before and after, and what of it
+    moved; that is made now or by an earlier run."""
+    settings, ids_NS = case.settings, case.data.held_out.ids
+    case.progress("opening the model and its head", 0, None)
+    model = open_model(case.student, settings.dtype, "cpu").requires_grad_(False)
+    put(model, rounded(case.student, healed))
+    model.to(settings.device)
+    head = open_head(case.student, model.dtype, model.device)
+    given = ids_NS, BatchSize(None, settings.device), case.progress
+    before = after = measured_head(head, model, *given, "before")
+    file = case.folder / _HEAD
+    if not file.is_file():
+        folder, data = case.folder / "head", case.data
+        moved = heal_head(head, model, data, settings, folder, case.progress, case.say)
+        save_tensors(file, moved)
+    if moved := load_tensors(file):
+        put(head, ((name, tensor.to(model.dtype)) for name, tensor in moved.items()))
+        after = measured_head(head.to(model.dtype), model, *given, "after")
+    case.say(f"its head for further tokens: KL {before.kl:.4f} → {after.kl:.4f} on held-out text")
+    return (before, after), moved
 
 
 def _blocks(case: Case) -> Tensors:

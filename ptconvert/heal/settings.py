@@ -19,6 +19,7 @@ class Settings:
     which `limit` documents (below 1, that share; None, all) are scored. `objective` is `kl`,
     KL(teacher || student), or `cross_entropy` on the text itself, the yardstick. `top_k` has the
     teacher's answers kept, of so many tokens at each position; None has it run at every step.
+    `mtp` has the head for further tokens trained, too, after the rest.
     `options` go to transformers' TrainingArguments as they are.
     """
 
@@ -39,6 +40,7 @@ class Settings:
     seed: int = 0
     objective: str = "kl"
     top_k: int | None = None
+    mtp: bool = False
     dtype: str = "float32"
     device: str = "cpu"
     gradient_checkpointing: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,6 +26,7 @@ from ptconvert.heal.adapters import apart, write_adapter
 from ptconvert.heal.work import Tensors
 from ptconvert.models.shape import HEAD, is_tied
 from ptconvert.models.wrappers import embedding_name
+from ptconvert.runtime.further_tokens import stored_head
 from ptconvert.runtime.load import TORCH_DTYPES, shape_of, split_named
 
 
@@ -39,9 +41,15 @@ def rounded(checkpoint: Checkpoint, healed: Tensors) -> Iterator[tuple[str, torc
 
 
 def write(
-    checkpoint: Checkpoint, healed: Tensors, card: str, destination: Path, overwrite: bool
+    checkpoint: Checkpoint,
+    healed: Tensors,
+    head: Tensors,
+    card: str,
+    destination: Path,
+    overwrite: bool,
 ) -> None:
-    """Writes a copy of a checkpoint in which these tensors are replaced, and the model card.
+    """Writes a copy of a checkpoint in which these tensors are replaced, and the model card; `head`
+    are those of its head for further tokens, as `stored_head` takes them.
 
     Every tensor keeps its file, place, shape and dtype; spec, tokenizer and modelling file come
     along, and the config, which says that the weights were trained if any were; adapters go into a
@@ -63,15 +71,16 @@ def write(
                 healed = healed | {HEAD: healed[embedding]} if embedding in healed else healed
             shape = shape_of(checkpoint)
             of_model, adapters = apart(healed)
-            for name, tensor in of_model.items():
-                for stored, part in split_named(shape, name, tensor):
-                    entry = checkpoint.tensors[stored]
-                    assert tuple(part.shape) == entry.shape, stored
-                    copied = replace(entry, file=directory / entry.file.name)
-                    kept = part.to(TORCH_DTYPES[entry.dtype])
-                    data = kept.contiguous().flatten().view(torch.uint8).numpy()
-                    write_arrays({stored: copied}, {stored: data}, lambda _: None)
-            if healed:
+            parts = (p for name, t in of_model.items() for p in split_named(shape, name, t))
+            of_head = stored_head(checkpoint, head) if head else ()
+            for stored, part in itertools.chain(parts, of_head):
+                entry = checkpoint.tensors[stored]
+                assert tuple(part.shape) == entry.shape, stored
+                copied = replace(entry, file=directory / entry.file.name)
+                kept = part.to(TORCH_DTYPES[entry.dtype])
+                data = kept.contiguous().flatten().view(torch.uint8).numpy()
+                write_arrays({stored: copied}, {stored: data}, lambda _: None)
+            if healed or head:
                 config = as_json(trained_config(checkpoint.config, bool(adapters)))
                 (directory / "config.json").write_text(config, encoding="utf-8")
             if adapters:

@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 import ptconvert
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.checkpoint.section import SECTION, Section, read_section
-from ptconvert.errors import CheckpointError, EvaluationError, first_line
+from ptconvert.errors import CheckpointError, ConfigError, EvaluationError, first_line
 from ptconvert.modeling.model import CAUSAL_LMS
 from ptconvert.models.families import CARRIED_BUFFERS
 from ptconvert.models.quantised import quantization_of
 from ptconvert.models.wrappers import opened_by
-from ptconvert.runtime.load import open_dequantised
+from ptconvert.runtime.load import open_dequantised, shape_of
 from ptconvert.shorten import few
 
 
@@ -77,9 +77,19 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
             for name in loading[f"{what}_keys"]
             if not str(name).endswith(CARRIED_BUFFERS)
         )
+        if names and what == "unexpected":  # transformers' classes run no such heads
+            names = [name for name in names if not name.startswith(_further(checkpoint))]
         if names:
             raise CheckpointError(f"{checkpoint.path}: {what} tensor {few(names, 1)}")
     return model
+
+
+def _further(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """How names of a head for further tokens begin; none of a family that isn't converted."""
+    try:
+        return shape_of(checkpoint).mtp
+    except ConfigError:
+        return ()
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -116,7 +116,7 @@ def print_mtp(console: Console, summary: Mapping[str, Any]) -> None:
     if count := summary["mtp_tensors"]:
         console.print(
             f"{count} tensors of a head for further tokens (MTP) come along as they were; "
-            "transformers doesn't run it, nor does vLLM with a converted model",
+            "transformers doesn't run it; `ptconvert eval --draft layer` and vLLM draft by it",
             style="dim",
         )
 

@@ -16,6 +16,7 @@ import engines  # noqa: F401  # settings
 import lockstep
 import pytest
 import torch
+import transformers
 from calibrating import for_reference, permuted
 from conftest import LAYERS, random_model
 from drawing import drawn_schedule, spans_both
@@ -39,10 +40,13 @@ from served import (
 )
 
 from ptconvert.checkpoint.files import read_config
+from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.checkpoint.section import read_section
 from ptconvert.engines.verify import TOLERANCE, Answers, count_checks
 from ptconvert.engines.vllm.families import SERVED
-from ptconvert.evaluate.acceptance import accepted, from_text
+from ptconvert.evaluate.acceptance import accepted, choices_of_head, from_choices, from_text
+from ptconvert.measure.batch import BatchSize
+from ptconvert.runtime.counters import ALL_REDUCE
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 
@@ -101,6 +105,17 @@ LOUD = {"tie_word_embeddings": True, "embedding_multiplier": 12.0}
 DRAFTS = {
     "drafts": Case("granite", 4, MIXED, sizes=LOUD, arguments={"speculative_config": NGRAM}),
 }
+# By the head for further tokens that the source came with (served.add_head), read out of the
+# converted checkpoint; tied, so that some drafts are accepted.
+OWN_HEAD: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": 1}
+HEADS = {
+    "drafts of its own head": Case(
+        *("glm4_moe", 2, COMPILED),
+        layers=4,
+        sizes={**OTHERS["glm4_moe"], "tie_word_embeddings": True},
+        arguments={"speculative_config": OWN_HEAD},
+    ),
+}
 GUESSES = "assignment: {method: affinity}\nguess: {rank: 8}\n"
 CASES = {
     "parallel_track, depth 1": Case("llama", 2, "use: parallel_track, depth: 1"),
@@ -136,6 +151,7 @@ CASES = {
     "compiled, linear attention": Case("qwen3_5_text", 4, COMPILED, eager=False, layers=4),
     "compiled, with experts too": Case("qwen3_next", 4, COMPILED, eager=False, layers=4),
     **DRAFTS,
+    **HEADS,
     "dense": Case("llama", 0),
 }
 WITH_FAULTS = (
@@ -152,7 +168,7 @@ ALONE = ("guesses, mixed, 2 tracks per rank", "compiled")  # also with all track
 QUICK = {
     *("ladder", "mixed, qwen2, tied", "parallel_track, depth 3, guesses", "dense"),
     *("mixed, biases, 2 tracks per rank", "guesses, mixed, 2 tracks per rank", "compiled"),
-    *("gemma2", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_5_text", "cohere2", *DRAFTS),
+    *("gemma2", "qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_5_text", "cohere2", *DRAFTS, *HEADS),
 }
 # Its model, in which layers 1 and 2 are held as tracks, runs other schedules too: see `drawn`.
 DRAWN = "guesses, mixed, 2 tracks per rank"
@@ -251,7 +267,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, paths: dict[str, Path]) -> A
     cases += [case_of(n, paths[n], rank) for rank, n in enumerate(ALONE) if n in paths]
     # vLLM 0.32 starts no further engine in a process in which one drafted: its registration of
     # kernels stumbles over what drafting imports.
-    cases.sort(key=lambda case: case["name"] in DRAFTS)
+    cases.sort(key=lambda case: "speculative_config" in case["arguments"])
     return run_cases(tmp_path_factory.mktemp("ranks"), cases, 2)
 
 
@@ -289,7 +305,7 @@ def test_answers_of_the_single_process_model(
 
 
 @pytest.mark.parametrize(
-    "name", quick((n for n in CASES if CASES[n].tracks and n not in DRAFTS), QUICK)
+    "name", quick((n for n in CASES if CASES[n].tracks and n not in {*DRAFTS, *HEADS}), QUICK)
 )
 def test_all_reduces_are_the_schedules(name: str, found: Any, paths: dict[str, Path]) -> None:
     passes = [rank["passes"] for rank in of_case(found, name)]
@@ -323,6 +339,29 @@ def test_steps_that_verify_drafts(
     assert 0 < counts <= rank["drafts"]["accepted"] < rank["drafts"]["drafted"]
     sizes = {one["tokens"] for one in rank["passes"][1:]}
     assert max(sizes) > 1  # drafts were verified in a pass
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_of_its_own_drafts(
+    name: str, found: Any, references: dict[str, Answers], paths: dict[str, Path]
+) -> None:
+    """As many of its drafts are accepted as `ptconvert eval` counts, which leaves out a text's last
+    step; and a step's all-reduces are the schedule's and the two of the head's one layer, which is
+    tensor parallel."""
+    scheduled, counts = schedule_of(paths[name]).counts.all_reduces, 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(paths[name]).eval()
+    given = BatchSize(1, "cpu"), lambda *_: None
+    for prompt, (tokens, _) in zip(prompts(), references[name], strict=True):
+        text, begin = prompt + tokens, len(prompt)
+        (ids,) = choices_of_head(model, open_checkpoint(paths[name]), [text], begin, *given)
+        counts += sum(accepted(text, begin, 1, from_choices(ids, begin, 1)))
+    for rank in of_case(found, name):
+        assert 0 < counts <= rank["drafts"]["accepted"] < rank["drafts"]["drafted"]
+        assert rank["drafts"]["accepted"] <= counts + len(prompts())
+        passes = rank["passes"]
+        reduces = [sum(c["op"] == ALL_REDUCE for c in one["collectives"]) for one in passes]
+        assert set(reduces) == {scheduled + 2}
+        assert max(one["tokens"] for one in passes[1:]) > 2  # of two prompts: drafts among them
 
 
 def literal(

@@ -46,6 +46,7 @@ class PTConvertModel(nn.Module):
             attention_groups=parallel.attn_dp_size,
             expert_groups=parallel.moe_ep_size,
         )
+        self.shape = shape
         self.program = section.schedule.program
         self.waiting_weight = section.waiting_weight
         self.local_tracks = range(parallel.tp_rank, parallel.tp_rank + 1)
@@ -117,9 +118,7 @@ class PTConvertForCausalLM(nn.Module):
         """Loads this rank's tensors. Raises ValueError where one has no place."""
         parameters = dict(self.named_parameters())
         missing, places = set(parameters), parameters | dict(self.named_buffers())
-        for given, tensor in own_weights(
-            weights, self.model.local_tracks, self.config.tie_word_embeddings
-        ):
+        for given, tensor in own_weights(weights, self.model.local_tracks, self.model.shape):
             name = given
             for pattern, replacement in self.model.renamed.items():
                 name = re.sub(pattern, replacement, name)

@@ -31,6 +31,7 @@ def register() -> None:
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
     import ptconvert
+    from ptconvert.engines.vllm import drafts
     from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED
     from ptconvert.engines.vllm.refusals import LatentConfig, ServingConfig
     from ptconvert.modeling.model import MODELS
@@ -47,6 +48,7 @@ def register() -> None:
     for family, served in SERVED.items():
         if served.latent:
             MODEL_ARCH_CONFIG_CONVERTORS[f"{MODEL_TYPE_PREFIX}{family}"] = LatentConfig
+    drafts.install()
 
 
 def unknown(version: str) -> str | None:

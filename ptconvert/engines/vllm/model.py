@@ -42,7 +42,7 @@ class PTConvertModel(nn.Module):
         whole, config = vllm_config.model_config.hf_config, vllm_config.model_config.hf_text_config
         section = section_of(whole, vllm_config.model_config.model)
         shape = ModelShape.from_config(source_config(whole.to_dict(), section))
-        self.tied = shape.tied
+        self.shape = shape
         ranks = get_tensor_model_parallel_world_size()
         self.program = section.schedule.program
         self.waiting_weight = section.waiting_weight
@@ -137,11 +137,11 @@ class PTConvertForCausalLM(nn.Module):
 
     def is_unused_checkpoint_weight(self, name: str) -> bool:
         """Whether a tensor isn't for this rank's model: vLLM doesn't read files of only such."""
-        return is_for_others(name, self.model.local_tracks)
+        return is_for_others(name, self.model.local_tracks, self.model.shape)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads this rank's tensors; returns the names of the parameters that were filled."""
-        own = own_weights(weights, self.model.local_tracks, self.model.tied)
+        own = own_weights(weights, self.model.local_tracks, self.model.shape)
         loader = AutoWeightsLoader(self)
         loaded: set[str] = loader.load_weights(own, mapper=self.hf_to_vllm_mapper)
         if self.quant_config is not None:
