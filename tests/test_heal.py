@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from conftest import Convert, MakeDense, byte_level, load, spec_text
 from test_cli import run
@@ -142,6 +144,29 @@ def test_16_bits_on_a_cpu(source: Path, convert: Convert, tmp_path: Path) -> Non
     given = ("--text", TEXT, *QUICK, "--dtype", "bfloat16", "--blockwise")
     figures = heal(converted, out, source, *given)
     assert figures["kept"] == "KL" and kls(figures)["KL"] < 0.9 * kls(figures)["before"]
+
+
+def test_it_computes_in_what_the_cpu_has_instructions_for(
+    make_dense: MakeDense, convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are stored in float32 stay so; others come in bfloat16 where it isn't emulated,
+    and what is trained is in float32 all the same."""
+    whole = byte_level(make_dense, tmp_path / "whole")
+    half = tmp_path / "half"
+    model = transformers.AutoModelForCausalLM.from_pretrained(whole, dtype=torch.bfloat16)
+    model.save_pretrained(half)
+    for file in whole.glob("tokenizer*"):
+        shutil.copy(file, half)
+    for source, has, dtype in (
+        (half, {"avx512_bf16": True}, "bfloat16"),
+        (half, {"avx512_bf16": False, "avx2": True}, "float32"),
+        (whole, {"avx512_bf16": True}, "float32"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
+        converted, out = convert(source, 2, "use: ladder"), tmp_path / f"{source.name}-{dtype}"
+        figures = heal(converted, out, source, "--text", TEXT, *QUICK)
+        assert figures["settings"]["dtype"] == dtype
+        assert kls(figures)["KL"] < 0.9 * kls(figures)["before"]
 
 
 @pytest.mark.slow

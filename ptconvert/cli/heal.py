@@ -166,7 +166,8 @@ if TYPE_CHECKING:  # they import torch
 @shared(
     "--dtype",
     "auto",
-    says="auto: float32 on a CPU and for weights stored so, else bfloat16",
+    says="auto: float32 for weights stored so and on CPUs without bfloat16's instructions, else "
+    "bfloat16",
     takes=click.Choice(["auto", "float32", "bfloat16"]),
 )
 @click.option(
@@ -255,6 +256,7 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
     from ptconvert.heal.run import Case
     from ptconvert.heal.settings import Settings
     from ptconvert.measure.cache import cache_directory
+    from ptconvert.measure.dtype import has_bfloat16
     from ptconvert.runtime.load import shape_of
 
     device = torch_device(chosen["device"])
@@ -269,7 +271,7 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
     dtype = chosen["dtype"]
     if dtype == "auto":
         stored = weights_dtype(student, shape_of(student))
-        dtype = "float32" if device == "cpu" or stored == "F32" else "bfloat16"
+        dtype = "bfloat16" if stored != "F32" and has_bfloat16(device) else "float32"
     dataset = None
     if chosen["dataset"]:
         dataset = DatasetSource(

@@ -174,6 +174,7 @@ def heal(
 def _stages(case: Case, key: Mapping[str, object], start: Path) -> tuple[Healed, Tensors]:
     """Trains, measuring before and after each stage; the report, and the best tensors. What the KL
     stage begins with goes to the file `start`."""
+    case.say(f"computing in {case.settings.dtype} on {case.settings.device}")
     reference = _reference(case, key)
     source, before = _measured(case, reference, "before", {})
     rows, best, healed = [before], before, Tensors()

@@ -15,6 +15,7 @@ from ptconvert.runtime.memory import PROCESS_BYTES, free_memory
 # How much faster float32 must be than the dtype stored to be taken instead, and what is multiplied
 # to see it: enough for a device to show its speed, and little enough for a second.
 _FASTER = 1.5
+_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # as torch calls these, of x86 and of ARM
 _TIMED_TOKENS, _TIMED_PRODUCTS = 128, 1 << 29
 
 
@@ -41,6 +42,16 @@ def fastest_dtype(checkpoint: Checkpoint, device: str, say: Callable[[str], None
         return stored
     say(f"computing in float32: {stored}, which is stored, {slower}")
     return "float32"
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether a device multiplies bfloat16 by instructions of its own. By what it has, not by how
+    fast it was a moment ago: all processes of a training, and the command that goes on with it,
+    must compute alike."""
+    if device != "cpu":
+        return True
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(found.get(name) for name in _BFLOAT16)
 
 
 def _product_seconds(checkpoint: Checkpoint, device: str, dtype: str) -> float:
