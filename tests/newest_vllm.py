@@ -106,6 +106,16 @@ def bound(file: Path | None) -> dict[str, ast.AST]:
     return found
 
 
+def members(node: Found) -> frozenset[str]:
+    """What a class binds; nothing where others that it is derived from may bind more."""
+    if not isinstance(node, ast.ClassDef) or node.bases:
+        return frozenset()
+    named = {item.name for item in node.body if isinstance(item, Found)}
+    targets = (t for item in node.body if isinstance(item, ast.Assign) for t in item.targets)
+    fields = (item.target for item in node.body if isinstance(item, ast.AnnAssign))
+    return frozenset(named | {t.id for t in (*targets, *fields) if isinstance(t, ast.Name)})
+
+
 def is_star(node: ast.AST) -> bool:
     """Whether it imports all of a module."""
     return isinstance(node, ast.ImportFrom) and node.names[0].name == "*"
@@ -133,6 +143,9 @@ def departures(plugin: Path, package: str, source: Source) -> Iterator[str]:
                 module, name = imported.get(node.value.id, ("", ""))
                 whole = f"{module}.{name}"
                 if module and source.file(whole) and not source.has(whole, node.attr):
+                    yield f"{file.name}:{node.lineno}: {whole} has no {node.attr}"
+                found = source.definition(module, name)
+                if found and (own := members(found[1])) and node.attr not in own:
                     yield f"{file.name}:{node.lineno}: {whole} has no {node.attr}"
 
 

@@ -10,14 +10,16 @@ from newest_vllm import ENGINE, Source, departures
 PLUGIN = """
 from vllm.distributed import reduced, state
 from vllm.layers import Norm
+from vllm.config import Draft
 
 def run(x):
     Norm(8, eps=1e-5)
-    return reduced(x), state._TP
+    return reduced(x), state._TP, Draft.override
 """
 PACKAGE = {
     "distributed/__init__.py": "from .state import *\n",
     "distributed/state.py": "_TP = None\ndef reduced(x, group=None): ...\n",
+    "config.py": "class Draft:\n    method: str = ''\n    def override(config): ...\n",
     "layers.py": "from vllm.norms import Own as Norm\n",
     "norms.py": (
         "class Base:\n    def __init__(self, width, eps=1e-6, *, out=None): ...\n"
@@ -49,22 +51,27 @@ def test_what_is_all_there(tmp_path: Path) -> None:
         (
             "distributed/state.py",
             "def reduced(x): ...\n",
-            "model.py:7: vllm.distributed.state has no _TP",
+            "model.py:8: vllm.distributed.state has no _TP",
+        ),
+        (
+            "config.py",
+            "class Draft:\n    method: str = ''\n",
+            "model.py:8: vllm.config.Draft has no override",
         ),
         (
             "norms.py",
             "class Own:\n    def __init__(self, width): ...\n",
-            "model.py:6: Norm takes no eps",
+            "model.py:7: Norm takes no eps",
         ),
         (
             "norms.py",
             "class Own:\n    def __init__(self, width, eps, kind): ...\n",
-            "model.py:6: Norm wants kind",
+            "model.py:7: Norm wants kind",
         ),
         (
             "norms.py",
             "class Own:\n    def __init__(self, *, eps): ...\n",
-            "model.py:6: Norm takes 0 arguments by place, not 1",
+            "model.py:7: Norm takes 0 arguments by place, not 1",
         ),
     ],
 )
