@@ -17,6 +17,7 @@ from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
 from ptconvert.errors import EvaluationError
 from ptconvert.evaluate.acceptance import (
+    LAYER,
     Drafts,
     accepted,
     check_draft,
@@ -27,6 +28,7 @@ from ptconvert.evaluate.acceptance import (
 )
 from ptconvert.evaluate.harness import Settings
 from ptconvert.evaluate.run import Report, Text, evaluate
+from ptconvert.evaluate.terminal import speculation_title
 from ptconvert.modeling.model import MODELS
 
 WINDOW, WINDOWS = 64, 6
@@ -114,6 +116,15 @@ def test_texts_that_end_at_once_have_no_step(
         run(source, convert(source, 2, "use: ladder"), Drafts(40), tmp_path)
     with pytest.raises(EvaluationError, match=r"--speculate 3: .* fewer than 4 tokens after"):
         speculation([[[1, 2, 3]]], 2, 4, Drafts(3), None, 0)
+
+
+def test_what_drafted_is_said() -> None:
+    texts = [[[1, 2, 3, 4, 5, 6]] * 6] * 2
+    for drafts, said in (
+        (Drafts(1, LAYER), "1 token drafted by its own head for each step"),
+        (Drafts(2, "small"), "2 tokens drafted by small for each step"),
+    ):
+        assert said in speculation_title(speculation(texts, 2, 4, drafts, None, 0))
 
 
 def test_a_draft_of_other_tokens_is_refused(source: Path, tmp_path: Path) -> None:

@@ -267,4 +267,5 @@ def test_heal_trains_a_head_along(
     assert measured[1].kl < measured[0].kl
     card = (tmp_path / "healed" / "README.md").read_text()
     assert "its head for further tokens by KL(healed || head)" in card
+    assert "the model's weights are as before" in card and "did not help" not in card
     assert f"KL from this model {before['kl']:.4f} before, {after['kl']:.4f} after" in card

@@ -353,6 +353,7 @@ def _print_healed(console: Console, figures: dict[str, Any]) -> None:
     if head := figures["head"]:
         before, after = (f"{row['kl']:.4f}" for row in head)
         console.print(f"its head for further tokens: KL from the model {before} → {after}")
-    if figures["kept"] == "before":
+    settings = figures["settings"]
+    if figures["kept"] == "before" and (settings["kl"] or settings["blockwise"]):
         console.print("training did not help; the weights are those of the checkpoint as it came")
     console.print(f"wrote {figures['destination']}", soft_wrap=True)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ptconvert.evaluate.acceptance import Accepted, Speculation
+from ptconvert.evaluate.acceptance import LAYER, Accepted, Speculation
 from ptconvert.evaluate.run import Report, Row
 from ptconvert.measure.divergence import Closeness, Divergence
 from ptconvert.report.numbers import (
@@ -153,8 +153,10 @@ def _print_speculation(console: Console, found: Speculation) -> None:
 
 def speculation_title(found: Speculation) -> str:
     """What was drafted, and after what."""
+    tokens = "1 token" if found.drafted == 1 else f"{found.drafted} tokens"
+    by = "its own head" if found.draft == LAYER else found.draft
     return (
-        f"speculative decoding, {found.drafted} tokens drafted by {found.draft} for each step, "
+        f"speculative decoding, {tokens} drafted by {by} for each step, "
         f"greedy: up to {found.new} tokens after {found.prompt} of each of {found.windows} windows"
     )
 

@@ -32,7 +32,9 @@ def healing_section(report: Healed, command: str) -> str:
     head = ["", "loss", f"KL from `{report.teacher}`", *([judged] if judged else [])]
     lines = [head, ["---"] * len(head), *(_cells(row)[: len(head)] for row in report.rows)]
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    kept = "training did not help, and the weights are as before"
+    kept = "the model's weights are as before"
+    if settings.blockwise or settings.kl:
+        kept = "training did not help, and the weights are as before"
     if report.kept != "before":
         kept = f"this checkpoint is the one after `{report.kept}`"
     return f"""## Healing
