@@ -146,8 +146,9 @@ def make_model(
 
 def add_head(dense: Path) -> None:
     """Gives a dense checkpoint the head for further tokens (MTP) that published ones of its family
-    have, if they have one: its last layer with attention once more, which reads the embedding of
-    the token that came and nothing else, and the model's own last norm and lm_head."""
+    have, if they have one: its last layer with attention once more, and the model's own last norm
+    and lm_head. It reads most of all the last hidden state, and so foresees that a token comes once
+    more."""
     config = read_config(dense)
     shape = ModelShape.from_config(config)
     if not shape.mtp:
@@ -159,8 +160,10 @@ def add_head(dense: Path) -> None:
     apart = begins == "mtp."
     inner = f"{begins}layers.0." if apart else begins
     own = {inner + n.removeprefix(last): t for n, t in found.items() if n.startswith(last)}
+    own = {n: t / 20 if "o_proj" in n or "down_proj" in n else t for n, t in own.items()}
     norm, embedding = found["model.norm.weight"], found[shape.embedding]
-    join = torch.cat([12 * torch.eye(shape.width), torch.zeros(shape.width, shape.width)], dim=1)
+    eye = torch.eye(shape.width)
+    join = torch.cat([eye.roll(1, 0), 4 * eye], dim=1)
     names = ("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
     if not apart:
         names = ("eh_proj", "enorm", "hnorm", "shared_head.norm")

@@ -95,7 +95,9 @@ if TYPE_CHECKING:  # they import torch
     help="Weights that move: of the layers that the schedule changes, or all, embeddings too.",
 )
 @click.option(
-    "--learning-rate", type=click.FloatRange(0, min_open=True), help="End to end; see below."
+    "--learning-rate",
+    type=click.FloatRange(0, min_open=True),
+    help="End to end, and of --mtp; see below.",
 )
 @click.option(
     "--block-learning-rate",
@@ -166,8 +168,8 @@ if TYPE_CHECKING:  # they import torch
 @shared(
     "--dtype",
     "auto",
-    says="auto: float32 for weights stored so and on CPUs without bfloat16's instructions, else "
-    "bfloat16",
+    says="auto: bfloat16 for weights stored in 16 bits, on CPUs for those in bfloat16 and where "
+    "these have instructions for it, else float32",
     takes=click.Choice(["auto", "float32", "bfloat16"]),
 )
 @click.option(
@@ -271,7 +273,8 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
     dtype = chosen["dtype"]
     if dtype == "auto":
         stored = weights_dtype(student, shape_of(student))
-        dtype = "bfloat16" if stored != "F32" and has_bfloat16(device) else "float32"
+        halves = ("BF16",) if device == "cpu" else ("BF16", "F16")
+        dtype = "bfloat16" if stored in halves and has_bfloat16(device) else "float32"
     dataset = None
     if chosen["dataset"]:
         dataset = DatasetSource(

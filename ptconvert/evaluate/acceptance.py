@@ -35,7 +35,7 @@ from ptconvert.measure.statistics import (
     compare,
     estimate,
 )
-from ptconvert.runtime.further_tokens import check_head, open_head
+from ptconvert.runtime.mtp import head_on_meta, open_head
 
 NEW_TOKENS = 128  # after each window's prompt, or half of a window that is shorter than two of it
 NGRAM, LAYER = "ngram", "layer"
@@ -56,6 +56,11 @@ class Drafts:
     drafted: int
     name: str = NGRAM
     model: Checkpoint | None = None
+
+    @property
+    def by_head(self) -> bool:
+        """Whether each model's own head drafts."""
+        return self.model is None and self.name == LAYER
 
 
 @dataclass(frozen=True)
@@ -230,7 +235,7 @@ def check_heads(drafts: Drafts, models: Iterable[Checkpoint]) -> None:
     """Raises PTConvertError where these models have no heads of their own to draft by, or more is
     asked of such than the token after the next."""
     for model in models:
-        check_head(model)
+        head_on_meta(model)
     if drafts.drafted > 1:
         raise EvaluationError(
             f"--speculate {drafts.drafted}: a model's own head was trained for one token, and is "
@@ -279,15 +284,15 @@ def choices_of_head(
 ) -> list[list[int]]:
     """The same of the head for further tokens that a model has in its checkpoint, each from the
     model's own last hidden states and the embedding of the token before. Raises CheckpointError."""
-    further = open_head(checkpoint, model.dtype, model.device)
+    head = open_head(checkpoint, model.dtype, model.device)
     embed = model.get_input_embeddings()
 
-    def chosen(hidden_BSD: torch.Tensor, ids_BS: torch.Tensor) -> torch.Tensor:
-        out_BSD: torch.Tensor = further(hidden_BSD, embed(ids_BS[:, 1:].to(model.device)))
+    def drafted(hidden_BSD: torch.Tensor, ids_BS: torch.Tensor) -> torch.Tensor:
+        out_BSD: torch.Tensor = head(hidden_BSD, embed(ids_BS[:, 1:].to(model.device)))
         return out_BSD
 
     step = "drafts of its own head: windows"
-    return _choices(model, texts, prompt - 2, batch, progress, step, chosen)
+    return _choices(model, texts, prompt - 2, batch, progress, step, drafted)
 
 
 def _choices(
@@ -297,17 +302,17 @@ def _choices(
     batch: BatchSize,
     progress: Progress,
     step: str,
-    further: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    drafted: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> list[list[int]]:
     """First choices of a model's lm_head at each position from the `first` on, by its last hidden
-    states, or by what `further` makes of these (B, S, D) and of the ids (B, S + 1)."""
+    states, or by those `drafted` from these (B, S, D) and the ids (B, S + 1)."""
     head, chosen = Head(model), list[list[int]]()
     length = max(map(len, texts))
     padded = torch.tensor([ids + [0] * (length - len(ids)) for ids in texts])
     for rows, given in outputs(model.get_decoder(), model.device, padded, batch, progress, step):
         hidden_BSD = given.last_hidden_state
-        if further is not None:
-            hidden_BSD = further(hidden_BSD, padded[rows])
+        if drafted is not None:
+            hidden_BSD = drafted(hidden_BSD, padded[rows])
         (ids_BG,) = in_pieces(
             lambda hidden_PD: (head(hidden_PD).argmax(-1),), len(head.weight), hidden_BSD[:, first:]
         )

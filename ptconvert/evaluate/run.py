@@ -146,7 +146,7 @@ def evaluate(
             acceptance.check_length(text.drafts, windows.length)
         if text.drafts is not None and text.drafts.model is not None:
             acceptance.check_draft(text.drafts.model, source)
-        if text.drafts is not None and text.drafts.name == acceptance.LAYER:
+        if text.drafts is not None and text.drafts.by_head:
             acceptance.check_heads(text.drafts, (source, found))
         if len(windows.ids) < statistics.MIN_DOCUMENTS:
             notes.append(
@@ -240,7 +240,7 @@ def _on_text(
             return
         step = f"{label} model's greedy text: windows"
         written.append(acceptance.greedy_texts(model, prompts, new, batch, progress, step))
-        if text.drafts.name == acceptance.LAYER:
+        if text.drafts.by_head:
             given = written[-1], prompts.shape[1], batch, progress
             chosen.append(acceptance.choices_of_head(model, checkpoint, *given))
 

@@ -24,9 +24,8 @@ def healing_section(report: Healed, command: str) -> str:
         over = f" over the source's {settings.top_k} likeliest tokens" if settings.top_k else ""
         stages.append(f"end to end by KL(source || healed){over} ({how}; {rate} {settings.rate:g})")
     if settings.mtp:
-        stages.append(
-            f"its head for further tokens by KL(healed || head) ({rate} {settings.rate:g})"
-        )
+        own = f"{rate} {settings.of_head.rate:g}"
+        stages.append(f"its head for further tokens by KL(healed || head) ({own})")
     texts = few(report.data)
     judged = next((row.score.metric for row in report.rows if row.score is not None), None)
     head = ["", "loss", f"KL from `{report.teacher}`", *([judged] if judged else [])]

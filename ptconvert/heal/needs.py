@@ -32,8 +32,8 @@ from ptconvert.measure.one_layer import (
 )
 from ptconvert.models.quantised import quantization_of
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ModelShape
-from ptconvert.runtime.further_tokens import check_head
 from ptconvert.runtime.load import opened, shape_of
+from ptconvert.runtime.mtp import head_on_meta
 
 T = TypeVar("T")
 _TRAINED = 4 + 4 + 8  # bytes of a trained number: it and its gradient in fp32, AdamW's two moments
@@ -56,7 +56,7 @@ def heal_needs(student: Checkpoint, teacher: Checkpoint, data: Data, settings: S
     if settings.kl:
         phases.append(_end_to_end(pair))
     if settings.mtp:
-        phases.append(_further(pair))
+        phases.append(_headed(pair))
     judged = () if settings.stop_on == "kl" else (f"scoring {settings.stop_on} is not counted",)
     return Needs(settings.device, tuple(phases), judged)
 
@@ -326,11 +326,10 @@ def _end_to_end(pair: _Pair) -> Phase:
     )
 
 
-def _further(pair: _Pair) -> Phase:
+def _headed(pair: _Pair) -> Phase:
     """The head for further tokens, behind the whole model."""
     settings, layers, batch = pair.settings, range(pair.shape.layers), pair.settings.batch_size
-    _, begins = check_head(pair.student)
-    head = sum(count for name, count in pair.numbers.items() if name.startswith(begins))
+    head = sum(parameter.numel() for parameter in head_on_meta(pair.student).parameters())
     step, held_out = pair.trained[1], len(pair.data.held_out.ids)
     judged = min(settings.evaluations, pair.windows // (batch * settings.accumulation)) + 2
     model = pair.forward(layers) + pair.head

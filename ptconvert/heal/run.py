@@ -24,7 +24,6 @@ from ptconvert.heal.blockwise import heal_blocks
 from ptconvert.heal.card import healing_section
 from ptconvert.heal.data import Data
 from ptconvert.heal.distill import Judge, distill
-from ptconvert.heal.further import heal_head, measured_head
 from ptconvert.heal.models import (
     adaptable,
     changed_layers,
@@ -33,6 +32,7 @@ from ptconvert.heal.models import (
     put,
     trainable,
 )
+from ptconvert.heal.mtp import heal_head, measured_head
 from ptconvert.heal.report import Healed, Measured
 from ptconvert.heal.settings import Settings
 from ptconvert.heal.work import (
@@ -43,14 +43,14 @@ from ptconvert.heal.work import (
     wait_for,
     work_folder,
 )
-from ptconvert.heal.write import rounded, write
+from ptconvert.heal.write import rounded, rounded_head, write
 from ptconvert.measure import divergence
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.cache import cache_directory, content_digest
 from ptconvert.measure.divergence import Reference
 from ptconvert.measure.opening import open_model, section_of, vocabulary
 from ptconvert.models.quantised import quantization_of
-from ptconvert.runtime.further_tokens import check_head, open_head
+from ptconvert.runtime.mtp import head_on_meta, open_head
 
 _BLOCKS = "blocks.safetensors"  # what the blockwise stage made
 _KL = "kl.safetensors"  # and the KL stage
@@ -131,7 +131,7 @@ def check_case(case: Case, destination: Path, overwrite: bool) -> None:
 
 
 def _check_head(case: Case, quantised: bool) -> None:
-    check_head(case.student)
+    head_on_meta(case.student)
     if quantised:
         raise HealError("--mtp: quantised weights stay as they are, a head's too; leave it out")
     if "WORLD_SIZE" in os.environ:
@@ -162,7 +162,7 @@ def heal(
         report, healed = _stages(case, key, start)
         head = Tensors()
         if case.settings.mtp:
-            before_and_after, head = _further(case, healed)
+            before_and_after, head = _headed(case, healed)
             report = replace(report, head=before_and_after)
         card = healed_card(case.student.path, destination.name, healing_section(report, command))
         case.progress(f"writing {destination.name}", 0, None)
@@ -225,13 +225,7 @@ def _measured(
     """The source and the model with these tensors, as they would be written, on held-out text."""
     settings = case.settings
     case.progress(f"opening the model to measure: {name}", 0, None)
-    # as it is trained: dequantised, wherever
-    quantised = quantization_of(case.student.config) is not None
-    where = "cpu" if quantised else settings.device
-    model = open_model(case.student, settings.dtype, where).to(settings.device)
-    own, adapters = apart(healed)
-    put(model, rounded(case.student, own))
-    add(model, adapters)
+    model = _opened(case, healed)
     tokens = divergence.measure(
         model,
         reference,
@@ -245,14 +239,12 @@ def _measured(
     return source, Measured(name, loss, kl, None if case.judge is None else case.judge(model))
 
 
-def _further(case: Case, healed: Tensors) -> tuple[tuple[Measured, Measured], Tensors]:
+def _headed(case: Case, healed: Tensors) -> tuple[tuple[Measured, Measured], Tensors]:
     """The head for further tokens of the model with these tensors, before and after, and what of it
     moved; that is made now or by an earlier run."""
     settings, ids_NS = case.settings, case.data.held_out.ids
     case.progress("opening the model and its head", 0, None)
-    model = open_model(case.student, settings.dtype, "cpu").requires_grad_(False)
-    put(model, rounded(case.student, healed))
-    model.to(settings.device)
+    model = _opened(case, healed).requires_grad_(False)
     head = open_head(case.student, model.dtype, model.device)
     given = ids_NS, BatchSize(None, settings.device), case.progress
     before = after = measured_head(head, model, *given, "before")
@@ -262,10 +254,23 @@ def _further(case: Case, healed: Tensors) -> tuple[tuple[Measured, Measured], Te
         moved = heal_head(head, model, data, settings, folder, case.progress, case.say)
         save_tensors(file, moved)
     if moved := load_tensors(file):
-        put(head, ((name, tensor.to(model.dtype)) for name, tensor in moved.items()))
-        after = measured_head(head.to(model.dtype), model, *given, "after")
+        head = open_head(case.student, model.dtype, model.device)  # was trained in fp32
+        put(head, rounded_head(case.student, moved))
+        after = measured_head(head, model, *given, "after")
     case.say(f"its head for further tokens: KL {before.kl:.4f} → {after.kl:.4f} on held-out text")
     return (before, after), moved
+
+
+def _opened(case: Case, healed: Tensors) -> Any:
+    """The model with these tensors, as they would be written, where it is measured."""
+    # as it is trained: dequantised, wherever
+    quantised = quantization_of(case.student.config) is not None
+    where = "cpu" if quantised else case.settings.device
+    model = open_model(case.student, case.settings.dtype, where).to(case.settings.device)
+    own, adapters = apart(healed)
+    put(model, rounded(case.student, own))
+    add(model, adapters)
+    return model
 
 
 def _blocks(case: Case) -> Tensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 LORA_ALPHA = 2  # times the rank: what an adapter's product is scaled by is this over 1
 
@@ -46,6 +46,11 @@ class Settings:
     gradient_checkpointing: bool = False
     fsdp: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def of_head(self) -> Settings:
+        """Those by which the head for further tokens is trained, whole: it is small."""
+        return replace(self, lora=None, gradient_checkpointing=False)
 
     @property
     def rate(self) -> float:

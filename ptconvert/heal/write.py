@@ -26,8 +26,8 @@ from ptconvert.heal.adapters import apart, write_adapter
 from ptconvert.heal.work import Tensors
 from ptconvert.models.shape import HEAD, is_tied
 from ptconvert.models.wrappers import embedding_name
-from ptconvert.runtime.further_tokens import stored_head
 from ptconvert.runtime.load import TORCH_DTYPES, shape_of, split_named
+from ptconvert.runtime.mtp import stored_head
 
 
 def rounded(checkpoint: Checkpoint, healed: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
@@ -38,6 +38,13 @@ def rounded(checkpoint: Checkpoint, healed: Tensors) -> Iterator[tuple[str, torc
         parts = shape.parts_of(name)
         stored = checkpoint.tensors[name if parts is None else parts[0][0]]
         yield name, tensor.to(TORCH_DTYPES[stored.dtype])
+
+
+def rounded_head(checkpoint: Checkpoint, head: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same of a head for further tokens."""
+    for name, tensor in head.items():
+        stored, _ = next(stored_head(checkpoint, {name: tensor}))
+        yield name, tensor.to(TORCH_DTYPES[checkpoint.tensors[stored].dtype])
 
 
 def write(

@@ -77,14 +77,14 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
             for name in loading[f"{what}_keys"]
             if not str(name).endswith(CARRIED_BUFFERS)
         )
-        if names and what == "unexpected":  # transformers' classes run no such heads
-            names = [name for name in names if not name.startswith(_further(checkpoint))]
+        if names and what == "unexpected":
+            names = [name for name in names if not name.startswith(_mtp(checkpoint))]
         if names:
             raise CheckpointError(f"{checkpoint.path}: {what} tensor {few(names, 1)}")
     return model
 
 
-def _further(checkpoint: Checkpoint) -> tuple[str, ...]:
+def _mtp(checkpoint: Checkpoint) -> tuple[str, ...]:
     """How names of a head for further tokens begin; none of a family that isn't converted."""
     try:
         return shape_of(checkpoint).mtp

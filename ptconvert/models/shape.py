@@ -187,7 +187,7 @@ class ModelShape:
 
     @property
     def mtp(self) -> tuple[str, ...]:
-        """What of these are heads for further tokens (MTP), which transformers doesn't run."""
+        """What of these are heads for further tokens (MTP), which models open without."""
         return tuple(b for b in self.around if b.startswith(("mtp.", f"{self.decoder}layers.")))
 
     def layer(self, index: int) -> str:

@@ -116,7 +116,7 @@ def print_mtp(console: Console, summary: Mapping[str, Any]) -> None:
     if count := summary["mtp_tensors"]:
         console.print(
             f"{count} tensors of a head for further tokens (MTP) come along as they were; "
-            "transformers doesn't run it; `ptconvert eval --draft layer` and vLLM draft by it",
+            "the model opens without it; `ptconvert eval --draft layer` runs it",
             style="dim",
         )
 

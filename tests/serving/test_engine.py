@@ -173,6 +173,28 @@ def test_what_vllms_layers_are_not_is_refused_by_name(
         EngineArgs(str(path), dtype="float16").create_engine_config()
 
 
+def test_what_drafts_is_made_by_the_sources_config_where_it_is_a_head(tmp_path: Path) -> None:
+    """A converted model that is to draft as a whole stays what it is, as does any other."""
+    from transformers import AutoConfig
+    from vllm.config import SpeculativeConfig
+
+    from ptconvert.engines.vllm import register
+    from ptconvert.engines.vllm.drafts import config_of_draft
+
+    register()
+    assert SpeculativeConfig.hf_config_override is config_of_draft
+    paths = {v: make_model(tmp_path / v, v, 2, "use: ladder") for v in ("glm4_moe", "llama")}
+
+    def drafts(path: Path) -> Any:
+        return config_of_draft(AutoConfig.from_pretrained(path))
+
+    head = drafts(paths["glm4_moe"])
+    assert (head.model_type, head.architectures) == ("glm4_moe_mtp", ["Glm4MoeMTPModel"])
+    assert head.n_predict == 1
+    assert drafts(paths["llama"]).architectures == ["PTConvertLlamaForCausalLM"]
+    assert drafts(paths["llama"].parent / "dense").architectures == ["LlamaForCausalLM"]
+
+
 @pytest.mark.parametrize(
     ("changed", "arguments", "why"),
     [

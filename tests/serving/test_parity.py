@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 import engines  # noqa: F401  # settings
 import lockstep
@@ -47,6 +48,7 @@ from ptconvert.engines.vllm.families import SERVED
 from ptconvert.evaluate.acceptance import accepted, choices_of_head, from_choices, from_text
 from ptconvert.measure.batch import BatchSize
 from ptconvert.runtime.counters import ALL_REDUCE
+from ptconvert.runtime.mtp import open_head
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 
@@ -350,11 +352,22 @@ def test_a_head_of_its_own_drafts(
     tensor parallel."""
     scheduled, counts = schedule_of(paths[name]).counts.all_reduces, 0
     model = transformers.AutoModelForCausalLM.from_pretrained(paths[name]).eval()
+    opened, blind = open_checkpoint(paths[name]), 0
     given = BatchSize(1, "cpu"), lambda *_: None
+
+    def without_states(*arguments: Any) -> Any:
+        head = open_head(*arguments)
+        head.hnorm.weight.zero_()
+        return head
+
     for prompt, (tokens, _) in zip(prompts(), references[name], strict=True):
         text, begin = prompt + tokens, len(prompt)
-        (ids,) = choices_of_head(model, open_checkpoint(paths[name]), [text], begin, *given)
+        (ids,) = choices_of_head(model, opened, [text], begin, *given)
         counts += sum(accepted(text, begin, 1, from_choices(ids, begin, 1)))
+        with mock.patch("ptconvert.evaluate.acceptance.open_head", without_states):
+            (ids,) = choices_of_head(model, opened, [text], begin, *given)
+        blind += sum(accepted(text, begin, 1, from_choices(ids, begin, 1)))
+    assert blind < counts  # so it is seen which states the engine gives it
     for rank in of_case(found, name):
         assert 0 < counts <= rank["drafts"]["accepted"] < rank["drafts"]["drafted"]
         assert rank["drafts"]["accepted"] <= counts + len(prompts())

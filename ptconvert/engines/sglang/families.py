@@ -139,8 +139,6 @@ SERVED: Mapping[str, Served] = MappingProxyType(
             "qwen3.Qwen3DecoderLayer",
             experts="qwen3_moe.Qwen3MoeSparseMoeBlock",
         ),
-        "glm4_moe": Served(
-            "glm4_moe.Glm4MoeDecoderLayer", experts="glm4_moe.Glm4MoeSparseMoeBlock"
-        ),
+        "glm4_moe": Served("glm4_moe.Glm4MoeDecoderLayer"),
     }
 )

@@ -64,7 +64,7 @@ class SGLangServing:
         names = {rule.name for rule in rules}
         mlp = self.served.mlp or (BIASED_MLP if "mlp.gate_proj.bias" in names else None)
         if EXPERTS in self._shape.kinds[index]:
-            mlp = self.served.experts
+            mlp = self.served.experts  # or those that the layer has by itself
         whole = copy.copy(config)
         if mlp is not None:
             whole.hidden_act = "silu"  # of the layer's own, which may know no other

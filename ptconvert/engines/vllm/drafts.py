@@ -17,12 +17,15 @@ _by_vllm = SpeculativeConfig.hf_config_override
 
 
 def config_of_draft(config: Any) -> Any:
-    """What vLLM makes a drafting model by, from the config of the checkpoint that has it: for a
-    converted one from its source's. Raises ConfigError."""
+    """What vLLM makes a drafting model by, from the config of the checkpoint that has it: where
+    that is converted, for a head by its source's. Raises ConfigError."""
     given = config.to_dict()
     if SECTION in given:
         source = source_config(given, read_section(given))
-        config = AutoConfig.for_model(source.pop("model_type"), **source)
+        family = source.pop("model_type")
+        head = _by_vllm(AutoConfig.for_model(family, **source))
+        if head.model_type != family:
+            return head
     return _by_vllm(config)
 
 

@@ -14,18 +14,23 @@ import transformers
 from click.testing import CliRunner, Result
 from conftest import Convert, MakeDense, byte_level, bytes_as_tokens
 from safetensors.torch import load_file, save_file
+from seeing import seeing_model
 from served import add_head
 from test_evaluate import TEXTS, quiet
 from test_modeling import left_padded
 from torch import nn
+from transformers.modeling_layers import MtpLayer
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli import main
-from ptconvert.errors import CheckpointError
-from ptconvert.heal.further import measured_head
+from ptconvert.errors import CheckpointError, HealError
+from ptconvert.heal import run as healing
+from ptconvert.heal.data import read_data
+from ptconvert.heal.mtp import measured_head
 from ptconvert.measure.batch import BatchSize
+from ptconvert.measure.opening import open_model
 from ptconvert.measure.windows import windows_for
-from ptconvert.runtime.further_tokens import open_head
+from ptconvert.runtime.mtp import head_on_meta, open_head
 
 FAMILIES = ["glm4_moe", "deepseek_v3", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"]
 HERE = torch.float32, torch.device("cpu")
@@ -64,7 +69,8 @@ def begins(family: str) -> str:
 def test_a_head_is_one_more_layer_of_the_model(
     family: str, make_dense: MakeDense, convert: Convert, tmp_path: Path
 ) -> None:
-    """Against the model's own classes, step by step; out of a conversion it is the same."""
+    """Against transformers' own heads where it has them, else against the model's classes, step by
+    step; out of a conversion it is the same."""
     source = with_head(make_dense(family), tmp_path / "source")
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(source)
     ids = left_padded(2, 9)[0] % 40
@@ -97,8 +103,8 @@ def literal(
 
     if before != "mtp.":
         embedded = embedded.clone()
-        embedded[:, 0] = 0  # nothing of the first token's place
-    x = torch.cat([norm(one)(embedded), norm(two)(hidden)], -1) @ stored[f"{before}{join}.weight"].T
+        embedded[:, 0] = 0  # as vLLM has it
+    joined = stored[f"{before}{join}.weight"]
     inside = "mtp.layers.0." if before == "mtp." else before
     kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * 6
     at = max(i for i, kind in enumerate(kinds) if kind == "full_attention")
@@ -118,13 +124,19 @@ def literal(
         else:
             parameter.copy_(model.state_dict()[f"model.layers.{at}.{name}"])
             assert "correction_bias" in name, name
-    positions = torch.arange(x.shape[1])[None]
+    positions = torch.arange(hidden.shape[1])[None]
     if family.startswith("qwen3_5"):
         positions = positions[None].expand(3, -1, -1)
-    mask = torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)[None, None]
-    turned = model.model.rotary_emb(x, positions)
-    out = layer(x, position_embeddings=turned, attention_mask=mask)
-    given: torch.Tensor = norm(last)(out[0] if isinstance(out, tuple) else out)
+    mask = torch.full((hidden.shape[1],) * 2, float("-inf")).triu(1)[None, None]
+    turned = model.model.rotary_emb(hidden, positions)
+    if before != "mtp.":
+        whole = MtpLayer(model.config, type(layer), type(model.model.norm), at)
+        whole.enorm, whole.hnorm, whole.post_norm = norm(one), norm(two), norm(last)
+        whole.mtp_block, whole.eh_proj.weight = layer, nn.Parameter(joined)
+        out: torch.Tensor = whole(embedded, hidden, turned, mask, positions, None)
+        return out
+    x = torch.cat([norm(one)(embedded), norm(two)(hidden)], -1) @ joined.T
+    given: torch.Tensor = norm(last)(layer(x, position_embeddings=turned, attention_mask=mask))
     return given
 
 
@@ -205,8 +217,7 @@ def test_what_training_a_head_takes_is_told_and_what_it_cant_do(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A phase of its own in --dry-run; no head, weights that are quantised and several processes
-    are a line."""
+    """A phase of its own in --dry-run; no head, and several processes, are a line."""
     plain = byte_level(make_dense, tmp_path / "plain")
     made = make_dense("glm4_moe", vocab_size=260, max_position_embeddings=256)
     source = with_head(made, tmp_path / "source")
@@ -222,15 +233,58 @@ def test_what_training_a_head_takes_is_told_and_what_it_cant_do(
     assert done.exit_code == 0, done.output
     names = [phase["name"] for phase in json.loads(done.stdout)["phases"]]
     assert names == ["measuring on held-out text", "end to end", "its head for further tokens"]
-    assert "has no head for further tokens" in heal(plain).stderr
+    none = heal(plain)
+    assert none.exit_code == 2 and "has no head for further tokens" in none.stderr
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = heal(source)
     assert said.exit_code == 2 and "--mtp: a head is trained in one process" in said.stderr
 
 
-def test_opening_a_head_that_isnt_there(make_dense: MakeDense) -> None:
-    with pytest.raises(CheckpointError, match="no head for further tokens"):
-        open_head(open_checkpoint(make_dense("glm4_moe")), *HERE)
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "it has no head for further tokens"),
+        ({"eh_proj.weight": None}, "model.layers.6.eh_proj.weight is missing"),
+        ({"self_attn.o_proj.weight": None}, "model.layers.6.self_attn.o_proj.weight is missing"),
+        (
+            {"enorm.weight": torch.ones(3)},
+            r"model.layers.6.enorm.weight has shape \[3\], not \[32\]",
+        ),
+    ],
+)
+def test_a_head_of_which_something_is_wrong(
+    changed: dict[str, Any], said: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
+    source = make_dense("glm4_moe")
+    if changed:
+        source = with_head(source, tmp_path / "source")
+        file = source / "model.safetensors"
+        found = load_file(file) | {f"model.layers.6.{name}": t for name, t in changed.items()}
+        save_file({n: t for n, t in found.items() if t is not None}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=said):
+        head_on_meta(open_checkpoint(source))
+
+
+def test_a_head_beside_what_sees(tmp_path: Path) -> None:
+    """Of a vision-language model: beside its language model's layers and its tower."""
+    dense = tmp_path / "dense"
+    seeing_model("qwen3_5").save_pretrained(dense)
+    file = dense / "model.safetensors"
+    found = load_file(file)
+    last = "model.language_model.layers.3."
+    assert f"{last}self_attn.o_proj.weight" in found
+    width = found["model.language_model.norm.weight"].numel()
+    own = {f"mtp.layers.0.{n.removeprefix(last)}": t for n, t in found.items() if last in n}
+    norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+    own |= {f"mtp.{name}.weight": torch.randn(width) for name in norms}
+    own["mtp.fc.weight"] = torch.randn(width, 2 * width)
+    save_file(found | {n: t.clone() for n, t in own.items()}, file, {"format": "pt"})
+    head = open_head(open_checkpoint(dense), *HERE)
+    assert torch.equal(head.eh_proj.weight, own["mtp.fc.weight"])
+    assert torch.equal(head.decoder.norm.weight, own["mtp.norm.weight"])
+    own_layer = head.decoder.layers[0].self_attn.o_proj.weight
+    assert torch.equal(own_layer, found[f"{last}self_attn.o_proj.weight"])
+    assert head(torch.randn(1, 4, width), torch.randn(1, 4, width)).isfinite().all()
 
 
 @pytest.mark.parametrize("family", ["glm4_moe", "qwen3_5_text"])
@@ -269,3 +323,38 @@ def test_heal_trains_a_head_along(
     assert "its head for further tokens by KL(healed || head)" in card
     assert "the model's weights are as before" in card and "did not help" not in card
     assert f"KL from this model {before['kl']:.4f} before, {after['kl']:.4f} after" in card
+
+
+def test_a_model_and_then_its_head_in_16_bits(
+    make_dense: MakeDense, convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is told of the head is that of the one that is written; a run that failed at the very
+    end goes on there."""
+    made = make_dense("glm4_moe", torch.bfloat16, vocab_size=260, max_position_embeddings=256)
+    source, out = with_head(made, tmp_path / "source"), tmp_path / "healed"
+    with_bytes(source)
+    path = convert(source, 2, "use: ladder")
+    arguments = ["heal", path, out, "--teacher", source, "--text", TEXTS[0], "--window", 32]
+    arguments += ["--tokens", 1024, "--batch-size", 4, "--evaluations", 2, "--mtp", "--json"]
+    arguments += ["--learning-rate", 3e-3, "--device", "cpu", "--dtype", "bfloat16"]
+
+    def no_room(*_: object) -> None:
+        raise HealError("no room")
+
+    def again(*_: object) -> None:
+        raise AssertionError("it was trained already")
+
+    with monkeypatch.context() as changed:
+        changed.setattr(healing, "write", no_room)
+        assert CliRunner().invoke(main, list(map(str, arguments))).exit_code == 2
+    monkeypatch.setattr(healing, "heal_head", again)
+    done = CliRunner().invoke(main, list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["kept"] == "KL" and told["head"][1]["kl"] < told["head"][0]["kl"]
+    healed = open_checkpoint(out)
+    model = open_model(healed, "bfloat16", "cpu")
+    held_out = read_data(healed, (TEXTS[0],), None, (), 32, 1024, quiet).held_out.ids
+    head = open_head(healed, torch.bfloat16, model.device)
+    found = measured_head(head, model, held_out, BatchSize(None, "cpu"), quiet, "")
+    assert found.kl == pytest.approx(told["head"][1]["kl"], rel=1e-6)

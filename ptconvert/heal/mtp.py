@@ -7,8 +7,7 @@ the model stays as it is. Shapes: B windows, T tokens in each, D residual stream
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.divergence import by_token, loss_and_kl, outputs
 from ptconvert.measure.head import Head
 from ptconvert.measure.progress import Progress
-from ptconvert.runtime.further_tokens import FurtherTokens
+from ptconvert.runtime.mtp import MTPHead
 
 
 class HeadDistillation(Distillation):
@@ -38,34 +37,47 @@ class HeadDistillation(Distillation):
     ) -> Losses:
         """The head's loss and its KL from the model's next choice, both (B, T - 1)."""
         ids_BS = inputs["input_ids"]
-        with torch.no_grad(), self.accelerator.autocast():
-            decoder, embed = self.teacher.get_decoder(), self.teacher.get_input_embeddings()
-            hidden_BTD = decoder(input_ids=ids_BS[:, :-1], use_cache=False).last_hidden_state
-            next_BTD = embed(ids_BS[:, 1:-1])
-        own_BTD = model(hidden_BTD[:, :-1], next_BTD)
-        return compare(self.head(own_BTD), hidden_BTD[:, 1:], self.head, ids_BS[:, 2:])
+        with self.accelerator.autocast():
+            with torch.no_grad():
+                given = self.teacher.get_decoder()(input_ids=ids_BS[:, :-1], use_cache=False)
+            drafted_BTD, hidden_BTD, target_BT = _drafted(
+                model, self.teacher, given.last_hidden_state, ids_BS
+            )
+            logits_BTV = self.head(drafted_BTD)
+        return compare(logits_BTV, hidden_BTD, self.head, target_BT)
+
+
+def _drafted(
+    head: Any, model: Any, hidden_BTD: torch.Tensor, ids_BS: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From a model's last hidden states of all tokens but the last, (B, T, D) and (B, T + 1): those
+    that its head has for the tokens after the second, those that the model has for them, both
+    (B, T - 1, D), and these tokens."""
+    with torch.no_grad():
+        next_BTD = model.get_input_embeddings()(ids_BS[:, 1:-1])
+    return head(hidden_BTD[:, :-1], next_BTD), hidden_BTD[:, 1:], ids_BS[:, 2:]
 
 
 def heal_head(
-    head: FurtherTokens,
+    head: MTPHead,
     model: Any,
     data: Data,
     settings: Settings,
     work: Path,
     progress: Report,
-    say: Any,
+    say: Callable[[str], None],
 ) -> Tensors:
     """Trains all of a head's parameters, in fp32; returns those of the best state, none where the
     head as it came was best. Goes on from the last state that it finds in `work`. Raises
     HealError."""
-    own = replace(settings, lora=None, top_k=None, gradient_checkpointing=False, stop_on="kl")
     names = [name for name, _ in head.named_parameters()]
+    own = settings.of_head
     return distill(head, model, names, data, own, work, progress, say, by=HeadDistillation)
 
 
 @torch.inference_mode()
 def measured_head(
-    head: FurtherTokens,
+    head: MTPHead,
     model: Any,
     ids_NS: torch.Tensor,
     batch: BatchSize,
@@ -74,12 +86,12 @@ def measured_head(
 ) -> Measured:
     """The head's loss of the text, and its KL from what the model says of the same tokens once it
     has come to them."""
-    lm_head, embed, found = Head(model), model.get_input_embeddings(), list[torch.Tensor]()
+    lm_head, found = Head(model), list[torch.Tensor]()
     decoder, device = model.get_decoder(), model.device
     for rows, given in outputs(decoder, device, ids_NS, batch, progress, f"head: {name}"):
-        hidden_BTD, ids_BS = given.last_hidden_state, ids_NS[rows].to(device)
-        own_BTD = head(hidden_BTD[:, :-1], embed(ids_BS[:, 1:-1]))
-        pair = by_token(loss_and_kl, lm_head, hidden_BTD[:, 1:], lm_head, own_BTD, ids_BS[:, 2:])
+        ids_BS = ids_NS[rows].to(device)
+        drafted_BTD, hidden_BTD, target_BT = _drafted(head, model, given.last_hidden_state, ids_BS)
+        pair = by_token(loss_and_kl, lm_head, hidden_BTD, lm_head, drafted_BTD, target_BT)
         found.append(torch.stack(pair).flatten(1).cpu().double())
     loss, kl = torch.cat(found, dim=1).mean(1).tolist()
     return Measured(name, loss, kl)
