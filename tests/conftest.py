@@ -288,11 +288,15 @@ def bytes_as_tokens(more: dict[str, int]) -> Tokenizer:
 def byte_level(make_dense: MakeDense, path: Path) -> Path:
     """A random dense model with a tokenizer of bytes, at `path`."""
     shutil.copytree(make_dense(vocab_size=260, max_position_embeddings=256, eos_token_id=0), path)
-    bpe = bytes_as_tokens({})
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
-    ).save_pretrained(path)
+    with_bytes(path)
     return path
+
+
+def with_bytes(path: Path) -> None:
+    """Puts a tokenizer of bytes beside a model."""
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytes_as_tokens({}), bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    ).save_pretrained(path)
 
 
 @pytest.fixture

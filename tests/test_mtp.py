@@ -12,12 +12,13 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner, Result
-from conftest import Convert, MakeDense, byte_level, bytes_as_tokens
+from conftest import Convert, MakeDense, byte_level, with_bytes
 from safetensors.torch import load_file, save_file
 from seeing import seeing_model
 from served import add_head
 from test_evaluate import TEXTS, quiet
 from test_modeling import left_padded
+from test_transform import tensors
 from torch import nn
 from transformers.modeling_layers import MtpLayer
 
@@ -46,19 +47,6 @@ def with_head(source: Path, path: Path) -> Path:
     own = {n: t + 0.1 * torch.randn_like(t) for n, t in found.items() if n not in before}
     save_file(found | own, file, {"format": "pt"})
     return path
-
-
-def with_bytes(path: Path) -> None:
-    """Puts a tokenizer of bytes beside a model."""
-    ends = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_as_tokens({}), **ends)
-    tokenizer.save_pretrained(path)
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All of a checkpoint's."""
-    files = sorted(path.glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def begins(family: str) -> str:
@@ -201,8 +189,7 @@ def test_heads_that_cant_be_measured_are_a_line(
     source = byte_level(make_dense, tmp_path / "source")
     if variant != "llama":
         source = with_head(make_dense(variant, vocab_size=260), tmp_path / variant)
-        for file in (tmp_path / "source").glob("tokenizer*"):
-            shutil.copy(file, source)
+        with_bytes(source)
     path = convert(source, 2, "use: ladder")
     arguments = ["eval", path, "--baseline", source, "--text", TEXTS[0], "--window", 64]
     arguments += ["--speculate", drafted, "--draft", "layer", "--device", "cpu"]

@@ -258,7 +258,7 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
     from ptconvert.heal.run import Case
     from ptconvert.heal.settings import Settings
     from ptconvert.measure.cache import cache_directory
-    from ptconvert.measure.dtype import has_bfloat16
+    from ptconvert.measure.dtype import training_dtype
     from ptconvert.runtime.load import shape_of
 
     device = torch_device(chosen["device"])
@@ -272,9 +272,7 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
     teacher = under_own_names(teacher, check_pair(student, teacher))
     dtype = chosen["dtype"]
     if dtype == "auto":
-        stored = weights_dtype(student, shape_of(student))
-        halves = ("BF16",) if device == "cpu" else ("BF16", "F16")
-        dtype = "bfloat16" if stored in halves and has_bfloat16(device) else "float32"
+        dtype = training_dtype(weights_dtype(student, shape_of(student)), device)
     dataset = None
     if chosen["dataset"]:
         dataset = DatasetSource(

@@ -170,6 +170,12 @@ class _Pair:
         """Seconds of one window through these layers of the teacher."""
         return len(layers) * self.once[1]
 
+    @property
+    def logits(self) -> int:
+        """Bytes of a batch's logits and their gradients."""
+        tokens = self.settings.batch_size * self.data.length
+        return tokens * self.shape.vocabulary * (8 if self.size == 4 else 12)
+
     @cached_property
     def head(self) -> float:
         """Seconds in which one window's predictions are made and compared."""
@@ -300,14 +306,13 @@ def _end_to_end(pair: _Pair) -> Phase:
     steps_taken = pair.windows // (batch * settings.accumulation * ranks)
     judged = min(settings.evaluations, steps_taken) * len(pair.data.held_out.ids) / ranks
     teaches = 0.0 if kept_answers else pair.teaches(layers)
-    logits = batch * pair.data.length * shape.vocabulary * (8 if pair.size == 4 else 12)
     state = still * pair.size + (4 + 8) * trained
     held = [
         Held("the teacher's weights", taught * pair.size, Place.DEVICE),
         Held("the student's frozen ones", frozen * pair.size // cut, Place.DEVICE),
         Held(f"{trained / 1e6:,.0f} M trained, and AdamW's", each * trained // cut, Place.DEVICE),
         Held(f"activations, {batch} windows", kept, Place.DEVICE),
-        Held("logits and their gradients", logits, Place.DEVICE),
+        Held("logits and their gradients", pair.logits, Place.DEVICE),
         _logits(),
         *pair.judge,
         PROCESS,
@@ -333,14 +338,13 @@ def _headed(pair: _Pair) -> Phase:
     step, held_out = pair.trained[1], len(pair.data.held_out.ids)
     judged = min(settings.evaluations, pair.windows // (batch * settings.accumulation)) + 2
     model = pair.forward(layers) + pair.head
-    logits = batch * pair.data.length * pair.shape.vocabulary * (8 if pair.size == 4 else 12)
     return Phase(
         "its head for further tokens",
         (
             Held("weights", sum(pair.numbers.values()) * pair.size, Place.DEVICE),
             Held(f"{head / 1e6:,.0f} M trained, and AdamW's", _TRAINED * head, Place.DEVICE),
             Held(f"activations, {batch} windows", batch * step.kept + step.fixed, Place.DEVICE),
-            Held("logits and their gradients", logits, Place.DEVICE),
+            Held("logits and their gradients", pair.logits, Place.DEVICE),
             _logits(),
             PROCESS,
             Held("states to go on from", _STATES * (4 + 8) * head, Place.DISK),

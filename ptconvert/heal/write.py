@@ -42,9 +42,8 @@ def rounded(checkpoint: Checkpoint, healed: Tensors) -> Iterator[tuple[str, torc
 
 def rounded_head(checkpoint: Checkpoint, head: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
     """The same of a head for further tokens."""
-    for name, tensor in head.items():
-        stored, _ = next(stored_head(checkpoint, {name: tensor}))
-        yield name, tensor.to(TORCH_DTYPES[checkpoint.tensors[stored].dtype])
+    for name, ((stored, _), *_others) in stored_head(checkpoint, head):
+        yield name, head[name].to(TORCH_DTYPES[checkpoint.tensors[stored].dtype])
 
 
 def write(
@@ -79,7 +78,7 @@ def write(
             shape = shape_of(checkpoint)
             of_model, adapters = apart(healed)
             parts = (p for name, t in of_model.items() for p in split_named(shape, name, t))
-            of_head = stored_head(checkpoint, head) if head else ()
+            of_head = (p for _, own in stored_head(checkpoint, head) for p in own) if head else ()
             for stored, part in itertools.chain(parts, of_head):
                 entry = checkpoint.tensors[stored]
                 assert tuple(part.shape) == entry.shape, stored

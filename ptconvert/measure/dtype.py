@@ -44,14 +44,15 @@ def fastest_dtype(checkpoint: Checkpoint, device: str, say: Callable[[str], None
     return "float32"
 
 
-def has_bfloat16(device: str) -> bool:
-    """Whether a device multiplies bfloat16 by instructions of its own. By what it has, not by how
-    fast it was a moment ago: all processes of a training, and the command that goes on with it,
-    must compute alike."""
+def training_dtype(stored: str, device: str) -> str:
+    """What to train in, by safetensors' name of the dtype stored: torch's name of it. On a CPU
+    bfloat16 only where that has instructions for it, whatever it was timed at a moment ago: all
+    processes of a training, and the command that goes on with it, must compute alike."""
     if device != "cpu":
-        return True
+        return "bfloat16" if stored in ("BF16", "F16") else "float32"
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(found.get(name) for name in _BFLOAT16)
+    has = any(found.get(name) for name in _BFLOAT16)
+    return "bfloat16" if stored == "BF16" and has else "float32"
 
 
 def _product_seconds(checkpoint: Checkpoint, device: str, dtype: str) -> float:

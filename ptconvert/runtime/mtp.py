@@ -173,8 +173,11 @@ def open_head(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) 
     return head.to(device).eval().requires_grad_(False)
 
 
-def stored_head(checkpoint: Checkpoint, head: Mapping[str, torch.Tensor]) -> Iterator[Named]:
-    """A head's parameters, some or all, by the names that a checkpoint has them under."""
+def stored_head(
+    checkpoint: Checkpoint, head: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, list[Named]]]:
+    """A head's parameters, some or all: of each its name, and what a checkpoint holds of it, by the
+    names there."""
     place = _place(checkpoint)
     for name, tensor in head.items():
-        yield from place.stored(name, tensor)
+        yield name, list(place.stored(name, tensor))
