@@ -186,9 +186,11 @@ def test_what_of_quantised_checkpoints_vllm_serves(quantization: dict[str, Any])
     assert unserved_of(quantization, 2) == []
 
 
-def unserved_of(quantization: dict[str, Any], ranks: int, family: str = "llama") -> list[str]:
+def unserved_of(
+    quantization: dict[str, Any], ranks: int, family: str = "llama", neurons: int = 96
+) -> list[str]:
     """What of a small model so quantised vLLM is told not to serve, all its layers held dense."""
-    config = random_model(family, intermediate_size=96, head_dim=64).config.to_dict()
+    config = random_model(family, intermediate_size=neurons, head_dim=64).config.to_dict()
     shape = ModelShape.from_config({**config, "quantization_config": quantization})
     return list(unserved(quantization, shape, Section(dense_schedule(6), 2, "sum", {}), ranks))
 
@@ -226,6 +228,23 @@ def test_of_experts_whose_groups_ranks_would_part() -> None:
     both = {"group_0": named, "group_1": attention | {"targets": ["re:.*self_attn.*"]}}
     (refused,) = unserved_of(groups | {"config_groups": both}, 2, "mixtral")
     assert "experts.0.w2 keeps 32 of its inputs" in refused
+
+
+def test_of_fp8_experts_vllm_parts_blocks_down_to_32() -> None:
+    blocks = _BLOCKS | {"weight_block_size": [64, 64]}
+    assert unserved_of(blocks, 2, "mixtral", 192) == []  # 96 for a rank: blocks of 32
+    (refused,) = unserved_of(blocks, 2, "mixtral", 160)  # 80: they would be of 16
+    assert refused == (
+        "tensor_parallel_size 2: model.layers.0.block_sparse_moe.experts.0.w1 keeps 64 of its "
+        "outputs together, and each rank would have 80 of them; take fewer ranks"
+    )
+    (refused,) = unserved_of(blocks, 2, "llama", 192)  # linears it refines none of
+    assert "mlp.gate_proj keeps 64 of its outputs" in refused
+    # nor where another method of vLLM's has them
+    fp8 = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [64, 64]}
+    taken = {**_TOKEN, "type": "float", "strategy": "group", "group_size": 64}
+    (refused,) = unserved_of(compressed("float-quantized", taken, **fp8), 2, "mixtral", 192)
+    assert "experts.0.w1 keeps 64 of its outputs" in refused
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

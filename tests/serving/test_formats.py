@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import engines  # noqa: F401  # settings
@@ -346,25 +347,36 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> Iterator[Callable[[Path], Any]]:
-    """Builds a checkpoint's model as the only rank and loads its tensors, no more."""
+def alone(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Builds a checkpoint's model as the only rank, or as one of several, none of which it meets,
+    and loads its tensors, no more."""
     from vllm import EngineArgs
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    def load(path: Path) -> Any:
+    def load(path: Path, rank: int = 0, ranks: int = 1) -> Any:
         config = EngineArgs(
-            str(path), dtype="bfloat16", enforce_eager=True, skip_tokenizer_init=True
+            *(str(path),),
+            **{"dtype": "bfloat16", "enforce_eager": True, "skip_tokenizer_init": True},
+            tensor_parallel_size=ranks,
         ).create_engine_config()
         with set_current_vllm_config(config):
             meeting = f"file://{tmp_path / 'meeting'}"
             parallel_state.init_distributed_environment(1, 0, meeting, 0, "gloo")
             parallel_state.initialize_model_parallel(1)
-            with set_default_torch_dtype(torch.bfloat16):
-                model = initialize_model(config)
-            model.load_weights(tensors_of(path).items())
+            group = parallel_state._TP
+            if ranks > 1:
+                parallel_state._TP = SimpleNamespace(
+                    world_size=ranks, rank_in_group=rank, device=torch.device("cpu")
+                )
+            try:
+                with set_default_torch_dtype(torch.bfloat16):
+                    model = initialize_model(config)
+                model.load_weights(tensors_of(path).items())
+            finally:
+                parallel_state._TP = group
         return model
 
     yield load
@@ -467,6 +479,40 @@ def test_tensors_of_quantised_experts(
                         seen += 1
     stored = [n for n in given if ".experts." in n and not n.endswith(("weight_shape", "g_idx"))]
     assert seen == len(stored) * 2 / 3 > 0  # gate and up are one there
+
+
+@pytest.mark.usefixtures("without_kernels")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_fp8_experts_whose_blocks_ranks_part(
+    rank: int, alone: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Of a layer held dense each rank has half of every expert, though not of its blocks: vLLM
+    gives it blocks of 64 for those of 128, which say the same."""
+    sizes = {**MIXTURES["qwen3_moe"], "hidden_size": 256, "moe_intermediate_size": 384}
+    case = Case("block FP8 of 128", variant="qwen3_moe", sizes={**sizes, "dtype": torch.bfloat16})
+    path = convert(quantised(case, tmp_path), tmp_path / "converted", COMPILED)
+    experts = alone(path, rank, 2).model.layers[0].parts["whole"].mlp.experts.routed_experts
+    given = tensors_of(path)
+    for expert in range(len(experts.w2_weight)):
+        before = f"model.layers.0.mlp.experts.{expert}."
+        gate, up, down = (
+            meant(given[f"{before}{name}.weight"], given[f"{before}{name}.weight_scale_inv"])
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        half = slice(192 * rank, 192 * (rank + 1))
+        w13, w2 = (
+            meant(getattr(experts, name)[expert], getattr(experts, f"{name}_scale_inv")[expert], 64)
+            for name in ("w13_weight", "w2_weight")
+        )
+        assert torch.equal(w13, torch.cat([gate[half], up[half]]))
+        assert torch.equal(w2, down[:, half])
+
+
+def meant(weight: torch.Tensor, scales: torch.Tensor, block: int = 128) -> torch.Tensor:
+    """A weight in FP8, multiplied by its blocks' scales."""
+    each = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)
+    assert each.shape == weight.shape
+    return weight.float() * each
 
 
 @KERNELS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -86,6 +87,8 @@ def _schemes(given: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Any]
         yield kept, group.get("input_activations")
 
 
+_LEAST_BLOCK = 32  # of what vLLM makes of experts' blocks in FP8, both ways
+
 _SCHEMES: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (
     (_in_act_order, "groups in act-order (desc_act, actorder): vLLM would leave their order out"),
     (_is_asymmetric_gptq, "GPTQ with sym false: vLLM would leave its zero points out"),
@@ -96,6 +99,14 @@ _SCHEMES: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (
     ),
     (_is_int8_alone, "INT8 weights beside activations that aren't quantised: vLLM has no such"),
 )
+
+
+def _refines(quantization: Mapping[str, Any], neurons: int, width: int) -> bool:
+    """Whether vLLM gives a rank's experts finer blocks, each with the scale of the whole one."""
+    blocks = quantization.get("weight_block_size")
+    if quantization.get("quant_method") != "fp8" or not blocks:
+        return False
+    return math.gcd(*blocks, neurons, width) >= _LEAST_BLOCK
 
 
 def _parted(
@@ -114,7 +125,10 @@ def _parted(
             if not of_inputs:
                 units = unit_sizes(quantization, module, BLOCKS)
             for start, stop in shape.spans(rule, 0, ranks):
-                if parted := [unit for unit in units if (stop - start) % unit]:
+                parted = [unit for unit in units if (stop - start) % unit]
+                if parted and not (
+                    rule.is_of_experts and _refines(quantization, stop - start, shape.width)
+                ):
                     yield (
                         f"tensor_parallel_size {ranks}: {module} keeps {parted[0]} of its "
                         f"{'inputs' if of_inputs else 'outputs'} together, and each rank would "
