@@ -24,6 +24,7 @@ from ptconvert.engines import ServingEngine
 from ptconvert.engines.base import ServedPass, is_for_others, own_weights
 from ptconvert.engines.in_flight import InFlight
 from ptconvert.engines.sglang.families import SERVED
+from ptconvert.engines.sglang.formats import unserved as unserved_by_sglang
 from ptconvert.engines.sglang.refusals import check as check_sglang
 from ptconvert.engines.sglang.refusals import unpadded
 from ptconvert.engines.vllm import unknown
@@ -94,7 +95,6 @@ def test_what_comes_along_is_registered() -> None:
         ("cwm", {"is_causal": False}, {}, "is_causal False: SGLang would let tokens see earlier"),
         ("llama", {"intermediate_size": 96}, {"on_cpu": True}, "96 FFN neurons and 4 KV heads"),
         ("llama", {"num_key_value_heads": 1}, {"on_cpu": True}, "128 FFN neurons and 1 KV heads"),
-        ("llama", {}, {"quantization": "fp8"}, "quantization fp8: converted models are served in"),
         ("llama", {}, {"pipeline": 2}, "--pp-size: all layers must be on every rank"),
         ("llama", {}, {"attention_groups": 2}, "--enable-dp-attention: all layers must be on"),
         ("mixtral", {}, {"expert_groups": 2}, "--ep-size: each track has a share of every expert"),
@@ -131,6 +131,7 @@ def compressed(form: str, taken: Any = None, **weights: Any) -> dict[str, Any]:
 _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": True}
 _FOUR = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16, "symmetric": True}
 _INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+_AWQ = {"bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}
 _TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
 _BLOCKS = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
 
@@ -275,10 +276,84 @@ def test_another_vllm_is_said_in_a_line(version: str) -> None:
     )
 
 
-def test_sglang_s_own_padding_is_undone() -> None:
+_FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "quantization", "said"),
+    [
+        ("llama", _GPTQ | {"desc_act": True}, "groups in act-order (desc_act, actorder): not"),
+        ("llama", _GPTQ | {"sym": False}, "GPTQ with sym false: not served in SGLang"),
+        ("llama", compressed("int-quantized", **_INT8), "INT8 weights beside activations that"),
+        (
+            *("llama", {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": True}),
+            "quant_method auto-round: in SGLang only fp8, compressed-tensors, awq, gptq, modelopt",
+        ),
+        (
+            *("llama", compressed("mxfp4-pack-quantized", **_FOUR | {"type": "float"})),
+            "MXFP4 of compressed-tensors: SGLang has no linears in it",
+        ),
+        (
+            *("llama", _BLOCKS | {"weight_block_size": [32, 32]}),
+            "--tp 2: model.layers.0.mlp.gate_proj keeps 32 of its outputs together",
+        ),
+        ("mixtral", _GPTQ, "experts in GPTQ: SGLang has a rank's scales in the size of all ranks'"),
+        ("mixtral", compressed("int-quantized", _TOKEN, **_INT8), "experts in integers beside"),
+        ("mixtral", compressed("float-quantized", **_FP8), "FP8 experts beside activations that"),
+        ("glm4_moe", compressed("pack-quantized", **_FOUR), "shared experts in packed numbers"),
+    ],
+)
+def test_what_of_quantised_checkpoints_sglang_cannot_serve_is_refused_by_name(
+    family: str, quantization: dict[str, Any], said: str
+) -> None:
+    (refused,) = unserved_in_sglang(quantization, family)
+    assert said in refused and "\n" not in refused
+
+
+@pytest.mark.parametrize(
+    ("family", "quantization"),
+    [
+        *(("llama", q) for q in (_GPTQ, _BLOCKS, {"quant_method": "awq", **_AWQ})),
+        *(("llama", compressed("pack-quantized", **_FOUR)),),
+        *(("llama", compressed("int-quantized", _TOKEN, **_INT8)),),
+        *(("mixtral", _BLOCKS), ("mixtral", compressed("pack-quantized", **_FOUR))),
+        *(("glm4_moe", _BLOCKS), ("glm4_moe", {"quant_method": "awq", **_AWQ})),
+    ],
+)
+def test_what_of_quantised_checkpoints_sglang_serves(
+    family: str, quantization: dict[str, Any]
+) -> None:
+    assert unserved_in_sglang(quantization, family) == []
+    (refused,) = unserved_in_sglang(quantization, family, on_cpu=True)
+    assert "SGLang's kernels for CPUs (sgl_kernel) were never tried with it" in refused
+
+
+def unserved_in_sglang(
+    quantization: dict[str, Any], family: str, on_cpu: bool = False
+) -> list[str]:
+    """What of a small model so quantised SGLang is told not to serve, all its layers held dense."""
+    sizes: dict[str, Any] = {"intermediate_size": 96, "moe_intermediate_size": 96, "head_dim": 64}
+    config = random_model(family, **sizes).config.to_dict()
+    shape = ModelShape.from_config({**config, "quantization_config": quantization})
+    section = Section(dense_schedule(6), 2, "sum", {})
+    return list(unserved_by_sglang(quantization, shape, section, on_cpu))
+
+
+def test_sglang_has_no_unequal_tracks() -> None:
+    config = random_model("llama", intermediate_size=128).config
+    shape = ModelShape.from_config(config.to_dict())
+    section = Section(dense_schedule(6), 2, "sum", {}, together={"intermediate_size": 48})
+    with pytest.raises(ConfigError, match="intermediate_size: tracks have unequal shares, and"):
+        check_sglang(config, shape, section, 2, on_cpu=False)
+
+
+def test_what_sglang_makes_of_a_config_is_undone() -> None:
     theirs = {"intermediate_size": 128, "original_intermediate_size": 96, "num_attention_heads": 8}
     assert unpadded(theirs)["intermediate_size"] == 96
     assert unpadded(theirs)["num_attention_heads"] == 8
+    kinds = {"quant_method": "modelopt_fp4", "quant_algo": "NVFP4", "group_size": 16}
+    own = {**kinds, "quant_method": "modelopt"}
+    assert unpadded({"quantization_config": kinds})["quantization_config"] == own
 
 
 @pytest.mark.usefixtures("registered")

@@ -15,6 +15,7 @@ import pytest
 import quantising
 import torch
 from conftest import random_model, spec_text
+from loaded import BESIDE, as_published, check_experts, check_linears, left_out, tensors_of
 from safetensors.torch import load_file, save_file
 from served import COMPILED, SIZES, answer, apart, asked_for, prompts, quick, shape_of
 from test_parity import NEW_TOKENS, of_case, run_cases, schedule_of
@@ -128,19 +129,6 @@ def quantised(case: Case, directory: Path) -> Path:
                 taken = {"num_bits": 8, "type": case.activations, "strategy": "token"}
                 group["input_activations"] = {**taken, "symmetric": True, "dynamic": True}
     return source
-
-
-def left_out(form: str, modules: list[str]) -> dict[str, list[str]]:
-    """How a format's quantization_config says which linears aren't quantised; of GPTQ vLLM sees it
-    by the tensors that they are kept as."""
-    method = quantising.format_of(form).config["quant_method"]
-    keys = {"compressed-tensors": "ignore", "modelopt": "ignore", "gptq": None}
-    key = keys.get(method, "modules_to_not_convert")
-    return {} if key is None else {key: modules}
-
-
-def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    return {n: t for file in sorted(path.glob("*.safetensors")) for n, t in load_file(file).items()}
 
 
 def convert(source: Path, destination: Path, schedule: str, tracks: int = 2) -> Path:
@@ -266,18 +254,6 @@ def test_faults_are_seen(name: str, found: Any, references: dict[str, Answers]) 
             assert differ(name, answers, references[name]) > CASES[name].within, fault
 
 
-# What published quantization_configs say beside what `quantising` writes.
-_LOCAL = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
-_STATIC = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
-_GROUP = {**_STATIC, "strategy": "group", "group_size": 16, "dynamic": True}
-_TOKEN = {"num_bits": 8, "strategy": "token", "symmetric": True, "dynamic": True}
-TAKEN: dict[str, dict[str, Any]] = {
-    "compressed block FP8": _GROUP,
-    "FP8 per tensor": {**_STATIC, "dynamic": False},
-    "FP8 per channel": {**_TOKEN, "type": "float"},
-    "INT8": {**_TOKEN, "type": "int"},
-    "NVFP4": {**_LOCAL, "symmetric": True, "dynamic": "local"},
-}
 # Formats that vLLM 0.32 has no kernel for on CPUs, or none without AMX.
 LOADED = (
     *("block FP8", "compressed block FP8", "FP8 per tensor", "W8A16"),
@@ -301,16 +277,9 @@ EXPERTS: dict[str, tuple[str, tuple[tuple[str, str], str], dict[str, Any]]] = {
 EXPERTS_LOADED = [
     *((variant, form) for variant in EXPERTS for form in ("block FP8", "W4A16", "FP8 per channel")),
     ("deepseek_v3, latents in the cache", "GPTQ in groups of 32"),
-    # (but for static activations: vLLM asks for the same scale of gate and up)
-    *(("qwen3_moe", form) for form in LOADED if form not in ("FP8 per tensor", "block FP8")),
+    *(("qwen3_moe", form) for form in LOADED if form != "block FP8"),
     *(("qwen3_moe", form) for form in ("INT8", "GPTQ in groups of 32")),
 ]
-LINEARS = {
-    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.o_proj": ("self_attn.o_proj",),
-    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down_proj": ("mlp.down_proj",),
-}
 
 
 class NoKernel:
@@ -383,25 +352,6 @@ def alone(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     parallel_state.cleanup_dist_env_and_memory()
 
 
-def as_published(source: Path, form: str, left: list[str]) -> None:
-    """Writes what a format's quantization_config says in published checkpoints."""
-    with quantising.changed(source) as quantization:
-        if form in TAKEN:
-            quantization["config_groups"]["group_0"]["input_activations"] = TAKEN[form]
-        if form == "NVFP4 of ModelOpt":
-            quantization["group_size"] = 16
-        quantization |= left_out(form, left)
-
-
-def side_by_side(parts: list[torch.Tensor], size: torch.Size) -> torch.Tensor:
-    """What projections are kept as, as vLLM fuses them: numbers one for each, the others along
-    their outputs, whichever axis that is."""
-    if parts[0].numel() == 1:
-        return torch.cat([part.flatten() for part in parts]).view(size)
-    whole = (torch.cat(parts, axis) for axis in range(parts[0].ndim))
-    return next(tensor for tensor in whole if tensor.shape == size)
-
-
 @pytest.mark.usefixtures("without_kernels")
 @pytest.mark.parametrize("form", LOADED)
 def test_tensors_of_formats_without_a_kernel(
@@ -411,24 +361,7 @@ def test_tensors_of_formats_without_a_kernel(
     source = quantised(Case(form, sizes={"dtype": torch.bfloat16}), tmp_path)
     as_published(source, form, ["lm_head"])
     path = convert(source, tmp_path / "converted", COMPILED)
-    model, given, seen = alone(path), tensors_of(path), 0
-    for index, layer in enumerate(model.model.layers):
-        for name, part in layer.parts.items():
-            track = "" if name == "whole" else f"tracks.{name}."
-            before, parameters = f"model.layers.{index}.{track}", dict(part.named_parameters())
-            for linear, modules in LINEARS.items():
-                first = f"{before}{modules[0]}."
-                ends = [n.removeprefix(first) for n in given if n.startswith(first)]
-                assert len(ends) > 1
-                for end in set(ends) - {"weight_shape"}:
-                    parameter = parameters[f"{linear}.{end}"].data
-                    parts = [given[f"{before}{module}.{end}"] for module in modules]
-                    expected = side_by_side(parts, parameter.shape)
-                    assert parameter.dtype == expected.dtype, f"{linear}.{end}"
-                    assert torch.equal(
-                        parameter.view(torch.uint8), expected.contiguous().view(torch.uint8)
-                    )
-                    seen += 1
+    seen = check_linears(alone(path).model.layers, tensors_of(path))
     assert seen >= 4 * 2 * (2 + 2 * 2)  # of two dense layers, and two of two tracks each
 
 
@@ -458,26 +391,9 @@ def test_tensors_of_quantised_experts(
     source = quantising.quantise(dense, tmp_path / "source", form, lambda m: m.endswith(ends))
     as_published(source, form, left)
     path = convert(source, tmp_path / "converted", COMPILED, 1 if latents else 2)
-    model, given, seen = alone(path), tensors_of(path), 0
-    for index, layer in enumerate(model.model.layers):
-        for name, part in layer.parts.items():
-            track = "" if name == "whole" else f"tracks.{name}."
-            before = f"model.layers.{index}.{track}{lies}."
-            parameters = dict(part.named_parameters())
-            first = f"{before}0.{projections[0][0]}."
-            for end in {n.removeprefix(first) for n in given if n.startswith(first)}:
-                if end in ("weight_shape", "g_idx"):  # groups lie in order
-                    continue
-                for kept, modules in (("w13", projections[0]), ("w2", (projections[1],))):
-                    parameter = parameters[f"mlp.experts.routed_experts.{kept}_{end}"].data
-                    for expert, own in enumerate(parameter):
-                        parts = [given[f"{before}{expert}.{module}.{end}"] for module in modules]
-                        if parts[0].dtype == torch.float16:  # which vLLM computes with as the rest
-                            parts = [part.to(own.dtype) for part in parts]
-                        assert own.dtype == parts[0].dtype
-                        assert any(same_bytes(own, whole) for whole in fused(parts)), (kept, end)
-                        seen += 1
-    stored = [n for n in given if ".experts." in n and not n.endswith(("weight_shape", "g_idx"))]
+    given, layers = tensors_of(path), alone(path).model.layers
+    seen = check_experts(layers, given, lies, projections, "mlp.experts.routed_experts")
+    stored = [n for n in given if ".experts." in n and not n.endswith(BESIDE)]
     assert seen == len(stored) * 2 / 3 > 0  # gate and up are one there
 
 
@@ -526,22 +442,3 @@ def test_an_expert_tensor_that_is_missing_stops_the_start(
         save_file(kept, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.2\.parts\.1\..*w13_bias: its"):
         alone(path)
-
-
-def fused(parts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """How vLLM may have projections of an expert in one: side by side along either axis, and turned
-    round; numbers one for each."""
-    if parts[0].numel() == 1:
-        numbers = [part.squeeze() for part in parts]
-        yield torch.stack(numbers) if len(numbers) > 1 else numbers[0]
-        return
-    for axis in range(parts[0].ndim):
-        whole = torch.cat(parts, axis)
-        yield from (whole, whole.t())
-
-
-def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    pair = (x.contiguous().reshape(-1, 1).view(torch.uint8) for x in (one, other))
-    return torch.equal(*pair)

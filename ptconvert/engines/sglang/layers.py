@@ -20,6 +20,7 @@ from sglang.srt.layers.activation import XIELU
 from sglang.srt.layers.layer_boundary.factories import layer_stack
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.moe.topk import TopK
+from sglang.srt.model_loader.auto_loader import LLAMA_STACKED_MAPPING
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import is_cpu
 from torch import nn
@@ -29,6 +30,7 @@ from torch.profiler import record_function
 from ptconvert.engines.base import NoPositions, NormedPositions, layer_type, window_of
 from ptconvert.engines.families import computed
 from ptconvert.engines.in_flight import InFlight, started_by_torch
+from ptconvert.engines.quantised import by_names, name_fused
 from ptconvert.engines.sglang.families import BIASED_MLP, SERVED
 from ptconvert.models.families import EXPERTS, D
 from ptconvert.models.shape import ModelShape
@@ -52,14 +54,26 @@ _TORCHS = {"LayerNorm": nn.LayerNorm, "LayerNorm1P": LayerNorm1P}  # norms that 
 class SGLangServing:
     """SGLang on one rank, for one of the families SERVED."""
 
-    def __init__(self, config: Any, shape: ModelShape) -> None:
+    def __init__(self, config: Any, shape: ModelShape, quant_config: Any) -> None:
+        """`quant_config` is SGLang's of a quantised checkpoint, by the checkpoint's names."""
         self._config, self._shape = config, shape
         self.served, self.computed = SERVED[shape.model_type], computed(shape.model_type)
+        if quant_config is not None:
+            stacked = {part: whole for whole, part, _ in LLAMA_STACKED_MAPPING.mappings}
+            weights = {f".{rule.name}" for rules in shape.rules.values() for rule in rules}
+            name_fused(quant_config, stacked, weights)
+        self._quant_config = by_names(quant_config, self._name_in_checkpoint)
         self._in_flight = InFlight(_start)
         self.first = get_parallel().tp_rank == 0
 
+    def _name_in_checkpoint(self, module: str) -> str:
+        for own, theirs in self.served.tensors.items():
+            module = f"{module}.".replace(theirs, own).removesuffix(".")
+        return module
+
     def decoder_layer(self, index: int, track: int | None, count: int) -> nn.Module:
         config = self._config_of(index)
+        named = f"model.layers.{index}" + ("" if track is None else f".tracks.{track}")
         rules = self._shape.rules_of(index)
         names = {rule.name for rule in rules}
         mlp = self.served.mlp or (BIASED_MLP if "mlp.gate_proj.bias" in names else None)
@@ -69,9 +83,9 @@ class SGLangServing:
         if mlp is not None:
             whole.hidden_act = "silu"  # of the layer's own, which may know no other
         with layer_stack():  # whose boundaries between sublayers nobody calls
-            layer = self._made(self.served.layer, index, whole)
+            layer = self._made(self.served.layer, index, whole, named)
         if mlp is not None:
-            layer.mlp = self._made(mlp, index, config)
+            layer.mlp = self._made(mlp, index, config, f"{named}.mlp")
         for name, module in list(layer.named_children()):
             if isinstance(module, nn.LayerNorm) or "norm" in type(module).__name__.lower():
                 delattr(layer, name)
@@ -111,16 +125,16 @@ class SGLangServing:
             setattr(config, name, value)
         return config
 
-    def _made(self, name: str, index: int, config: Any) -> Any:
-        """A module of SGLang's models, of a class in one of their files; they differ in which of
-        these arguments they take."""
+    def _made(self, name: str, index: int, config: Any, named: str) -> Any:
+        """A module of SGLang's models, of a class in one of their files, which a checkpoint calls
+        `named`; they differ in which of these arguments they take."""
         file, _, name = name.partition(".")
         made = getattr(importlib.import_module(f"sglang.srt.models.{file}"), name)
         given = {
             "config": config,
             "layer_id": index,
-            "quant_config": None,
-            "prefix": f"model.layers.{index}",
+            "quant_config": self._quant_config,
+            "prefix": named,
             "stage_boundaries": False,
             "hidden_size": self._shape.width,
             "intermediate_size": self._shape.neurons,

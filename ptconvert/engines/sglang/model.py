@@ -27,7 +27,10 @@ from ptconvert.engines.sglang.layers import SGLangServing
 from ptconvert.engines.sglang.refusals import check, unpadded
 from ptconvert.models.shape import ModelShape
 
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")  # one's projection
+# What SGLang makes itself where a checkpoint says nothing: scales of the cache, 1; orders of groups
+# that lie in order; scales as its kernels read them.
+_MADE = (".attn.k_scale", ".attn.v_scale", "g_idx", "g_idx_sort_indices", "_blockscale_swizzled")
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.(\w+)")  # of one's projection
 
 
 class PTConvertModel(nn.Module):
@@ -41,7 +44,6 @@ class PTConvertModel(nn.Module):
         check(
             *(config, shape, section, parallel.tp_size),
             on_cpu=is_cpu(),
-            quantization=None if quantization is None else quantization.get_name(),
             pipeline=parallel.pp_size,
             attention_groups=parallel.attn_dp_size,
             expert_groups=parallel.moe_ep_size,
@@ -54,7 +56,7 @@ class PTConvertModel(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, enable_tp=False
         )
-        self.serving = SGLangServing(config, shape)
+        self.serving = SGLangServing(config, shape, quantization)
         self.layers = served_layers(self.serving, section, shape, config, self.local_tracks)
         self.norm = self.serving.final_norm()
         dtype = torch.get_default_dtype()
@@ -117,7 +119,8 @@ class PTConvertForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Loads this rank's tensors. Raises ValueError where one has no place."""
         parameters = dict(self.named_parameters())
-        missing, places = set(parameters), parameters | dict(self.named_buffers())
+        missing = {name for name in parameters if not name.endswith(_MADE)}
+        places = parameters | dict(self.named_buffers())
         for given, tensor in own_weights(weights, self.model.local_tracks, self.model.shape):
             name = given
             for pattern, replacement in self.model.renamed.items():
@@ -143,7 +146,7 @@ class PTConvertForCausalLM(nn.Module):
 def _load_expert(found: re.Match[str], tensor: torch.Tensor, parameters: Mapping[str, Any]) -> str:
     """Loads one of an expert's projections into that of all; returns the parameter's name."""
     part = EXPERTS_PARTS.get(found[3], found[3])
-    target = f"{found[1]}.{'w2' if part == 'w2' else 'w13'}_weight"
+    target = f"{found[1]}.{'w2' if part == 'w2' else 'w13'}_{found[4]}"
     given = parameters[target], tensor, target
     parameters[target].weight_loader(*given, shard_id=part, expert_id=int(found[2]))
     return target

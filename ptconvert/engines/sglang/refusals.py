@@ -8,7 +8,9 @@ from typing import Any
 
 from ptconvert.checkpoint.section import Section
 from ptconvert.engines.sglang.families import SERVED, Served
+from ptconvert.engines.sglang.formats import unserved
 from ptconvert.errors import ConfigError
+from ptconvert.models.quantised import QUANTIZATION, quantization_of
 from ptconvert.models.shape import ModelShape
 
 CPU_BLOCK = 32  # SGLang's CPU engine fills each rank's neurons up to a multiple of it
@@ -19,10 +21,14 @@ _PADDED = {
     "num_attention_heads": "original_num_attention_heads",
     "num_key_value_heads": "original_total_num_kv_heads",
 }
+_MODELOPT = "modelopt"
 
 
 def unpadded(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with the checkpoint's own numbers."""
+    """A config with the checkpoint's own numbers, and its own name of a quantisation method."""
+    quantization = config.get(QUANTIZATION) or {}
+    if str(quantization.get("quant_method")).startswith(_MODELOPT):  # and what of its kinds
+        config = {**config, QUANTIZATION: {**quantization, "quant_method": _MODELOPT}}
     return {**config, **{k: config[own] for k, own in _PADDED.items() if own in config}}
 
 
@@ -33,7 +39,6 @@ def check(
     ranks: int,
     *,
     on_cpu: bool,
-    quantization: str | None = None,
     pipeline: int = 1,
     attention_groups: int = 1,
     expert_groups: int = 1,
@@ -43,11 +48,6 @@ def check(
     experts of their own. `config` is transformers', `shape` what the checkpoint's own numbers say.
     """
     refused = list(_refused(config, shape, section, ranks, on_cpu))
-    if quantization is not None:
-        refused.append(
-            f"quantization {quantization}: converted models are served in bfloat16, float16 or "
-            "float32 only"
-        )
     for value, option in ((pipeline, "--pp-size"), (attention_groups, "--enable-dp-attention")):
         if value > 1:
             refused.append(
@@ -69,6 +69,13 @@ def _refused(
         )
         return
     yield from _unlike(SERVED[shape.model_type], config, on_cpu)
+    if (quantization := quantization_of(unpadded(config.to_dict()))) is not None:
+        yield from unserved(quantization, shape, section, on_cpu)
+    for key in section.together:
+        yield (
+            f"{key}: tracks have unequal shares, and SGLang gives each rank as much; convert to "
+            "another number of tracks, or serve it in vLLM"
+        )
     neurons = math.gcd(shape.neurons, shape.expert_neurons)
     if ranks != section.tracks:
         yield (

@@ -40,9 +40,10 @@ from vllm.model_executor.models.utils import WeightsMapper
 from ptconvert.checkpoint.section import Section
 from ptconvert.engines.base import NoPositions, NormedPositions
 from ptconvert.engines.families import computed
+from ptconvert.engines.quantised import by_names, name_fused
 from ptconvert.engines.vllm.collectives import all_reduce_boundary, finished
 from ptconvert.engines.vllm.families import SERVED
-from ptconvert.engines.vllm.quantised import by_names, method_of_family, name_fused
+from ptconvert.engines.vllm.quantised import method_of_family
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.layers import TrackConfig
 from ptconvert.models.families import HEAD, KV_HEAD, TensorRule
@@ -105,7 +106,8 @@ class VLLMServing:
         self._quant_config = method_of_family(vllm_config.quant_config, self.served.methods)
         if self._quant_config is not None:
             weights = {f".{rule.name}" for rules in shape.rules.values() for rule in rules}
-            name_fused(self._quant_config, self.mapper.orig_to_new_stacked, weights)
+            stacked = {p: whole for p, (whole, _) in self.mapper.orig_to_new_stacked.items()}
+            name_fused(self._quant_config, stacked, weights)
 
     def check(self, index: int, parts: Iterable[nn.Module], rules: Iterable[TensorRule]) -> None:
         """Raises ConfigError where vLLM's layer has other tensors than the checkpoint's: what one
@@ -149,7 +151,9 @@ class VLLMServing:
         vllm_config = copy.copy(self._vllm_config)
         vllm_config.model_config = copy.copy(vllm_config.model_config)
         vllm_config.model_config.hf_config = vllm_config.model_config.hf_text_config = config
-        vllm_config.quant_config = by_names(self._quant_config, f"{prefix}.", named)
+        vllm_config.quant_config = by_names(
+            self._quant_config, lambda module: named + module.removeprefix(f"{prefix}.")
+        )
         given = {
             "vllm_config": vllm_config,
             "config": config,

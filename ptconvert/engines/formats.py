@@ -1,0 +1,120 @@
+"""What engines may not serve of quantised checkpoints: what a quantization_config says, told by one
+question each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ptconvert.checkpoint.section import Section
+from ptconvert.models.families import TensorRule
+from ptconvert.models.quantised import BLOCKS, scheme_of, unit_sizes
+from ptconvert.models.shape import ModelShape
+
+Question = Callable[[Mapping[str, Any]], bool]
+
+
+def in_act_order(given: Mapping[str, Any]) -> bool:
+    """Groups whose inputs don't lie side by side."""
+    every_group = given.get("group_size") == -1
+    orders = {weights.get("actorder") for weights, _ in schemes(given)}
+    return bool(given.get("desc_act") and not every_group) or not orders.isdisjoint(
+        ("group", "dynamic", True)
+    )
+
+
+def is_asymmetric_gptq(given: Mapping[str, Any]) -> bool:
+    """GPTQ with zero points."""
+    return given.get("quant_method") == "gptq" and not given.get("sym", True)
+
+
+def has_int8_zeros(given: Mapping[str, Any]) -> bool:
+    """INT8 weights, one in each byte, with zero points of their own."""
+    return any(not weights.get("symmetric", True) for weights, _ in _int8(given))
+
+
+def is_int8_alone(given: Mapping[str, Any]) -> bool:
+    """INT8 weights beside activations that aren't quantised."""
+    return any(not taken for _, taken in _int8(given))
+
+
+def quantises_cache(given: Mapping[str, Any]) -> bool:
+    """Keys and values in fewer bits, too."""
+    return bool(given.get("kv_cache_scheme") or given.get("kv_cache_quant_algo"))
+
+
+def has_fp8_experts_alone(given: Mapping[str, Any], shape: ModelShape) -> bool:
+    """FP8 experts beside activations that aren't quantised, of compressed-tensors."""
+    experts = schemes_of(given, shape, lambda rule: rule.is_of_experts)
+    return any(map(_is_fp8_alone, experts))
+
+
+def schemes(given: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Any]]:
+    """compressed-tensors' schemes of weights, each with its format and that of activations."""
+    for group in (given.get("config_groups") or {}).values():
+        kept = {"format": group.get("format") or given.get("format"), **(group["weights"] or {})}
+        yield kept, group.get("input_activations")
+
+
+def parted(
+    quantization: Mapping[str, Any],
+    shape: ModelShape,
+    section: Section,
+    ranks: int,
+    parts_experts: Callable[[int], bool],
+) -> Iterator[str]:
+    """Of a layer held dense the first weight whose groups so many ranks would part: engines give
+    each rank as many heads and neurons, where transformers' tracks have whole groups.
+
+    `parts_experts` says whether an engine parts those of experts rightly, of so many neurons each.
+    """
+    for layer in sorted(set(range(shape.layers)) - section.schedule.track_layers):
+        for rule, module in _quantised(shape, layer):
+            if not rule.is_cut:
+                continue
+            of_inputs = rule.axis == len(rule.axes) - 1
+            units = unit_sizes(quantization, module)
+            if not of_inputs:
+                units = unit_sizes(quantization, module, BLOCKS)
+            for start, stop in shape.spans(rule, 0, ranks):
+                if rule.is_of_experts and parts_experts(stop - start):
+                    continue
+                if cut := [unit for unit in units if (stop - start) % unit]:
+                    yield (
+                        f"{module} keeps {cut[0]} of its "
+                        f"{'inputs' if of_inputs else 'outputs'} together, and each rank would "
+                        f"have {stop - start} of them; take fewer ranks"
+                    )
+                    return
+
+
+def schemes_of(
+    given: Mapping[str, Any], shape: ModelShape, asked: Callable[[TensorRule], bool]
+) -> Iterator[Mapping[str, Any]]:
+    """compressed-tensors' schemes that some of a model's weights have."""
+    for layer in range(shape.layers):
+        for rule, module in _quantised(shape, layer):
+            if asked(rule) and (scheme := scheme_of(given, module)) is not None:
+                yield scheme
+
+
+def _quantised(shape: ModelShape, layer: int) -> Iterator[tuple[TensorRule, str]]:
+    """A layer's weights that are, and what the quantization_config calls their modules."""
+    for rule in shape.rules_of(layer):
+        module = shape.module(layer, rule)
+        if module is not None and shape.layer(layer) + rule.name in shape.widths:
+            yield rule, module
+
+
+def _is_fp8_alone(scheme: Mapping[str, Any]) -> bool:
+    weights, form = scheme["weights"], str(scheme.get("format"))
+    is_fp8 = weights.get("type") == "float" and weights.get("num_bits") == 8
+    return is_fp8 and not form.startswith("mx") and not scheme.get("input_activations")
+
+
+def _int8(given: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Any]]:
+    return (
+        (weights, taken)
+        for weights, taken in schemes(given)
+        if weights.get("type") == "int" and weights["format"] == "int-quantized"
+    )

@@ -1,0 +1,153 @@
+"""Quantised checkpoints in SGLang, up to its loaded tensors: what it has them multiplied by are
+kernels of GPUs. Models are built as rank 1 of 2, of which the other isn't there."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # before SGLang is imported
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import quantising
+import torch
+from conftest import random_model, spec_text
+from loaded import BESIDE, as_published, check_experts, check_linears, tensors_of
+from served import COMPILED
+
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import execute, plan_conversion
+from ptconvert.spec.document import parse_spec
+
+RANK, RANKS = 1, 2
+FORMS = (
+    *("block FP8", "compressed block FP8", "FP8 per channel", "FP8 per tensor", "INT8"),
+    *("W4A16", "W4A16 with zero points", "W8A16", "AWQ", "GPTQ in groups of 32"),
+    *("NVFP4", "NVFP4 of ModelOpt"),
+)
+MIXTURES: dict[str, tuple[str, tuple[tuple[str, str], str], dict[str, Any]]] = {
+    "mixtral": ("block_sparse_moe.experts", (("w1", "w3"), "w2"), {"intermediate_size": 512}),
+    "qwen3_moe": (
+        *("mlp.experts", (("gate_proj", "up_proj"), "down_proj")),
+        {"shared_expert_intermediate_size": 0, "moe_intermediate_size": 512},
+    ),
+    "glm4_moe": (
+        *("mlp.experts", (("gate_proj", "up_proj"), "down_proj")),
+        {"moe_intermediate_size": 512},
+    ),
+}
+OF_EXPERTS = ("block FP8", "compressed block FP8", "FP8 per channel", "FP8 per tensor", "AWQ")
+PACKED = ("W4A16", "W8A16", "NVFP4", "NVFP4 of ModelOpt")  # of GLM-4.5 SGLang asks for a weight
+# Its kernels of four bits take 128 inputs of a rank at a time.
+WIDE: dict[str, Any] = {
+    **{"hidden_size": 256, "num_attention_heads": 8, "head_dim": 32, "intermediate_size": 256},
+    "max_position_embeddings": 512,
+}
+# What it takes of these on GPUs.
+MARLIN = {"awq": "awq_marlin", "gptq": "gptq_marlin"}
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
+    """Builds a checkpoint's model as on Blackwell, and loads its tensors."""
+    from sglang.srt import runtime_context
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.layers.quantization import BASE_QUANTIZATION_METHODS
+    from sglang.srt.model_loader.loader import _initialize_model
+    from sglang.srt.model_loader.utils import set_default_torch_dtype
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    from ptconvert.engines.sglang import model as served
+
+    load_plugins()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
+    blackwell = SimpleNamespace(is_blackwell=True, is_sm100=True, is_sm120=False, is_sm90=False)
+    # of sizes, too, as models here are small
+    checks = "verify_marlin_supported", "check_marlin_supports_layer"
+    for name, module in list(sys.modules.items()):
+        if name.startswith("sglang.srt.layers.quantization"):
+            for check in (*checks, "check_moe_marlin_supports_layer"):
+                if hasattr(module, check):
+                    monkeypatch.setattr(module, check, lambda *_, **__: True)
+            if hasattr(module, "get_platform"):
+                monkeypatch.setattr(module, "get_platform", lambda: blackwell)
+    monkeypatch.setattr(served, "is_cpu", lambda: False)  # which kernels it has is what it says
+
+    def loaded(path: Path) -> Any:
+        arguments = ServerArgs(
+            **{"model_path": str(path), "tp_size": RANKS, "device": "cpu", "dtype": "bfloat16"},
+            **{"attention_backend": "torch_native", "skip_tokenizer_init": True},
+        )
+        arguments.resolve_once()
+        ranks = runtime_context.SpawnRanks(world_rank=RANK)
+        runtime_context.publish(arguments, role="scheduler", ranks=ranks)
+        config = ModelConfig.from_server_args(arguments)
+        said = dict(config.hf_config.quantization_config)
+        method = BASE_QUANTIZATION_METHODS[MARLIN.get(said["quant_method"], said["quant_method"])]
+        group = SimpleNamespace(rank_in_group=RANK, world_size=RANKS, cpu_group=None)
+        with (
+            set_default_torch_dtype(torch.bfloat16),
+            runtime_context.get_parallel().override(tp_group=group),
+        ):
+            model = _initialize_model(config, LoadConfig(), method.from_config(said))
+        model.load_weights(tensors_of(path).items())
+        return model.model.layers
+
+    return loaded
+
+
+def converted(source: Path, destination: Path) -> Path:
+    spec = parse_spec(spec_text(2, COMPILED), "spec.yaml")
+    execute(plan_conversion(open_checkpoint(source), spec, source_name="source"), destination)
+    return destination
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tensors_of_a_format(form: str, load: Callable[[Path], Any], tmp_path: Path) -> None:
+    """Each parameter of a linear is this rank's tensors, byte for byte."""
+    sizes = {**WIDE, "num_hidden_layers": 4}
+    random_model("llama", torch.bfloat16, **sizes).save_pretrained(tmp_path / "dense")
+    source = quantising.quantise(tmp_path / "dense", tmp_path / "source", form)
+    as_published(source, form, ["lm_head"])
+    path = converted(source, tmp_path / "converted")
+    seen = check_linears(load(path), tensors_of(path), RANK, RANKS)
+    assert seen >= 4 * 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("variant", "form"),
+    [
+        *((variant, form) for variant in MIXTURES for form in OF_EXPERTS),
+        *((variant, form) for variant in ("mixtral", "qwen3_moe") for form in PACKED),
+    ],
+)
+def test_tensors_of_quantised_experts(
+    variant: str, form: str, load: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    lies, (gate_up, down), sizes = MIXTURES[variant]
+    if form == "NVFP4":  # kernels of Blackwell have up before gate
+        gate_up = gate_up[1], gate_up[0]
+    sizes = {**WIDE, "num_hidden_layers": 4, **sizes}
+    random_model(variant, torch.bfloat16, **sizes).save_pretrained(tmp_path / "dense")
+    ends = "_proj", "w1", "w2", "w3"
+    linears = [
+        n.removesuffix(".weight") for n, t in tensors_of(tmp_path / "dense").items() if t.ndim == 2
+    ]
+    left = [n for n in linears if "embed" not in n and not n.endswith(ends)]
+    source = quantising.quantise(
+        tmp_path / "dense", tmp_path / "source", form, lambda module: module.endswith(ends)
+    )
+    as_published(source, form, left)
+    path = converted(source, tmp_path / "converted")
+    given = tensors_of(path)
+    seen = check_experts(load(path), given, lies, (gate_up, down), "mlp.experts", RANK, RANKS)
+    other = f".tracks.{1 - RANK}."
+    stored = [n for n in given if ".experts." in n and not n.endswith(BESIDE) and other not in n]
+    assert seen == len(stored) * 2 / 3 > 0  # gate and up are one there
