@@ -80,7 +80,7 @@ def check_linears(
             for linear, modules in LINEARS.items():
                 first = f"{before}{modules[0]}."
                 ends = {n.removeprefix(first) for n in given if n.startswith(first)}
-                assert len(ends) > 1
+                assert ends
                 for end in ends - set(BESIDE):
                     parts = [given[f"{before}{module}.{end}"] for module in modules]
                     own = parameters[f"{linear}.{end}"].data
@@ -129,17 +129,21 @@ def _shards(parts: list[torch.Tensor], rank: int, ranks: int) -> Iterator[list[t
     yield parts
     if ranks > 1:
         for axis in range(parts[0].ndim):
-            yield [part.chunk(ranks, axis)[rank] for part in parts if part.shape[axis] >= ranks]
+            if all(part.shape[axis] >= ranks for part in parts):
+                yield [part.chunk(ranks, axis)[rank] for part in parts]
 
 
 def _fused(parts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
     """How an engine may have projections in one: side by side along either axis, and turned round;
     numbers one for each."""
-    if parts and parts[0].numel() == 1:
+    if parts[0].numel() == 1:
         numbers = [part.squeeze() for part in parts]
-        yield from (torch.stack(numbers), numbers[0], torch.stack(numbers)[:, None])
+        whole = torch.stack(numbers)
+        yield from (whole, whole[:, None])
+        if (whole == whole[0]).all():
+            yield whole[0]
         return
-    for axis in range(parts[0].ndim if parts else 0):
+    for axis in range(parts[0].ndim):
         if len({(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts}) == 1:
             whole = torch.cat(parts, axis)
             yield from (whole, whole.t())

@@ -206,19 +206,23 @@ def _of_gptq(found: Tensors) -> torch.Tensor:
     return (apart.double() * found["scales"].double()[index]).T
 
 
-def _awq(o: int, i: int, rng: torch.Generator) -> Tensors:
-    return {
-        "qweight": packed(_ints(16, (i, o), rng), 1, 4, AWQ_ORDER),
-        "qzeros": packed(_ints(16, (i // GROUP, o), rng), 1, 4, AWQ_ORDER),
-        "scales": _scales((i // GROUP, o), rng).half(),
-    }
+def _awq(group: int = GROUP) -> Callable[[int, int, torch.Generator], Tensors]:
+    def draw(o: int, i: int, rng: torch.Generator) -> Tensors:
+        return {
+            "qweight": packed(_ints(16, (i, o), rng), 1, 4, AWQ_ORDER),
+            "qzeros": packed(_ints(16, (i // group, o), rng), 1, 4, AWQ_ORDER),
+            "scales": _scales((i // group, o), rng).half(),
+        }
+
+    return draw
 
 
 def _of_awq(found: Tensors) -> torch.Tensor:
     values = unpacked(found["qweight"], 1, 4, AWQ_ORDER)
     zeros = unpacked(found["qzeros"], 1, 4, AWQ_ORDER)
-    apart = (values - zeros[torch.arange(len(values)) // GROUP]).double()
-    scales: torch.Tensor = found["scales"].double().repeat_interleave(GROUP, 0)
+    group = len(values) // len(zeros)
+    apart = (values - zeros[torch.arange(len(values)) // group]).double()
+    scales: torch.Tensor = found["scales"].double().repeat_interleave(group, 0)
     return (apart * scales).T
 
 
@@ -314,7 +318,7 @@ FORMATS: Mapping[str, Format] = {
         _method("auto-round", **_4_BIT, sym=False, packing_format="auto_round:auto_gptq"),
         *(_gptq(zeros=True), _of_gptq, 8, GROUP),
     ),
-    "AWQ": Format(_method("awq", **_4_BIT, zero_point=True), _awq, _of_awq, 8, GROUP),
+    "AWQ": Format(_method("awq", **_4_BIT, zero_point=True), _awq(), _of_awq, 8, GROUP),
     "NVFP4": Format(
         _NVFP4,
         _nvfp4("weight_packed", "weight_global_scale", "input_global_scale", (1,)),
@@ -327,8 +331,11 @@ FORMATS: Mapping[str, Format] = {
     ),
     "MXFP4": Format(_CT_MX, _mxfp4, _of_mxfp4, 1, 32),
 }
-# As most publish it, in larger blocks than most tests have weights.
-IN_128: Mapping[str, Format] = {
+# As most publish them, in larger blocks and groups than most tests have weights.
+LARGER: Mapping[str, Format] = {
+    "AWQ in groups of 32": Format(
+        _method("awq", **_IN_32, zero_point=True), _awq(32), _of_awq, 8, 32
+    ),
     "block FP8 of 128": Format(
         _method("fp8", weight_block_size=[128, 128], activation_scheme="dynamic"),
         *(_block("weight_scale_inv", 128, 4.0), _blockwise("weight_scale_inv", 128), 128, 128),
@@ -337,7 +344,7 @@ IN_128: Mapping[str, Format] = {
 
 
 def format_of(name: str) -> Format:
-    return {**FORMATS, **IN_128}[name]
+    return {**FORMATS, **LARGER}[name]
 
 
 def quantise(

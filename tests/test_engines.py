@@ -3,6 +3,8 @@ are in tests/serving.)"""
 
 from __future__ import annotations
 
+import itertools
+import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
@@ -12,14 +14,16 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import MakeDense, random_model
+from conftest import MakeDense, random_model, spec_text
 from torch import nn
 from torch._inductor import config as inductor
 
 from ptconvert import engines
 from ptconvert.checkpoint.files import read_config
-from ptconvert.checkpoint.section import Section
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.checkpoint.section import Section, read_section
 from ptconvert.cli import main
+from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.engines import ServingEngine
 from ptconvert.engines.base import ServedPass, is_for_others, own_weights
 from ptconvert.engines.in_flight import InFlight
@@ -29,14 +33,14 @@ from ptconvert.engines.sglang.refusals import check as check_sglang
 from ptconvert.engines.sglang.refusals import unpadded
 from ptconvert.engines.vllm import unknown
 from ptconvert.engines.vllm.formats import unserved
-from ptconvert.errors import ConfigError
+from ptconvert.errors import CheckpointError, ConfigError
 from ptconvert.modeling.executor import OneProcess, Streams, TorchEngine, Update, run_program
 from ptconvert.models.families import FAMILIES
 from ptconvert.models.shape import HEAD, ModelShape
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
-from ptconvert.spec.document import read_spec
+from ptconvert.spec.document import parse_spec, read_spec
 from ptconvert.verify.run import Check, Report
 
 
@@ -188,10 +192,11 @@ def test_what_of_quantised_checkpoints_vllm_serves(quantization: dict[str, Any])
 
 
 def unserved_of(
-    quantization: dict[str, Any], ranks: int, family: str = "llama", neurons: int = 96
+    quantization: dict[str, Any], ranks: int, family: str = "llama", **sizes: Any
 ) -> list[str]:
     """What of a small model so quantised vLLM is told not to serve, all its layers held dense."""
-    config = random_model(family, intermediate_size=neurons, head_dim=64).config.to_dict()
+    sizes = {"intermediate_size": 96, "head_dim": 64, **sizes}
+    config = random_model(family, **sizes).config.to_dict()
     shape = ModelShape.from_config({**config, "quantization_config": quantization})
     return list(unserved(quantization, shape, Section(dense_schedule(6), 2, "sum", {}), ranks))
 
@@ -233,18 +238,24 @@ def test_of_experts_whose_groups_ranks_would_part() -> None:
 
 def test_of_fp8_experts_vllm_parts_blocks_down_to_32() -> None:
     blocks = _BLOCKS | {"weight_block_size": [64, 64]}
-    assert unserved_of(blocks, 2, "mixtral", 192) == []  # 96 for a rank: blocks of 32
-    (refused,) = unserved_of(blocks, 2, "mixtral", 160)  # 80: they would be of 16
+    sizes: dict[str, Any] = {"intermediate_size": 192, "hidden_size": 64}
+    assert unserved_of(blocks, 2, "mixtral", **sizes) == []  # 96 for a rank: blocks of 32
+    (refused,) = unserved_of(blocks, 4, "mixtral", **sizes)  # 48: they would be of 16
     assert refused == (
-        "tensor_parallel_size 2: model.layers.0.block_sparse_moe.experts.0.w1 keeps 64 of its "
-        "outputs together, and each rank would have 80 of them; take fewer ranks"
+        "tensor_parallel_size 4: model.layers.0.block_sparse_moe.experts.0.w1 keeps 64 of its "
+        "outputs together, and each rank would have 48 of them; take fewer ranks"
     )
-    (refused,) = unserved_of(blocks, 2, "llama", 192)  # linears it refines none of
+    # of whole blocks only: vLLM repeats all of the last one's scales
+    (refused,) = unserved_of(blocks, 2, "mixtral", **sizes | {"intermediate_size": 160})
+    assert "experts.0.w1 keeps 64 of its outputs together" in refused
+    (refused,) = unserved_of(blocks, 2, **sizes)  # linears it refines none of
     assert "mlp.gate_proj keeps 64 of its outputs" in refused
     # nor where another method of vLLM's has them
     fp8 = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [64, 64]}
     taken = {**_TOKEN, "type": "float", "strategy": "group", "group_size": 64}
-    (refused,) = unserved_of(compressed("float-quantized", taken, **fp8), 2, "mixtral", 192)
+    (refused,) = unserved_of(
+        compressed("float-quantized", taken, **fp8), 2, "mixtral", intermediate_size=192
+    )
     assert "experts.0.w1 keeps 64 of its outputs" in refused
 
 
@@ -291,15 +302,23 @@ _FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True
         ),
         (
             *("llama", compressed("mxfp4-pack-quantized", **_FOUR | {"type": "float"})),
-            "MXFP4 of compressed-tensors: SGLang has no linears in it",
+            "weights in float 4, activations in none: not tried in SGLang",
         ),
         (
             *("llama", _BLOCKS | {"weight_block_size": [32, 32]}),
-            "--tp 2: model.layers.0.mlp.gate_proj keeps 32 of its outputs together",
+            "2 tracks, a rank for each: model.layers.0.mlp.gate_proj keeps 32 of its outputs "
+            "together, and each rank would have 48 of them; convert to fewer",
         ),
         ("mixtral", _GPTQ, "experts in GPTQ: SGLang has a rank's scales in the size of all ranks'"),
         ("mixtral", compressed("int-quantized", _TOKEN, **_INT8), "experts in integers beside"),
-        ("mixtral", compressed("float-quantized", **_FP8), "FP8 experts beside activations that"),
+        ("mixtral", compressed("float-quantized", **_FP8), "weights in float 8, activations in"),
+        (
+            "llama",
+            compressed("pack-quantized", _TOKEN, **_FOUR),
+            "weights in int 4, activations in",
+        ),
+        ("llama", {"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_algo FP8 of ModelOpt"),
+        ("mixtral", {"quant_method": "awq", **_AWQ}, "experts in AWQ, 48 neurons for a rank in"),
         ("glm4_moe", compressed("pack-quantized", **_FOUR), "shared experts in packed numbers"),
     ],
 )
@@ -317,7 +336,7 @@ def test_what_of_quantised_checkpoints_sglang_cannot_serve_is_refused_by_name(
         *(("llama", compressed("pack-quantized", **_FOUR)),),
         *(("llama", compressed("int-quantized", _TOKEN, **_INT8)),),
         *(("mixtral", _BLOCKS), ("mixtral", compressed("pack-quantized", **_FOUR))),
-        *(("glm4_moe", _BLOCKS), ("glm4_moe", {"quant_method": "awq", **_AWQ})),
+        *(("glm4_moe", _BLOCKS),),
     ],
 )
 def test_what_of_quantised_checkpoints_sglang_serves(
@@ -385,10 +404,43 @@ def test_a_ranks_tensors_are_its_own_tracks_and_what_is_shared(make_dense: MakeD
     others.append("model.layers.6.eh_proj.weight")  # after the last one, 5
     assert [is_for_others(name, *mine) for name in [*names, *others]] == [False] * 3 + [True] * 3
     given: list[Any] = [(name, name) for name in [*names, *others]]
-    assert [name for name, _ in own_weights(given, *mine)] == [embedding, HEAD, *names[1:]]
+    own = own_weights(given, *mine, tracked=())
+    assert [name for name, _ in itertools.islice(own, 4)] == [embedding, HEAD, *names[1:]]
     stored: list[Any] = [(HEAD, "head"), *given]
-    own: list[Any] = list(own_weights(stored, *mine))
-    assert [tensor for name, tensor in own if name == HEAD] == ["head"]
+    found: list[Any] = list(itertools.islice(own_weights(stored, *mine, tracked=()), 4))
+    assert [tensor for name, tensor in found if name == HEAD] == ["head"]
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        "model.layers.0.self_attn.k_proj.weight",
+        "model.layers.3.tracks.1.self_attn.v_proj.bias",
+        "model.layers.3.tracks.1.mlp.shared_experts.up_proj.weight",
+        "model.layers.3.tracks.1.mlp.experts.2.up_proj.weight",
+        "model.layers.4.tracks.0.mlp.experts.3.down_proj.weight",
+    ],
+)
+def test_a_tensor_that_is_missing_is_named(
+    left_out: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
+    """Also one of several that an engine has in one, and is content with any of."""
+    schedule = (
+        "  - {layers: 0-1, use: tensor_parallel}\n"
+        "  - {layers: 2-5, use: parallel_track, depth: 2}\n"
+    )
+    spec = parse_spec(spec_text(2, schedule), "spec.yaml")
+    source, path = open_checkpoint(make_dense("glm4_moe")), tmp_path / "out"
+    execute(plan_conversion(source, spec, source_name="source"), path)
+    section, shape = read_section(read_config(path)), ModelShape.from_config(source.config)
+    given: list[Any] = [(name, name) for name in open_checkpoint(path).tensors]
+    mine = range(2), shape, section.schedule.track_layers
+    assert list(own_weights(given, *mine)) == given
+    some = [one for one in given if one[0] != left_out]
+    assert len(some) < len(given)
+    with pytest.raises(CheckpointError, match=re.escape(left_out.removesuffix(".weight"))) as said:
+        list(own_weights(some, *mine))
+    assert str(said.value).endswith("is missing")
 
 
 # The walk over a schedule, which vLLM compiles: with toy layers, and a boundary as vLLM's has it.

@@ -11,14 +11,14 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ptconvert.checkpoint.section import Section
-from ptconvert.errors import ConfigError
+from ptconvert.errors import CheckpointError, ConfigError
 from ptconvert.modeling.executor import PerTrack, Streams, Update, add_per_track, run_program
 from ptconvert.modeling.layers import guess_modules, multiplied
 from ptconvert.models.families import FAMILIES, FULL, SLIDING, Family, common_name, guesses_of
@@ -27,6 +27,7 @@ from ptconvert.schedule.lower import Step
 from ptconvert.schedule.stages import BLOCKS, Kind
 
 WHOLE = "whole"  # the only part of a layer held dense, where others have tracks
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")  # what one has by itself
 _TRACK = re.compile(r"\.tracks\.(\d+)\.")
 # From a checkpoint's names of a layer's tensors to those of `ServedLayer`.
 RENAMED = {
@@ -405,15 +406,39 @@ def is_for_others(name: str, local_tracks: range, shape: ModelShape) -> bool:
 
 
 def own_weights(
-    weights: Iterable[tuple[str, torch.Tensor]], local_tracks: range, shape: ModelShape
+    weights: Iterable[tuple[str, torch.Tensor]],
+    local_tracks: range,
+    shape: ModelShape,
+    tracked: Container[int],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """This rank's tensors of a checkpoint. A tied lm_head is a shard of the embedding, which is
-    whole here, and so comes beside it; one that is stored is itself, whatever the config says."""
-    tied = shape.tied
+    """This rank's tensors of a checkpoint, of which the layers `tracked` are in tracks. A tied
+    lm_head is a shard of the embedding, which is whole here, and so comes beside it; one that is
+    stored is itself, whatever the config says.
+
+    Raises CheckpointError at their end where a linear or one of an expert's tensors is missing:
+    engines have several of them in one, and are content with any.
+    """
+    tied, experts, seen = shape.tied, dict[str, set[tuple[int, str]]](), set[str]()
     for name, tensor in weights:
         if is_for_others(name, local_tracks, shape):
             continue
+        if (expert := _EXPERT.fullmatch(name)) is not None:
+            experts.setdefault(expert[1], set()).add((int(expert[2]), expert[3]))
+        module, _, last = name.rpartition(".")
+        seen |= {name} if last == "bias" else {name, module}  # which may have several tensors
         tied = tied and name != HEAD
         yield name, tensor
         if tied and name.endswith(".embed_tokens.weight"):
             yield HEAD, tensor
+    for index in range(shape.layers):
+        parts = [f"tracks.{t}." for t in local_tracks] if index in tracked else [""]
+        cut = (rule for rule in shape.rules_of(index) if rule.is_cut and not rule.is_of_experts)
+        for name in (rule.name.removesuffix(".weight") for rule in cut):
+            for where in (f"model.layers.{index}.{part}{name}" for part in parts):
+                if where not in seen:
+                    raise CheckpointError(f"{where} is missing")
+    kept = sorted({of for found in experts.values() for _, of in found})
+    for where, found in experts.items():
+        whole = ((index, of) for index in range(shape.experts) for of in kept)
+        if (lacks := next((one for one in whole if one not in found), None)) is not None:
+            raise CheckpointError(f"{where}.{lacks[0]}.{lacks[1]} is missing")

@@ -69,7 +69,7 @@ def parted(
     `parts_experts` says whether an engine parts those of experts rightly, of so many neurons each.
     """
     for layer in sorted(set(range(shape.layers)) - section.schedule.track_layers):
-        for rule, module in _quantised(shape, layer):
+        for rule, module in quantised_weights(shape, layer):
             if not rule.is_cut:
                 continue
             of_inputs = rule.axis == len(rule.axes) - 1
@@ -81,9 +81,8 @@ def parted(
                     continue
                 if cut := [unit for unit in units if (stop - start) % unit]:
                     yield (
-                        f"{module} keeps {cut[0]} of its "
-                        f"{'inputs' if of_inputs else 'outputs'} together, and each rank would "
-                        f"have {stop - start} of them; take fewer ranks"
+                        f"{module} keeps {cut[0]} of its {'inputs' if of_inputs else 'outputs'} "
+                        f"together, and each rank would have {stop - start} of them"
                     )
                     return
 
@@ -93,12 +92,12 @@ def schemes_of(
 ) -> Iterator[Mapping[str, Any]]:
     """compressed-tensors' schemes that some of a model's weights have."""
     for layer in range(shape.layers):
-        for rule, module in _quantised(shape, layer):
+        for rule, module in quantised_weights(shape, layer):
             if asked(rule) and (scheme := scheme_of(given, module)) is not None:
                 yield scheme
 
 
-def _quantised(shape: ModelShape, layer: int) -> Iterator[tuple[TensorRule, str]]:
+def quantised_weights(shape: ModelShape, layer: int) -> Iterator[tuple[TensorRule, str]]:
     """A layer's weights that are, and what the quantization_config calls their modules."""
     for rule in shape.rules_of(layer):
         module = shape.module(layer, rule)

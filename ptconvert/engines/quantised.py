@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 
-def name_fused(quant_config: Any, stacked: Mapping[str, str], weights: Collection[str]) -> None:
-    """Tells an engine's quantisation config which of a layer's weights it fuses into one linear.
+def fused_modules(stacked: Mapping[str, str], weights: Collection[str]) -> dict[str, list[str]]:
+    """Which of a layer's linears an engine has in one, by the last of their names.
 
     `stacked` is where modules are loaded to, by their names, and `weights` are those of a
     checkpoint's layers, each after a dot: what lies fused there has its own name.
@@ -19,10 +19,10 @@ def name_fused(quant_config: Any, stacked: Mapping[str, str], weights: Collectio
     fused: dict[str, dict[str, None]] = {}
     for part, whole in stacked.items():
         if any(name.endswith(f"{part.rstrip('.')}.weight") for name in weights):
-            # by the last of their names, as engines ask; `stacked` may say inside of what they are
+            # `stacked` may say inside of what they are
             whole, part = (name.strip(".").rpartition(".")[2] for name in (whole, part))
             fused.setdefault(whole, {})[part] = None
-    quant_config.packed_modules_mapping = {whole: list(parts) for whole, parts in fused.items()}
+    return {whole: list(parts) for whole, parts in fused.items()}
 
 
 def by_names(quant_config: Any, name_in_checkpoint: Callable[[str], str]) -> Any:

@@ -22,6 +22,7 @@ from served import COMPILED
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
+from ptconvert.engines.quantised import by_names
 from ptconvert.spec.document import parse_spec
 
 RANK, RANKS = 1, 2
@@ -41,7 +42,13 @@ MIXTURES: dict[str, tuple[str, tuple[tuple[str, str], str], dict[str, Any]]] = {
         {"moe_intermediate_size": 512},
     ),
 }
-OF_EXPERTS = ("block FP8", "compressed block FP8", "FP8 per channel", "FP8 per tensor", "AWQ")
+OF_EXPERTS = (
+    "block FP8",
+    "compressed block FP8",
+    "FP8 per channel",
+    "FP8 per tensor",
+    "AWQ in groups of 32",
+)
 PACKED = ("W4A16", "W8A16", "NVFP4", "NVFP4 of ModelOpt")  # of GLM-4.5 SGLang asks for a weight
 # Its kernels of four bits take 128 inputs of a rank at a time.
 WIDE: dict[str, Any] = {
@@ -89,7 +96,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
         ranks = runtime_context.SpawnRanks(world_rank=RANK)
         runtime_context.publish(arguments, role="scheduler", ranks=ranks)
         config = ModelConfig.from_server_args(arguments)
-        said = dict(config.hf_config.quantization_config)
+        said = {**config.hf_config.quantization_config, "packed_modules_mapping": {}}  # as there
         method = BASE_QUANTIZATION_METHODS[MARLIN.get(said["quant_method"], said["quant_method"])]
         group = SimpleNamespace(rank_in_group=RANK, world_size=RANKS, cpu_group=None)
         with (
@@ -109,16 +116,62 @@ def converted(source: Path, destination: Path) -> Path:
     return destination
 
 
+# As recipes leave them in bf16: of a layer in tracks, what SGLang has in one, and one by itself.
+LEFT = (
+    *(f"layers.2.self_attn.{name}_proj" for name in "qkv"),
+    *("layers.3.mlp.down_proj", "layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"),
+)
+
+
+def llama(form: str, directory: Path) -> Path:
+    """A converted one whose linears are quantised, but for LEFT."""
+    sizes = {**WIDE, "num_hidden_layers": 4}
+    random_model("llama", torch.bfloat16, **sizes).save_pretrained(directory / "dense")
+    source = quantising.quantise(
+        *(directory / "dense", directory / "source", form),
+        lambda module: ".layers." in module and not module.endswith(LEFT),
+    )
+    as_published(source, form, ["lm_head", *(f"model.{name}" for name in LEFT)])
+    if quantising.format_of(form).config["quant_method"] == "gptq":
+        with quantising.changed(source) as quantization:
+            quantization["dynamic"] = {f"-:model.{name}$": {} for name in LEFT}
+    return converted(source, directory / "converted")
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_tensors_of_a_format(form: str, load: Callable[[Path], Any], tmp_path: Path) -> None:
     """Each parameter of a linear is this rank's tensors, byte for byte."""
-    sizes = {**WIDE, "num_hidden_layers": 4}
-    random_model("llama", torch.bfloat16, **sizes).save_pretrained(tmp_path / "dense")
-    source = quantising.quantise(tmp_path / "dense", tmp_path / "source", form)
-    as_published(source, form, ["lm_head"])
-    path = converted(source, tmp_path / "converted")
-    seen = check_linears(load(path), tensors_of(path), RANK, RANKS)
-    assert seen >= 4 * 4 * 2
+    path = llama(form, tmp_path)
+    assert check_linears(load(path), tensors_of(path), RANK, RANKS) > 4 * 4
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_modules_are_asked_for_by_the_names_of_the_checkpoint(
+    form: str, load: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ptconvert.engines.sglang import layers
+
+    path = llama(form, tmp_path)
+
+    def by_other_names(quant_config: Any, _: Any) -> Any:
+        return by_names(quant_config, lambda module: module.replace("layers.", "layers.9"))
+
+    monkeypatch.setattr(layers, "by_names", by_other_names)
+    with pytest.raises((ValueError, AssertionError)):
+        load(path)
+
+
+def test_an_expert_of_which_sglang_has_nothing_is_named(
+    load: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    sizes = {**WIDE, "num_hidden_layers": 4, **MIXTURES["mixtral"][2]}
+    random_model("mixtral", torch.bfloat16, **sizes).save_pretrained(tmp_path / "dense")
+    source = quantising.quantise(
+        *(tmp_path / "dense", tmp_path / "source", "block FP8"), lambda m: ".experts." in m
+    )
+    as_published(source, "block FP8", ["lm_head", "self_attn", "gate", "experts"])
+    with pytest.raises(ValueError, match=r"experts\.\d\.w\d\.weight_scale_inv has no place in"):
+        load(converted(source, tmp_path / "converted"))
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ptconvert.checkpoint.section import Section
 from ptconvert.engines import formats
-from ptconvert.models.quantised import QUANTIZATION
+from ptconvert.models.quantised import QUANTIZATION, scheme_of
 from ptconvert.models.shape import ModelShape
 
-# The quant_methods of which SGLang's tensors were looked at.
-METHODS = ("fp8", "compressed-tensors", "awq", "gptq", "modelopt")
+# Of quant_methods that it serves, what SGLang calls what it makes of them.
+METHODS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "fp8": ("fp8",),
+        "compressed-tensors": ("compressed_tensors",),
+        "awq": ("awq", "awq_marlin"),
+        "gptq": ("gptq", "gptq_marlin"),
+        "modelopt": ("modelopt_fp4",),
+    }
+)
 _REFUSED: tuple[tuple[formats.Question, str], ...] = (
     (formats.in_act_order, "groups in act-order (desc_act, actorder)"),
     (formats.is_asymmetric_gptq, "GPTQ with sym false"),
@@ -19,8 +28,16 @@ _REFUSED: tuple[tuple[formats.Question, str], ...] = (
     (formats.quantises_cache, "a quantised KV cache (kv_cache_scheme, kv_cache_quant_algo)"),
     (formats.is_int8_alone, "INT8 weights beside activations that aren't quantised"),
 )
+# Of compressed-tensors' weights those that were tried: type and bits, and those of activations.
+_TRIED = {
+    *(("float", 8, "float", 8), ("int", 8, "int", 8)),
+    *(("int", 4, None, None), ("int", 8, None, None), ("float", 4, "float", 4)),
+}
+_NVFP4_GROUP = 16
 _SHARED = ".shared_experts."
-_MXFP4 = "mxfp4-pack-quantized"  # of compressed-tensors
+# What its kernels for four bits (Marlin) take of experts; for others it has ones that cut again
+# what tracks have cut.
+_MARLIN_GROUPS, _MARLIN_WIDTH, _MARLIN_NEURONS = (-1, 32, 64, 128), 128, 64
 
 
 def unserved(
@@ -30,30 +47,68 @@ def unserved(
     for, or one that computes something else, each in a line."""
     if on_cpu:
         yield f"{QUANTIZATION}: SGLang's kernels for CPUs (sgl_kernel) were never tried with it"
-    if (method := quantization.get("quant_method")) not in METHODS:
+    method, kind = quantization.get("quant_method"), quantization.get("quant_algo")
+    if method not in METHODS:
         yield f"quant_method {method}: in SGLang only {', '.join(METHODS)} are served"
+    elif method == "modelopt" and kind != "NVFP4":
+        yield f"quant_algo {kind} of ModelOpt: in SGLang only NVFP4 was tried"
     for asks, what in _REFUSED:
         if asks(quantization):
             yield f"{QUANTIZATION}: {what}: not served in SGLang"
-    if any(weights["format"] == _MXFP4 for weights, _ in formats.schemes(quantization)):
-        yield f"{QUANTIZATION}: MXFP4 of compressed-tensors: SGLang has no linears in it"
-    for what in _of_experts(quantization, shape):
-        yield f"{QUANTIZATION}: {what}"
+    for weights, taken in formats.schemes(quantization):
+        if not _is_tried(weights, taken):
+            yield f"{QUANTIZATION}: {_named(weights, taken)}: not tried in SGLang"
     tracks = section.tracks
+    yield from (f"{QUANTIZATION}: {what}" for what in _of_experts(quantization, shape, tracks))
     for why in formats.parted(quantization, shape, section, tracks, lambda _: False):
-        yield f"--tp {tracks}: {why}"
+        yield f"{tracks} tracks, a rank for each: {why}; convert to fewer"
 
 
-def _of_experts(quantization: Mapping[str, Any], shape: ModelShape) -> Iterator[str]:
+def _is_tried(weights: Mapping[str, Any], taken: Any) -> bool:
+    of_taken = (taken["type"], taken["num_bits"]) if taken else (None, None)
+    if weights["type"] == "float" and weights["num_bits"] == 4:
+        return weights.get("group_size") == _NVFP4_GROUP and of_taken == ("float", 4)
+    return (weights["type"], weights["num_bits"], *of_taken) in _TRIED
+
+
+def _named(weights: Mapping[str, Any], taken: Any) -> str:
+    """A scheme, as weights and activations: float 8 and float 8."""
+    beside = f"{taken['type']} {taken['num_bits']}" if taken else "none"
+    return f"weights in {weights['type']} {weights['num_bits']}, activations in {beside}"
+
+
+def _of_experts(quantization: Mapping[str, Any], shape: ModelShape, tracks: int) -> Iterator[str]:
     method = quantization.get("quant_method")
     if shape.experts and method == "gptq":
         yield "experts in GPTQ: SGLang has a rank's scales in the size of all ranks'"
+    if shape.experts and method == "awq":
+        group = quantization.get("group_size", quantization.get("q_group_size"))
+        neurons = (shape.expert_neurons or shape.neurons) // tracks
+        fits = group in _MARLIN_GROUPS and not shape.width % _MARLIN_WIDTH
+        if not fits or neurons % max(_MARLIN_NEURONS, group):
+            yield (
+                f"experts in AWQ, {neurons} neurons for a rank in groups of {group}: SGLang's "
+                f"kernel takes groups of 32, 64 or 128, multiples of {_MARLIN_NEURONS} neurons and "
+                f"of {_MARLIN_WIDTH} channels"
+            )
     of_experts = formats.schemes_of(quantization, shape, lambda rule: rule.is_of_experts)
     if any(s["weights"]["type"] == "int" and s.get("input_activations") for s in of_experts):
-        yield "experts in integers beside quantised activations: SGLang has them on NPUs only"
-    if formats.has_fp8_experts_alone(quantization, shape):
-        yield "FP8 experts beside activations that aren't quantised: not served in SGLang"
-    shared = formats.schemes_of(quantization, shape, lambda rule: _SHARED in rule.name)
-    packed = any(s["weights"]["num_bits"] < 8 or not s.get("input_activations") for s in shared)
-    if packed or (shape.shared_experts and method == "modelopt"):
+        yield "experts in integers beside quantised activations: not served in SGLang"
+    if method != "awq" and any(map(_is_packed, _shared(quantization, shape))):
         yield "shared experts in packed numbers: SGLang asks for their weights as they are"
+
+
+def _shared(
+    quantization: Mapping[str, Any], shape: ModelShape
+) -> Iterator[Mapping[str, Any] | None]:
+    """How weights of shared experts are quantised: compressed-tensors' schemes, None of others."""
+    for layer in range(shape.layers):
+        for rule, module in formats.quantised_weights(shape, layer):
+            if _SHARED in rule.name and quantization.get("quant_method") != "fp8":
+                yield scheme_of(quantization, module)
+
+
+def _is_packed(scheme: Mapping[str, Any] | None) -> bool:
+    return (
+        scheme is None or scheme["weights"]["num_bits"] < 8 or not scheme.get("input_activations")
+    )

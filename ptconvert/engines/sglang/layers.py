@@ -30,12 +30,13 @@ from torch.profiler import record_function
 from ptconvert.engines.base import NoPositions, NormedPositions, layer_type, window_of
 from ptconvert.engines.families import computed
 from ptconvert.engines.in_flight import InFlight, started_by_torch
-from ptconvert.engines.quantised import by_names, name_fused
+from ptconvert.engines.quantised import by_names, fused_modules
 from ptconvert.engines.sglang.families import BIASED_MLP, SERVED
 from ptconvert.models.families import EXPERTS, D
 from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.counters import BOUNDARY
 
+_BY_EXPERT = "awq", "modelopt"  # whose methods compare experts' names with a single expert's
 Context = tuple[torch.Tensor, Any]  # positions, and what SGLang calls a ForwardBatch
 
 
@@ -58,18 +59,26 @@ class SGLangServing:
         """`quant_config` is SGLang's of a quantised checkpoint, by the checkpoint's names."""
         self._config, self._shape = config, shape
         self.served, self.computed = SERVED[shape.model_type], computed(shape.model_type)
-        if quant_config is not None:
-            stacked = {part: whole for whole, part, _ in LLAMA_STACKED_MAPPING.mappings}
-            weights = {f".{rule.name}" for rules in shape.rules.values() for rule in rules}
-            name_fused(quant_config, stacked, weights)
+        stacked = {part: whole for whole, part, _ in LLAMA_STACKED_MAPPING.mappings}
+        weights = {f".{rule.name}" for rules in shape.rules.values() for rule in rules}
+        # Its methods ask by the names of what it has in one, which only some of them take apart.
+        self._first_of = {
+            whole: parts[0] for whole, parts in fused_modules(stacked, weights).items()
+        }
+        if quant_config is not None and quant_config.get_name().startswith(_BY_EXPERT):
+            apart = (name for rule in shape.family.layer for name in rule.apart)
+            first = next(apart, "").partition("{}.")[2].removesuffix(".weight")
+            self._first_of["experts"] = f"experts.0.{first}"
         self._quant_config = by_names(quant_config, self._name_in_checkpoint)
         self._in_flight = InFlight(_start)
         self.first = get_parallel().tp_rank == 0
 
     def _name_in_checkpoint(self, module: str) -> str:
+        where, _, last = module.rpartition(".")
+        module = f"{where}.{self._first_of.get(last, last)}."
         for own, theirs in self.served.tensors.items():
-            module = f"{module}.".replace(theirs, own).removesuffix(".")
-        return module
+            module = module.replace(theirs, own)
+        return module.removesuffix(".")
 
     def decoder_layer(self, index: int, track: int | None, count: int) -> nn.Module:
         config = self._config_of(index)

@@ -44,6 +44,7 @@ class PTConvertModel(nn.Module):
         check(
             *(config, shape, section, parallel.tp_size),
             on_cpu=is_cpu(),
+            quantization=None if quantization is None else quantization.get_name(),
             pipeline=parallel.pp_size,
             attention_groups=parallel.attn_dp_size,
             expert_groups=parallel.moe_ep_size,
@@ -52,6 +53,7 @@ class PTConvertModel(nn.Module):
         self.program = section.schedule.program
         self.waiting_weight = section.waiting_weight
         self.local_tracks = range(parallel.tp_rank, parallel.tp_rank + 1)
+        self.tracked = section.schedule.track_layers
         # On every rank whole: sharded, it would cost one more all-reduce per forward pass.
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, enable_tp=False
@@ -121,12 +123,14 @@ class PTConvertForCausalLM(nn.Module):
         parameters = dict(self.named_parameters())
         missing = {name for name in parameters if not name.endswith(_MADE)}
         places = parameters | dict(self.named_buffers())
-        for given, tensor in own_weights(weights, self.model.local_tracks, self.model.shape):
+        model = self.model
+        own = own_weights(weights, model.local_tracks, model.shape, model.tracked)
+        for given, tensor in own:
             name = given
             for pattern, replacement in self.model.renamed.items():
                 name = re.sub(pattern, replacement, name)
             if (expert := _EXPERT.fullmatch(name)) is not None:
-                missing.discard(_load_expert(expert, tensor, parameters))
+                missing.discard(_load_expert(given, expert, tensor, parameters))
                 continue
             target = name
             if name not in places:
@@ -143,10 +147,14 @@ class PTConvertForCausalLM(nn.Module):
             raise ValueError(f"{min(missing)} is not in the checkpoint")
 
 
-def _load_expert(found: re.Match[str], tensor: torch.Tensor, parameters: Mapping[str, Any]) -> str:
+def _load_expert(
+    name: str, found: re.Match[str], tensor: torch.Tensor, parameters: Mapping[str, Any]
+) -> str:
     """Loads one of an expert's projections into that of all; returns the parameter's name."""
     part = EXPERTS_PARTS.get(found[3], found[3])
     target = f"{found[1]}.{'w2' if part == 'w2' else 'w13'}_{found[4]}"
+    if target not in parameters:
+        raise ValueError(f"{name} has no place in SGLang's model ({target})")
     given = parameters[target], tensor, target
     parameters[target].weight_loader(*given, shard_id=part, expert_id=int(found[2]))
     return target

@@ -8,7 +8,7 @@ from typing import Any
 
 from ptconvert.checkpoint.section import Section
 from ptconvert.engines.sglang.families import SERVED, Served
-from ptconvert.engines.sglang.formats import unserved
+from ptconvert.engines.sglang.formats import METHODS, unserved
 from ptconvert.errors import ConfigError
 from ptconvert.models.quantised import QUANTIZATION, quantization_of
 from ptconvert.models.shape import ModelShape
@@ -39,15 +39,23 @@ def check(
     ranks: int,
     *,
     on_cpu: bool,
+    quantization: str | None = None,
     pipeline: int = 1,
     attention_groups: int = 1,
     expert_groups: int = 1,
 ) -> None:
     """Raises ConfigError for settings under which the model would not work: of so many
-    tensor-parallel ranks, pipeline stages, groups of ranks with batches of their own, and such with
-    experts of their own. `config` is transformers', `shape` what the checkpoint's own numbers say.
+    tensor-parallel ranks, a quantisation method by SGLang's name, pipeline stages, groups of ranks
+    with batches of their own, and such with experts of their own. `config` is transformers',
+    `shape` what the checkpoint's own numbers say.
     """
     refused = list(_refused(config, shape, section, ranks, on_cpu))
+    told = quantization_of(unpadded(config.to_dict())) or {}
+    if quantization not in (None, *METHODS.get(str(told.get("quant_method")), ())):
+        refused.append(
+            f"--quantization {quantization}: converted models are served as their weights are "
+            "kept; leave it out"
+        )
     for value, option in ((pipeline, "--pp-size"), (attention_groups, "--enable-dp-attention")):
         if value > 1:
             refused.append(

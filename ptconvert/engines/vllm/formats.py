@@ -43,16 +43,19 @@ def unserved(
     def parts_experts(neurons: int) -> bool:
         if quantization.get("quant_method") == "mxfp4":
             return True  # gpt-oss', of which vLLM gives each rank whole blocks
-        return _refines(quantization, neurons, shape.width)
+        return _refines(quantization, neurons, neurons * ranks, shape.width)
 
     if ranks > 1:
         cut = formats.parted(quantization, shape, section, ranks, parts_experts)
-        yield from (f"tensor_parallel_size {ranks}: {why}" for why in cut)
+        yield from (f"tensor_parallel_size {ranks}: {why}; take fewer ranks" for why in cut)
 
 
-def _refines(quantization: Mapping[str, Any], neurons: int, width: int) -> bool:
-    """Whether vLLM gives a rank's experts finer blocks, each with the scale of the whole one."""
+def _refines(quantization: Mapping[str, Any], neurons: int, whole: int, width: int) -> bool:
+    """Whether vLLM gives a rank's experts finer blocks, each with the scale of the one that it is
+    in: scales are repeated as if all of the `whole` expert's blocks were whole ones."""
     blocks = quantization.get("weight_block_size")
     if quantization.get("quant_method") != "fp8" or not blocks:
+        return False
+    if any(size % block for size in (whole, width) for block in blocks):
         return False
     return math.gcd(*blocks, neurons, width) >= _LEAST_BLOCK

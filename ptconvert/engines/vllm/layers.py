@@ -40,7 +40,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from ptconvert.checkpoint.section import Section
 from ptconvert.engines.base import NoPositions, NormedPositions
 from ptconvert.engines.families import computed
-from ptconvert.engines.quantised import by_names, name_fused
+from ptconvert.engines.quantised import by_names, fused_modules
 from ptconvert.engines.vllm.collectives import all_reduce_boundary, finished
 from ptconvert.engines.vllm.families import SERVED
 from ptconvert.engines.vllm.quantised import method_of_family
@@ -107,7 +107,7 @@ class VLLMServing:
         if self._quant_config is not None:
             weights = {f".{rule.name}" for rules in shape.rules.values() for rule in rules}
             stacked = {p: whole for p, (whole, _) in self.mapper.orig_to_new_stacked.items()}
-            name_fused(self._quant_config, stacked, weights)
+            self._quant_config.packed_modules_mapping = fused_modules(stacked, weights)
 
     def check(self, index: int, parts: Iterable[nn.Module], rules: Iterable[TensorRule]) -> None:
         """Raises ConfigError where vLLM's layer has other tensors than the checkpoint's: what one

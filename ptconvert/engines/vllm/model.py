@@ -48,6 +48,7 @@ class PTConvertModel(nn.Module):
         self.waiting_weight = section.waiting_weight
         placement = Placement(get_tensor_model_parallel_rank(), ranks)
         self.local_tracks = placement.local_tracks(section.tracks)
+        self.tracked = section.schedule.track_layers
         # On every rank whole: sharded, it would cost one more all-reduce per forward pass.
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size,
@@ -141,11 +142,11 @@ class PTConvertForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads this rank's tensors; returns the names of the parameters that were filled."""
-        own = own_weights(weights, self.model.local_tracks, self.model.shape)
+        model = self.model
+        own = own_weights(weights, model.local_tracks, model.shape, model.tracked)
         loader = AutoWeightsLoader(self)
         loaded: set[str] = loader.load_weights(own, mapper=self.hf_to_vllm_mapper)
-        if self.quant_config is not None:
-            check_loaded(self, loaded)
+        check_loaded(self, loaded)
         return loaded
 
 

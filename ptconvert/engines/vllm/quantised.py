@@ -24,8 +24,8 @@ def method_of_family(quant_config: Any, methods: Mapping[str, str]) -> Any:
 
 
 def check_loaded(model: nn.Module, loaded: Collection[str]) -> None:
-    """Raises CheckpointError where a parameter of a quantised model got no tensor, which vLLM lets
-    pass without a word; scales of the KV cache may be left at 1."""
+    """Raises CheckpointError where a parameter got no tensor, which vLLM lets pass without a word;
+    scales of the KV cache may be left at 1."""
     named = model.named_parameters(remove_duplicate=False)  # experts have their router's biases
     filled = {id(parameter) for name, parameter in named if name in loaded}
     for name, module in model.named_modules():
@@ -37,6 +37,6 @@ def check_loaded(model: nn.Module, loaded: Collection[str]) -> None:
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.numel() and own not in left and id(parameter) not in filled:
                 raise CheckpointError(
-                    f"the checkpoint has nothing for vLLM's {name}.{own}: its {QUANTIZATION} says "
-                    "that this is kept otherwise than it is"
+                    f"the checkpoint has nothing for vLLM's {name}.{own}: a tensor is missing, or "
+                    f"its {QUANTIZATION} says that this is kept otherwise than it is"
                 )

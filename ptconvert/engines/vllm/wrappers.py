@@ -87,7 +87,7 @@ class SeeingModel:
         theirs: Any = super()
         own = theirs.load_weights(self._by_towers(around))
         loaded = {f"language_model.{name}" for name in loaded} | set(own)
-        if self.language_model.quant_config is not None:
+        if self.language_model.quant_config is not None:  # else its tower's are vLLM's to check
             check_loaded(cast(nn.Module, self), loaded)
         return loaded
 
