@@ -425,22 +425,46 @@ def test_a_tensor_that_is_missing_is_named(
     left_out: str, make_dense: MakeDense, tmp_path: Path
 ) -> None:
     """Also one of several that an engine has in one, and is content with any of."""
-    schedule = (
-        "  - {layers: 0-1, use: tensor_parallel}\n"
-        "  - {layers: 2-5, use: parallel_track, depth: 2}\n"
-    )
-    spec = parse_spec(spec_text(2, schedule), "spec.yaml")
-    source, path = open_checkpoint(make_dense("glm4_moe")), tmp_path / "out"
-    execute(plan_conversion(source, spec, source_name="source"), path)
-    section, shape = read_section(read_config(path)), ModelShape.from_config(source.config)
-    given: list[Any] = [(name, name) for name in open_checkpoint(path).tensors]
-    mine = range(2), shape, section.schedule.track_layers
-    assert list(own_weights(given, *mine)) == given
+    given, mine = tensors_of_a_rank(make_dense("glm4_moe"), tmp_path)
     some = [one for one in given if one[0] != left_out]
     assert len(some) < len(given)
     with pytest.raises(CheckpointError, match=re.escape(left_out.removesuffix(".weight"))) as said:
         list(own_weights(some, *mine))
     assert str(said.value).endswith("is missing")
+
+
+def test_experts_may_be_kept_otherwise_in_another_layer(
+    make_dense: MakeDense, tmp_path: Path
+) -> None:
+    given, mine = tensors_of_a_rank(make_dense("glm4_moe"), tmp_path)
+    kept = re.compile(r"(model\.layers\.4\..*experts\.\d.*)\.weight")
+    given = [(kept.sub(r"\1.qweight", name), tensor) for name, tensor in given]
+    assert sum(name.endswith(".qweight") for name, _ in given) > mine[1].experts
+    assert list(own_weights(given, *mine)) == given
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.causal_lm])
+def test_of_what_a_conversion_wrote_no_tensor_is_missing(
+    family: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
+    given, mine = tensors_of_a_rank(make_dense(family), tmp_path)
+    tied = mine[1].tied
+    assert len(list(own_weights(given, *mine))) == len(given) + tied
+
+
+def tensors_of_a_rank(source: Path, directory: Path) -> tuple[list[Any], tuple[Any, ...]]:
+    """A conversion's tensors, their names for them, and what says that one rank has them all."""
+    dense = open_checkpoint(source)
+    shape = ModelShape.from_config(dense.config)
+    schedule = (
+        "  - {layers: 0-1, use: tensor_parallel}\n"
+        f"  - {{layers: 2-{shape.layers - 1}, use: parallel_track, depth: 2}}\n"
+    )
+    spec = parse_spec(spec_text(2, schedule), "spec.yaml")
+    execute(plan_conversion(dense, spec, source_name="source"), directory / "out")
+    section = read_section(read_config(directory / "out"))
+    names = open_checkpoint(directory / "out").tensors
+    return [(name, name) for name in names], (range(2), shape, section.schedule.track_layers)
 
 
 # The walk over a schedule, which vLLM compiles: with toy layers, and a boundary as vLLM's has it.

@@ -437,8 +437,8 @@ def own_weights(
             for where in (f"model.layers.{index}.{part}{name}" for part in parts):
                 if where not in seen:
                     raise CheckpointError(f"{where} is missing")
-    kept = sorted({of for found in experts.values() for _, of in found})
     for where, found in experts.items():
+        kept = sorted({of for _, of in found})
         whole = ((index, of) for index in range(shape.experts) for of in kept)
         if (lacks := next((one for one in whole if one not in found), None)) is not None:
             raise CheckpointError(f"{where}.{lacks[0]}.{lacks[1]} is missing")
