@@ -33,7 +33,7 @@ _TRIED = {
     *(("float", 8, "float", 8), ("int", 8, "int", 8)),
     *(("int", 4, None, None), ("int", 8, None, None), ("float", 4, "float", 4)),
 }
-_NVFP4_GROUP = 16
+_FP4, _NVFP4_GROUP = ("float", 4), 16  # in other groups it is another format
 _SHARED = ".shared_experts."
 # What its kernels for four bits (Marlin) take of experts; for others it has ones that cut again
 # what tracks have cut.
@@ -65,16 +65,22 @@ def unserved(
 
 
 def _is_tried(weights: Mapping[str, Any], taken: Any) -> bool:
-    of_taken = (taken["type"], taken["num_bits"]) if taken else (None, None)
-    if weights["type"] == "float" and weights["num_bits"] == 4:
-        return weights.get("group_size") == _NVFP4_GROUP and of_taken == ("float", 4)
-    return (weights["type"], weights["num_bits"], *of_taken) in _TRIED
+    of_taken = _numbers(taken) if taken else (None, None)
+    in_groups_of_16 = weights.get("group_size") == _NVFP4_GROUP
+    return (*_numbers(weights), *of_taken) in _TRIED and (
+        _numbers(weights) != _FP4 or in_groups_of_16
+    )
+
+
+def _numbers(scheme: Mapping[str, Any]) -> tuple[str, int]:
+    """Of a scheme the type and the bits, or what compressed-tensors takes where it doesn't say."""
+    return scheme.get("type", "int"), scheme.get("num_bits", 8)
 
 
 def _named(weights: Mapping[str, Any], taken: Any) -> str:
-    """A scheme, as weights and activations: float 8 and float 8."""
-    beside = f"{taken['type']} {taken['num_bits']}" if taken else "none"
-    return f"weights in {weights['type']} {weights['num_bits']}, activations in {beside}"
+    """A scheme, as weights and activations."""
+    named = ("{} {}".format(*_numbers(one)) if one else "none" for one in (weights, taken))
+    return "weights in {}, activations in {}".format(*named)
 
 
 def _of_experts(quantization: Mapping[str, Any], shape: ModelShape, tracks: int) -> Iterator[str]:
@@ -92,7 +98,7 @@ def _of_experts(quantization: Mapping[str, Any], shape: ModelShape, tracks: int)
                 f"of {_MARLIN_WIDTH} channels"
             )
     of_experts = formats.schemes_of(quantization, shape, lambda rule: rule.is_of_experts)
-    if any(s["weights"]["type"] == "int" and s.get("input_activations") for s in of_experts):
+    if any(_numbers(s["weights"])[0] == "int" and s.get("input_activations") for s in of_experts):
         yield "experts in integers beside quantised activations: not served in SGLang"
     if method != "awq" and any(map(_is_packed, _shared(quantization, shape))):
         yield "shared experts in packed numbers: SGLang asks for their weights as they are"
@@ -110,5 +116,5 @@ def _shared(
 
 def _is_packed(scheme: Mapping[str, Any] | None) -> bool:
     return (
-        scheme is None or scheme["weights"]["num_bits"] < 8 or not scheme.get("input_activations")
+        scheme is None or _numbers(scheme["weights"])[1] < 8 or not scheme.get("input_activations")
     )
