@@ -174,6 +174,36 @@ def test_an_expert_of_which_sglang_has_nothing_is_named(
         load(converted(source, tmp_path / "converted"))
 
 
+def mixture(variant: str, form: str, directory: Path, left: str = "none") -> Path:
+    """A converted one whose linears and experts are quantised, but for routers and one layer's
+    experts."""
+    sizes = {**WIDE, "num_hidden_layers": 4, **MIXTURES[variant][2]}
+    random_model(variant, torch.bfloat16, **sizes).save_pretrained(directory / "dense")
+    linears = [n for n, t in tensors_of(directory / "dense").items() if t.ndim == 2]
+    ends = "_proj", "w1", "w2", "w3"
+
+    def chosen(module: str) -> bool:
+        return module.endswith(ends) and left not in module
+
+    names = (name.removesuffix(".weight") for name in linears if "embed" not in name)
+    source = quantising.quantise(directory / "dense", directory / "source", form, chosen)
+    as_published(source, form, [name for name in names if not chosen(name)])
+    return converted(source, directory / "converted")
+
+
+@pytest.mark.parametrize("form", [*OF_EXPERTS, "W4A16", "NVFP4 of ModelOpt"])
+def test_a_layers_experts_are_left_by_name(
+    form: str, load: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    path = mixture("qwen3_moe", form, tmp_path, "layers.2.mlp.experts.")
+    given, projections = tensors_of(path), MIXTURES["qwen3_moe"][1]
+    assert f"model.layers.2.tracks.{RANK}.mlp.experts.0.up_proj.weight" in given
+    layers = load(path)
+    parameters = dict(layers[2].named_parameters())
+    assert parameters[f"parts.{RANK}.mlp.experts.w13_weight"].dtype == torch.bfloat16
+    assert check_experts(layers, given, "mlp.experts", projections, "mlp.experts", RANK, RANKS)
+
+
 @pytest.mark.parametrize(
     ("variant", "form"),
     [
@@ -184,21 +214,10 @@ def test_an_expert_of_which_sglang_has_nothing_is_named(
 def test_tensors_of_quantised_experts(
     variant: str, form: str, load: Callable[[Path], Any], tmp_path: Path
 ) -> None:
-    lies, (gate_up, down), sizes = MIXTURES[variant]
+    lies, (gate_up, down), _ = MIXTURES[variant]
     if form == "NVFP4":  # kernels of Blackwell have up before gate
         gate_up = gate_up[1], gate_up[0]
-    sizes = {**WIDE, "num_hidden_layers": 4, **sizes}
-    random_model(variant, torch.bfloat16, **sizes).save_pretrained(tmp_path / "dense")
-    ends = "_proj", "w1", "w2", "w3"
-    linears = [
-        n.removesuffix(".weight") for n, t in tensors_of(tmp_path / "dense").items() if t.ndim == 2
-    ]
-    left = [n for n in linears if "embed" not in n and not n.endswith(ends)]
-    source = quantising.quantise(
-        tmp_path / "dense", tmp_path / "source", form, lambda module: module.endswith(ends)
-    )
-    as_published(source, form, left)
-    path = converted(source, tmp_path / "converted")
+    path = mixture(variant, form, tmp_path)
     given = tensors_of(path)
     seen = check_experts(load(path), given, lies, (gate_up, down), "mlp.experts", RANK, RANKS)
     other = f".tracks.{1 - RANK}."
