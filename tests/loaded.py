@@ -9,7 +9,12 @@ from typing import Any
 
 import quantising
 import torch
+from conftest import spec_text
 from safetensors.torch import load_file, save_file
+
+from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.convert.transform import execute, plan_conversion
+from ptconvert.spec.document import parse_spec
 
 # What published quantization_configs say beside what `quantising` writes.
 _LOCAL = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
@@ -34,6 +39,12 @@ LINEARS = {
 IN_COMMON = "input_scale", "input_global_scale", "weight_global_scale", "weight_scale_2"
 # Of groups that lie in order; and what a packed tensor's size was.
 BESIDE = "g_idx", "weight_shape"
+
+
+def convert(source: Path, destination: Path, schedule: str, tracks: int = 2) -> Path:
+    spec = parse_spec(spec_text(tracks, schedule), "spec.yaml")
+    execute(plan_conversion(open_checkpoint(source), spec, source_name="source"), destination)
+    return destination
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:

@@ -99,6 +99,10 @@ def test_what_comes_along_is_registered() -> None:
         ("cwm", {"is_causal": False}, {}, "is_causal False: SGLang would let tokens see earlier"),
         ("llama", {"intermediate_size": 96}, {"on_cpu": True}, "96 FFN neurons and 4 KV heads"),
         ("llama", {"num_key_value_heads": 1}, {"on_cpu": True}, "128 FFN neurons and 1 KV heads"),
+        (
+            *("llama", {}, {"quantization": "fp8"}),
+            "--quantization fp8: converted models are served as their weights are kept; leave it",
+        ),
         ("llama", {}, {"pipeline": 2}, "--pp-size: all layers must be on every rank"),
         ("llama", {}, {"attention_groups": 2}, "--enable-dp-attention: all layers must be on"),
         ("mixtral", {}, {"expert_groups": 2}, "--ep-size: each track has a share of every expert"),

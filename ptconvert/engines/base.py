@@ -11,7 +11,7 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, Protocol
 
 import torch
@@ -418,27 +418,35 @@ def own_weights(
     Raises CheckpointError at their end where a linear or one of an expert's tensors is missing:
     engines have several of them in one, and are content with any.
     """
-    tied, experts, seen = shape.tied, dict[str, set[tuple[int, str]]](), set[str]()
+    tied, seen = shape.tied, set[str]()
     for name, tensor in weights:
         if is_for_others(name, local_tracks, shape):
             continue
-        if (expert := _EXPERT.fullmatch(name)) is not None:
-            experts.setdefault(expert[1], set()).add((int(expert[2]), expert[3]))
-        module, _, last = name.rpartition(".")
-        seen |= {name} if last == "bias" else {name, module}  # which may have several tensors
+        seen.add(name)
         tied = tied and name != HEAD
         yield name, tensor
         if tied and name.endswith(".embed_tokens.weight"):
             yield HEAD, tensor
+    _check_complete(seen, local_tracks, shape, tracked)
+
+
+def _check_complete(
+    names: Set[str], local_tracks: range, shape: ModelShape, tracked: Container[int]
+) -> None:
+    # a weight may be kept in several tensors, and under other names than its own
+    kept = {module for module, _, last in (n.rpartition(".") for n in names) if last != "bias"}
     for index in range(shape.layers):
         parts = [f"tracks.{t}." for t in local_tracks] if index in tracked else [""]
         cut = (rule for rule in shape.rules_of(index) if rule.is_cut and not rule.is_of_experts)
         for name in (rule.name.removesuffix(".weight") for rule in cut):
             for where in (f"model.layers.{index}.{part}{name}" for part in parts):
-                if where not in seen:
+                if where not in names and where not in kept:
                     raise CheckpointError(f"{where} is missing")
+    experts = dict[str, set[tuple[int, str]]]()
+    for one in filter(None, map(_EXPERT.fullmatch, names)):
+        experts.setdefault(one[1], set()).add((int(one[2]), one[3]))
     for where, found in experts.items():
-        kept = sorted({of for _, of in found})
-        whole = ((index, of) for index in range(shape.experts) for of in kept)
+        ends = sorted({of for _, of in found})
+        whole = ((index, of) for index in range(shape.experts) for of in ends)
         if (lacks := next((one for one in whole if one not in found), None)) is not None:
             raise CheckpointError(f"{where}.{lacks[0]}.{lacks[1]} is missing")

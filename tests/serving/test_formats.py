@@ -14,18 +14,24 @@ import expert_kernels
 import pytest
 import quantising
 import torch
-from conftest import random_model, spec_text
-from loaded import BESIDE, as_published, check_experts, check_linears, left_out, tensors_of
+from conftest import random_model
+from loaded import (
+    BESIDE,
+    as_published,
+    check_experts,
+    check_linears,
+    convert,
+    left_out,
+    tensors_of,
+)
 from safetensors.torch import load_file, save_file
 from served import COMPILED, SIZES, answer, apart, asked_for, prompts, quick, shape_of
 from test_parity import NEW_TOKENS, of_case, run_cases, schedule_of
 
 from ptconvert.checkpoint.reader import open_checkpoint
-from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.engines.verify import Answers, count_checks
 from ptconvert.errors import CheckpointError
 from ptconvert.measure.opening import open_model
-from ptconvert.spec.document import parse_spec
 
 # vLLM's kernels of four bits for CPUs take multiples of 32 inputs and outputs.
 WIDE = {**SIZES, "intermediate_size": 256}
@@ -129,12 +135,6 @@ def quantised(case: Case, directory: Path) -> Path:
                 taken = {"num_bits": 8, "type": case.activations, "strategy": "token"}
                 group["input_activations"] = {**taken, "symmetric": True, "dynamic": True}
     return source
-
-
-def convert(source: Path, destination: Path, schedule: str, tracks: int = 2) -> Path:
-    spec = parse_spec(spec_text(tracks, schedule), "spec.yaml")
-    execute(plan_conversion(open_checkpoint(source), spec, source_name="source"), destination)
-    return destination
 
 
 @pytest.fixture(scope="session")

@@ -16,14 +16,11 @@ from typing import Any
 import pytest
 import quantising
 import torch
-from conftest import random_model, spec_text
-from loaded import BESIDE, as_published, check_experts, check_linears, tensors_of
+from conftest import random_model
+from loaded import BESIDE, as_published, check_experts, check_linears, convert, tensors_of
 from served import COMPILED
 
-from ptconvert.checkpoint.reader import open_checkpoint
-from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.engines.quantised import by_names
-from ptconvert.spec.document import parse_spec
 
 RANK, RANKS = 1, 2
 FORMS = (
@@ -110,12 +107,6 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
     return loaded
 
 
-def converted(source: Path, destination: Path) -> Path:
-    spec = parse_spec(spec_text(2, COMPILED), "spec.yaml")
-    execute(plan_conversion(open_checkpoint(source), spec, source_name="source"), destination)
-    return destination
-
-
 # As recipes leave them in bf16: of a layer in tracks, what SGLang has in one, and one by itself.
 LEFT = (
     *(f"layers.2.self_attn.{name}_proj" for name in "qkv"),
@@ -135,7 +126,7 @@ def llama(form: str, directory: Path) -> Path:
     if quantising.format_of(form).config["quant_method"] == "gptq":
         with quantising.changed(source) as quantization:
             quantization["dynamic"] = {f"-:model.{name}$": {} for name in LEFT}
-    return converted(source, directory / "converted")
+    return convert(source, directory / "converted", COMPILED)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -171,7 +162,7 @@ def test_an_expert_of_which_sglang_has_nothing_is_named(
     )
     as_published(source, "block FP8", ["lm_head", "self_attn", "gate", "experts"])
     with pytest.raises(ValueError, match=r"experts\.\d\.w\d\.weight_scale_inv has no place in"):
-        load(converted(source, tmp_path / "converted"))
+        load(convert(source, tmp_path / "converted", COMPILED))
 
 
 def mixture(variant: str, form: str, directory: Path, left: str = "none") -> Path:
@@ -188,7 +179,7 @@ def mixture(variant: str, form: str, directory: Path, left: str = "none") -> Pat
     names = (name.removesuffix(".weight") for name in linears if "embed" not in name)
     source = quantising.quantise(directory / "dense", directory / "source", form, chosen)
     as_published(source, form, [name for name in names if not chosen(name)])
-    return converted(source, directory / "converted")
+    return convert(source, directory / "converted", COMPILED)
 
 
 @pytest.mark.parametrize("form", [*OF_EXPERTS, "W4A16", "NVFP4 of ModelOpt"])

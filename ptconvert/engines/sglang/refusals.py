@@ -49,9 +49,10 @@ def check(
     with batches of their own, and such with experts of their own. `config` is transformers',
     `shape` what the checkpoint's own numbers say.
     """
-    refused = list(_refused(config, shape, section, ranks, on_cpu))
-    told = quantization_of(unpadded(config.to_dict())) or {}
-    if quantization not in (None, *METHODS.get(str(told.get("quant_method")), ())):
+    told = quantization_of(unpadded(config.to_dict()))
+    refused = list(_refused(config, told, shape, section, ranks, on_cpu))
+    method = str((told or {}).get("quant_method"))
+    if quantization not in (None, *METHODS.get(method, ())):
         refused.append(
             f"--quantization {quantization}: converted models are served as their weights are "
             "kept; leave it out"
@@ -68,7 +69,12 @@ def check(
 
 
 def _refused(
-    config: Any, shape: ModelShape, section: Section, ranks: int, on_cpu: bool
+    config: Any,
+    quantization: Mapping[str, Any] | None,
+    shape: ModelShape,
+    section: Section,
+    ranks: int,
+    on_cpu: bool,
 ) -> Iterator[str]:
     if shape.model_type not in SERVED:
         yield (
@@ -77,7 +83,7 @@ def _refused(
         )
         return
     yield from _unlike(SERVED[shape.model_type], config, on_cpu)
-    if (quantization := quantization_of(unpadded(config.to_dict()))) is not None:
+    if quantization is not None:
         yield from unserved(quantization, shape, section, on_cpu)
     for key in section.together:
         yield (
