@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
-from conftest import FIXTURE, LAYERS, Convert, MakeDense, byte_level, load
+from conftest import FIXTURE, LAYERS, Convert, MakeDense, byte_level
 from safetensors.torch import load_file, save_file
 from test_cli import run
 
@@ -33,9 +32,8 @@ from ptconvert.measure.windows import Windows, windows_for
 from ptconvert.plan import sensitivity
 from ptconvert.plan.case import Case
 from ptconvert.plan.frontier import read_frontier
-from ptconvert.plan.perturbation import Perturbations
-from ptconvert.plan.planner import choose, search, waited_for
-from ptconvert.plan.segments import HIDDEN, OWN_SEEN, OWN_SEEN_LATER, Segment, alone
+from ptconvert.plan.planner import choose, screening_windows, search, search_windows, waited_for
+from ptconvert.plan.segments import HIDDEN, alone
 from ptconvert.plan.segments import run as run_of
 from ptconvert.plan.sensitivity import Meter, Store, store_file
 from ptconvert.schedule.endings import BLOCKING
@@ -159,72 +157,40 @@ def test_a_candidate_runs_only_the_layers_from_which_it_differs(meter: Meter) ->
     assert set(ran) == {1, 2, 3, 4, 5}
 
 
-def test_on_fewer_windows(meter: Meter) -> None:
-    schedule = Schedule.parse(str(dense_schedule(LAYERS)).replace("a1!", "a1."))
-    (few,), (all_,) = meter.costs([schedule], "step", 2), meter.costs([schedule], "step")
-    assert few.kl_by_window == pytest.approx(all_.kl_by_window[::2], rel=1e-4)
-
-
-@pytest.fixture(scope="module")
-def gentle(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model with sublayers that write little: whatever ends late changes little."""
-    path = shutil.copytree(source, tmp_path_factory.mktemp("gentle") / "gentle")
-    tensors = load_file(path / "model.safetensors")
-    for name, tensor in tensors.items():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            tensor *= 0.03
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    return path
-
-
-SEGMENTS = (
-    run_of(2, 3, OWN_SEEN),
-    run_of(5, 6, HIDDEN),
-    run_of(0, 2, BLOCKING),
-    run_of(3, 6, BLOCKING),
-    run_of(4, 7, OWN_SEEN_LATER),
-    run_of(10, 12, BLOCKING),
-    Segment(2, 4, BLOCKING, beside=True),
-    Segment(4, 8, BLOCKING, beside=True),
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kept", [LAYERS, 2])
-def test_a_segment_alone_is_weighed_as_it_is_measured(
-    kept: int, gentle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_window_is_measured_once(
+    source: Path, meter: Meter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it changes little, as the second order has it; also where few streams are kept."""
-    meter = make_meter(gentle, 4, tmp_path / "costs.jsonl", (TEXT,), 24, 64)
-    each = meter.windows.ids[:, 1:].numel() * 32 * 4
-    monkeypatch.setattr(sensitivity, "STREAM_BYTES", each * kept)
-    weighed = meter.alone(SEGMENTS, "step")
-    assert len(meter._opened[0].streams) == kept
-    measured = [cost.kl for cost in meter.costs([alone(s, LAYERS) for s in SEGMENTS], "step")]
-    assert max(measured) > 2 * min(measured) > 0
-    assert weighed == pytest.approx(measured, rel=0.2)
+    """On more windows only those are run that are new; and the cost is that of all at once."""
+    schedule = Schedule.parse(str(dense_schedule(LAYERS)).replace("a1!", "a1."))
+    (whole,) = make_meter(source, 4, tmp_path / "whole", (TEXT,), 24, 4).costs([schedule], "step")
+    ran, real = list[list[int]](), Meter._measure
+
+    def recorded(meter: Meter, schedule: Schedule, windows: list[int]) -> Any:
+        ran.append(windows)
+        return real(meter, schedule, windows)
+
+    monkeypatch.setattr(Meter, "_measure", recorded)
+    for windows in ([2], range(0, 4, 2), None, [3, 1]):
+        (cost,) = meter.costs([schedule], "step", windows)
+        for name in ("kl_by_window", "loss_by_window", "agreement_by_window"):
+            expected = [getattr(whole, name)[window] for window in windows or range(4)]
+            assert getattr(cost, name) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert ran == [[2], [0], [1, 3]]
 
 
-def test_gradients_are_those_of_the_source(gentle: Path, tmp_path: Path) -> None:
-    """Of tokens sampled window by window; whatever the batch."""
-    meter = make_meter(gentle, 4, tmp_path / "costs.jsonl", (TEXT,), 24, 5)
-    found = meter._perturbations(1)._gradients
-    model, ended = load(gentle), list[torch.Tensor]()
-    model.model.norm.register_forward_pre_hook(lambda _, given: ended.append(given[0]))
-    out = model(meter.windows.ids[:, :-1], output_hidden_states=True)
-    logp_NTV = out.logits.log_softmax(-1)
-    tokens = [
-        torch.multinomial(p.exp(), 1, generator=torch.Generator().manual_seed(number))
-        for number, p in enumerate(logp_NTV.detach())
-    ]
-    streams = (*out.hidden_states[:-1], ended[0])
-    expected = torch.autograd.grad(logp_NTV.gather(-1, torch.stack(tokens)).sum(), streams)
-    assert sorted(found) == list(range(LAYERS + 1))
-    for layer, gradient in enumerate(expected):
-        torch.testing.assert_close(found[layer], gradient, atol=1e-4, rtol=1e-3)
+@pytest.mark.parametrize(
+    ("count", "screening", "searching"),
+    [(1, 1, 1), (4, 1, 4), (16, 1, 4), (24, 1, 6), (40, 2, 8), (65, 4, 8), (127, 8, 8)],
+)
+def test_on_how_many_windows(count: int, screening: int, searching: int) -> None:
+    assert len(screening_windows(count)) == screening
+    assert len(search_windows(count)) == searching
+    assert set(screening_windows(count)) <= set(search_windows(count)) <= set(range(count))
 
 
-def test_passes_are_what_ran_and_few(source: Path, tmp_path: Path) -> None:
+def test_passes_are_what_ran_and_few(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By hooks: rows that went through the layers of the model of tracks, and the source's."""
     meter = make_meter(source, 4, tmp_path / "costs.jsonl", (TEXT,), 24, 16)
     ran = [0]
@@ -232,10 +198,24 @@ def test_passes_are_what_ran_and_few(source: Path, tmp_path: Path) -> None:
         layer.tracks["0"].mlp.register_forward_hook(
             lambda _, given, __: ran.__setitem__(0, ran[0] + len(given[0]))
         )
+    windows, real = dict[str, set[int]](), Meter._measure
+    steps = list[str]()
+    meter.progress = lambda step, *_: steps.append(step)
+
+    def recorded(meter: Meter, schedule: Schedule, some: list[int]) -> Any:
+        windows.setdefault(steps[-1], set()).update(some)
+        return real(meter, schedule, some)
+
+    monkeypatch.setattr(Meter, "_measure", recorded)
     frontier = search(meter, waited_for(overlap=True))
-    dense, windows = LAYERS * len(meter.windows.ids), frontier.search_windows
-    back = 2 * LAYERS * windows  # of which no hook tells
-    assert frontier.passes == pytest.approx((dense + ran[0] + back) / dense)
+    assert windows["sensitivities"] == {8} and windows["round 1: mixtures"] == {0, 4, 8, 12}
+    assert windows["round 1: parts"] == {0, 4, 8, 12}
+    assert windows["frontier, whole"] == set(range(16)) - {0, 4, 8, 12}
+    assert all(len(point.cost.kl_by_window) == 16 for point in frontier.points)
+    hidden = [alone(run_of(p, p + 1, HIDDEN), LAYERS) for p in range(2 * LAYERS - 1)]
+    assert {8} in [set(meter.store.get(schedule)) for schedule in hidden]  # no mixture had it
+    dense = LAYERS * len(meter.windows.ids)
+    assert frontier.passes == pytest.approx((dense + ran[0]) / dense)
     assert frontier.passes < 40
 
 
@@ -252,7 +232,10 @@ def test_the_frontier_is_measured_whole_and_nothing_on_it_is_beaten(meter: Meter
     for point in points:
         assert point.weight == point.schedule.counts.waited_for
         assert point.predicted == pytest.approx(sum(kl for _, kl in point.parts))
-        assert meter.store.get(point.schedule, 1) == point.cost
+        parts = [part for part, _ in point.parts if not part.dense]
+        weighed = meter.alone(parts, "step", search_windows(4))
+        assert point.predicted == pytest.approx(sum(weighed))
+        assert meter.costs([point.schedule], "step") == [point.cost]
     apart = [abs(p.predicted - p.cost.kl) for p in points[:-1]]
     assert max(apart) > 1e-3  # both numbers are shown because they differ
     blocking = search(meter, waited_for(overlap=False), rounds=3)
@@ -302,29 +285,24 @@ def test_measurements_outlive_an_interruption(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "costs.jsonl"
-    basic, left = 46, [46 + 5]  # segments that are weighed before any mixture, and five of these
+    screened = 33  # before any mixture
+    left, real = [screened + 5], Meter._measure
 
-    def counted(owner: Any, name: str) -> None:
-        real = getattr(owner, name)
+    def measured(*arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*arguments)
 
-        def measured(*arguments: Any) -> Any:
-            left[0] -= 1
-            if left[0] < 0:
-                raise KeyboardInterrupt
-            return real(*arguments)
-
-        monkeypatch.setattr(owner, name, measured)
-
-    counted(Meter, "_measure")
-    counted(Perturbations, "kl")
+    monkeypatch.setattr(Meter, "_measure", measured)
     with pytest.raises(KeyboardInterrupt):
         search(make_meter(source, 4, file, (TEXT,), 24, 4), waited_for(True), rounds=2)
-    assert len(file.read_text().split("\n")) == 1 + basic + 5
-    file.write_text(file.read_text() + '\n["a0! m0!", 1, [0.1')  # a write that was cut short
+    assert len(file.read_text().split("\n")) == 1 + screened + 5
+    file.write_text(file.read_text() + '\n["a0! m0!", [[1, 0.1')  # a write that was cut short
     left[0] = 10_000
     resumed = search(make_meter(source, 4, file, (TEXT,), 24, 4), waited_for(True), rounds=2)
     lines = [line for line in file.read_text().splitlines() if line]
-    assert 10_000 - left[0] == len(lines) - 1 - (basic + 5)
+    assert 10_000 - left[0] == len(lines) - 1 - (screened + 5)
     left[0] = 0  # nothing is measured again, and no model opened
     monkeypatch.setattr(sensitivity, "open_model", None)
     again = search(make_meter(source, 4, file, (TEXT,), 24, 4), waited_for(True), rounds=2)
@@ -490,6 +468,16 @@ def test_other_errors(source: Path, convert: Convert, tmp_path: Path) -> None:
     assert err.startswith("error: ") and "UTF-8" in err
 
 
+def test_outputs_that_are_not_finite_are_an_error(source: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(source, tmp_path / "overflowing")
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"] *= 1e38
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    _, err = plan(path, tmp_path, "--tracks", 4, "--max-syncs", 4, code=2)
+    last = err.strip().splitlines()[-1]
+    assert last.startswith(f"error: {path}: its outputs are not all finite in float32")
+
+
 def test_a_budget_out_of_reach_writes_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -527,11 +515,7 @@ def test_layer_0_is_what_the_trained_model_is_sensitive_in(tmp_path: Path) -> No
     calibration, dev = (tuple(stdlib / n for n in splits[k]) for k in ("calibration", "dev"))
     few = make_meter(FIXTURE / "model", 4, tmp_path / "few", calibration, 128, 2)
     deferred = [run_of(p, p + 2, BLOCKING) for p in (0, 1, 2, 3, 12, 13)]
-    costs = few.costs([alone(segment, 12) for segment in deferred], "sensitivities")
-    weighed = few.alone(deferred, "sensitivities")
-    assert weighed[0] > 0.2 and weighed[1] > 3 * max(weighed[2:])
-    a0, m0, *others = (cost.kl for cost in costs)
-    assert weighed[2:] == pytest.approx(others, rel=0.5)
+    a0, m0, *others = few.alone(deferred, "sensitivities")
     assert a0 > 0.5 and m0 > 3 * max(others) and a0 > 20 * max(others)
     meter = make_meter(FIXTURE / "model", 4, tmp_path / "dev", dev, 256, 24)
     found = meter.costs(map(Schedule.parse, README_LOSSES), "dev")

@@ -2,12 +2,12 @@
 
     python examples/bench/plan_cost.py MODEL --tracks 4 --calibrate FILE... --report FILE...
 
-The thorough search weighs each segment by running the model with it to its end, measures up to 32
-mixtures in each of up to 12 rounds on up to 8 of the windows, and up to 32 points whole, as
-`plan` did once; costs are corrected by wholes as they are today. Both plan on the one text. Prints
-in Markdown what each computed, in forward passes over that text and in seconds, and what the
-schedule that it chose for each number of all-reduces waited for, asked for one by one, costs on the
-other text: KL(source || schedule) and rise of the loss, nats per token, over the same windows.
+The thorough search weighs each segment on as many windows as it searches on, up to 8 of them,
+measures up to 32 mixtures in each of up to 12 rounds, and up to 32 points whole. Both plan on the
+one text. Prints in Markdown what each computed, in forward passes over that text and in seconds,
+and what the schedule that it chose for each number of all-reduces waited for, asked for one by one,
+costs on the other text: KL(source || schedule) and rise of the loss, nats per token, over as many
+windows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -28,20 +27,11 @@ from ptconvert.measure.progress import Progress
 from ptconvert.measure.windows import windows_for
 from ptconvert.plan import planner
 from ptconvert.plan.case import Case
-from ptconvert.plan.segments import Segment, alone
 from ptconvert.plan.sensitivity import Meter, Store
 from ptconvert.schedule.schedule import Schedule
 
-THOROUGH = {"MIXTURES": 32, "POINTS": 32, "SEARCH_EACH": 1}
+THOROUGH = {"MIXTURES": 32, "POINTS": 32, "SEARCH_EACH": 1, "SCREEN_EACH": 1}
 THOROUGH_ROUNDS = 12
-
-
-class ThoroughMeter(Meter):
-    """Weighs a segment by the whole model with it."""
-
-    def alone(self, segments: Iterable[Segment], step: str, every: int = 1) -> list[float]:
-        asked = [alone(segment, self.layers) for segment in segments]
-        return [cost.kl for cost in self.costs(asked, step, every)]
 
 
 def main() -> None:
@@ -51,14 +41,13 @@ def main() -> None:
     parser.add_argument("--only", choices=["plan", "thorough"], help="one of the two")
     given = parser.parse_args()
     with step_progress() as progress, tempfile.TemporaryDirectory() as cache:
-        report = _meter(Meter, given, given.report, Path(cache) / "report", progress)
+        report = _meter(given, given.report, Path(cache) / "report", progress)
         waits = given.waits or [2 * report.layers // part for part in (2, 3, 4, 6, 10, 15)]
         names = [given.only] if given.only else ["thorough", "plan"]
         head = dict[str, tuple[float, float]]()
         cells = dict[tuple[str, int], str]()
         for name in names:
-            kind = ThoroughMeter if name == "thorough" else Meter
-            meter = _meter(kind, given, given.calibrate, Path(cache) / name, progress)
+            meter = _meter(given, given.calibrate, Path(cache) / name, progress)
             for at_most in waits:
                 started = time.monotonic()
                 frontier = _search(meter, name == "thorough", at_most)
@@ -85,13 +74,11 @@ def _cell(report: Meter, schedule: Schedule) -> str:
     return f"KL {cost.kl:.4f}, {cost.loss:+.4f} ({found})"
 
 
-def _meter(
-    kind: type[Meter], given: argparse.Namespace, texts: list[Path], cache: Path, progress: Progress
-) -> Meter:
+def _meter(given: argparse.Namespace, texts: list[Path], cache: Path, progress: Progress) -> Meter:
     checkpoint = open_checkpoint(given.model)
     windows = windows_for(checkpoint, texts, given.window, given.windows)
     case = Case(checkpoint, given.tracks, windows, "float32", "cpu", BatchSize(None, "cpu"))
-    return kind(case, Store(cache / "costs.jsonl"), progress)
+    return Meter(case, Store(cache / "costs.jsonl"), progress)
 
 
 if __name__ == "__main__":

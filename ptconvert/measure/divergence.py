@@ -175,20 +175,20 @@ def measure(
     batch: BatchSize,
     progress: Progress,
     step: str = "converted",
-    every: int = 1,
+    some: slice | list[int] = slice(None),
     stream: torch.Tensor | None = None,
 ) -> Tokens:
-    """Runs a model over the windows (each `every`-th) and compares it with the source, per token.
+    """Runs a model over the windows, or `some` of them, and compares it with the source, per token.
 
     `stream` (N, T, D) takes the place of the embedded tokens, for a model that is to begin at a
     later stage (its `first_stage`). Logits are compared in fp32; the vocabularies are the same.
     """
-    ids, kept = windows.ids[::every], source.hidden[::every]
-    routes = {layer: ids_NTK[::every] for layer, ids_NTK in source.routes.items()}
+    ids, kept = windows.ids[some], source.hidden[some]
+    routes = {layer: ids_NTK[some] for layer, ids_NTK in source.routes.items()}
     head = Head(model)
     results: list[Floats] = []
     others: list[Floats] = []
-    stream = None if stream is None else stream[::every]
+    stream = None if stream is None else stream[some]
     decoder, device = model.get_decoder(), model.device
     step = f"divergence: {step}"
     with watched(decoder, bool(routes)) as chosen:
@@ -316,7 +316,7 @@ def by_block(
 
     Returns the blocks that aren't dense, and on how many windows they were measured.
     """
-    every = _block_step(windows)
+    some = slice(None, None, _block_step(windows))
     converted, schedule = converted_blocks(section), section.schedule
     each = block_windows(windows)
     blocks = []
@@ -327,7 +327,7 @@ def by_block(
         try:
             step = f"windows of {len(converted)} blocks, each alone"
             within = _part(progress, number * each, len(converted) * each)
-            tokens = measure(model, source, windows, batch, within, step, every)
+            tokens = measure(model, source, windows, batch, within, step, some)
         finally:
             model.get_decoder().layers.schedule = schedule
         blocks.append(

@@ -350,14 +350,14 @@ class ScheduledModel(Scheduled):
     def entry(self, **inputs: Any) -> tuple[torch.Tensor, RunSublayer]:
         """The stream (BSD) that enters the first layer for a forward pass' arguments, and what runs
         one sublayer on streams of its shape, for the executor."""
+        first_stage, self.layers.first_stage = self.layers.first_stage, None
         self.layers.hands_over = True
         try:
-            with self._from(None):
-                self(**{"use_cache": False, **inputs})
+            self(**{"use_cache": False, **inputs})
         except _HandedOver as handed_over:
             one_pass = handed_over.one_pass
         finally:
-            self.layers.hands_over = False
+            self.layers.hands_over, self.layers.first_stage = False, first_stage
         assert one_pass.entered is not None
         return one_pass.entered, one_pass.run_sublayer
 
@@ -373,22 +373,6 @@ class ScheduledModel(Scheduled):
     def runner(self, stream_BSD: torch.Tensor, **inputs: Any) -> RunSublayer:
         """What runs one sublayer on streams shaped as `stream_BSD`, for the executor."""
         return self.entry(inputs_embeds=stream_BSD, **inputs)[1]
-
-    def finish(self, stream_BSD: torch.Tensor) -> torch.Tensor:
-        """The last hidden state (BSD), from the stream after the last stage."""
-        with self._from(len(self.layers.schedule.program)):
-            ended = self(inputs_embeds=stream_BSD, use_cache=False)
-        hidden_BSD: torch.Tensor = ended.last_hidden_state
-        return hidden_BSD
-
-    @contextlib.contextmanager
-    def _from(self, stage: int | None) -> Iterator[None]:
-        """Lets forward passes begin at a stage, or with the embedded tokens."""
-        before, self.layers.first_stage = self.layers.first_stage, stage
-        try:
-            yield
-        finally:
-            self.layers.first_stage = before
 
 
 class ScheduledAround(Scheduled):

@@ -1,12 +1,19 @@
-"""The plan: segments are weighed, mixtures searched for, and the best measured whole."""
+"""The plan: segments are weighed, mixtures searched for, and the best measured whole.
+
+Every cost is the whole model's with a schedule, from the layer at which it departs from the dense
+one to the end. What keeps that cheap is on how few windows: segments are screened on a few, and
+those that good mixtures are made of weighed on more, as these mixtures are; all windows are for the
+frontier. A window is measured once, so that more windows cost only those that are new.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -21,12 +28,14 @@ from ptconvert.schedule.stages import Sublayer
 T = TypeVar("T")
 
 # Of the windows given, what the search is on: eight at most, and of fewer than 32 a quarter, but
-# four at least. The frontier is measured on all.
+# four at least. Of these, what segments are screened on: a sixteenth of all, but one at least. The
+# frontier is measured on all.
 SEARCH_WINDOWS = 8
 SEARCH_EACH = 4
+SCREEN_EACH = 16
 ROUNDS = 3
 MIXTURES = 20  # that a round measures whole, at most
-POINTS = 16  # of the frontier that are measured, where it has more
+POINTS = 12  # of the frontier that are measured, where it has more
 
 
 @dataclass(frozen=True)
@@ -156,12 +165,12 @@ def search(
     """Finds the frontier of an objective against KL.
 
     Each round searches the cheapest mixtures at the prices known, weighs each segment in them that
-    was only guessed, then measures the mixtures whole, and corrects the prices; until it proposes
-    nothing new. All on a few windows; the best are then measured on all of them, and those that
-    another one beats in both respects are dropped. `target` is a weight, and `max_loss` a rise of
-    the loss, not to leave out. Where `seconds` are given, no further round begins when half of them
-    are over, and of the frontier what was asked for and its ends are measured, and more while there
-    is time.
+    was only guessed or screened, then measures the mixtures whole, and corrects the prices; until
+    it proposes nothing new. All on a few windows; the best are then measured on all of them, and
+    those that another one beats in both respects are dropped. `target` is a weight, and `max_loss`
+    a rise of the loss, not to leave out. Where `seconds` are given, no further round begins when
+    half of them are over, and of the frontier what was asked for and its ends are measured, and
+    more while there is time.
     """
 
     def within(schedule: Schedule) -> bool:
@@ -171,17 +180,29 @@ def search(
         return within(together(mixture.segments))
 
     wanted, started = None if target is None else fits, time.monotonic()
-    windows = len(meter.windows.ids)
-    every = searched_each(windows)
+    count = len(meter.windows.ids)
+    screening, searching = screening_windows(count), search_windows(count)
     longest = len(meter.dense.stages)
     segments = tuple(menu(meter.layers, objective.singles, objective.runs, longest, meter.parallel))
     meter.progress("weighing segments", 0, None)
     choices, prices = Choices(segments, objective.segment), Prices(segments)
+    screened, weighed = dict[Segment, float](), dict[Segment, float]()
+    known_on = {screening: screened, searching: weighed}  # where both are the same, only weighed
 
-    def learn(some: Sequence[Segment], step: str) -> None:
-        prices.learn(dict(zip(some, meter.alone(some, step, every), strict=True)))
+    def learn(some: Sequence[Segment], step: str, windows: range) -> None:
+        known_on[windows].update(zip(some, meter.alone(some, step, windows), strict=True))
+        prices.learn(as_weighed(screened, weighed))
 
-    learn([s for s in segments if is_basic(s)], "sensitivities")
+    def weigh(used: Sequence[Segment], step: str) -> bool:
+        """Learns more of the segments that are used, screening before weighing; whether there was
+        more to learn."""
+        for windows, known in known_on.items():
+            if unknown := [segment for segment in used if segment not in known]:
+                learn(unknown, step, windows)
+                return True
+        return False
+
+    learn([s for s in segments if is_basic(s)], "sensitivities", screening)
     tried: dict[Schedule, tuple[Mixture, Cost]] = {}
     for number in range(1, rounds + 1):
         if tried and seconds is not None and time.monotonic() - started > seconds / 2:
@@ -190,13 +211,13 @@ def search(
         meter.progress(f"{step}: searching", 0, None)
         # other weights in each round, where there are more than it measures
         shift = (number - 1) / rounds
-        weigh = functools.partial(learn, step=f"{step}: longer runs")
-        found = _priced(choices, prices, weigh, wanted, shift)
+        weigh_parts = functools.partial(weigh, step=f"{step}: parts")
+        found = _priced(choices, prices, weigh_parts, wanted, shift)
         new = {together(m.segments): m for m in found}
         new = {s: m for s, m in new.items() if s not in tried}
         if not new:
             break
-        costs = meter.costs(new, f"{step}: mixtures", every)
+        costs = meter.costs(new, f"{step}: mixtures", searching)
         for (schedule, mixture), cost in zip(new.items(), costs, strict=True):
             tried[schedule] = mixture, cost
         prices.correct([(mixture.segments, cost.kl) for mixture, cost in tried.values()])
@@ -222,37 +243,53 @@ def search(
         tuple(_sensitivities(meter.dense, meter.parallel, prices)),
         len(prices.measured),
         len(tried),
-        len(range(0, windows, every)),
+        len(searching),
         meter.passes,
     )
 
 
-def searched_each(windows: int) -> int:
-    """The search is on each such window of so many."""
-    return max(math.ceil(windows / SEARCH_WINDOWS), min(SEARCH_EACH, windows // 4))
+def search_windows(windows: int) -> range:
+    """Those of so many windows that the search is on."""
+    each = max(math.ceil(windows / SEARCH_WINDOWS), min(SEARCH_EACH, windows // 4))
+    return range(0, windows, each)
+
+
+def screening_windows(windows: int) -> range:
+    """Those of the search's windows that all segments are screened on: not the first, where more
+    than one text would have begun."""
+    searching = search_windows(windows)
+    each = math.ceil(SCREEN_EACH / searching.step)
+    return searching[min(each, len(searching)) // 2 :: each]
+
+
+def as_weighed(
+    screened: Mapping[Segment, float], weighed: Mapping[Segment, float]
+) -> dict[Segment, float]:
+    """What segments cost on the windows on which some were weighed. Of those that were only
+    screened it is what they cost there, times the median of what others cost more."""
+    more = [weighed[s] / kl for s, kl in screened.items() if s in weighed and kl > 0]
+    factor = statistics.median(more) if more else 1.0
+    return {s: factor * kl for s, kl in screened.items()} | dict(weighed)
 
 
 def is_basic(segment: Segment) -> bool:
-    """What is weighed before any search: all but the dense stages and the longer runs."""
+    """What is screened before any search: all but the dense stages and the longer runs."""
     return not segment.dense and (segment.beside or segment.length <= 2)
 
 
 def _priced(
     choices: Choices,
     prices: Prices,
-    learn: Callable[[Sequence[Segment]], None],
+    weigh: Callable[[Sequence[Segment]], bool],
     wanted: Callable[[Mixture], bool] | None,
     shift: float,
 ) -> list[Mixture]:
-    """The cheapest mixtures, no segment of which is only guessed; not all where they are many."""
+    """The cheapest mixtures, of segments of which nothing is left to learn; not all where they are
+    many."""
     while True:
-        mixtures = choices.cheapest(prices.costs)
-        found = _thinned(mixtures, wanted, MIXTURES, shift)
-        used = dict.fromkeys(s for m in found for s in m.segments if not s.dense)
-        unknown = [s for s in used if s not in prices.measured]
-        if not unknown:
+        found = _thinned(choices.cheapest(prices.costs), wanted, MIXTURES, shift)
+        if not weigh(list(dict.fromkeys(s for m in found for s in m.segments if not s.dense))):
             return found
-        learn(unknown)
 
 
 def undominated(items: Iterable[T], values: Callable[[T], tuple[float, float]]) -> list[T]:

@@ -68,7 +68,7 @@ def to_spec(planned: Planned) -> str:
         f"Measured on {few(planned.texts)} ({planned.windows} windows of {planned.length} "
         "tokens), before any",
         f"training: KL {number(p.cost.kl)}, loss {signed(p.cost.loss)} nats per token.",
-        "The figure at each range is the sum of what its parts cost by themselves, to second order",
+        "The figure at each range is the sum of what its parts cost by themselves",
         "in nats of KL.",
     ]
     alone = _by_layer(planned)
@@ -196,9 +196,9 @@ def _title(planned: Planned) -> str:
 def _explained(planned: Planned) -> str:
     f = planned.frontier
     return (
-        "→ chosen; predicted: the sum of what the parts cost by themselves, to second order; KL "
-        f"and loss: the whole schedule, measured. {f.weighed_alone} parts and {f.measured_whole} "
-        f"whole schedules were tried on {f.search_windows} windows; this time "
+        "→ chosen; predicted: the sum of what the parts cost by themselves; KL and loss: "
+        f"the whole schedule, measured. {f.weighed_alone} parts and {f.measured_whole} "
+        f"whole schedules were tried on {f.search_windows} windows or fewer; this time "
         f"{f.passes:.0f} forward passes over the text."
     )
 

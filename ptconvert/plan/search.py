@@ -22,6 +22,7 @@ from ptconvert.schedule.endings import BLOCKING
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+MOST_GUESSED = 1e6  # nats: a guess is a multiple of shorter ones, which are multiples of others
 COMMON = 1.0  # the variance of the factor common to all segments
 OWN = 0.5  # the variance of a segment's own correction, as a share of its cost squared
 
@@ -151,14 +152,15 @@ class Prices:
         self._measured_S = np.full(size, np.nan)
         self._alone_S, self._sum_S, self._corrections_S = np.zeros((3, size))
         self._common = 1.0
-        self._ratios: list[float] = []
+        self._ratios: dict[Segment, float] = {}
 
     def learn(self, measured: Mapping[Segment, float]) -> None:
-        """Takes in what segments cost by themselves."""
+        """Takes in what segments cost by themselves, in place of what was known of them."""
         indices = np.array([self._index[segment] for segment in measured], dtype=np.int64)
         values, sums = np.array(list(measured.values())), self._sum_S[indices]
-        self._ratios += (values[sums > 0] / sums[sums > 0]).tolist()
-        more = float(np.quantile(self._ratios, 0.1)) if self._ratios else 1.0
+        runs = zip(measured, values.tolist(), sums.tolist(), strict=True)
+        self._ratios |= {segment: value / total for segment, value, total in runs if total > 0}
+        more = float(np.quantile(list(self._ratios.values()), 0.1)) if self._ratios else 1.0
         self.measured.update(measured)
         self._measured_S[indices] = values
         known_S = ~np.isnan(self._measured_S)
@@ -166,7 +168,7 @@ class Prices:
         for here, *parts in self._runs:  # the shorter ones first, of which the longer are made
             head, tail, middle = (self._alone_S[part] for part in parts)
             self._sum_S[here] = np.maximum(np.maximum(head, tail), head + tail - middle)
-            guess = more * self._sum_S[here]
+            guess = np.minimum(more * self._sum_S[here], MOST_GUESSED)
             self._alone_S[here] = np.where(known_S[here], self._alone_S[here], guess)
 
     @property

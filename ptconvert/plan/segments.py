@@ -8,7 +8,6 @@ layers where they are parallel, attention and MLP side by side.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -50,11 +49,6 @@ class Segment(NamedTuple):
     def layer(self) -> int:
         """The layer in which it begins."""
         return self.start // per_layer(self.parallel)
-
-    @property
-    def merged(self) -> int:
-        """The layer before which all of it is merged, or the end of the model."""
-        return math.ceil((self.stop + self.ending.lag) / per_layer(self.parallel))
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -3,7 +3,6 @@
 The source runs once; the residual stream that enters each of its layers is kept. A schedule whose
 first stages are the dense model's then runs from the layer at which it departs from it, on the
 kept stream. All layers are held as tracks in one temporary conversion, which can run any schedule.
-What a segment costs by itself is told by what it does where it stands (see perturbation.py).
 Shapes: N windows, T tokens in each, D residual stream width.
 """
 
@@ -13,21 +12,24 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import mean
 from typing import Any
+
+import numpy as np
 
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.convert.transform import Plan, execute, plan_conversion
+from ptconvert.errors import EvaluationError
 from ptconvert.measure import divergence
 from ptconvert.measure.cache import named_by
 from ptconvert.measure.divergence import Reference
 from ptconvert.measure.opening import open_model
 from ptconvert.measure.progress import Progress
 from ptconvert.plan.case import Case
-from ptconvert.plan.perturbation import Perturbations
 from ptconvert.plan.segments import Segment, alone
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import parse_spec
@@ -37,65 +39,57 @@ STREAM_BYTES = 4 << 30  # of memory for the kept streams; where it is too little
 
 @dataclass(frozen=True)
 class Cost:
-    """A schedule on N windows: each window's KL(source || schedule) and rise of the loss, both in
+    """A schedule on some windows, of each: KL(source || schedule) and the rise of the loss, both in
     nats per token, and the share of tokens on which the first choice stays the same."""
 
     kl_by_window: tuple[float, ...]
     loss_by_window: tuple[float, ...]
-    agreement: float
+    agreement_by_window: tuple[float, ...]
 
     @property
     def kl(self) -> float:
         """The mean over windows."""
-        return sum(self.kl_by_window) / len(self.kl_by_window)
+        return mean(self.kl_by_window)
 
     @property
     def loss(self) -> float:
         """The mean over windows."""
-        return sum(self.loss_by_window) / len(self.loss_by_window)
+        return mean(self.loss_by_window)
+
+    @property
+    def agreement(self) -> float:
+        """The mean over windows."""
+        return mean(self.agreement_by_window)
+
+
+OfWindow = tuple[float, float, float]  # a window's part of the fields of a cost
 
 
 class Store:
-    """Costs by schedule, and of segments by themselves, in a file of JSON lines, written as they
-    come.
+    """Costs by schedule and window, in a file of JSON lines, written as they come.
 
     A line that was cut short, as by a kill, is measured again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._costs: dict[tuple[str, int], Cost] = {}
-        self._alone: dict[tuple[str, int], float] = {}
+        self._costs: dict[str, dict[int, OfWindow]] = {}
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             try:
-                what, every, kl, *more = json.loads(line)
-                if more:
-                    loss, agreement = more
-                    self._costs[what, every] = Cost(tuple(kl), tuple(loss), agreement)
-                else:
-                    self._alone[what, every] = float(kl)
+                schedule, of_windows = json.loads(line)
+                for window, kl, loss, agreement in of_windows:
+                    self._costs.setdefault(schedule, {})[window] = kl, loss, agreement
             except (ValueError, TypeError):
                 continue
 
-    def get(self, schedule: Schedule, every: int) -> Cost | None:
-        """The cost on each `every`-th window, if known."""
-        return self._costs.get((str(schedule), every))
+    def get(self, schedule: Schedule) -> Mapping[int, OfWindow]:
+        """By window, as far as is known."""
+        return self._costs.get(str(schedule), {})
 
-    def put(self, schedule: Schedule, every: int, cost: Cost) -> None:
-        """Keeps a cost, on disk too."""
-        self._costs[str(schedule), every] = cost
-        self._write(str(schedule), every, cost.kl_by_window, cost.loss_by_window, cost.agreement)
-
-    def get_alone(self, schedule: Schedule, every: int) -> float | None:
-        """The KL, to second order, of a dense schedule with one segment, if known."""
-        return self._alone.get((str(schedule), every))
-
-    def put_alone(self, schedule: Schedule, every: int, kl: float) -> None:
-        """Keeps such a KL, on disk too."""
-        self._alone[str(schedule), every] = kl
-        self._write(str(schedule), every, kl)
-
-    def _write(self, *entry: object) -> None:
+    def put(self, schedule: Schedule, costs: Mapping[int, OfWindow]) -> None:
+        """Keeps the costs on some windows, on disk too."""
+        self._costs.setdefault(str(schedule), {}).update(costs)
+        entry = str(schedule), [(window, *cost) for window, cost in costs.items()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(entry))  # a line of its own, even after one cut short
@@ -122,60 +116,48 @@ class Meter:
         self.store, self.progress = store, progress
         self.layers, self.dense = case.shape.layers, case.shape.dense
         self.parallel = case.shape.family.parallel
-        self._perturbed: dict[int, Perturbations] = {}
         self._layers_run = 0
 
-    def costs(self, schedules: Iterable[Schedule], step: str, every: int = 1) -> list[Cost]:
-        """The cost of each schedule, on each `every`-th window. Raises EvaluationError."""
-        return list(self.each(schedules, step, every))
+    def costs(
+        self, schedules: Iterable[Schedule], step: str, windows: Sequence[int] | None = None
+    ) -> list[Cost]:
+        """The cost of each schedule on some windows, or on all. Raises EvaluationError."""
+        return list(self.each(schedules, step, windows))
 
-    def each(self, schedules: Iterable[Schedule], step: str, every: int = 1) -> Iterator[Cost]:
-        """The same, one after the other, each measured when it is asked for."""
+    def each(
+        self, schedules: Iterable[Schedule], step: str, windows: Sequence[int] | None = None
+    ) -> Iterator[Cost]:
+        """The same, one after the other, each measured when it is asked for, on those of the
+        windows on which it wasn't before."""
         asked = list(schedules)
+        wanted = range(len(self.windows.ids)) if windows is None else windows
         for done, schedule in enumerate(asked):
-            cost = self.store.get(schedule, every)
-            if cost is None:
+            known = self.store.get(schedule)
+            if unknown := [w for w in wanted if w not in known]:
                 self.progress(step, done, len(asked))
-                cost = self._measure(schedule, every)
-                self.store.put(schedule, every, cost)
-            yield cost
+                self.store.put(schedule, self._measure(schedule, unknown))
+                known = self.store.get(schedule)
+            yield Cost(*zip(*(known[w] for w in wanted), strict=True))
 
-    def alone(self, segments: Iterable[Segment], step: str, every: int = 1) -> list[float]:
-        """The KL of each segment by itself, all else as in the dense model, to second order, on
-        each `every`-th window; nats per token. Raises EvaluationError."""
-        found, asked = [], list(segments)
-        for done, segment in enumerate(asked):
-            schedule = alone(segment, self.layers)  # of several segments the same
-            kl = self.store.get_alone(schedule, every)
-            if kl is None:
-                self.progress(step, done, len(asked))
-                kl = self._perturbations(every).kl(segment)
-                self.store.put_alone(schedule, every, kl)
-            found.append(kl)
-        return found
+    def alone(
+        self, segments: Iterable[Segment], step: str, windows: Sequence[int] | None = None
+    ) -> list[float]:
+        """The KL of each segment by itself, all else as in the dense model, on some windows, or on
+        all; nats per token. Raises EvaluationError."""
+        schedules = [alone(segment, self.layers) for segment in segments]
+        return [cost.kl for cost in self.costs(schedules, step, windows)]
 
     @property
     def passes(self) -> float:
         """What was computed, in forward passes of the dense model over all windows."""
         if "_opened" not in vars(self):
             return 0.0
-        more = sum(p.layers_run for p in self._perturbed.values())
-        return 1 + (self._layers_run + more) / (self.layers * len(self.windows.ids))
+        return 1 + self._layers_run / (self.layers * len(self.windows.ids))
 
-    def _perturbations(self, every: int) -> Perturbations:
-        if every not in self._perturbed:
-            reference, model = self._opened
-            streams = {layer: stream[::every] for layer, stream in reference.streams.items()}
-            spacing = gradient_spacing(self.layers, streams[0].nbytes)
-            self._perturbed[every] = Perturbations(
-                model, self.dense, streams, spacing, self.batch, self.progress
-            )
-        return self._perturbed[every]
-
-    def _measure(self, schedule: Schedule, every: int) -> Cost:
+    def _measure(self, schedule: Schedule, windows: list[int]) -> dict[int, OfWindow]:
         reference, model = self._opened
         layer = self._departs(schedule)
-        self._layers_run += (self.layers - layer) * len(self.windows.ids[::every])
+        self._layers_run += (self.layers - layer) * len(windows)
         layers = model.get_decoder().layers
         layers.schedule, layers.first_stage = schedule, self.dense.ran.index(2 * layer)
         tokens = divergence.measure(
@@ -184,15 +166,21 @@ class Meter:
             self.windows,
             self.batch,
             _quiet,
-            every=every,
+            some=windows,
             stream=reference.streams[layer],
         )
+        kl_N = tokens.kl.mean(axis=1).clip(min=0)  # below it by rounding only
         loss_N = (tokens.converted_loss - tokens.source_loss).mean(axis=1)
-        return Cost(
-            tuple(map(float, tokens.kl.mean(axis=1).clip(min=0))),  # below it by rounding only
-            tuple(map(float, loss_N)),
-            float(tokens.agree.mean()),
-        )
+        of_window = kl_N, loss_N, tokens.agree.mean(axis=1)
+        if not np.isfinite(kl_N).all():
+            whose = "its" if not np.isfinite(tokens.source_loss).all() else "a converted model's"
+            raise EvaluationError(
+                f"{self.source.path}: {whose} outputs are not "
+                f"all finite in {self.dtype}, and can't be compared"
+                + ("" if self.dtype == "float32" else "; try --dtype float32")
+            )
+        by_window = zip(*(values_N.tolist() for values_N in of_window), strict=True)
+        return dict(zip(windows, by_window, strict=True))
 
     def _departs(self, schedule: Schedule) -> int:
         """The last kept layer before which the schedule is the dense one's."""
@@ -226,8 +214,7 @@ class Meter:
         with tempfile.TemporaryDirectory(prefix="tracks-", dir=self.store.path.parent) as directory:
             converted = Path(directory) / "model"
             execute(plan, converted)
-            model = open_model(open_checkpoint(converted), self.dtype, self.device)
-            return model.requires_grad_(False)
+            return open_model(open_checkpoint(converted), self.dtype, self.device)
 
 
 def all_as_tracks(source: Checkpoint, tracks: int) -> Plan:
@@ -244,11 +231,6 @@ def all_as_tracks(source: Checkpoint, tracks: int) -> Plan:
 def kept_layers(layers: int, stream_bytes: int) -> range:
     """The layers whose streams are kept: all, or every so many where memory is short."""
     return range(0, layers, math.ceil(layers * stream_bytes / STREAM_BYTES))
-
-
-def gradient_spacing(layers: int, stream_bytes: int) -> int:
-    """Before each how many layers there is a gradient, which is as long as a stream."""
-    return math.ceil(2 * stream_bytes * (layers + 1) / STREAM_BYTES)
 
 
 def _quiet(*_: object) -> None:
