@@ -251,7 +251,7 @@ def test_prices_are_those_of_the_literal_guess(layers: int) -> None:
         new = {s: rng.random() for s in rng.sample(longer, min(3, len(longer)))}
         fresh = {s: c for s, c in measured.items() if s not in new}
         guesses = {s: literal_guess(fresh, more, s) / more for s in new}
-        ratios |= {s: cost / guesses[s] for s, cost in new.items() if guesses[s] > 0}
+        ratios = {s: cost / guesses[s] for s, cost in new.items() if guesses[s] > 0} | ratios
         prices.learn(new)
         measured |= new
 

@@ -138,10 +138,11 @@ class Prices:
     """What segments cost: measured by themselves, guessed until then, and corrected by wholes.
 
     The guess for a run that wasn't measured is what it would cost if the costs of the run without
-    its first and without its last sublayer added up, times what runs measured so far cost more
-    than that (the lowest tenth, so that a guess is too low rather than too high). A search that
-    trusts a guess proposes the run, and it gets measured; runs that no search proposes never cost
-    a measurement. Those of all S segments are kept as arrays, and made again when more is known.
+    its first and without its last sublayer added up, times what runs cost more than that when they
+    were first measured (the lowest tenth, so that a guess is too low rather than too high), and
+    MOST_GUESSED at most. A search that trusts a guess proposes the run, and it gets measured; runs
+    that no search proposes never cost a measurement. A measurement may come again, on more windows.
+    Those of all S segments are kept as arrays, and made again when more is known.
     """
 
     def __init__(self, segments: Sequence[Segment]) -> None:
@@ -159,7 +160,8 @@ class Prices:
         indices = np.array([self._index[segment] for segment in measured], dtype=np.int64)
         values, sums = np.array(list(measured.values())), self._sum_S[indices]
         runs = zip(measured, values.tolist(), sums.tolist(), strict=True)
-        self._ratios |= {segment: value / total for segment, value, total in runs if total > 0}
+        new = {segment: value / total for segment, value, total in runs if total > 0}
+        self._ratios = new | self._ratios  # of what was only guessed until now
         more = float(np.quantile(list(self._ratios.values()), 0.1)) if self._ratios else 1.0
         self.measured.update(measured)
         self._measured_S[indices] = values
