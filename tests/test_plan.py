@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import random
 import re
 import shutil
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import FIXTURE, LAYERS, Convert, MakeDense, byte_level
 from safetensors.torch import load_file, save_file
@@ -217,6 +219,25 @@ def test_passes_are_what_ran_and_few(
     dense = LAYERS * len(meter.windows.ids)
     assert frontier.passes == pytest.approx((dense + ran[0]) / dense)
     assert frontier.passes < 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "most"), [(30, 40), (80, 60)])
+def test_passes_at_the_depth_of_real_models(
+    layers: int, most: int, make_dense: MakeDense, tmp_path: Path
+) -> None:
+    """Sublayers write more and less there, so that mixtures differ in what they are made of."""
+    path = shutil.copytree(make_dense("llama", num_hidden_layers=layers), tmp_path / "deep")
+    tensors, rng = load_file(path / "model.safetensors"), random.Random(0)
+    for name in sorted(tensors):
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensors[name] *= 0.5 + rng.random()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    ids = torch.randint(0, 64, (16, 25), generator=torch.Generator().manual_seed(0))
+    windows, batch = Windows(ids, 24, 16 * 24), BatchSize(16, "cpu")
+    case = Case(open_checkpoint(path), 4, windows, "float32", "cpu", batch)
+    frontier = search(Meter(case, Store(tmp_path / "costs.jsonl"), quiet), waited_for(True))
+    assert len(frontier.points) > 6 and most / 2 < frontier.passes <= most
 
 
 # The frontier
