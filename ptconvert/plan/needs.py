@@ -63,14 +63,10 @@ def plan_needs(
     }
     screened, searched = (len(of(count)) / count for of in (screening_windows, search_windows))
     parts = [begin for begin in share for _ in range(len(shape.dense.stages) // shape.layers)]
-    weighing, compared = (
-        sum(
-            on * sum(map(of, some))
-            for on, some in ((screened, begins), (searched - screened, parts))
-        )
-        for of in (share.__getitem__, lambda _: 1)  # of the layers, and of the heads
-    )
-    weighing_seconds = weighing * layers_seconds + compared * heads_seconds
+    runs = [*((screened, b) for b in begins), *((searched - screened, b) for b in parts)]
+    weighing = sum(on * share[begin] for on, begin in runs)
+    heads = sum(on for on, _ in runs)  # which every run has, wherever it begins
+    weighing_seconds = weighing * layers_seconds + heads * heads_seconds
     measuring = searched * (rounds or ROUNDS) * MIXTURES + (1 - searched) * POINTS
     whole_seconds = layers_seconds + heads_seconds
     if minutes is not None:

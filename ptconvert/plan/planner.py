@@ -255,8 +255,8 @@ def search_windows(windows: int) -> range:
 
 
 def screening_windows(windows: int) -> range:
-    """Those of the search's windows that all segments are screened on: not the first, where more
-    than one text would have begun."""
+    """Those of the search's windows that all segments are screened on; a single one is from the
+    middle, as texts follow one another."""
     searching = search_windows(windows)
     each = math.ceil(SCREEN_EACH / searching.step)
     return searching[min(each, len(searching)) // 2 :: each]
