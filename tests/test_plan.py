@@ -80,6 +80,17 @@ def make_meter(
     return Meter(case, Store(file), quiet)
 
 
+def tell_windows(monkeypatch: pytest.MonkeyPatch, tell: Callable[[list[int]], None]) -> None:
+    """Tells on which windows a schedule is about to be measured, each time."""
+    real = Meter._measure
+
+    def measured(meter: Meter, schedule: Schedule, windows: list[int]) -> Any:
+        tell(windows)
+        return real(meter, schedule, windows)
+
+    monkeypatch.setattr(Meter, "_measure", measured)
+
+
 def test_what_runs_is_what_is_said(
     source: Path, meter: Meter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,13 +176,8 @@ def test_a_window_is_measured_once(
     """On more windows only those are run that are new; and the cost is that of all at once."""
     schedule = Schedule.parse(str(dense_schedule(LAYERS)).replace("a1!", "a1."))
     (whole,) = make_meter(source, 4, tmp_path / "whole", (TEXT,), 24, 4).costs([schedule], "step")
-    ran, real = list[list[int]](), Meter._measure
-
-    def recorded(meter: Meter, schedule: Schedule, windows: list[int]) -> Any:
-        ran.append(windows)
-        return real(meter, schedule, windows)
-
-    monkeypatch.setattr(Meter, "_measure", recorded)
+    ran = list[list[int]]()
+    tell_windows(monkeypatch, ran.append)
     for windows in ([2], range(0, 4, 2), None, [3, 1]):
         (cost,) = meter.costs([schedule], "step", windows)
         for name in ("kl_by_window", "loss_by_window", "agreement_by_window"):
@@ -200,15 +206,9 @@ def test_passes_are_what_ran_and_few(
         layer.tracks["0"].mlp.register_forward_hook(
             lambda _, given, __: ran.__setitem__(0, ran[0] + len(given[0]))
         )
-    windows, real = dict[str, set[int]](), Meter._measure
-    steps = list[str]()
+    windows, steps = dict[str, set[int]](), list[str]()
     meter.progress = lambda step, *_: steps.append(step)
-
-    def recorded(meter: Meter, schedule: Schedule, some: list[int]) -> Any:
-        windows.setdefault(steps[-1], set()).update(some)
-        return real(meter, schedule, some)
-
-    monkeypatch.setattr(Meter, "_measure", recorded)
+    tell_windows(monkeypatch, lambda some: windows.setdefault(steps[-1], set()).update(some))
     frontier = search(meter, waited_for(overlap=True))
     assert windows["sensitivities"] == {8} and windows["round 1: mixtures"] == {0, 4, 8, 12}
     assert windows["round 1: parts"] == {0, 4, 8, 12}
@@ -307,15 +307,14 @@ def test_measurements_outlive_an_interruption(
 ) -> None:
     file = tmp_path / "costs.jsonl"
     screened = 33  # before any mixture
-    left, real = [screened + 5], Meter._measure
+    left = [screened + 5]
 
-    def measured(*arguments: Any) -> Any:
+    def count_down(_: list[int]) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        return real(*arguments)
 
-    monkeypatch.setattr(Meter, "_measure", measured)
+    tell_windows(monkeypatch, count_down)
     with pytest.raises(KeyboardInterrupt):
         search(make_meter(source, 4, file, (TEXT,), 24, 4), waited_for(True), rounds=2)
     assert len(file.read_text().split("\n")) == 1 + screened + 5

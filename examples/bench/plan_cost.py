@@ -1,4 +1,4 @@
-"""What planning costs and finds: `plan` against a search that measures everything.
+"""What planning costs and finds: `plan` against a thorough search.
 
     python examples/bench/plan_cost.py MODEL --tracks 4 --calibrate FILE... --report FILE...
 

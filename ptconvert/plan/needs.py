@@ -24,7 +24,7 @@ from ptconvert.plan.planner import (
     search_windows,
 )
 from ptconvert.plan.segments import alone, menu
-from ptconvert.plan.sensitivity import all_as_tracks, kept_layers
+from ptconvert.plan.sensitivity import all_as_tracks, kept_layers, last_kept
 from ptconvert.runtime.load import opened
 
 _LOGITS = 5  # copies in fp32 of LOGITS_AT_ONCE numbers, while two predictions are compared
@@ -57,10 +57,7 @@ def plan_needs(
     every_one = menu(shape.layers, objective.singles, objective.runs, 2, shape.family.parallel)
     # of several segments the same, and each from the kept layer before it to the end
     begins = {alone(s, shape.layers): s.layer for s in every_one if is_basic(s)}.values()
-    share = {
-        begin: 1 - max(layer for layer in kept if layer <= begin) / shape.layers
-        for begin in range(shape.layers)
-    }
+    share = {b: 1 - last_kept(kept, b) / shape.layers for b in range(shape.layers)}
     screened, searched = (len(of(count)) / count for of in (screening_windows, search_windows))
     parts = [begin for begin in share for _ in range(len(shape.dense.stages) // shape.layers)]
     runs = [*((screened, b) for b in begins), *((searched - screened, b) for b in parts)]

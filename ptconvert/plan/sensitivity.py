@@ -175,9 +175,8 @@ class Meter:
         if not np.isfinite(kl_N).all():
             whose = "its" if not np.isfinite(tokens.source_loss).all() else "a converted model's"
             raise EvaluationError(
-                f"{self.source.path}: {whose} outputs are not "
-                f"all finite in {self.dtype}, and can't be compared"
-                + ("" if self.dtype == "float32" else "; try --dtype float32")
+                f"{self.source.path}: {whose} outputs are not all finite in {self.dtype}, and "
+                "can't be compared" + ("" if self.dtype == "float32" else "; try --dtype float32")
             )
         by_window = zip(*(values_N.tolist() for values_N in of_window), strict=True)
         return dict(zip(windows, by_window, strict=True))
@@ -187,7 +186,7 @@ class Meter:
         pairs = zip(schedule.stages, self.dense.stages, strict=False)
         last = len(self.dense.stages) - 1
         same = self.dense.ran[next((i for i, (a, b) in enumerate(pairs) if a != b), last)]
-        return max(layer for layer in self._kept if 2 * layer <= same)
+        return last_kept(self._kept, same // 2)
 
     @cached_property
     def _kept(self) -> range:
@@ -231,6 +230,11 @@ def all_as_tracks(source: Checkpoint, tracks: int) -> Plan:
 def kept_layers(layers: int, stream_bytes: int) -> range:
     """The layers whose streams are kept: all, or every so many where memory is short."""
     return range(0, layers, math.ceil(layers * stream_bytes / STREAM_BYTES))
+
+
+def last_kept(kept: range, layer: int) -> int:
+    """The last of the kept layers that isn't after this one."""
+    return layer - layer % kept.step
 
 
 def _quiet(*_: object) -> None:
