@@ -21,7 +21,7 @@ from ptconvert.checkpoint.section import Section
 from ptconvert.errors import CheckpointError, ConfigError
 from ptconvert.modeling.executor import PerTrack, Streams, Update, add_per_track, run_program
 from ptconvert.modeling.layers import guess_modules, multiplied
-from ptconvert.models.families import FAMILIES, FULL, SLIDING, Family, common_name, guesses_of
+from ptconvert.models.families import FAMILIES, FULL, SLIDING, E, Family, common_name, guesses_of
 from ptconvert.models.shape import HEAD, ModelShape
 from ptconvert.schedule.lower import Step
 from ptconvert.schedule.stages import BLOCKS, Kind
@@ -437,8 +437,9 @@ def _check_complete(
     kept = {module for module, _, last in (n.rpartition(".") for n in names) if last != "bias"}
     for index in range(shape.layers):
         parts = [f"tracks.{t}." for t in local_tracks] if index in tracked else [""]
-        cut = (rule for rule in shape.rules_of(index) if rule.is_cut and not rule.is_of_experts)
-        for name in (rule.name.removesuffix(".weight") for rule in cut):
+        rules = (rule for rule in shape.rules_of(index) if E not in rule.segments(0))
+        linear = (rule for rule in rules if rule.is_cut or len(rule.axes) > 1)
+        for name in (rule.name.removesuffix(".weight") for rule in linear):
             for where in (f"model.layers.{index}.{part}{name}" for part in parts):
                 if where not in names and where not in kept:
                     raise CheckpointError(f"{where} is missing")
