@@ -92,6 +92,14 @@ def test_what_comes_along_is_registered() -> None:
             "attn_logit_softcapping 50.0: SGLang's attention on CPUs (torch_native) leaves it out",
         ),
         ("cohere", {}, {}, "attention_bias True: SGLang's layers for it have no biases"),
+        ("deepseek_v3", {}, {}, "attention_bias True: SGLang's layers for it have no biases"),
+        ("deepseek_v3", {"rms_norm_eps": 1e-5}, {}, "rms_norm_eps 1e-05: SGLang's layers for it"),
+        ("deepseek_v3", {"rope_interleave": False}, {}, "rope_interleave False: SGLang's layers"),
+        ("deepseek_v3", {}, {}, "rope_type default: SGLang's attention for it turns positions by"),
+        (
+            *("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, {}),
+            "quantization_config: attention to latents (MLA) was not tried with it in SGLang",
+        ),
         (
             *("llama", {"rope_parameters": DYNAMIC}, {}),
             "rope_type dynamic: SGLang turns all positions as at the longest length",
@@ -416,20 +424,22 @@ def test_a_ranks_tensors_are_its_own_tracks_and_what_is_shared(make_dense: MakeD
 
 
 @pytest.mark.parametrize(
-    "left_out",
+    ("family", "left_out"),
     [
-        "model.layers.0.self_attn.k_proj.weight",
-        "model.layers.3.tracks.1.self_attn.v_proj.bias",
-        "model.layers.3.tracks.1.mlp.shared_experts.up_proj.weight",
-        "model.layers.3.tracks.1.mlp.experts.2.up_proj.weight",
-        "model.layers.4.tracks.0.mlp.experts.3.down_proj.weight",
+        ("glm4_moe", "model.layers.0.self_attn.k_proj.weight"),
+        ("glm4_moe", "model.layers.3.tracks.1.self_attn.v_proj.bias"),
+        ("glm4_moe", "model.layers.3.tracks.1.mlp.shared_experts.up_proj.weight"),
+        ("glm4_moe", "model.layers.3.tracks.1.mlp.experts.2.up_proj.weight"),
+        ("glm4_moe", "model.layers.4.tracks.0.mlp.experts.3.down_proj.weight"),
+        ("deepseek_v3", "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"),
+        ("deepseek_v3", "model.layers.3.tracks.1.self_attn.q_a_proj.weight"),
     ],
 )
 def test_a_tensor_that_is_missing_is_named(
-    left_out: str, make_dense: MakeDense, tmp_path: Path
+    family: str, left_out: str, make_dense: MakeDense, tmp_path: Path
 ) -> None:
     """Also one of several that an engine has in one, and is content with any of."""
-    given, mine = tensors_of_a_rank(make_dense("glm4_moe"), tmp_path)
+    given, mine = tensors_of_a_rank(make_dense(family), tmp_path)
     some = [one for one in given if one[0] != left_out]
     assert len(some) < len(given)
     with pytest.raises(CheckpointError, match=re.escape(left_out.removesuffix(".weight"))) as said:

@@ -92,6 +92,11 @@ OTHERS: dict[str, Mapping[str, Any]] = {
     "qwen3_moe": {"shared_expert_intermediate_size": 0, "moe_intermediate_size": 64},
     "glm4_moe": {"moe_intermediate_size": 64, "n_routed_experts": 8, "n_group": 2}
     | {"routed_scaling_factor": 2.5},
+    "deepseek_v3": {
+        **{"moe_intermediate_size": 64, "n_routed_experts": 8, "n_group": 2, "topk_group": 1},
+        **{"attention_bias": False, "num_key_value_heads": 4},
+        **{"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "head_dim": 16},
+    },
 }
 CASES = {
     "mixed, biases, affinity, guesses": Case(
@@ -108,9 +113,9 @@ CASES = {
         for name, more in OTHERS.items()
     },
 }
-# Schedules, norms, positions and experts that differ; other families are slow.
+# Schedules, norms, positions, experts and caches that differ; other families are slow.
 FIRST = "mixed, biases, affinity, guesses"
-QUICK = {FIRST, "ladder, qwen3, biases", "gemma3_text", "cohere2", "qwen3_moe"}
+QUICK = {FIRST, "ladder, qwen3, biases", "gemma3_text", "cohere2", "qwen3_moe", "deepseek_v3"}
 
 
 def environment() -> dict[str, str]:

@@ -5,6 +5,7 @@ Everything but this module and the list of families imports SGLang.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ def register() -> None:
     for lookup in ("is_arch_supported", "resolve_model_cls"):
         where = f"sglang.srt.models.registry._ModelRegistry.{lookup}"
         HookRegistry.register(where, _register_model, HookType.BEFORE)
+    shapes = "sglang.srt.configs.model_config.ModelConfig._derive_model_shapes"
+    HookRegistry.register(shapes, _with_latents, HookType.AROUND)
 
 
 def _register_model(registry: Any, architectures: Any) -> None:
@@ -36,6 +39,20 @@ def _register_model(registry: Any, architectures: Any) -> None:
         from ptconvert.engines.sglang.model import PTConvertForCausalLM
 
         registry.models.update(dict.fromkeys(names, PTConvertForCausalLM))
+
+
+def _with_latents(derive: Callable[[Any], None], model_config: Any) -> None:
+    """Derives what a cache holds, which of latents SGLang knows by names of its own models only."""
+    from ptconvert.engines.sglang.families import SERVED
+    from ptconvert.models.families import MODEL_TYPE_PREFIX
+
+    config = model_config.hf_config
+    _, converted, family = config.model_type.partition(MODEL_TYPE_PREFIX)
+    named = config.architectures
+    if converted and family in SERVED and SERVED[family].latent:
+        config.architectures = [SERVED[family].latent]
+    derive(model_config)
+    config.architectures = named
 
 
 def _verify(path: Path, settings: Any, eager: bool) -> Any:

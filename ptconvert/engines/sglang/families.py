@@ -22,8 +22,11 @@ class Served:
     keys where the attention has none, before their rotary positions or, `normed_after`, behind
     them. Attention scores are multiplied by `scale`, where that isn't one by the root of a head's
     size, and then have the soft cap that the config calls `score_cap`. `tensors` are the names in a
-    checkpoint that have others there. With a config key of `refused` SGLang's layers would be
-    others, as it says. What it computes beside, `engines.families` says.
+    checkpoint that have others there, `joined` those of linears that are parts of one there. With
+    `latent` attention (MLA) SGLang keeps latents in its cache, which it knows by the name of an
+    architecture, such as this one. With a config key of `refused` SGLang's layers would be others,
+    as it says; those of `fixed` have a value built in, as have their positions' `rope_type`s, if
+    they are given, and any other is refused. What it computes beside, `engines.families` says.
     """
 
     layer: str = "llama.LlamaDecoderLayer"
@@ -38,7 +41,11 @@ class Served:
     scale: Callable[[Any], float] | None = None
     score_cap: str | None = None
     tensors: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    joined: Mapping[str, tuple[str, int]] = field(default_factory=lambda: MappingProxyType({}))
+    latent: str | None = None
     refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    rope_types: tuple[str, ...] = ()
 
 
 # SGLang's Llama has no biases before its activation; this one computes the same, and has.
@@ -140,5 +147,21 @@ SERVED: Mapping[str, Served] = MappingProxyType(
             experts="qwen3_moe.Qwen3MoeSparseMoeBlock",
         ),
         "glm4_moe": Served("glm4_moe.Glm4MoeDecoderLayer"),
+        "deepseek_v3": Served(
+            "deepseek_v2.DeepseekV2DecoderLayer",
+            given=lambda _: {
+                **{"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
+            },
+            joined=MappingProxyType(
+                {
+                    ".q_a_proj": (".fused_qkv_a_proj_with_mqa", 0),
+                    ".kv_a_proj_with_mqa": (".fused_qkv_a_proj_with_mqa", 1),
+                }
+            ),
+            latent="DeepseekV3ForCausalLM",
+            refused=MappingProxyType({"attention_bias": "SGLang's layers for it have no biases"}),
+            fixed=MappingProxyType({"rms_norm_eps": 1e-6, "rope_interleave": True}),
+            rope_types=("yarn",),
+        ),
     }
 )

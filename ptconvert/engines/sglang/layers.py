@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,8 @@ from sglang.srt.layers.activation import XIELU
 from sglang.srt.layers.layer_boundary.factories import layer_stack
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.moe.topk import TopK
-from sglang.srt.model_loader.auto_loader import LLAMA_STACKED_MAPPING
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_loader.auto_loader import LLAMA_STACKED_MAPPING, StackedParamsDispatch
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import is_cpu
 from torch import nn
@@ -59,7 +60,9 @@ class SGLangServing:
         """`quant_config` is SGLang's of a quantised checkpoint, by the checkpoint's names."""
         self._config, self._shape = config, shape
         self.served, self.computed = SERVED[shape.model_type], computed(shape.model_type)
-        stacked = {part: whole for whole, part, _ in LLAMA_STACKED_MAPPING.mappings}
+        joined = ((whole, part, shard) for part, (whole, shard) in self.served.joined.items())
+        self.joined = StackedParamsDispatch((*LLAMA_STACKED_MAPPING.mappings, *joined))
+        stacked = {part: whole for whole, part, _ in self.joined.mappings}
         weights = {f".{rule.name}" for rules in shape.rules.values() for rule in rules}
         # Its methods ask by the names of what it has in one, which only some of them take apart.
         self._first_of = {
@@ -70,6 +73,9 @@ class SGLangServing:
             first = next(apart, "").partition("{}.")[2].removesuffix(".weight")
             self._first_of["experts"] = f"experts.0.{first}"
         self._quant_config = by_names(quant_config, self._name_in_checkpoint)
+        self._latents: Any = None  # what is done beside calling attention to them, where it is
+        if self.served.latent:
+            self._latents = importlib.import_module("ptconvert.engines.sglang.latents")
         self._in_flight = InFlight(_start)
         self.first = get_parallel().tp_rank == 0
 
@@ -104,7 +110,7 @@ class SGLangServing:
                 setattr(layer, name, self._norm(self._shape.width, f"{name}.bias" in names))
         if (multiplier := self._shape.family.multiplier) is not None:
             setattr(layer, multiplier, getattr(config, multiplier))
-        self._set_attention(layer.self_attn, index, config)
+        self._set_attention(layer.self_attn, index, config, f"{named}.self_attn")
         for module in layer.modules():
             if isinstance(module, XIELU):  # which has bfloat16 whatever the model has
                 module.to(torch.get_default_dtype())
@@ -145,6 +151,7 @@ class SGLangServing:
             "quant_config": self._quant_config,
             "prefix": named,
             "stage_boundaries": False,
+            "build_stages": False,
             "hidden_size": self._shape.width,
             "intermediate_size": self._shape.neurons,
             "num_experts": self._shape.experts,
@@ -168,8 +175,12 @@ class SGLangServing:
         """The norm of the stream after the last layer, such as those in a layer."""
         return self._norm(self._shape.width, len(self._shape.family.final_norm) > 1)
 
-    def _set_attention(self, attention: Any, index: int, config: Any) -> None:
-        """Makes an attention of SGLang's what transformers' is in this layer."""
+    def _set_attention(self, attention: Any, index: int, config: Any, named: str) -> None:
+        """Makes an attention of SGLang's what transformers' is in this layer; a checkpoint calls it
+        `named`."""
+        if self._latents is not None:
+            self._latents.prepare(attention, config, self._quant_config, named)
+            return
         window = window_of(self._config, index)
         attention.attn.sliding_window_size = -1 if window is None else window - 1  # earlier ones
         if self.served.scale is not None:
@@ -184,15 +195,24 @@ class SGLangServing:
                 attention.rotary_emb, norms, self.served.normed_after
             )
 
+    def loaded(self, layers: Iterable[Any]) -> None:
+        """Makes of the tensors of layers that are loaded what SGLang's own loaders do."""
+        if self._latents is not None:
+            parts = (part for layer in layers for part in layer.parts.values())
+            self._latents.absorb(self._config, parts)
+
     def window(self, part: Any) -> int | None:
-        earlier: int = part.self_attn.attn.sliding_window_size
+        attention = next(m for m in part.self_attn.modules() if isinstance(m, RadixAttention))
+        earlier: int = attention.sliding_window_size
         return earlier + 1 if earlier >= 0 else None
 
     def attention(self, part: Any, x_TD: torch.Tensor, context: Context) -> torch.Tensor:
         positions, batch = context
-        out_TD: torch.Tensor = part.self_attn(
-            positions=positions, hidden_states=x_TD, forward_batch=batch
-        )
+        out_TD: torch.Tensor
+        if self._latents is not None:
+            out_TD = self._latents.attend(part.self_attn, x_TD, positions, batch)
+            return out_TD
+        out_TD = part.self_attn(positions=positions, hidden_states=x_TD, forward_batch=batch)
         return out_TD
 
     def mlp(self, part: Any, x_TD: torch.Tensor, context: Context) -> torch.Tensor:  # noqa: ARG002

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from sglang.srt.model_loader.auto_loader import LLAMA_STACKED_MAPPING
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import is_cpu
@@ -134,7 +133,7 @@ class PTConvertForCausalLM(nn.Module):
                 continue
             target = name
             if name not in places:
-                target = LLAMA_STACKED_MAPPING.try_load(name, tensor, parameters) or name
+                target = model.serving.joined.try_load(name, tensor, parameters) or name
             if target not in places:  # which SGLang's mapping passes over
                 raise ValueError(f"{given} has no place in SGLang's model ({target})")
             if target == name:
@@ -145,6 +144,7 @@ class PTConvertForCausalLM(nn.Module):
             missing.discard(target)
         if missing:
             raise ValueError(f"{min(missing)} is not in the checkpoint")
+        model.serving.loaded(model.layers)
 
 
 def _load_expert(

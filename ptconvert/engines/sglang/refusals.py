@@ -83,6 +83,8 @@ def _refused(
         )
         return
     yield from _unlike(SERVED[shape.model_type], config, on_cpu)
+    if quantization is not None and SERVED[shape.model_type].latent:
+        yield f"{QUANTIZATION}: attention to latents (MLA) was not tried with it in SGLang"
     if quantization is not None:
         yield from unserved(quantization, shape, section, on_cpu)
     for key in section.together:
@@ -110,6 +112,9 @@ def _unlike(served: Served, config: Any, on_cpu: bool) -> Iterator[str]:
     for key, why in served.refused.items():
         if value := getattr(config, key, None):
             yield f"{key} {value}: {why}"
+    for key, fixed in served.fixed.items():
+        if (value := getattr(config, key, fixed)) != fixed:
+            yield f"{key} {value}: SGLang's layers for it have {fixed}"
     for key in ("hidden_act", "hidden_activation"):
         value = getattr(config, key, None)
         if value is not None and value not in served.activations:
@@ -119,10 +124,14 @@ def _unlike(served: Served, config: Any, on_cpu: bool) -> Iterator[str]:
     if cap and on_cpu:
         yield f"{served.score_cap} {cap}: SGLang's attention on CPUs (torch_native) leaves it out"
     for rope in (config.rope_parameters, *config.rope_parameters.values()):
-        if isinstance(rope, Mapping) and rope.get("rope_type") == "dynamic" and "alpha" not in rope:
+        kind = rope.get("rope_type") if isinstance(rope, Mapping) else None
+        if kind == "dynamic" and "alpha" not in rope:
             yield (
                 "rope_type dynamic: SGLang turns all positions as at the longest length, and "
                 "transformers by a text's own"
             )
+        elif kind is not None and served.rope_types and kind not in served.rope_types:
+            known = " or ".join(served.rope_types)
+            yield f"rope_type {kind}: SGLang's attention for it turns positions by {known}"
     if getattr(config, "is_causal", True) is False:
         yield "is_causal False: SGLang would let tokens see earlier ones only"

@@ -1,0 +1,52 @@
+"""Attention to latents (MLA), which SGLang keeps in place of keys and values: what its decoder
+layer and its loader do for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.layers.layer_boundary.adapters.attention import (
+    AttentionInputs,
+    get_attn_tp_context,
+)
+from sglang.srt.layers.linear import MergedColumnParallelLinear
+from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+from sglang.srt.models.deepseek_common.attention_forward_methods import AttnForwardMethod
+from sglang.srt.models.deepseek_common.deepseek_weight_loader import DeepseekV2WeightLoaderMixin
+
+
+def prepare(attention: Any, config: Any, quant_config: Any, named: str) -> None:
+    """Makes a new attention one whose first projection loads each of its two parts by itself."""
+    # Its backend of plain torch would attend to a prompt as Triton's, from keys that aren't cached.
+    AttentionBackendRegistry.register("torch_native", lambda *_: AttnForwardMethod.MLA)
+    attention.fused_qkv_a_proj_with_mqa = MergedColumnParallelLinear(
+        config.hidden_size,
+        [config.q_lora_rank, config.kv_lora_rank + config.qk_rope_head_dim],
+        bias=False,
+        quant_config=quant_config,
+        prefix=f"{named}.fused_qkv_a_proj_with_mqa",
+        parallel_group="replicated",
+    )
+
+
+def attend(attention: Any, x_TD: torch.Tensor, positions: torch.Tensor, batch: Any) -> torch.Tensor:
+    """The attention without its all-reduce; what it projects first it asks its context for."""
+    context = get_attn_tp_context()
+    context.set_attn_inputs(AttentionInputs(x_TD, batch, attention.prepare_qkv_latent))
+    out_TD: torch.Tensor = attention(
+        positions=positions, hidden_states=x_TD, forward_batch=batch, zero_allocator=None
+    )
+    context.clear_attn_inputs()
+    return out_TD
+
+
+def absorb(config: Any, layers: Iterable[Any]) -> None:
+    """Makes of loaded decoder layers what queries and outputs are multiplied by in place of the
+    latents, as SGLang's loader does."""
+    layers = list(layers)
+    model = SimpleNamespace(layers=layers, start_layer=0, end_layer=len(layers))
+    loader = SimpleNamespace(config=config, quant_config=None, model=model)
+    DeepseekV2WeightLoaderMixin.post_load_weights(loader)
