@@ -50,6 +50,7 @@ def verified(path: Path, settings: Any, eager: bool) -> Report:
     return Report((Check("asked for", settings.ranks == 2, asked),))
 
 
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 HERE = ServingEngine("pytest", "pip install pytest", verified)
 AWAY = ServingEngine("no_such_package", "pip install no-such-package", verified)
@@ -98,8 +99,19 @@ def test_what_comes_along_is_registered() -> None:
         ("deepseek_v3", {}, {}, "rope_type default: SGLang's attention for it turns positions by"),
         (
             *("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, {}),
-            "quantization_config: attention to latents (MLA) was not tried with it in SGLang",
+            "quantization_config: deepseek_v3 was not tried with it in SGLang",
         ),
+        (
+            *("gemma4_text", {}, {"backends": ("triton", "fa3")}),
+            "--attention-backend fa3: heads differ by kind of layer, which in SGLang only triton,",
+        ),
+        (
+            "gemma4_text",
+            {"rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), LINEAR)},
+            {},
+            "rope_type linear: SGLang's attention for it turns positions by default or",
+        ),
+        ("gemma4_text", {"num_global_key_value_heads": 1}, {"on_cpu": True}, "and 1 KV heads"),
         (
             *("llama", {"rope_parameters": DYNAMIC}, {}),
             "rope_type dynamic: SGLang turns all positions as at the longest length",
@@ -385,6 +397,12 @@ def test_what_sglang_makes_of_a_config_is_undone() -> None:
     kinds = {"quant_method": "modelopt_fp4", "quant_algo": "NVFP4", "group_size": 16}
     own = {**kinds, "quant_method": "modelopt"}
     assert unpadded({"quantization_config": kinds})["quantization_config"] == own
+    heads = {"head_dim": 16, "num_key_value_heads": 2}
+    windows = {"swa_head_dim": 8, "swa_num_key_value_heads": 4}
+    kinds_of_layers = {"layer_types": ["sliding_attention", "full_attention"]}
+    found = unpadded({**heads, **windows, **kinds_of_layers})
+    assert (found["head_dim"], found["num_key_value_heads"]) == (8, 4)
+    assert found["per_layer_config"] == {"1": heads}
 
 
 @pytest.mark.usefixtures("registered")

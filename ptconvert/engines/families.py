@@ -3,14 +3,14 @@ embeddings and logits are multiplied, and which channels positions turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from ptconvert.models.families import SLIDING
+from ptconvert.models.families import FULL, SLIDING
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,12 @@ _COMPUTED: Mapping[str, Computed] = MappingProxyType(
         "cohere2": Computed(interleaved=True, logits=_COHERE.logits, rotated=_has_window),
     }
 )
+
+
+def keys_as_values(config: Any) -> Sequence[int]:
+    """The layers of a Gemma 4 whose keys are their values too."""
+    kinds = config.layer_types if config.attention_k_eq_v else ()
+    return [index for index, kind in enumerate(kinds) if kind == FULL]
 
 
 def computed(model_type: str) -> Computed:

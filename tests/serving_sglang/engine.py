@@ -47,14 +47,14 @@ def end_workers(*_: Any, **__: Any) -> None:
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    """Answers, answers out of the cache, and counted passes."""
+    """Answers, answers out of the cache, those for which others leave it, and counted passes."""
     from ptconvert.engines.sglang.verify import counted, engine, generate
 
     prompts, new = case["prompts"], case["new_tokens"]
     limits = {
         "chunked_prefill_size": 64,  # less than the longest prompt, so that it comes in chunks
         "max_running_requests": 8,
-        "max_total_tokens": 4096,
+        "max_total_tokens": 512,  # less than all prompts, so that places are taken again
     }
     with engine(Path(case["path"]), 2, "cpu", dtype="float32", **limits) as running:
         found: dict[str, Any] = {"answers": generate(running, prompts, new)}
@@ -62,6 +62,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         greedy = {"temperature": 0, "max_new_tokens": 1}
         outputs = running.generate(input_ids=prompts, sampling_params=greedy)
         found["cached"] = sum(one["meta_info"]["cached_tokens"] for one in outputs)
+        found["later"] = generate(running, case["later"], new)
         with counted(running, 2) as passes:
             generate(running, [[7, 8, 9, 10, 11]], 3)
         found["passes"] = passes

@@ -84,6 +84,14 @@ OTHERS: dict[str, Mapping[str, Any]] = {
         "attn_logit_softcapping": None,
     },
     "gemma3_text": UNTIED,
+    "gemma4_text": {
+        **{**UNTIED, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        "global_head_dim": 64,
+    },
+    "gemma4_unified_text": {
+        **{**UNTIED, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        **{"global_head_dim": 64, "attention_k_eq_v": False},
+    },
     "starcoder2": UNTIED,
     "cohere": {**UNTIED, "attention_bias": False},
     "cohere2": {**UNTIED, "attention_bias": True},
@@ -155,15 +163,18 @@ def paths(
 def found(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each engine answers, and its passes; one process starts them all."""
     directory = tmp_path_factory.mktemp("found")
-    cases = [
-        {"name": name, "path": str(path), "prompts": prompts(), "new_tokens": NEW_TOKENS}
-        for name, path in paths.items()
-    ]
+    asked = {"prompts": prompts(), "later": later(), "new_tokens": NEW_TOKENS}
+    cases = [{"name": name, "path": str(path), **asked} for name, path in paths.items()]
     given = directory / "cases.json"
     given.write_text(json.dumps(cases))
     done = run(Path(__file__).with_name("engine.py"), given, directory, seconds=LIMIT_OF_ALL)
     assert (directory / f"{cases[-1]['name']}.json").exists(), done.stderr[-3000:]
     return {name: json.loads((directory / f"{name}.json").read_text()) for name in paths}
+
+
+def later() -> list[list[int]]:
+    """Prompts that begin with none of those before."""
+    return [prompt[::-1] for prompt in prompts()[5:]]
 
 
 def answers_of(path: Path) -> Answers:
@@ -174,11 +185,14 @@ def answers_of(path: Path) -> Answers:
 def test_answers_of_the_single_process_model(
     name: str, found: dict[str, Any], paths: dict[str, Path]
 ) -> None:
-    """All prompts at once, the longest in chunks; again out of the radix cache."""
+    """All prompts at once, the longest in chunks; again out of the radix cache; and others in its
+    place."""
     expected = answers_of(paths[name])
     assert apart(found[name]["answers"], expected) <= TOLERANCE
     assert apart(found[name]["again"], expected) <= TOLERANCE
     assert found[name]["cached"] > 0
+    expected_later = greedy(paths[name], later(), NEW_TOKENS)
+    assert apart(found[name]["later"], expected_later) <= TOLERANCE
     # and not the source's
     assert apart(found[name]["answers"], answers_of(paths[name].parent / "dense")) > TOLERANCE
 

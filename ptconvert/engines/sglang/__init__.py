@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from ptconvert.engines import ServingEngine
+
+if TYPE_CHECKING:
+    from ptconvert.engines.sglang.families import Served
 
 
 def register() -> None:
@@ -26,8 +30,11 @@ def register() -> None:
     for lookup in ("is_arch_supported", "resolve_model_cls"):
         where = f"sglang.srt.models.registry._ModelRegistry.{lookup}"
         HookRegistry.register(where, _register_model, HookType.BEFORE)
-    shapes = "sglang.srt.configs.model_config.ModelConfig._derive_model_shapes"
-    HookRegistry.register(shapes, _with_latents, HookType.AROUND)
+    opened = "sglang.srt.utils.hf_transformers.config.get_hf_text_config"
+    HookRegistry.register(opened, _with_sizes, HookType.BEFORE)
+    for derives in ("_derive_model_shapes", "_derive_hybrid_model"):
+        where = f"sglang.srt.configs.model_config.ModelConfig.{derives}"
+        HookRegistry.register(where, _as_known, HookType.AROUND)
 
 
 def _register_model(registry: Any, architectures: Any) -> None:
@@ -41,16 +48,31 @@ def _register_model(registry: Any, architectures: Any) -> None:
         registry.models.update(dict.fromkeys(names, PTConvertForCausalLM))
 
 
-def _with_latents(derive: Callable[[Any], None], model_config: Any) -> None:
-    """Derives what a cache holds, which of latents SGLang knows by names of its own models only."""
+def _served(config: Any) -> Served | None:
+    """How SGLang serves the family of a converted checkpoint; None of others."""
     from ptconvert.engines.sglang.families import SERVED
     from ptconvert.models.families import MODEL_TYPE_PREFIX
 
-    config = model_config.hf_config
     _, converted, family = config.model_type.partition(MODEL_TYPE_PREFIX)
-    named = config.architectures
-    if converted and family in SERVED and SERVED[family].latent:
-        config.architectures = [SERVED[family].latent]
+    return SERVED.get(family) if converted else None
+
+
+def _with_sizes(config: Any) -> None:
+    """Before SGLang reads a config, at first: sizes of both kinds of layers as it has Gemma 4's."""
+    served = _served(config)
+    if served is not None and served.by_kind and not hasattr(config, "swa_num_key_value_heads"):
+        from sglang.srt.utils.hf_transformers.config import _apply_gemma4_attention_overrides
+
+        _apply_gemma4_attention_overrides(SimpleNamespace(text_config=config))
+
+
+def _as_known(derive: Callable[[Any], None], model_config: Any) -> None:
+    """Derives what a cache holds, which SGLang knows by names of its own models where that is not
+    as many heads in all layers."""
+    config = model_config.hf_config
+    served, named = _served(config), config.architectures
+    if served is not None and served.known_as is not None:
+        config.architectures = [served.known_as]
     derive(model_config)
     config.architectures = named
 

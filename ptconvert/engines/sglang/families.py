@@ -3,10 +3,12 @@ needs; all were compared with transformers' (tests/serving_sglang)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
+
+from ptconvert.engines.families import keys_as_values
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,16 @@ class Served:
     keys where the attention has none, before their rotary positions or, `normed_after`, behind
     them. Attention scores are multiplied by `scale`, where that isn't one by the root of a head's
     size, and then have the soft cap that the config calls `score_cap`. `tensors` are the names in a
-    checkpoint that have others there, `joined` those of linears that are parts of one there. With
-    `latent` attention (MLA) SGLang keeps latents in its cache, which it knows by the name of an
-    architecture, such as this one. With a config key of `refused` SGLang's layers would be others,
-    as it says; those of `fixed` have a value built in, as have their positions' `rope_type`s, if
-    they are given, and any other is refused. What it computes beside, `engines.families` says.
+    checkpoint that have others there, `joined` those of linears that are parts of one there;
+    `keys_as_values` are the layers whose keys are their values too.
+
+    SGLang knows by the names of its own architectures, of which it is told the one that the family
+    is `known_as`, if what it keeps is no keys and values of as many heads in all layers: with
+    `latent` attention (MLA) latents, and else heads `by_kind` of layer, which only its attention
+    `backends` read, if they are given. With a config key of `refused` SGLang's layers would be
+    others, as it says; those of `fixed` have a value built in, as have their positions'
+    `rope_types`, if they are given, and any other is refused. What it computes beside,
+    `engines.families` says.
     """
 
     layer: str = "llama.LlamaDecoderLayer"
@@ -42,7 +49,11 @@ class Served:
     score_cap: str | None = None
     tensors: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     joined: Mapping[str, tuple[str, int]] = field(default_factory=lambda: MappingProxyType({}))
-    latent: str | None = None
+    keys_as_values: Callable[[Any], Sequence[int]] = lambda config: ()  # noqa: ARG005
+    known_as: str | None = None
+    latent: bool = False
+    by_kind: bool = False
+    backends: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     rope_types: tuple[str, ...] = ()
@@ -103,6 +114,25 @@ def _llama_4_scaling(config: Any) -> Mapping[str, Any]:
     return {"original_max_position_embeddings": known}
 
 
+def _of_full_attention(config: Any) -> Mapping[str, Any]:
+    """Sizes as SGLang's Gemma 4 reads them, those of windows under other names, and positions by
+    kind of layer."""
+    own = "head_dim", "num_key_value_heads", "rope_parameters"
+    return {name: getattr(config, name) for name in own}
+
+
+_GEMMA4 = Served(
+    "gemma4_causal.Gemma4DecoderLayer",
+    mlp="gemma3_causal.Gemma3MLP",
+    activations=("gelu_pytorch_tanh",),
+    given=_of_full_attention,
+    keys_as_values=keys_as_values,
+    known_as="Gemma4ForCausalLM",
+    by_kind=True,
+    # those of SGLang's own Gemma 4 on GPUs, and what it has on CPUs
+    backends=("triton", "trtllm_mha", "fa4", "aiter", "torch_native"),
+    rope_types=("default", "proportional"),
+)
 SERVED: Mapping[str, Served] = MappingProxyType(
     {
         "llama": Served(),
@@ -126,6 +156,8 @@ SERVED: Mapping[str, Served] = MappingProxyType(
         "gemma": _gemma(),
         "gemma2": _gemma_with_windows(),
         "gemma3_text": _gemma_with_windows(qk_norms=_QK_NORMS),
+        "gemma4_text": _GEMMA4,
+        "gemma4_unified_text": _GEMMA4,
         "apertus": Served("apertus.ApertusDecoderLayer", activations=("xielu",)),
         "arcee": _ungated("RMSNorm", "rms_norm_eps", "mlp_bias"),
         "nemotron": _ungated("LayerNorm1P", "norm_eps", "mlp_bias"),
@@ -158,7 +190,8 @@ SERVED: Mapping[str, Served] = MappingProxyType(
                     ".kv_a_proj_with_mqa": (".fused_qkv_a_proj_with_mqa", 1),
                 }
             ),
-            latent="DeepseekV3ForCausalLM",
+            known_as="DeepseekV3ForCausalLM",
+            latent=True,
             refused=MappingProxyType({"attention_bias": "SGLang's layers for it have no biases"}),
             fixed=MappingProxyType({"rms_norm_eps": 1e-6, "rope_interleave": True}),
             rope_types=("yarn",),

@@ -33,6 +33,7 @@ from ptconvert.engines.families import computed
 from ptconvert.engines.in_flight import InFlight, started_by_torch
 from ptconvert.engines.quantised import by_names, fused_modules
 from ptconvert.engines.sglang.families import BIASED_MLP, SERVED
+from ptconvert.engines.sglang.windows import own_places
 from ptconvert.models.families import EXPERTS, D
 from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.counters import BOUNDARY
@@ -212,7 +213,8 @@ class SGLangServing:
         if self._latents is not None:
             out_TD = self._latents.attend(part.self_attn, x_TD, positions, batch)
             return out_TD
-        out_TD = part.self_attn(positions=positions, hidden_states=x_TD, forward_batch=batch)
+        with own_places(self.window(part) is not None):
+            out_TD = part.self_attn(positions=positions, hidden_states=x_TD, forward_batch=batch)
         return out_TD
 
     def mlp(self, part: Any, x_TD: torch.Tensor, context: Context) -> torch.Tensor:  # noqa: ARG002

@@ -7,14 +7,14 @@ requests in the batch, D the residual stream's width.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_loader.weight_utils import default_weight_loader
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import attention_backends, get_parallel
 from sglang.srt.utils import is_cpu
 from torch import nn
 from torch.profiler import record_function
@@ -47,6 +47,7 @@ class PTConvertModel(nn.Module):
             pipeline=parallel.pp_size,
             attention_groups=parallel.attn_dp_size,
             expert_groups=parallel.moe_ep_size,
+            backends=attention_backends(),
         )
         self.shape = shape
         self.program = section.schedule.program
@@ -124,7 +125,7 @@ class PTConvertForCausalLM(nn.Module):
         places = parameters | dict(self.named_buffers())
         model = self.model
         own = own_weights(weights, model.local_tracks, model.shape, model.tracked)
-        for given, tensor in own:
+        for given, tensor in _with_values(own, model.serving.served.keys_as_values(self.config)):
             name = given
             for pattern, replacement in self.model.renamed.items():
                 name = re.sub(pattern, replacement, name)
@@ -145,6 +146,17 @@ class PTConvertForCausalLM(nn.Module):
         if missing:
             raise ValueError(f"{min(missing)} is not in the checkpoint")
         model.serving.loaded(model.layers)
+
+
+def _with_values(
+    weights: Iterable[tuple[str, torch.Tensor]], layers: Sequence[int]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """With what makes keys of these layers once more as what makes their values."""
+    begins = tuple(f"model.layers.{index}." for index in layers)
+    for name, tensor in weights:
+        yield name, tensor
+        if ".k_proj." in name and name.startswith(begins):
+            yield name.replace(".k_proj.", ".v_proj."), tensor
 
 
 def _load_expert(

@@ -10,6 +10,7 @@ from ptconvert.checkpoint.section import Section
 from ptconvert.engines.sglang.families import SERVED, Served
 from ptconvert.engines.sglang.formats import METHODS, unserved
 from ptconvert.errors import ConfigError
+from ptconvert.models.families import FULL
 from ptconvert.models.quantised import QUANTIZATION, quantization_of
 from ptconvert.models.shape import ModelShape
 
@@ -21,6 +22,8 @@ _PADDED = {
     "num_attention_heads": "original_num_attention_heads",
     "num_key_value_heads": "original_total_num_kv_heads",
 }
+# And those of layers with a window, where others have other heads (Gemma 4).
+_WINDOWS = {"head_dim": "swa_head_dim", "num_key_value_heads": "swa_num_key_value_heads"}
 _MODELOPT = "modelopt"
 
 
@@ -29,7 +32,13 @@ def unpadded(config: Mapping[str, Any]) -> dict[str, Any]:
     quantization = config.get(QUANTIZATION) or {}
     if str(quantization.get("quant_method")).startswith(_MODELOPT):  # and what of its kinds
         config = {**config, QUANTIZATION: {**quantization, "quant_method": _MODELOPT}}
-    return {**config, **{k: config[own] for k, own in _PADDED.items() if own in config}}
+    config = {**config, **{k: config[own] for k, own in _PADDED.items() if own in config}}
+    if _WINDOWS["num_key_value_heads"] in config:
+        full = {key: config[key] for key in _WINDOWS}
+        layers = (str(i) for i, kind in enumerate(config["layer_types"]) if kind == FULL)
+        config |= {key: config[own] for key, own in _WINDOWS.items()}
+        config["per_layer_config"] = dict.fromkeys(layers, full)
+    return config
 
 
 def check(
@@ -43,11 +52,12 @@ def check(
     pipeline: int = 1,
     attention_groups: int = 1,
     expert_groups: int = 1,
+    backends: tuple[str, ...] = (),
 ) -> None:
     """Raises ConfigError for settings under which the model would not work: of so many
     tensor-parallel ranks, a quantisation method by SGLang's name, pipeline stages, groups of ranks
-    with batches of their own, and such with experts of their own. `config` is transformers',
-    `shape` what the checkpoint's own numbers say.
+    with batches of their own, and such with experts of their own, attention by these backends.
+    `config` is transformers', `shape` what the checkpoint's own numbers say.
     """
     told = quantization_of(unpadded(config.to_dict()))
     refused = list(_refused(config, told, shape, section, ranks, on_cpu))
@@ -64,6 +74,13 @@ def check(
             )
     if expert_groups > 1:
         refused.append("--ep-size: each track has a share of every expert; leave it")
+    taken = SERVED[shape.model_type].backends if shape.model_type in SERVED else ()
+    for backend in dict.fromkeys(backends):
+        if taken and backend not in taken:
+            refused.append(
+                f"--attention-backend {backend}: heads differ by kind of layer, which in SGLang "
+                f"only {', '.join(taken)} read"
+            )
     if refused:
         raise ConfigError("; ".join(refused))
 
@@ -83,8 +100,8 @@ def _refused(
         )
         return
     yield from _unlike(SERVED[shape.model_type], config, on_cpu)
-    if quantization is not None and SERVED[shape.model_type].latent:
-        yield f"{QUANTIZATION}: attention to latents (MLA) was not tried with it in SGLang"
+    if quantization is not None and SERVED[shape.model_type].known_as:
+        yield f"{QUANTIZATION}: {shape.model_type} was not tried with it in SGLang"
     if quantization is not None:
         yield from unserved(quantization, shape, section, on_cpu)
     for key in section.together:
@@ -93,14 +110,15 @@ def _refused(
             "another number of tracks, or serve it in vLLM"
         )
     neurons = math.gcd(shape.neurons, shape.expert_neurons)
+    kv_heads = math.gcd(shape.kv_heads, shape.global_kv_heads)
     if ranks != section.tracks:
         yield (
             f"--tp {ranks}: SGLang's cache has as many heads in all layers, so each rank has one "
             f"of the checkpoint's {section.tracks} tracks; it takes --tp {section.tracks}"
         )
-    elif on_cpu and (neurons % (CPU_BLOCK * ranks) or shape.kv_heads % ranks):
+    elif on_cpu and (neurons % (CPU_BLOCK * ranks) or kv_heads % ranks):
         yield (
-            f"{neurons} FFN neurons and {shape.kv_heads} KV heads: SGLang's CPU engine fills "
+            f"{neurons} FFN neurons and {kv_heads} KV heads: SGLang's CPU engine fills "
             f"up what isn't a multiple of {CPU_BLOCK} neurons and one KV head on each rank, which "
             "tracks don't have; serve it on GPUs, or in vLLM"
         )

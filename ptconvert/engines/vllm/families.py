@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from ptconvert.engines.families import keys_as_values
 from ptconvert.models.families import MODEL_TYPE_PREFIX
 
 
@@ -51,12 +52,7 @@ def _without(key: str, why: str) -> Mapping[str, str]:
     return MappingProxyType({key: why})
 
 
-def _keys_as_values(config: Any) -> Sequence[int]:
-    kinds = config.layer_types if config.attention_k_eq_v else ()
-    return [index for index, kind in enumerate(kinds) if kind == "full_attention"]
-
-
-_GEMMA4 = Served("Gemma4ForCausalLM", keys_as_values=_keys_as_values)
+_GEMMA4 = Served("Gemma4ForCausalLM", keys_as_values=keys_as_values)
 
 
 def _llama_4_scaling(config: Any) -> Mapping[str, Any]:
