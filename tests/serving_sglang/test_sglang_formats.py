@@ -17,7 +17,7 @@ import pytest
 import quantising
 import torch
 from conftest import random_model
-from loaded import BESIDE, as_published, check_experts, check_linears, convert, tensors_of
+from loaded import BESIDE, as_published, check_experts, check_linears, convert, holds, tensors_of
 from served import COMPILED
 
 from ptconvert.engines.quantised import by_names
@@ -102,7 +102,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
         ):
             model = _initialize_model(config, LoadConfig(), method.from_config(said))
         model.load_weights(tensors_of(path).items())
-        return model.model.layers
+        return model
 
     return loaded
 
@@ -133,7 +133,36 @@ def llama(form: str, directory: Path) -> Path:
 def test_tensors_of_a_format(form: str, load: Callable[[Path], Any], tmp_path: Path) -> None:
     """Each parameter of a linear is this rank's tensors, byte for byte."""
     path = llama(form, tmp_path)
-    assert check_linears(load(path), tensors_of(path), RANK, RANKS) > 4 * 4
+    assert check_linears(load(path).model.layers, tensors_of(path), RANK, RANKS) > 4 * 4
+
+
+def quantised_head(form: str, directory: Path) -> Path:
+    """A converted Llama of which lm_head is quantised, too."""
+    sizes = {**WIDE, "num_hidden_layers": 4, "vocab_size": 256}  # which needs no padding
+    random_model("llama", torch.bfloat16, **sizes).save_pretrained(directory / "dense")
+    source = quantising.quantise(
+        *(directory / "dense", directory / "source", form),
+        lambda module: ".layers." in module or module == "lm_head",
+    )
+    as_published(source, form, [])
+    return convert(source, directory / "converted", COMPILED)
+
+
+def test_tensors_of_a_head(load: Callable[[Path], Any], tmp_path: Path) -> None:
+    """Each rank has its part of the vocabulary."""
+    path = quantised_head("NVFP4 of ModelOpt", tmp_path)
+    given, own = tensors_of(path), dict(load(path).lm_head.named_parameters())
+    assert {f"lm_head.{end}" for end in own} == {n for n in given if n.startswith("lm_head.")}
+    assert own["weight"].dtype == torch.uint8
+    for end, parameter in own.items():
+        assert holds(parameter.data, [given[f"lm_head.{end}"]], RANK, RANKS), end
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "NVFP4 of ModelOpt"])
+def test_other_heads_are_refused(form: str, load: Callable[[Path], Any], tmp_path: Path) -> None:
+    path = quantised_head(form, tmp_path)
+    with pytest.raises(ValueError, match=r"^lm_head\.\w+: SGLang takes no lm_head that is kept so"):
+        load(path)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -189,7 +218,7 @@ def test_a_layers_experts_are_left_by_name(
     path = mixture("qwen3_moe", form, tmp_path, "layers.2.mlp.experts.")
     given, projections = tensors_of(path), MIXTURES["qwen3_moe"][1]
     assert f"model.layers.2.tracks.{RANK}.mlp.experts.0.up_proj.weight" in given
-    layers = load(path)
+    layers = load(path).model.layers
     parameters = dict(layers[2].named_parameters())
     assert parameters[f"parts.{RANK}.mlp.experts.w13_weight"].dtype == torch.bfloat16
     assert check_experts(layers, given, "mlp.experts", projections, "mlp.experts", RANK, RANKS)
@@ -210,7 +239,8 @@ def test_tensors_of_quantised_experts(
         gate_up = gate_up[1], gate_up[0]
     path = mixture(variant, form, tmp_path)
     given = tensors_of(path)
-    seen = check_experts(load(path), given, lies, (gate_up, down), "mlp.experts", RANK, RANKS)
+    layers = load(path).model.layers
+    seen = check_experts(layers, given, lies, (gate_up, down), "mlp.experts", RANK, RANKS)
     other = f".tracks.{1 - RANK}."
     stored = [n for n in given if ".experts." in n and not n.endswith(BESIDE) and other not in n]
     assert seen == len(stored) * 2 / 3 > 0  # gate and up are one there

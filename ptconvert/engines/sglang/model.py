@@ -91,7 +91,9 @@ class PTConvertForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = PTConvertModel(config, quant_config)
-        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
+        self.lm_head = ParallelLMHead(
+            config.vocab_size, config.hidden_size, quant_config=quant_config, prefix="lm_head"
+        )
         computed = self.model.serving.computed
         self.logits_processor = LogitsProcessor(config, logit_scale=computed.logits_scale(config))
         # It would cap logits wherever a config has this key, also one that the family doesn't read.
@@ -136,6 +138,8 @@ class PTConvertForCausalLM(nn.Module):
             if name not in places:
                 target = model.serving.joined.try_load(name, tensor, parameters) or name
             if target not in places:  # which SGLang's mapping passes over
+                if given.startswith("lm_head."):
+                    raise ValueError(f"{given}: SGLang takes no lm_head that is kept so")
                 raise ValueError(f"{given} has no place in SGLang's model ({target})")
             if target == name:
                 load = getattr(places[name], "weight_loader", default_weight_loader)
