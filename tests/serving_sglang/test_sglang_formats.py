@@ -244,3 +244,15 @@ def test_tensors_of_quantised_experts(
     other = f".tracks.{1 - RANK}."
     stored = [n for n in given if ".experts." in n and not n.endswith(BESIDE) and other not in n]
     assert seen == len(stored) * 2 / 3 > 0  # gate and up are one there
+
+
+def test_experts_leave_alone_what_they_read(load: Callable[[Path], Any], tmp_path: Path) -> None:
+    """A track's guess reads it after them; SGLang's kernels of GPUs would write there."""
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+
+    layers = load(mixture("qwen3_moe", "block FP8", tmp_path)).model.layers
+    experts = [module for module in layers.modules() if isinstance(module, FusedMoE)]
+    assert experts
+    for one in experts:
+        assert one.quant_method.runner.config is one.moe_runner_config
+        assert not one.moe_runner_config.inplace

@@ -117,6 +117,8 @@ class SGLangServing:
                 module.to(torch.get_default_dtype())
             elif isinstance(module, TopK) and is_cpu():  # else it asks for a kernel of GPUs
                 module.topk_config.torch_native = True
+            elif isinstance(module, FusedMoE):  # a guess reads what it has read, which others don't
+                module.moe_runner_config.inplace = False
         if track is not None:
             _load_whole(layer, count)
         made: nn.Module = layer
