@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.engines import ServingEngine
 from ptconvert.engines.base import ServedPass, is_for_others, own_weights
 from ptconvert.engines.in_flight import InFlight
+from ptconvert.engines.sglang import _as_known
 from ptconvert.engines.sglang.families import SERVED
 from ptconvert.engines.sglang.formats import unserved as unserved_by_sglang
 from ptconvert.engines.sglang.refusals import check as check_sglang
@@ -35,7 +37,7 @@ from ptconvert.engines.vllm import unknown
 from ptconvert.engines.vllm.formats import unserved
 from ptconvert.errors import CheckpointError, ConfigError
 from ptconvert.modeling.executor import OneProcess, Streams, TorchEngine, Update, run_program
-from ptconvert.models.families import FAMILIES
+from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX
 from ptconvert.models.shape import HEAD, ModelShape
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
@@ -380,6 +382,18 @@ def unserved_in_sglang(
     shape = ModelShape.from_config({**config, "quantization_config": quantization})
     section = Section(dense_schedule(6), 2, "sum", {})
     return list(unserved_by_sglang(quantization, shape, section, on_cpu))
+
+
+def test_a_config_keeps_its_architectures_where_sglang_refuses_it() -> None:
+    """It goes by another name while SGLang derives what a cache holds, which may raise."""
+    config = SimpleNamespace(model_type=f"{MODEL_TYPE_PREFIX}deepseek_v3", architectures=["Own"])
+
+    def derive(model_config: Any) -> None:
+        raise ValueError(*model_config.hf_config.architectures)
+
+    with pytest.raises(ValueError, match=r"^DeepseekV3ForCausalLM$"):
+        _as_known(derive, SimpleNamespace(hf_config=config))
+    assert config.architectures == ["Own"]
 
 
 def test_sglang_has_no_unequal_tracks() -> None:

@@ -73,8 +73,10 @@ def _as_known(derive: Callable[[Any], None], model_config: Any) -> None:
     served, named = _served(config), config.architectures
     if served is not None and served.known_as is not None:
         config.architectures = [served.known_as]
-    derive(model_config)
-    config.architectures = named
+    try:
+        derive(model_config)
+    finally:
+        config.architectures = named
 
 
 def _verify(path: Path, settings: Any, eager: bool) -> Any:
