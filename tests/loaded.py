@@ -35,6 +35,19 @@ LINEARS = {
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj": ("mlp.down_proj",),
 }
+# DeepSeek-V3's, but for its routed experts.
+LATENT = {
+    "self_attn.fused_qkv_a_proj_with_mqa": ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+    **{f"self_attn.{one}_proj": (f"self_attn.{one}_proj",) for one in ("q_b", "kv_b", "o")},
+    **{
+        f"mlp.{where}{whole}": tuple(f"mlp.{where}{one}" for one in parts)
+        for where in ("", "shared_experts.")
+        for whole, parts in (
+            ("gate_up_proj", ("gate_proj", "up_proj")),
+            ("down_proj", ("down_proj",)),
+        )
+    },
+}
 # Scales of what is read, and NVFP4's of all of a weight.
 IN_COMMON = "input_scale", "input_global_scale", "weight_global_scale", "weight_scale_2"
 # Of groups that lie in order; and what a packed tensor's size was.
@@ -79,7 +92,11 @@ def as_published(source: Path, form: str, left: list[str]) -> None:
 
 
 def check_linears(
-    layers: Iterable[Any], given: Mapping[str, torch.Tensor], rank: int = 0, ranks: int = 1
+    layers: Iterable[Any],
+    given: Mapping[str, torch.Tensor],
+    rank: int = 0,
+    ranks: int = 1,
+    linears: Mapping[str, tuple[str, ...]] = LINEARS,
 ) -> int:
     """Asserts that each parameter of layers' linears is the checkpoint's tensors, byte for byte, of
     layers held dense this rank's part; returns how many were looked at."""
@@ -88,10 +105,10 @@ def check_linears(
         for name, part in layer.parts.items():
             track = "" if name == "whole" else f"tracks.{name}."
             before, parameters = f"model.layers.{index}.{track}", dict(part.named_parameters())
-            for linear, modules in LINEARS.items():
+            for linear, modules in linears.items():
                 first = f"{before}{modules[0]}."
                 ends = {n.removeprefix(first) for n in given if n.startswith(first)}
-                assert ends
+                assert ends or not any(n.startswith(f"{linear}.") for n in parameters)
                 for end in ends - set(BESIDE):
                     parts = [given[f"{before}{module}.{end}"] for module in modules]
                     own = parameters[f"{linear}.{end}"].data
@@ -163,5 +180,5 @@ def _fused(parts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
 def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.shape != other.shape:
         return False
-    pair = (x.contiguous().reshape(-1, 1).view(torch.uint8) for x in (one, other))
-    return torch.equal(*pair)
+    pair = (x.clone(memory_format=torch.contiguous_format).flatten() for x in (one, other))
+    return torch.equal(*(x.view(torch.uint8) for x in pair))

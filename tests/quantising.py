@@ -418,4 +418,4 @@ def meant(tensors: Tensors, name: str, module: str) -> torch.Tensor:
     ends = {
         t.removeprefix(f"{module}."): v for t, v in tensors.items() if t.startswith(f"{module}.")
     }
-    return FORMATS[name].means(ends)
+    return format_of(name).means(ends)

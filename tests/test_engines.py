@@ -100,10 +100,6 @@ def test_what_comes_along_is_registered() -> None:
         ("deepseek_v3", {"rope_interleave": False}, {}, "rope_interleave False: SGLang's layers"),
         ("deepseek_v3", {}, {}, "rope_type default: SGLang's attention for it turns positions by"),
         (
-            *("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, {}),
-            "quantization_config: deepseek_v3 was not tried with it in SGLang",
-        ),
-        (
             *("gemma4_text", {}, {"backends": ("triton", "fa3")}),
             "--attention-backend fa3: heads differ by kind of layer, which in SGLang only triton,",
         ),
@@ -314,6 +310,7 @@ def test_another_vllm_is_said_in_a_line(version: str) -> None:
 
 
 _FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+_NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
 
 
 @pytest.mark.parametrize(
@@ -346,6 +343,11 @@ _FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True
         ("llama", {"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_algo FP8 of ModelOpt"),
         ("mixtral", {"quant_method": "awq", **_AWQ}, "experts in AWQ, 48 neurons for a rank in"),
         ("glm4_moe", compressed("pack-quantized", **_FOUR), "shared experts in packed numbers"),
+        ("deepseek_v3", compressed("pack-quantized", **_FOUR), "kv_b_proj in packed numbers: SGLa"),
+        (
+            *("deepseek_v3", {**_NVFP4, "ignore": ["lm_head", "*.kv_b_proj"]}),
+            "q_a_proj in NVFP4: SGLang has one scale for it and kv_a_proj_with_mqa",
+        ),
     ],
 )
 def test_what_of_quantised_checkpoints_sglang_cannot_serve_is_refused_by_name(
@@ -362,7 +364,10 @@ def test_what_of_quantised_checkpoints_sglang_cannot_serve_is_refused_by_name(
         *(("llama", compressed("pack-quantized", **_FOUR)),),
         *(("llama", compressed("int-quantized", _TOKEN, **_INT8)),),
         *(("mixtral", _BLOCKS), ("mixtral", compressed("pack-quantized", **_FOUR))),
-        *(("glm4_moe", _BLOCKS),),
+        *(("glm4_moe", _BLOCKS), ("deepseek_v3", _BLOCKS), ("gemma4_text", _BLOCKS)),
+        ("deepseek_v3", compressed("float-quantized", _TOKEN | {"type": "float"}, **_FP8)),
+        ("deepseek_v3", compressed("pack-quantized", **_FOUR) | {"ignore": ["re:.*kv_b_proj"]}),
+        ("deepseek_v3", {**_NVFP4, "ignore": ["lm_head", "*.self_attn*"]}),
     ],
 )
 def test_what_of_quantised_checkpoints_sglang_serves(
@@ -373,12 +378,17 @@ def test_what_of_quantised_checkpoints_sglang_serves(
     assert "SGLang's kernels for CPUs (sgl_kernel) were never tried with it" in refused
 
 
+def test_sglang_has_no_place_for_blocks_that_part_two_projections() -> None:
+    (refused,) = unserved_in_sglang(_BLOCKS, "deepseek_v3", q_lora_rank=24)
+    assert "self_attn.q_a_proj has 24 outputs in blocks of 16: SGLang has kv_a_proj" in refused
+
+
 def unserved_in_sglang(
-    quantization: dict[str, Any], family: str, on_cpu: bool = False
+    quantization: dict[str, Any], family: str, on_cpu: bool = False, **more: Any
 ) -> list[str]:
     """What of a small model so quantised SGLang is told not to serve, all its layers held dense."""
     sizes: dict[str, Any] = {"intermediate_size": 96, "moe_intermediate_size": 96, "head_dim": 64}
-    config = random_model(family, **sizes).config.to_dict()
+    config = random_model(family, **{**sizes, **more}).config.to_dict()
     shape = ModelShape.from_config({**config, "quantization_config": quantization})
     section = Section(dense_schedule(6), 2, "sum", {})
     return list(unserved_by_sglang(quantization, shape, section, on_cpu))

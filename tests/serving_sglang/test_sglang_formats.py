@@ -17,8 +17,17 @@ import pytest
 import quantising
 import torch
 from conftest import random_model
-from loaded import BESIDE, as_published, check_experts, check_linears, convert, holds, tensors_of
-from served import COMPILED
+from loaded import (
+    BESIDE,
+    LATENT,
+    as_published,
+    check_experts,
+    check_linears,
+    convert,
+    holds,
+    tensors_of,
+)
+from served import COMPILED, with_rope
 
 from ptconvert.engines.quantised import by_names
 
@@ -37,6 +46,15 @@ MIXTURES: dict[str, tuple[str, tuple[tuple[str, str], str], dict[str, Any]]] = {
     "glm4_moe": (
         *("mlp.experts", (("gate_proj", "up_proj"), "down_proj")),
         {"moe_intermediate_size": 512},
+    ),
+    # whose first projections end within a block, as published
+    "deepseek_v3": (
+        *("mlp.experts", (("gate_proj", "up_proj"), "down_proj")),
+        {
+            **{"moe_intermediate_size": 512, "attention_bias": False, "q_lora_rank": 128},
+            **{"kv_lora_rank": 128, "qk_rope_head_dim": 32, "head_dim": 32, "v_head_dim": 32},
+            **{"qk_nope_head_dim": 32, **with_rope("deepseek_v3")},
+        },
     ),
 }
 OF_EXPERTS = (
@@ -59,12 +77,14 @@ MARLIN = {"awq": "awq_marlin", "gptq": "gptq_marlin"}
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
     """Builds a checkpoint's model as on Blackwell, and loads its tensors."""
+    from sglang.kernels.ops.quantization.awq_triton import awq_dequantize_decomposition
     from sglang.srt import runtime_context
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.layers.quantization import BASE_QUANTIZATION_METHODS
     from sglang.srt.model_loader.loader import _initialize_model
     from sglang.srt.model_loader.utils import set_default_torch_dtype
+    from sglang.srt.models.deepseek_common import deepseek_weight_loader as latents
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ServerArgs
 
@@ -74,15 +94,21 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
     blackwell = SimpleNamespace(is_blackwell=True, is_sm100=True, is_sm120=False, is_sm90=False)
     # of sizes, too, as models here are small
-    checks = "verify_marlin_supported", "check_marlin_supports_layer"
+    checks = (
+        *("verify_marlin_supported", "check_marlin_supports_layer"),
+        *("verify_marlin_supports_shape", "check_moe_marlin_supports_layer"),
+    )
     for name, module in list(sys.modules.items()):
         if name.startswith("sglang.srt.layers.quantization"):
-            for check in (*checks, "check_moe_marlin_supports_layer"):
+            for check in checks:
                 if hasattr(module, check):
                     monkeypatch.setattr(module, check, lambda *_, **__: True)
             if hasattr(module, "get_platform"):
                 monkeypatch.setattr(module, "get_platform", lambda: blackwell)
     monkeypatch.setattr(served, "is_cpu", lambda: False)  # which kernels it has is what it says
+    # what it makes of latents' weights there, which for AWQ it has in plain torch, too
+    monkeypatch.setattr(latents, "_is_cuda", True)
+    monkeypatch.setattr(latents, "awq_dequantize_func", lambda: awq_dequantize_decomposition)
 
     def loaded(path: Path) -> Any:
         arguments = ServerArgs(
@@ -114,10 +140,10 @@ LEFT = (
 )
 
 
-def llama(form: str, directory: Path) -> Path:
-    """A converted one whose linears are quantised, but for LEFT."""
-    sizes = {**WIDE, "num_hidden_layers": 4}
-    random_model("llama", torch.bfloat16, **sizes).save_pretrained(directory / "dense")
+def dense_mlps(form: str, directory: Path, variant: str = "llama", **more: Any) -> Path:
+    """A converted model whose linears are quantised, but for LEFT."""
+    sizes = {**WIDE, "num_hidden_layers": 4, **more}
+    random_model(variant, torch.bfloat16, **sizes).save_pretrained(directory / "dense")
     source = quantising.quantise(
         *(directory / "dense", directory / "source", form),
         lambda module: ".layers." in module and not module.endswith(LEFT),
@@ -132,8 +158,25 @@ def llama(form: str, directory: Path) -> Path:
 @pytest.mark.parametrize("form", FORMS)
 def test_tensors_of_a_format(form: str, load: Callable[[Path], Any], tmp_path: Path) -> None:
     """Each parameter of a linear is this rank's tensors, byte for byte."""
-    path = llama(form, tmp_path)
+    path = dense_mlps(form, tmp_path)
     assert check_linears(load(path).model.layers, tensors_of(path), RANK, RANKS) > 4 * 4
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("as_values", [True, False])
+def test_tensors_of_layers_of_two_kinds(
+    as_values: bool, form: str, load: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    """What makes Gemma 4's keys makes its values, too, in layers where they are the same."""
+    more = {"global_head_dim": 64, "attention_k_eq_v": as_values}
+    layer_types = ["sliding_attention", "full_attention"] * 2
+    path = dense_mlps(form, tmp_path, "gemma4_text", layer_types=layer_types, **more)
+    given = tensors_of(path)
+    keys = {name: tensor for name, tensor in given.items() if ".k_proj." in name}
+    values = {name.replace(".k_proj.", ".v_proj."): tensor for name, tensor in keys.items()}
+    assert (values.keys() - given.keys() != set()) == as_values
+    layers = load(path).model.layers
+    assert check_linears(layers, {**values, **given}, RANK, RANKS) > 4 * 4
 
 
 def quantised_head(form: str, directory: Path) -> Path:
@@ -171,7 +214,7 @@ def test_modules_are_asked_for_by_the_names_of_the_checkpoint(
 ) -> None:
     from ptconvert.engines.sglang import layers
 
-    path = llama(form, tmp_path)
+    path = dense_mlps(form, tmp_path)
 
     def by_other_names(quant_config: Any, _: Any) -> Any:
         return by_names(quant_config, lambda module: module.replace("layers.", "layers.9"))
@@ -200,14 +243,17 @@ def mixture(variant: str, form: str, directory: Path, left: str = "none") -> Pat
     sizes = {**WIDE, "num_hidden_layers": 4, **MIXTURES[variant][2]}
     random_model(variant, torch.bfloat16, **sizes).save_pretrained(directory / "dense")
     linears = [n for n, t in tensors_of(directory / "dense").items() if t.ndim == 2]
-    ends = "_proj", "w1", "w2", "w3"
+    ends = "_proj", "_mqa", "w1", "w2", "w3"
 
     def chosen(module: str) -> bool:
         return module.endswith(ends) and left not in module
 
     names = (name.removesuffix(".weight") for name in linears if "embed" not in name)
     source = quantising.quantise(directory / "dense", directory / "source", form, chosen)
-    as_published(source, form, [name for name in names if not chosen(name)])
+    said = [name for name in names if not chosen(name)]
+    if variant == "deepseek_v3" and left == "none":  # whose config names none
+        said = ["lm_head"]
+    as_published(source, form, said)
     return convert(source, directory / "converted", COMPILED)
 
 
@@ -225,19 +271,20 @@ def test_a_layers_experts_are_left_by_name(
 
 
 @pytest.mark.parametrize(
-    ("variant", "form"),
+    ("variant", "form", "left"),
     [
-        *((variant, form) for variant in MIXTURES for form in OF_EXPERTS),
-        *((variant, form) for variant in ("mixtral", "qwen3_moe") for form in PACKED),
+        *((variant, form, "none") for variant in MIXTURES for form in OF_EXPERTS),
+        *((variant, form, "none") for variant in ("mixtral", "qwen3_moe") for form in PACKED),
+        *(("deepseek_v3", form, "self_attn") for form in PACKED),
     ],
 )
 def test_tensors_of_quantised_experts(
-    variant: str, form: str, load: Callable[[Path], Any], tmp_path: Path
+    variant: str, form: str, left: str, load: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     lies, (gate_up, down), _ = MIXTURES[variant]
     if form == "NVFP4":  # kernels of Blackwell have up before gate
         gate_up = gate_up[1], gate_up[0]
-    path = mixture(variant, form, tmp_path)
+    path = mixture(variant, form, tmp_path, left)
     given = tensors_of(path)
     layers = load(path).model.layers
     seen = check_experts(layers, given, lies, (gate_up, down), "mlp.experts", RANK, RANKS)
@@ -256,3 +303,39 @@ def test_experts_leave_alone_what_they_read(load: Callable[[Path], Any], tmp_pat
     for one in experts:
         assert one.quant_method.runner.config is one.moe_runner_config
         assert not one.moe_runner_config.inplace
+
+
+@pytest.mark.parametrize(
+    ("form", "left"),
+    [
+        *((form, "none") for form in (*OF_EXPERTS, "block FP8 of 128")),
+        ("INT8", ".experts."),
+        *(("W4A16", "kv_b_proj"), ("W8A16", "kv_b_proj")),
+        *(("NVFP4", "self_attn"), ("NVFP4 of ModelOpt", "self_attn")),
+    ],
+)
+def test_tensors_of_latents(
+    form: str, left: str, load: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    """And what queries and outputs are multiplied by in place of latents' keys and values, which
+    SGLang makes of kv_b_proj: in bfloat16, or in FP8 with one scale."""
+    path = mixture("deepseek_v3", form, tmp_path, left)
+    given = tensors_of(path)
+    layers = load(path).model.layers
+    assert check_linears(layers, given, RANK, RANKS, LATENT) > 4 * 6
+    for index, layer in enumerate(layers):
+        for name, part in layer.parts.items():
+            track, attention = "" if name == "whole" else f"tracks.{name}.", part.self_attn
+            kv_b = f"model.layers.{index}.{track}self_attn.kv_b_proj"
+            meant = given[f"{kv_b}.weight"] if left in kv_b else quantising.meant(given, form, kv_b)
+            meant = meant if track else meant.chunk(RANKS)[RANK]
+            is_fp8 = attention.w_kc.dtype == torch.float8_e4m3fn
+            assert is_fp8 == ("FP8" in form and form != "block FP8 of 128")
+            heads = meant.float().reshape(-1, 64, meant.shape[-1])
+            rtol, atol = 2.0**-7, 0.0
+            if is_fp8:
+                rtol, atol = 2.0**-4, 2.0**-9 * float(attention.w_scale)
+            pairs = (attention.w_kc, heads[:, :32]), (attention.w_vc.transpose(1, 2), heads[:, 32:])
+            for own, other in pairs:
+                scaled = own.float() * attention.w_scale
+                torch.testing.assert_close(scaled, other, rtol=rtol, atol=atol)

@@ -25,7 +25,8 @@ class Served:
     them. Attention scores are multiplied by `scale`, where that isn't one by the root of a head's
     size, and then have the soft cap that the config calls `score_cap`. `tensors` are the names in a
     checkpoint that have others there, `joined` those of linears that are parts of one there;
-    `keys_as_values` are the layers whose keys are their values too.
+    `keys_as_values` are the layers whose keys are their values too. With `shared_weights` shared
+    experts' linears must keep a `weight` of that name.
 
     SGLang knows by the names of its own architectures, of which it is told the one that the family
     is `known_as`, if what it keeps is no keys and values of as many heads in all layers: with
@@ -50,6 +51,7 @@ class Served:
     tensors: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     joined: Mapping[str, tuple[str, int]] = field(default_factory=lambda: MappingProxyType({}))
     keys_as_values: Callable[[Any], Sequence[int]] = lambda config: ()  # noqa: ARG005
+    shared_weights: bool = False
     known_as: str | None = None
     latent: bool = False
     by_kind: bool = False
@@ -178,7 +180,7 @@ SERVED: Mapping[str, Served] = MappingProxyType(
             "qwen3.Qwen3DecoderLayer",
             experts="qwen3_moe.Qwen3MoeSparseMoeBlock",
         ),
-        "glm4_moe": Served("glm4_moe.Glm4MoeDecoderLayer"),
+        "glm4_moe": Served("glm4_moe.Glm4MoeDecoderLayer", shared_weights=True),
         "deepseek_v3": Served(
             "deepseek_v2.DeepseekV2DecoderLayer",
             given=lambda _: {

@@ -8,7 +8,9 @@ from typing import Any
 
 from ptconvert.checkpoint.section import Section
 from ptconvert.engines import formats
-from ptconvert.models.quantised import QUANTIZATION, scheme_of
+from ptconvert.engines.sglang.families import SERVED
+from ptconvert.models.families import TensorRule
+from ptconvert.models.quantised import BLOCKS, QUANTIZATION, scheme_of, unit_sizes
 from ptconvert.models.shape import ModelShape
 
 # Of quant_methods that it serves, what SGLang calls what it makes of them.
@@ -34,7 +36,7 @@ _TRIED = {
     *(("int", 4, None, None), ("int", 8, None, None), ("float", 4, "float", 4)),
 }
 _FP4, _NVFP4_GROUP = ("float", 4), 16  # in other groups it is another format
-_SHARED = ".shared_experts."
+_SHARED, _FIRST, _LATENT = ".shared_experts.", ".q_a_proj.", ".kv_b_proj."
 # What its kernels for four bits (Marlin) take of experts; for others it has ones that cut again
 # what tracks have cut.
 _MARLIN_GROUPS, _MARLIN_WIDTH, _MARLIN_NEURONS = (-1, 32, 64, 128), 128, 64
@@ -60,6 +62,7 @@ def unserved(
             yield f"{QUANTIZATION}: {_named(weights, taken)}: not tried in SGLang"
     tracks = section.tracks
     yield from (f"{QUANTIZATION}: {what}" for what in _of_experts(quantization, shape, tracks))
+    yield from (f"{QUANTIZATION}: {what}" for what in _of_latents(quantization, shape))
     for why in formats.parted(quantization, shape, section, tracks, lambda _: False):
         yield f"{tracks} tracks, a rank for each: {why}; convert to fewer"
 
@@ -100,18 +103,47 @@ def _of_experts(quantization: Mapping[str, Any], shape: ModelShape, tracks: int)
     of_experts = formats.schemes_of(quantization, shape, lambda rule: rule.is_of_experts)
     if any(_numbers(s["weights"])[0] == "int" and s.get("input_activations") for s in of_experts):
         yield "experts in integers beside quantised activations: not served in SGLang"
-    if method != "awq" and any(map(_is_packed, _shared(quantization, shape))):
+    by_weight = shape.model_type in SERVED and SERVED[shape.model_type].shared_weights
+    if by_weight and any(map(_is_packed, _schemes_of(quantization, shape, _SHARED))):
         yield "shared experts in packed numbers: SGLang asks for their weights as they are"
 
 
-def _shared(
-    quantization: Mapping[str, Any], shape: ModelShape
+def _of_latents(quantization: Mapping[str, Any], shape: ModelShape) -> Iterator[str]:
+    if any(map(_is_packed, _schemes_of(quantization, shape, _LATENT))):
+        yield (
+            "kv_b_proj in packed numbers: SGLang multiplies queries and outputs by it, and unpacks "
+            "AWQ's only"
+        )
+    nvfp4 = quantization.get("quant_method") == "modelopt"
+    firsts = _schemes_of(quantization, shape, _FIRST)
+    if any(nvfp4 if one is None else _numbers(one["weights"]) == _FP4 for one in firsts):
+        yield "q_a_proj in NVFP4: SGLang has one scale for it and kv_a_proj_with_mqa"
+    for rule, module in _weights_of(shape, _FIRST):
+        outputs, units = shape.size(rule)[0], unit_sizes(quantization, module, BLOCKS)
+        if cut := [unit for unit in units if outputs % unit]:
+            yield (
+                f"{module} has {outputs} outputs in blocks of {cut[0]}: SGLang has "
+                "kv_a_proj_with_mqa after them in one"
+            )
+            return
+
+
+def _schemes_of(
+    quantization: Mapping[str, Any], shape: ModelShape, part: str
 ) -> Iterator[Mapping[str, Any] | None]:
-    """How weights of shared experts are quantised: compressed-tensors' schemes, None of others."""
+    """How weights with such a part in their names are quantised, but by `fp8` and AWQ, which SGLang
+    has methods for there: compressed-tensors' schemes, None of others."""
+    if quantization.get("quant_method") not in ("fp8", "awq"):
+        for _, module in _weights_of(shape, part):
+            yield scheme_of(quantization, module)
+
+
+def _weights_of(shape: ModelShape, part: str) -> Iterator[tuple[TensorRule, str]]:
+    """All layers' quantised weights with such a part in their names, and their modules."""
     for layer in range(shape.layers):
         for rule, module in formats.quantised_weights(shape, layer):
-            if _SHARED in rule.name and quantization.get("quant_method") != "fp8":
-                yield scheme_of(quantization, module)
+            if part in rule.name:
+                yield rule, module
 
 
 def _is_packed(scheme: Mapping[str, Any] | None) -> bool:

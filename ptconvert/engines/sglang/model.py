@@ -28,7 +28,7 @@ from ptconvert.models.shape import ModelShape
 
 # What SGLang makes itself where a checkpoint says nothing: scales of the cache, 1; orders of groups
 # that lie in order; scales as its kernels read them.
-_MADE = (".attn.k_scale", ".attn.v_scale", "g_idx", "g_idx_sort_indices", "_blockscale_swizzled")
+_MADE = (".k_scale", ".v_scale", "g_idx", "g_idx_sort_indices", "_blockscale_swizzled")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.(\w+)")  # of one's projection
 
 

@@ -100,8 +100,6 @@ def _refused(
         )
         return
     yield from _unlike(SERVED[shape.model_type], config, on_cpu)
-    if quantization is not None and SERVED[shape.model_type].known_as:
-        yield f"{QUANTIZATION}: {shape.model_type} was not tried with it in SGLang"
     if quantization is not None:
         yield from unserved(quantization, shape, section, on_cpu)
     for key in section.together:
