@@ -31,11 +31,20 @@ from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.cache import content_digest
 from ptconvert.measure.opening import open_model
 from ptconvert.measure.windows import Windows, windows_for
-from ptconvert.plan import sensitivity
+from ptconvert.plan import planner, sensitivity
 from ptconvert.plan.case import Case
 from ptconvert.plan.frontier import read_frontier
-from ptconvert.plan.planner import choose, screening_windows, search, search_windows, waited_for
-from ptconvert.plan.segments import HIDDEN, alone
+from ptconvert.plan.planner import (
+    NEAR,
+    REFINEMENTS,
+    choose,
+    screening_windows,
+    search,
+    search_windows,
+    waited_for,
+)
+from ptconvert.plan.search import Mixture, Mixtures
+from ptconvert.plan.segments import HIDDEN, alone, together
 from ptconvert.plan.segments import run as run_of
 from ptconvert.plan.sensitivity import Meter, Store, store_file
 from ptconvert.schedule.endings import BLOCKING
@@ -236,7 +245,8 @@ def test_passes_at_the_depth_of_real_models(
     ids = torch.randint(0, 64, (16, 25), generator=torch.Generator().manual_seed(0))
     windows, batch = Windows(ids, 24, 16 * 24), BatchSize(16, "cpu")
     case = Case(open_checkpoint(path), 4, windows, "float32", "cpu", batch)
-    frontier = search(Meter(case, Store(tmp_path / "costs.jsonl"), quiet), waited_for(True))
+    meter = Meter(case, Store(tmp_path / "costs.jsonl"), quiet)
+    frontier = search(meter, waited_for(True), target=layers)
     assert len(frontier.points) > 6 and most / 2 < frontier.passes <= most
 
 
@@ -272,6 +282,37 @@ def test_planned_is_better_than_uniform(meter: Meter) -> None:
         (cost,) = meter.costs([Schedule(uniform)], "uniform")
         planned = choose(frontier, 2 * LAYERS // every, None)
         assert planned is not None and planned.cost.kl <= cost.kl
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_it_searches_about_what_is_asked_for(
+    overlap: bool, meter: Meter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixtures of that weight, or of the next that is lighter than the lightest within the loss."""
+    objective, heaviest = waited_for(overlap), planner._heaviest
+    aims, found = list[float](), list[Schedule]()
+
+    def recorded(mixtures: Mixtures, objective: planner.Objective, weight: float) -> Mixture:
+        mixture = heaviest(mixtures, objective, weight)
+        aims.append(weight)
+        found.append(together(mixture.segments))
+        return mixture
+
+    monkeypatch.setattr(planner, "_heaviest", recorded)
+    frontier = search(meter, objective, target=6)
+    assert len(aims) > REFINEMENTS * NEAR and set(aims) == {6}
+    assert len(set(found)) > 2 and {s.counts.waited_for for s in found} <= {5, 6}
+    known = [meter.costs([schedule], "known")[0].kl for schedule in found]
+    chosen = choose(frontier, 6, None)
+    assert chosen is not None and chosen.cost.kl == min(known) < max(known)
+
+    aims.clear()
+    search(meter, objective, max_loss=chosen.cost.loss)
+    assert len(aims) >= REFINEMENTS * NEAR and max(aims) < 6
+
+    aims.clear()
+    search(meter, objective)
+    assert not aims
 
 
 def test_a_time_limit_leaves_a_smaller_frontier(meter: Meter, tmp_path: Path, source: Path) -> None:

@@ -3,11 +3,11 @@
     python examples/bench/plan_cost.py MODEL --tracks 4 --calibrate FILE... --report FILE...
 
 The thorough search weighs each segment on as many windows as it searches on, up to 8 of them,
-measures up to 32 mixtures in each of up to 12 rounds, and up to 32 points whole. Both plan on the
-one text. Prints in Markdown what each computed, in forward passes over that text and in seconds,
-and what the schedule that it chose for each number of all-reduces waited for, asked for one by one,
-costs on the other text: KL(source || schedule) and rise of the loss, nats per token, over as many
-windows.
+measures up to 32 mixtures of all weights in each of up to 12 rounds, and up to 32 points whole.
+Both plan on the one text. Prints in Markdown what each computed, in forward passes over that text
+and in seconds, and what the schedule that it chose for each number of all-reduces waited for, asked
+for one by one, costs on the other text: KL(source || schedule) and rise of the loss, nats per
+token, over as many windows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ptconvert.plan.case import Case
 from ptconvert.plan.sensitivity import Meter, Store
 from ptconvert.schedule.schedule import Schedule
 
-THOROUGH = {"MIXTURES": 32, "POINTS": 32, "SEARCH_EACH": 1, "SCREEN_EACH": 1}
+THOROUGH = {"MIXTURES": 32, "REFINEMENTS": 0, "POINTS": 32, "SEARCH_EACH": 1, "SCREEN_EACH": 1}
 THOROUGH_ROUNDS = 12
 
 

@@ -95,7 +95,7 @@ def _for_the_spec(command: F) -> F:
 @_for_the_spec
 @shared("--window", says="1024")
 @shared("--windows", says="all, at most 64")
-@click.option("--rounds", type=click.IntRange(1), help="Rounds of the search, at most. [3]")
+@click.option("--rounds", type=click.IntRange(1), help="Rounds of the search, at most. [2]")
 @click.option(
     "--time-limit",
     type=click.FloatRange(min=0, min_open=True),

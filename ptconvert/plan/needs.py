@@ -15,8 +15,11 @@ from ptconvert.measure.one_layer import (
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES, TORCH_NAMES
 from ptconvert.plan.case import Case
 from ptconvert.plan.planner import (
+    FINALISTS,
     MIXTURES,
+    NEAR,
     POINTS,
+    REFINEMENTS,
     ROUNDS,
     Objective,
     is_basic,
@@ -64,7 +67,8 @@ def plan_needs(
     weighing = sum(on * share[begin] for on, begin in runs)
     heads = sum(on for on, _ in runs)  # which every run has, wherever it begins
     weighing_seconds = weighing * layers_seconds + heads * heads_seconds
-    measuring = searched * (rounds or ROUNDS) * MIXTURES + (1 - searched) * POINTS
+    mixtures = (rounds or ROUNDS) * (MIXTURES + REFINEMENTS * NEAR)
+    measuring = searched * mixtures + (1 - searched) * (POINTS + FINALISTS)
     whole_seconds = layers_seconds + heads_seconds
     if minutes is not None:
         measuring = max(0.0, min(measuring, (60 * minutes - weighing_seconds) / whole_seconds))

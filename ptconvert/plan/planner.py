@@ -4,20 +4,24 @@ Every cost is the whole model's with a schedule, from the layer at which it depa
 one to the end. What keeps that cheap is on how few windows: segments are screened on a few, and
 those that good mixtures are made of weighed on more, as these mixtures are; all windows are for the
 frontier. A window is measured once, so that more windows cost only those that are new.
+
+Mixtures that should cost the same differ by some hundredths, by what their segments do to each
+other. So about what is asked for several are measured, such as would be cheapest were segments'
+costs a little other ones.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
-import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ptconvert.plan.search import Choices, Mixture, Prices
+from ptconvert.plan.search import Choices, Floats, Mixture, Mixtures, Prices
 from ptconvert.plan.segments import HIDDEN, OWN_SEEN, OWN_SEEN_LATER, Segment, menu, run, together
 from ptconvert.plan.sensitivity import Cost, Meter
 from ptconvert.schedule.endings import BLOCKING, Ending
@@ -33,9 +37,11 @@ T = TypeVar("T")
 SEARCH_WINDOWS = 8
 SEARCH_EACH = 4
 SCREEN_EACH = 16
-ROUNDS = 3
-MIXTURES = 20  # that a round measures whole, at most
-POINTS = 12  # of the frontier that are measured, where it has more
+ROUNDS = 2
+MIXTURES = 16  # that a round measures whole, at most, of all weights;
+REFINEMENTS, NEAR = 10, 2  # and then so many times so many about what is asked for
+POINTS = 8  # of the frontier that are measured, where it has more,
+FINALISTS = 3  # and of what is asked for, as few windows tell too little of those nearly alike
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,15 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A mixture that was measured whole, on the windows of the search."""
+
+    schedule: Schedule
+    mixture: Mixture
+    cost: Cost
+
+
+@dataclass(frozen=True)
 class Sensitivity:
     """The KL of one stage's ending in an otherwise dense model; None where the objective has no use
     for it. `deferred` merges with the next stage."""
@@ -166,86 +181,162 @@ def search(
 
     Each round searches the cheapest mixtures at the prices known, weighs each segment in them that
     was only guessed or screened, then measures the mixtures whole, and corrects the prices; until
-    it proposes nothing new. All on a few windows; the best are then measured on all of them, and
-    those that another one beats in both respects are dropped. `target` is a weight, and `max_loss`
-    a rise of the loss, not to leave out. Where `seconds` are given, no further round begins when
+    it proposes nothing new. `target` is a weight, and `max_loss` a rise of the loss, not to leave
+    out: about them it does the same a few more times, at prices drawn at random about the known
+    ones. All on a few windows; the best are then measured on all of them, and those that another
+    one beats in both respects are dropped. Where `seconds` are given, nothing more is searched when
     half of them are over, and of the frontier what was asked for and its ends are measured, and
     more while there is time.
     """
+    return _Search(meter, objective, target, max_loss, seconds).run(rounds)
 
-    def within(schedule: Schedule) -> bool:
-        return objective.whole(schedule) <= (target or 0)
 
-    def fits(mixture: Mixture) -> bool:
-        return within(together(mixture.segments))
+class _Search:
+    """What is known so far: the prices, and the mixtures that were measured on a few windows."""
 
-    wanted, started = None if target is None else fits, time.monotonic()
-    count = len(meter.windows.ids)
-    screening, searching = screening_windows(count), search_windows(count)
-    longest = len(meter.dense.stages)
-    segments = tuple(menu(meter.layers, objective.singles, objective.runs, longest, meter.parallel))
-    meter.progress("weighing segments", 0, None)
-    choices, prices = Choices(segments, objective.segment), Prices(segments)
-    screened, weighed = dict[Segment, float](), dict[Segment, float]()
-    known_on = {screening: screened, searching: weighed}  # where both are the same, only weighed
+    def __init__(
+        self,
+        meter: Meter,
+        objective: Objective,
+        target: float | None,
+        max_loss: float | None,
+        seconds: float | None,
+    ) -> None:
+        self.started = time.monotonic()
+        self.meter, self.objective = meter, objective
+        self.target, self.max_loss, self.seconds = target, max_loss, seconds
+        count, longest = len(meter.windows.ids), len(meter.dense.stages)
+        self.screening, self.searching = screening_windows(count), search_windows(count)
+        parts = objective.singles, objective.runs, longest, meter.parallel
+        self.segments = tuple(menu(meter.layers, *parts))
+        meter.progress("weighing segments", 0, None)
+        self.choices = Choices(self.segments, objective.segment)
+        self.prices = Prices(self.segments)
+        self.screened, self.weighed = dict[Segment, float](), dict[Segment, float]()
+        # where both are the same windows, segments are only weighed
+        self.known_on = {self.screening: self.screened, self.searching: self.weighed}
+        self.tried: dict[Schedule, Tried] = {}
 
-    def learn(some: Sequence[Segment], step: str, windows: range) -> None:
-        known_on[windows].update(zip(some, meter.alone(some, step, windows), strict=True))
-        prices.learn(as_weighed(screened, weighed))
+    def run(self, rounds: int) -> Frontier:
+        self.learn(list(filter(is_basic, self.segments)), "sensitivities", self.screening)
+        for number in range(1, rounds + 1):
+            # other weights in each round, where there are more than it measures
+            shift = (number - 1) / rounds
+            if self.tried and self.is_late(0.5):
+                break
+            if not self.measure(functools.partial(self.of_all_weights, shift), f"round {number}"):
+                break
+            for again in range(REFINEMENTS):
+                weight = self.aim()
+                if weight is None or self.is_late(0.5):
+                    break
+                factors_NS = self.prices.factors(NEAR, seed=REFINEMENTS * number + again)
+                find = functools.partial(self.near, weight, factors_NS)
+                self.measure(find, f"round {number}.{again + 1}")
+        points = [
+            Point(
+                t.schedule,
+                self.objective.whole(t.schedule),
+                tuple((part, self.prices.alone(part)) for part in t.mixture.segments),
+                cost,
+            )
+            for t, cost in self.measured_whole()
+        ]
+        return Frontier(
+            tuple(undominated(points, lambda p: (p.weight, p.cost.kl))),
+            tuple(_sensitivities(self.meter.dense, self.meter.parallel, self.prices)),
+            len(self.prices.measured),
+            len(self.tried),
+            len(self.searching),
+            self.meter.passes,
+        )
 
-    def weigh(used: Sequence[Segment], step: str) -> bool:
-        """Learns more of the segments that are used, screening before weighing; whether there was
-        more to learn."""
-        for windows, known in known_on.items():
+    def learn(self, some: Sequence[Segment], step: str, windows: range) -> None:
+        """Measures segments by themselves."""
+        costs = self.meter.alone(some, step, windows)
+        self.known_on[windows].update(zip(some, costs, strict=True))
+        self.prices.learn(as_weighed(self.screened, self.weighed))
+
+    def learn_more(self, mixtures: Iterable[Mixture], step: str) -> bool:
+        """Learns more of the mixtures' segments, screening before weighing; whether there was more
+        to learn."""
+        used = dict.fromkeys(s for mixture in mixtures for s in mixture.segments if not s.dense)
+        for windows, known in self.known_on.items():
             if unknown := [segment for segment in used if segment not in known]:
-                learn(unknown, step, windows)
+                self.learn(unknown, step, windows)
                 return True
         return False
 
-    learn([s for s in segments if is_basic(s)], "sensitivities", screening)
-    tried: dict[Schedule, tuple[Mixture, Cost]] = {}
-    for number in range(1, rounds + 1):
-        if tried and seconds is not None and time.monotonic() - started > seconds / 2:
-            break
-        step = f"round {number}"
-        meter.progress(f"{step}: searching", 0, None)
-        # other weights in each round, where there are more than it measures
-        shift = (number - 1) / rounds
-        weigh_parts = functools.partial(weigh, step=f"{step}: parts")
-        found = _priced(choices, prices, weigh_parts, wanted, shift)
-        new = {together(m.segments): m for m in found}
-        new = {s: m for s, m in new.items() if s not in tried}
-        if not new:
-            break
-        costs = meter.costs(new, f"{step}: mixtures", searching)
+    def measure(self, find: Callable[[], list[Mixture]], step: str) -> bool:
+        """Measures mixtures, found again as long as there is more to learn of their segments;
+        whether one was new."""
+        self.meter.progress(f"{step}: searching", 0, None)
+        found = find()
+        while self.learn_more(found, f"{step}: parts"):
+            found = find()
+        new = {s: m for m in found if (s := together(m.segments)) not in self.tried}
+        costs = self.meter.costs(new, f"{step}: mixtures", self.searching)
         for (schedule, mixture), cost in zip(new.items(), costs, strict=True):
-            tried[schedule] = mixture, cost
-        prices.correct([(mixture.segments, cost.kl) for mixture, cost in tried.values()])
-    best = undominated(tried.items(), lambda t: (objective.whole(t[0]), t[1][1].kl))
-    asked = [t for t in best if target is not None and within(t[0])][-1:]
-    if max_loss is not None:  # the lightest that fits, and the next, should others' windows differ
-        fits_at = next(i for i, t in enumerate(best) if t[1][1].loss <= max_loss or t is best[-1])
-        asked += best[fits_at : fits_at + 2]
-    asked = list(dict.fromkeys([*asked, best[0], best[-1]]))
-    order = list(dict.fromkeys([*asked, *_thinned(best, None, POINTS)]))
-    chosen = []
-    for item, cost in zip(order, meter.each([s for s, _ in order], "frontier, whole"), strict=True):
-        chosen.append((item, cost))
-        late = seconds is not None and time.monotonic() - started > seconds
-        if late and len(chosen) >= len(asked):
-            break
-    points = [
-        Point(s, objective.whole(s), tuple((p, prices.alone(p)) for p in m.segments), cost)
-        for (s, (m, _)), cost in chosen
-    ]
-    return Frontier(
-        tuple(undominated(points, lambda p: (p.weight, p.cost.kl))),
-        tuple(_sensitivities(meter.dense, meter.parallel, prices)),
-        len(prices.measured),
-        len(tried),
-        len(searching),
-        meter.passes,
-    )
+            self.tried[schedule] = Tried(schedule, mixture, cost)
+        self.prices.correct([(t.mixture.segments, t.cost.kl) for t in self.tried.values()])
+        return bool(new)
+
+    def of_all_weights(self, shift: float) -> list[Mixture]:
+        """The cheapest mixtures, not all where they are many."""
+        found = self.choices.cheapest(self.prices.costs)
+        asked = [] if self.target is None else [_heaviest(found, self.objective, self.target)]
+        return [*_thinned(found, MIXTURES, shift), *asked]
+
+    def near(self, weight: float, factors_NS: Floats) -> list[Mixture]:
+        """One of this weight for each time that costs are others by such factors."""
+        drawn = (self.choices.cheapest(self.prices.costs * factor_S) for factor_S in factors_NS)
+        return [_heaviest(found, self.objective, weight) for found in drawn]
+
+    def best(self) -> list[Tried]:
+        """Those that none tried beats, by rising weight."""
+        return undominated(
+            self.tried.values(), lambda t: (self.objective.whole(t.schedule), t.cost.kl)
+        )
+
+    def fits_at(self, best: Sequence[Tried]) -> int:
+        """The first of the best whose loss rises by no more than asked, or the last."""
+        fit = (i for i, t in enumerate(best) if t.cost.loss <= (self.max_loss or 0))
+        return next(fit, len(best) - 1)
+
+    def aim(self) -> float | None:
+        """Which weight is worth trying more of: the target, or the next that is lighter than the
+        lightest whose loss fits."""
+        if self.max_loss is None:
+            return self.target
+        best = self.best()
+        return self.objective.whole(best[max(0, self.fits_at(best) - 1)].schedule)
+
+    def measured_whole(self) -> Iterator[tuple[Tried, Cost]]:
+        """The best on all windows: what was asked for, the ends, and more while there is time."""
+        best, most = self.best(), self.target
+        if self.max_loss is not None:  # and the next, should others' windows differ
+            fits_at = self.fits_at(best)
+            asked, most = best[fits_at : fits_at + 2], self.objective.whole(best[fits_at].schedule)
+        fitting = [
+            t
+            for t in self.tried.values()
+            if most is not None and self.objective.whole(t.schedule) <= most
+        ]
+        finalists = sorted(fitting, key=lambda t: t.cost.kl)[:FINALISTS]
+        if self.max_loss is None:
+            asked = finalists[:1]
+        asked = [*{t.schedule: t for t in (*asked, best[0], best[-1])}.values()]
+        order = {t.schedule: t for t in (*asked, *finalists, *_thinned(best, POINTS))}
+        costs = self.meter.each(order, "frontier, whole")
+        for done, (tried, cost) in enumerate(zip(order.values(), costs, strict=True), 1):
+            yield tried, cost
+            if self.is_late() and done >= len(asked):
+                break
+
+    def is_late(self, part: float = 1.0) -> bool:
+        """Whether that part of the time is over."""
+        limit = math.inf if self.seconds is None else part * self.seconds
+        return time.monotonic() - self.started > limit
 
 
 def search_windows(windows: int) -> range:
@@ -277,19 +368,15 @@ def is_basic(segment: Segment) -> bool:
     return not segment.dense and (segment.beside or segment.length <= 2)
 
 
-def _priced(
-    choices: Choices,
-    prices: Prices,
-    weigh: Callable[[Sequence[Segment]], bool],
-    wanted: Callable[[Mixture], bool] | None,
-    shift: float,
-) -> list[Mixture]:
-    """The cheapest mixtures, of segments of which nothing is left to learn; not all where they are
-    many."""
-    while True:
-        found = _thinned(choices.cheapest(prices.costs), wanted, MIXTURES, shift)
-        if not weigh(list(dict.fromkeys(s for m in found for s in m.segments if not s.dense))):
-            return found
+def _heaviest(found: Mixtures, objective: Objective, weight: float) -> Mixture:
+    """The heaviest that weighs no more, whole, or the lightest of all."""
+
+    def whole(mixture: Mixture) -> float:
+        return objective.whole(together(mixture.segments))
+
+    at = bisect.bisect_right(found, weight, key=whole)
+    # Their weights are sums over segments, by which wholes are nearly in order.
+    return next((m for m in found[:at][::-1] if whole(m) <= weight), found[0])
 
 
 def undominated(items: Iterable[T], values: Callable[[T], tuple[float, float]]) -> list[T]:
@@ -302,17 +389,13 @@ def undominated(items: Iterable[T], values: Callable[[T], tuple[float, float]]) 
     return kept
 
 
-def _thinned(
-    items: Sequence[T], wanted: Callable[[T], bool] | None, most: int, shift: float = 0.0
-) -> list[T]:
-    """So many, evenly, from a part of a step on; the first; and the last that is wanted."""
+def _thinned(items: Sequence[T], most: int, shift: float = 0.0) -> list[T]:
+    """So many, evenly, from a part of a step on; and the first."""
     count = len(items)
     step = (count - 1) / max(1, most - 1)
     chosen = set(range(count))
     if count > most:
         chosen = {0, *(min(count - 1, round((i + shift) * step)) for i in range(most))}
-    if wanted is not None:
-        chosen.update(itertools.islice((i for i in reversed(range(count)) if wanted(items[i])), 1))
     return [items[i] for i in sorted(chosen)]
 
 

@@ -25,6 +25,7 @@ Floats = NDArray[np.float64]
 MOST_GUESSED = 1e6  # nats: a guess is a multiple of shorter ones, which are multiples of others
 COMMON = 1.0  # the variance of the factor common to all segments
 OWN = 0.5  # the variance of a segment's own correction, as a share of its cost squared
+DRAWN = 0.2  # the standard deviation of the logarithms of costs that are drawn about the known ones
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,11 @@ class Prices:
     def costs(self) -> Floats:
         """What each segment adds to a mixture's cost, as far as is known, in the order given."""
         return np.maximum(0.0, self._common * self._alone_S + self._corrections_S)
+
+    def factors(self, draws: int, seed: int) -> Floats:
+        """By what costs may be off, drawn at random: (draws, segments)."""
+        size = draws, len(self._index)
+        return np.exp(np.random.default_rng(seed).normal(0.0, DRAWN, size))
 
     def alone(self, segment: Segment) -> float:
         """What the segment costs by itself, measured or guessed."""
