@@ -143,6 +143,7 @@ class Tried:
 
     schedule: Schedule
     mixture: Mixture
+    weight: float  # of the schedule, in the objective's unit
     cost: Cost
 
 
@@ -236,7 +237,7 @@ class _Search:
         points = [
             Point(
                 t.schedule,
-                self.objective.whole(t.schedule),
+                t.weight,
                 tuple((part, self.prices.alone(part)) for part in t.mixture.segments),
                 cost,
             )
@@ -277,7 +278,8 @@ class _Search:
         new = {s: m for m in found if (s := together(m.segments)) not in self.tried}
         costs = self.meter.costs(new, f"{step}: mixtures", self.searching)
         for (schedule, mixture), cost in zip(new.items(), costs, strict=True):
-            self.tried[schedule] = Tried(schedule, mixture, cost)
+            weight = self.objective.whole(schedule)
+            self.tried[schedule] = Tried(schedule, mixture, weight, cost)
         self.prices.correct([(t.mixture.segments, t.cost.kl) for t in self.tried.values()])
         return bool(new)
 
@@ -294,14 +296,11 @@ class _Search:
 
     def best(self) -> list[Tried]:
         """Those that none tried beats, by rising weight."""
-        return undominated(
-            self.tried.values(), lambda t: (self.objective.whole(t.schedule), t.cost.kl)
-        )
+        return undominated(self.tried.values(), lambda t: (t.weight, t.cost.kl))
 
-    def fits_at(self, best: Sequence[Tried]) -> int:
-        """The first of the best whose loss rises by no more than asked, or the last."""
-        fit = (i for i, t in enumerate(best) if t.cost.loss <= (self.max_loss or 0))
-        return next(fit, len(best) - 1)
+    def fits_at(self, best: Sequence[Tried], max_loss: float) -> int:
+        """The first of the best whose loss rises by no more, or the last."""
+        return next((i for i, t in enumerate(best) if t.cost.loss <= max_loss), len(best) - 1)
 
     def aim(self) -> float | None:
         """Which weight is worth trying more of: the target, or the next that is lighter than the
@@ -309,28 +308,32 @@ class _Search:
         if self.max_loss is None:
             return self.target
         best = self.best()
-        return self.objective.whole(best[max(0, self.fits_at(best) - 1)].schedule)
+        at = self.fits_at(best, self.max_loss)
+        return best[at - 1].weight if at else None
+
+    def asked(self, best: Sequence[Tried]) -> tuple[Sequence[Tried], Sequence[Tried]]:
+        """What was asked for, and what may turn out to be it on more windows."""
+        tried = self.tried.values()
+        if self.max_loss is not None:
+            at = self.fits_at(best, self.max_loss)
+            fitting = sorted(
+                (t for t in tried if t.weight <= best[at].weight), key=lambda t: t.cost.loss
+            )
+            return best[max(0, at - 1) : at + 2], fitting[:FINALISTS]
+        most = -math.inf if self.target is None else self.target
+        fitting = sorted((t for t in tried if t.weight <= most), key=lambda t: t.cost.kl)
+        return fitting[:1], fitting[:FINALISTS]
 
     def measured_whole(self) -> Iterator[tuple[Tried, Cost]]:
         """The best on all windows: what was asked for, the ends, and more while there is time."""
-        best, most = self.best(), self.target
-        if self.max_loss is not None:  # and the next, should others' windows differ
-            fits_at = self.fits_at(best)
-            asked, most = best[fits_at : fits_at + 2], self.objective.whole(best[fits_at].schedule)
-        fitting = [
-            t
-            for t in self.tried.values()
-            if most is not None and self.objective.whole(t.schedule) <= most
-        ]
-        finalists = sorted(fitting, key=lambda t: t.cost.kl)[:FINALISTS]
-        if self.max_loss is None:
-            asked = finalists[:1]
-        asked = [*{t.schedule: t for t in (*asked, best[0], best[-1])}.values()]
-        order = {t.schedule: t for t in (*asked, *finalists, *_thinned(best, POINTS))}
+        best = self.best()
+        asked, finalists = self.asked(best)
+        first = {t.schedule: t for t in (*asked, best[0], best[-1])}
+        order = first | {t.schedule: t for t in (*finalists, *_thinned(best, POINTS))}
         costs = self.meter.each(order, "frontier, whole")
         for done, (tried, cost) in enumerate(zip(order.values(), costs, strict=True), 1):
             yield tried, cost
-            if self.is_late() and done >= len(asked):
+            if self.is_late() and done >= len(first):
                 break
 
     def is_late(self, part: float = 1.0) -> bool:
