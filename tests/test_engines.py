@@ -53,6 +53,14 @@ def verified(path: Path, settings: Any, eager: bool) -> Report:
 
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+PARTIAL = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    "full_attention": {"rope_type": "proportional", "rope_theta": 1e4},
+}
+YARN = {
+    **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+    "original_max_position_embeddings": 32,
+}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 HERE = ServingEngine("pytest", "pip install pytest", verified)
 AWAY = ServingEngine("no_such_package", "pip install no-such-package", verified)
@@ -104,12 +112,33 @@ def test_what_comes_along_is_registered() -> None:
             "--attention-backend fa3: heads differ by kind of layer, which in SGLang only triton,",
         ),
         (
+            *("gemma4_text", {}, {"backends": ("torch_native", "triton")}),
+            "--attention-backend: torch_native beside another was not tried",
+        ),
+        (
+            *("gemma4_text", {"rope_parameters": PARTIAL}, {}),
+            "partial_rotary_factor 0.5 of rope_type default: SGLang's attention for it reads it",
+        ),
+        (
+            *("deepseek_v3", {"rope_parameters": {**YARN, "truncate": False}}, {}),
+            "truncate False of rope_type yarn: SGLang's attention for it reads it otherwise than",
+        ),
+        (
+            *("deepseek_v3", {"rope_parameters": {**YARN, "mscale": 1.0}}, {}),
+            "mscale, mscale_all_dim: SGLang takes one without the other otherwise",
+        ),
+        (
             "gemma4_text",
             {"rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), LINEAR)},
             {},
             "rope_type linear: SGLang's attention for it turns positions by default or",
         ),
-        ("gemma4_text", {"num_global_key_value_heads": 1}, {"on_cpu": True}, "and 1 KV heads"),
+        (
+            "gemma4_text",
+            {"num_global_key_value_heads": 1},
+            {"on_cpu": True},
+            "and 1 and 4 KV heads",
+        ),
         (
             *("llama", {"rope_parameters": DYNAMIC}, {}),
             "rope_type dynamic: SGLang turns all positions as at the longest length",
@@ -121,9 +150,16 @@ def test_what_comes_along_is_registered() -> None:
             *("llama", {}, {"quantization": "fp8"}),
             "--quantization fp8: converted models are served as their weights are kept; leave it",
         ),
-        ("llama", {}, {"pipeline": 2}, "--pp-size: all layers must be on every rank"),
-        ("llama", {}, {"attention_groups": 2}, "--enable-dp-attention: all layers must be on"),
-        ("mixtral", {}, {"expert_groups": 2}, "--ep-size: each track has a share of every expert"),
+        ("llama", {}, {"groups": {"--pp-size": 2}}, "--pp-size: all layers must be on every rank"),
+        (
+            *("llama", {}, {"groups": {"--pp-size": 1, "--enable-dp-attention": 2}}),
+            "--enable-dp-attention: all layers must be on every rank",
+        ),
+        ("llama", {}, {"groups": {"--attn-cp-size": 2}}, "--attn-cp-size: all layers must be"),
+        ("llama", {}, {"groups": {"--dcp-size": 2}}, "--dcp-size: all layers must be on every"),
+        ("mixtral", {}, {"groups": {"--ep-size": 2}}, "--ep-size: each track has a share of every"),
+        ("mixtral", {}, {"groups": {"--moe-dp-size": 2}}, "--moe-dp-size: each track has a share"),
+        ("glm4_moe", {}, {"dense_ranks": 1}, "--moe-dense-tp-size: each rank has its share of a"),
         *(
             (name, {}, {}, f"a converted {name} isn't served in SGLang, of converted models only")
             for name, family in FAMILIES.items()
@@ -376,6 +412,12 @@ def test_what_of_quantised_checkpoints_sglang_serves(
     assert unserved_in_sglang(quantization, family) == []
     (refused,) = unserved_in_sglang(quantization, family, on_cpu=True)
     assert "SGLang's kernels for CPUs (sgl_kernel) were never tried with it" in refused
+
+
+def test_a_quantised_head_is_refused_in_sglang() -> None:
+    assert unserved_in_sglang({**_GPTQ, "lm_head": False}, "llama") == []
+    (refused,) = unserved_in_sglang({**_GPTQ, "lm_head": True}, "llama")
+    assert refused == "quantization_config: a quantised lm_head (lm_head): not served in SGLang"
 
 
 def test_sglang_has_no_place_for_blocks_that_part_two_projections() -> None:

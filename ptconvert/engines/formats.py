@@ -43,6 +43,11 @@ def quantises_cache(given: Mapping[str, Any]) -> bool:
     return bool(given.get("kv_cache_scheme") or given.get("kv_cache_quant_algo"))
 
 
+def quantises_head(given: Mapping[str, Any]) -> bool:
+    """lm_head, too, where the config says so (GPTQ, AutoRound)."""
+    return bool(given.get("lm_head"))
+
+
 def has_fp8_experts_alone(given: Mapping[str, Any], shape: ModelShape) -> bool:
     """FP8 experts beside activations that aren't quantised, of compressed-tensors."""
     experts = schemes_of(given, shape, lambda rule: rule.is_of_experts)

@@ -54,7 +54,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     limits = {
         "chunked_prefill_size": 64,  # less than the longest prompt, so that it comes in chunks
         "max_running_requests": 8,
-        "max_total_tokens": 512,  # less than all prompts, so that places are taken again
+        "max_total_tokens": 512,  # less than prompts and answers, so that places are taken again
     }
     with engine(Path(case["path"]), 2, "cpu", dtype="float32", **limits) as running:
         found: dict[str, Any] = {"answers": generate(running, prompts, new)}

@@ -123,7 +123,7 @@ CASES = {
 }
 # Schedules, norms, positions, experts and caches that differ; other families are slow.
 FIRST = "mixed, biases, affinity, guesses"
-QUICK = {FIRST, "ladder, qwen3, biases", "gemma3_text", "cohere2", "qwen3_moe", "deepseek_v3"}
+QUICK = {FIRST, "ladder, qwen3, biases", "gemma4_text", "cohere2", "qwen3_moe", "deepseek_v3"}
 
 
 def environment() -> dict[str, str]:

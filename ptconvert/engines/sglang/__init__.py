@@ -53,7 +53,8 @@ def _served(config: Any) -> Served | None:
     from ptconvert.engines.sglang.families import SERVED
     from ptconvert.models.families import MODEL_TYPE_PREFIX
 
-    _, converted, family = config.model_type.partition(MODEL_TYPE_PREFIX)
+    model_type = getattr(config, "model_type", None) or ""  # of any model that SGLang opens
+    _, converted, family = model_type.partition(MODEL_TYPE_PREFIX)
     return SERVED.get(family) if converted else None
 
 

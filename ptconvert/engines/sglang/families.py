@@ -32,9 +32,9 @@ class Served:
     is `known_as`, if what it keeps is no keys and values of as many heads in all layers: with
     `latent` attention (MLA) latents, and else heads `by_kind` of layer, which only its attention
     `backends` read, if they are given. With a config key of `refused` SGLang's layers would be
-    others, as it says; those of `fixed` have a value built in, as have their positions'
-    `rope_types`, if they are given, and any other is refused. What it computes beside,
-    `engines.families` says.
+    others, as it says; those of `fixed` have a value built in, and any other is refused. If `ropes`
+    are given, positions are of these types alone, with these keys beside base and type. What it
+    computes beside, `engines.families` says.
     """
 
     layer: str = "llama.LlamaDecoderLayer"
@@ -58,7 +58,7 @@ class Served:
     backends: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    rope_types: tuple[str, ...] = ()
+    ropes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
 
 # SGLang's Llama has no biases before its activation; this one computes the same, and has.
@@ -123,6 +123,10 @@ def _of_full_attention(config: Any) -> Mapping[str, Any]:
     return {name: getattr(config, name) for name in own}
 
 
+_YARN = (
+    *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
+    *("mscale", "mscale_all_dim"),
+)
 _GEMMA4 = Served(
     "gemma4_causal.Gemma4DecoderLayer",
     mlp="gemma3_causal.Gemma3MLP",
@@ -133,7 +137,7 @@ _GEMMA4 = Served(
     by_kind=True,
     # those of SGLang's own Gemma 4 on GPUs, and what it has on CPUs
     backends=("triton", "trtllm_mha", "fa4", "aiter", "torch_native"),
-    rope_types=("default", "proportional"),
+    ropes=MappingProxyType({"default": (), "proportional": ("partial_rotary_factor",)}),
 )
 SERVED: Mapping[str, Served] = MappingProxyType(
     {
@@ -196,7 +200,7 @@ SERVED: Mapping[str, Served] = MappingProxyType(
             latent=True,
             refused=MappingProxyType({"attention_bias": "SGLang's layers for it have no biases"}),
             fixed=MappingProxyType({"rms_norm_eps": 1e-6, "rope_interleave": True}),
-            rope_types=("yarn",),
+            ropes=MappingProxyType({"yarn": _YARN}),
         ),
     }
 )

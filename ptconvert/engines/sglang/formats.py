@@ -28,6 +28,7 @@ _REFUSED: tuple[tuple[formats.Question, str], ...] = (
     (formats.is_asymmetric_gptq, "GPTQ with sym false"),
     (formats.has_int8_zeros, "INT8 weights with zero points"),
     (formats.quantises_cache, "a quantised KV cache (kv_cache_scheme, kv_cache_quant_algo)"),
+    (formats.quantises_head, "a quantised lm_head (lm_head)"),
     (formats.is_int8_alone, "INT8 weights beside activations that aren't quantised"),
 )
 # Of compressed-tensors' weights those that were tried: type and bits, and those of activations.

@@ -18,6 +18,10 @@ from sglang.srt.models.deepseek_common.attention_forward_methods import AttnForw
 from sglang.srt.models.deepseek_common.deepseek_weight_loader import DeepseekV2WeightLoaderMixin
 from sglang.srt.utils import BumpAllocator
 
+# Its backend of plain torch would attend to a prompt as Triton's, from keys that aren't cached. (In
+# a process that runs a converted model.)
+AttentionBackendRegistry.register("torch_native", lambda *_: AttnForwardMethod.MLA)
+
 
 class JoinedLinear(MergedColumnParallelLinear):  # type: ignore[misc]
     """Projections in one, whole on every rank, of which the last may end within a block of FP8, as
@@ -37,8 +41,6 @@ class JoinedLinear(MergedColumnParallelLinear):  # type: ignore[misc]
 
 def prepare(attention: Any, config: Any, quant_config: Any, named: str) -> None:
     """Makes a new attention one whose first projection loads each of its two parts by itself."""
-    # Its backend of plain torch would attend to a prompt as Triton's, from keys that aren't cached.
-    AttentionBackendRegistry.register("torch_native", lambda *_: AttnForwardMethod.MLA)
     attention.fused_qkv_a_proj_with_mqa = JoinedLinear(
         config.hidden_size,
         [config.q_lora_rank, config.kv_lora_rank + config.qk_rope_head_dim],
@@ -54,10 +56,12 @@ def attend(attention: Any, x_TD: torch.Tensor, positions: torch.Tensor, batch: A
     zeros = None
     if attention.w_kc.dtype == torch.float8_e4m3fn:  # scales of queries and of outputs begin so
         zeros = BumpAllocator(2, torch.float32, x_TD.device)
-    out_TD: torch.Tensor = attention(
-        positions=positions, hidden_states=x_TD, forward_batch=batch, zero_allocator=zeros
-    )
-    context.clear_attn_inputs()
+    try:
+        out_TD: torch.Tensor = attention(
+            positions=positions, hidden_states=x_TD, forward_batch=batch, zero_allocator=zeros
+        )
+    finally:
+        context.clear_attn_inputs()
     return out_TD
 
 

@@ -6,6 +6,7 @@ sharded already. Shape suffixes: T tokens, D stream width.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
@@ -215,7 +216,8 @@ class SGLangServing:
         if self._latents is not None:
             out_TD = self._latents.attend(part.self_attn, x_TD, positions, batch)
             return out_TD
-        with own_places(self.window(part) is not None):
+        windowed = self.served.by_kind and self.window(part) is not None
+        with own_places() if windowed else contextlib.nullcontext():
             out_TD = part.self_attn(positions=positions, hidden_states=x_TD, forward_batch=batch)
         return out_TD
 

@@ -44,9 +44,15 @@ class PTConvertModel(nn.Module):
             *(config, shape, section, parallel.tp_size),
             on_cpu=is_cpu(),
             quantization=None if quantization is None else quantization.get_name(),
-            pipeline=parallel.pp_size,
-            attention_groups=parallel.attn_dp_size,
-            expert_groups=parallel.moe_ep_size,
+            groups={
+                "--pp-size": parallel.pp_size,
+                "--enable-dp-attention": parallel.attn_dp_size,
+                "--attn-cp-size": parallel.attn_cp_size,
+                "--dcp-size": parallel.attn_dcp_size,
+                "--ep-size": parallel.moe_ep_size,
+                "--moe-dp-size": parallel.moe_dp_size,
+            },
+            dense_ranks=parallel.moe_dense_tp_size,
             backends=attention_backends(),
         )
         self.shape = shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ptconvert.checkpoint.section import Section
@@ -25,6 +26,15 @@ _PADDED = {
 # And those of layers with a window, where others have other heads (Gemma 4).
 _WINDOWS = {"head_dim": "swa_head_dim", "num_key_value_heads": "swa_num_key_value_heads"}
 _MODELOPT = "modelopt"
+_WHOLE = "all layers must be on every rank, each with all of a batch"
+_SHARED = "each track has a share of every expert"
+# Why ranks can't be in several groups, by the option that makes these.
+_ONE_GROUP = {
+    **dict.fromkeys(("--pp-size", "--enable-dp-attention", "--attn-cp-size", "--dcp-size"), _WHOLE),
+    **dict.fromkeys(("--ep-size", "--moe-dp-size"), _SHARED),
+}
+_ALWAYS = "rope_type", "type", "rope_theta"  # keys of all positions
+_MSCALES = {"mscale", "mscale_all_dim"}
 
 
 def unpadded(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,15 +59,14 @@ def check(
     *,
     on_cpu: bool,
     quantization: str | None = None,
-    pipeline: int = 1,
-    attention_groups: int = 1,
-    expert_groups: int = 1,
+    groups: Mapping[str, int] = MappingProxyType({}),
+    dense_ranks: int | None = None,
     backends: tuple[str, ...] = (),
 ) -> None:
     """Raises ConfigError for settings under which the model would not work: of so many
-    tensor-parallel ranks, a quantisation method by SGLang's name, pipeline stages, groups of ranks
-    with batches of their own, and such with experts of their own, attention by these backends.
-    `config` is transformers', `shape` what the checkpoint's own numbers say.
+    tensor-parallel ranks, a quantisation method by SGLang's name, groups of ranks by SGLang's
+    options, how many ranks share a dense MLP of a mixture, attention by these backends. `config` is
+    transformers', `shape` what the checkpoint's own numbers say.
     """
     told = quantization_of(unpadded(config.to_dict()))
     refused = list(_refused(config, told, shape, section, ranks, on_cpu))
@@ -67,13 +76,11 @@ def check(
             f"--quantization {quantization}: converted models are served as their weights are "
             "kept; leave it out"
         )
-    for value, option in ((pipeline, "--pp-size"), (attention_groups, "--enable-dp-attention")):
-        if value > 1:
-            refused.append(
-                f"{option}: all layers must be on every rank, each with all of a batch; leave it"
-            )
-    if expert_groups > 1:
-        refused.append("--ep-size: each track has a share of every expert; leave it")
+    refused += [
+        f"{option}: {_ONE_GROUP[option]}; leave it" for option, size in groups.items() if size > 1
+    ]
+    if dense_ranks is not None:
+        refused.append("--moe-dense-tp-size: each rank has its share of a dense MLP; leave it")
     taken = SERVED[shape.model_type].backends if shape.model_type in SERVED else ()
     for backend in dict.fromkeys(backends):
         if taken and backend not in taken:
@@ -81,6 +88,8 @@ def check(
                 f"--attention-backend {backend}: heads differ by kind of layer, which in SGLang "
                 f"only {', '.join(taken)} read"
             )
+    if taken and "torch_native" in backends and len(set(backends)) > 1:
+        refused.append("--attention-backend: torch_native beside another was not tried; take one")
     if refused:
         raise ConfigError("; ".join(refused))
 
@@ -108,17 +117,17 @@ def _refused(
             "another number of tracks, or serve it in vLLM"
         )
     neurons = math.gcd(shape.neurons, shape.expert_neurons)
-    kv_heads = math.gcd(shape.kv_heads, shape.global_kv_heads)
+    heads = sorted({shape.kv_heads, shape.global_kv_heads or shape.kv_heads})
     if ranks != section.tracks:
         yield (
             f"--tp {ranks}: SGLang's cache has as many heads in all layers, so each rank has one "
             f"of the checkpoint's {section.tracks} tracks; it takes --tp {section.tracks}"
         )
-    elif on_cpu and (neurons % (CPU_BLOCK * ranks) or kv_heads % ranks):
+    elif on_cpu and (neurons % (CPU_BLOCK * ranks) or any(n % ranks for n in heads)):
         yield (
-            f"{neurons} FFN neurons and {kv_heads} KV heads: SGLang's CPU engine fills "
-            f"up what isn't a multiple of {CPU_BLOCK} neurons and one KV head on each rank, which "
-            "tracks don't have; serve it on GPUs, or in vLLM"
+            f"{neurons} FFN neurons and {' and '.join(map(str, heads))} KV heads: SGLang's CPU "
+            f"engine fills up what isn't a multiple of {CPU_BLOCK} neurons and one KV head on each "
+            "rank, which tracks don't have; serve it on GPUs, or in vLLM"
         )
 
 
@@ -146,8 +155,16 @@ def _unlike(served: Served, config: Any, on_cpu: bool) -> Iterator[str]:
                 "rope_type dynamic: SGLang turns all positions as at the longest length, and "
                 "transformers by a text's own"
             )
-        elif kind is not None and served.rope_types and kind not in served.rope_types:
-            known = " or ".join(served.rope_types)
+        elif kind is not None and served.ropes and kind not in served.ropes:
+            known = " or ".join(served.ropes)
             yield f"rope_type {kind}: SGLang's attention for it turns positions by {known}"
+        elif kind is not None and served.ropes:
+            for key in (k for k in rope if k not in (*_ALWAYS, *served.ropes[kind])):
+                yield (
+                    f"{key} {rope[key]} of rope_type {kind}: SGLang's attention for it reads it "
+                    "otherwise than transformers, or not"
+                )
+            if len(_MSCALES & rope.keys()) == 1:
+                yield "mscale, mscale_all_dim: SGLang takes one without the other otherwise"
     if getattr(config, "is_causal", True) is False:
         yield "is_causal False: SGLang would let tokens see earlier ones only"
