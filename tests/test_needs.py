@@ -134,7 +134,7 @@ def test_the_8b_model_is_planned_on_24_gb(dense: Checkpoint) -> None:
     passes = 4 / 64 * screened + 4 / 64 * 2 * sum(begun)
     runs = 4 / 64 * (32 * 6 - 3) + 4 / 64 * 64
     assert weighed == pytest.approx(passes * layers + runs * heads)
-    wholes = 8 / 64 * 2 * (16 + 10 * 2) + 56 / 64 * (8 + 3)
+    wholes = 8 / 64 * 2 * (16 + 10 * 2) + 56 / 64 * (7 + 3)
     assert measured == pytest.approx(wholes * (layers + heads))
     assert f"{1 + passes + wholes:.0f} forward passes" in found.notes[0]
 

@@ -40,7 +40,7 @@ SCREEN_EACH = 16
 ROUNDS = 2
 MIXTURES = 16  # that a round measures whole, at most, of all weights;
 REFINEMENTS, NEAR = 10, 2  # and then so many times so many about what is asked for
-POINTS = 8  # of the frontier that are measured, where it has more,
+POINTS = 7  # of the frontier that are measured, where it has more,
 FINALISTS = 3  # and of what is asked for, as few windows tell too little of those nearly alike
 
 
