@@ -4,7 +4,7 @@ embeddings and logits are multiplied, and which channels positions turn."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +20,7 @@ class Computed:
     Embeddings are multiplied by what `embeds` says, `rounded` to the model's dtype or not, and
     logits by `logits`; their soft cap has the name `soft_cap` in the config. Rotary positions turn
     neighbouring channels where they are `interleaved`, else those of both halves of a head, and
-    only in layers that are `rotated`.
+    only in layers that are `rotated`. Keys are values too in the layers `keys_as_values`.
     """
 
     embeds: Callable[[Any], float] | None = None
@@ -29,6 +29,7 @@ class Computed:
     soft_cap: str | None = None
     interleaved: bool = False
     rotated: Callable[[Any, int], bool] = lambda config, index: True  # noqa: ARG005
+    keys_as_values: Callable[[Any], Sequence[int]] = lambda config: ()  # noqa: ARG005
 
     def embeds_scale(self, config: Any, dtype: torch.dtype) -> float | None:
         """What embeddings are multiplied by in a model of this dtype, if by anything."""
@@ -48,17 +49,21 @@ class Computed:
         return cap
 
 
-def _gemma(soft_cap: str | None = None) -> Computed:
-    return Computed(
-        embeds=lambda config: float(config.hidden_size**0.5), rounded=True, soft_cap=soft_cap
-    )
+def _gemma(**more: Any) -> Computed:
+    return Computed(embeds=lambda config: float(config.hidden_size**0.5), rounded=True, **more)
+
+
+def _full_layers(config: Any) -> Sequence[int]:
+    kinds = config.layer_types if config.attention_k_eq_v else ()
+    return [index for index, kind in enumerate(kinds) if kind == FULL]
 
 
 def _has_window(config: Any, index: int) -> bool:
     return config.sliding_window is not None and config.layer_types[index] == SLIDING
 
 
-_CAPPED_GEMMA = _gemma("final_logit_softcapping")
+_CAPPED_GEMMA = _gemma(soft_cap="final_logit_softcapping")
+_GEMMA4 = replace(_CAPPED_GEMMA, keys_as_values=_full_layers)
 _INTERLEAVED = Computed(interleaved=True)
 _COHERE = Computed(interleaved=True, logits=lambda config: config.logit_scale)
 _PLAIN = Computed()
@@ -82,19 +87,12 @@ _COMPUTED: Mapping[str, Computed] = MappingProxyType(
             logits=lambda config: config.logits_scaling,
         ),
         "gemma": _gemma(),
-        **dict.fromkeys(
-            ("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"), _CAPPED_GEMMA
-        ),
+        **dict.fromkeys(("gemma2", "gemma3_text"), _CAPPED_GEMMA),
+        **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GEMMA4),
         "cohere": _COHERE,
         "cohere2": Computed(interleaved=True, logits=_COHERE.logits, rotated=_has_window),
     }
 )
-
-
-def keys_as_values(config: Any) -> Sequence[int]:
-    """The layers of a Gemma 4 whose keys are their values too."""
-    kinds = config.layer_types if config.attention_k_eq_v else ()
-    return [index for index, kind in enumerate(kinds) if kind == FULL]
 
 
 def computed(model_type: str) -> Computed:

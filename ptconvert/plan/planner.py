@@ -298,24 +298,20 @@ class _Search:
         """Those that none tried beats, by rising weight."""
         return undominated(self.tried.values(), lambda t: (t.weight, t.cost.kl))
 
-    def fits_at(self, best: Sequence[Tried], max_loss: float) -> int:
-        """The first of the best whose loss rises by no more, or the last."""
-        return next((i for i, t in enumerate(best) if t.cost.loss <= max_loss), len(best) - 1)
-
     def aim(self) -> float | None:
         """Which weight is worth trying more of: the target, or the next that is lighter than the
         lightest whose loss fits."""
         if self.max_loss is None:
             return self.target
         best = self.best()
-        at = self.fits_at(best, self.max_loss)
+        at = _fits_at(best, self.max_loss)
         return best[at - 1].weight if at else None
 
     def asked(self, best: Sequence[Tried]) -> tuple[Sequence[Tried], Sequence[Tried]]:
         """What was asked for, and what may turn out to be it on more windows."""
         tried = self.tried.values()
         if self.max_loss is not None:
-            at = self.fits_at(best, self.max_loss)
+            at = _fits_at(best, self.max_loss)
             fitting = sorted(
                 (t for t in tried if t.weight <= best[at].weight), key=lambda t: t.cost.loss
             )
@@ -380,6 +376,11 @@ def _heaviest(found: Mixtures, objective: Objective, weight: float) -> Mixture:
     at = bisect.bisect_right(found, weight, key=whole)
     # Their weights are sums over segments, by which wholes are nearly in order.
     return next((m for m in found[:at][::-1] if whole(m) <= weight), found[0])
+
+
+def _fits_at(best: Sequence[Tried], max_loss: float) -> int:
+    """The first whose loss rises by no more, or the last."""
+    return next((i for i, t in enumerate(best) if t.cost.loss <= max_loss), len(best) - 1)
 
 
 def undominated(items: Iterable[T], values: Callable[[T], tuple[float, float]]) -> list[T]:

@@ -3,12 +3,10 @@ needs; all were compared with transformers' (tests/serving_sglang)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
-
-from ptconvert.engines.families import keys_as_values
 
 
 @dataclass(frozen=True)
@@ -24,9 +22,8 @@ class Served:
     keys where the attention has none, before their rotary positions or, `normed_after`, behind
     them. Attention scores are multiplied by `scale`, where that isn't one by the root of a head's
     size, and then have the soft cap that the config calls `score_cap`. `tensors` are the names in a
-    checkpoint that have others there, `joined` those of linears that are parts of one there;
-    `keys_as_values` are the layers whose keys are their values too. With `shared_weights` shared
-    experts' linears must keep a `weight` of that name.
+    checkpoint that have others there, `joined` those of linears that are parts of one there. With
+    `shared_weights` shared experts' linears must keep a `weight` of that name.
 
     SGLang knows by the names of its own architectures, of which it is told the one that the family
     is `known_as`, if what it keeps is no keys and values of as many heads in all layers: with
@@ -50,7 +47,6 @@ class Served:
     score_cap: str | None = None
     tensors: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     joined: Mapping[str, tuple[str, int]] = field(default_factory=lambda: MappingProxyType({}))
-    keys_as_values: Callable[[Any], Sequence[int]] = lambda config: ()  # noqa: ARG005
     shared_weights: bool = False
     known_as: str | None = None
     latent: bool = False
@@ -132,7 +128,6 @@ _GEMMA4 = Served(
     mlp="gemma3_causal.Gemma3MLP",
     activations=("gelu_pytorch_tanh",),
     given=_of_full_attention,
-    keys_as_values=keys_as_values,
     known_as="Gemma4ForCausalLM",
     by_kind=True,
     # those of SGLang's own Gemma 4 on GPUs, and what it has on CPUs

@@ -216,7 +216,7 @@ class SGLangServing:
         if self._latents is not None:
             out_TD = self._latents.attend(part.self_attn, x_TD, positions, batch)
             return out_TD
-        windowed = self.served.by_kind and self.window(part) is not None
+        windowed = self.served.by_kind and part.self_attn.attn.sliding_window_size >= 0
         with own_places() if windowed else contextlib.nullcontext():
             out_TD = part.self_attn(positions=positions, hidden_states=x_TD, forward_batch=batch)
         return out_TD

@@ -133,7 +133,7 @@ class PTConvertForCausalLM(nn.Module):
         places = parameters | dict(self.named_buffers())
         model = self.model
         own = own_weights(weights, model.local_tracks, model.shape, model.tracked)
-        for given, tensor in _with_values(own, model.serving.served.keys_as_values(self.config)):
+        for given, tensor in _with_values(own, model.serving.computed.keys_as_values(self.config)):
             name = given
             for pattern, replacement in self.model.renamed.items():
                 name = re.sub(pattern, replacement, name)

@@ -3,12 +3,11 @@ needs; all were compared with transformers' (tests/serving)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from ptconvert.engines.families import keys_as_values
 from ptconvert.models.families import MODEL_TYPE_PREFIX
 
 
@@ -23,12 +22,11 @@ class Served:
     and MLP `attention` and `mlp`; `tensors` are the names in a checkpoint that have others there,
     `passed` what the attention is called with beside the rest. Norms between sublayers are made of
     vLLM's class `norm`, if its layer has others. `normed_after` are the norms of queries and keys
-    that follow their rotary positions; `keys_as_values` the layers whose keys are their values too.
-    With `latent` attention (MLA) these tensors are parts of others there, where vLLM keeps the
-    latents in its cache. `methods` are quantisation methods of its own, by the names of those that
-    it would get. With a config key of `refused` vLLM's layers would be others, as it says;
-    those of `fixed` have a value built in, and any other is refused. Without `float16` vLLM refuses
-    that. What it computes beside, `engines.families` says.
+    that follow their rotary positions. With `latent` attention (MLA) these tensors are parts of
+    others there, where vLLM keeps the latents in its cache. `methods` are quantisation methods of
+    its own, by the names of those that it would get. With a config key of `refused` vLLM's layers
+    would be others, as it says; those of `fixed` have a value built in, and any other is refused.
+    Without `float16` vLLM refuses that. What it computes beside, `engines.families` says.
     """
 
     model: str
@@ -42,7 +40,6 @@ class Served:
     normed_after: tuple[str, str] | None = None
     latent: Mapping[str, tuple[str, int]] = field(default_factory=lambda: MappingProxyType({}))
     methods: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    keys_as_values: Callable[[Any], Sequence[int]] = lambda config: ()  # noqa: ARG005
     refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     float16: bool = True
@@ -52,7 +49,7 @@ def _without(key: str, why: str) -> Mapping[str, str]:
     return MappingProxyType({key: why})
 
 
-_GEMMA4 = Served("Gemma4ForCausalLM", keys_as_values=keys_as_values)
+_GEMMA4 = Served("Gemma4ForCausalLM")
 
 
 def _llama_4_scaling(config: Any) -> Mapping[str, Any]:

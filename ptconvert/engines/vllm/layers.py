@@ -88,7 +88,7 @@ class VLLMServing:
         renamed = {f".{self.served.mlp}.": ".mlp.", **self.served.tensors}
         for name in self.served.normed_after or ():
             renamed[f".{name}."] = f".rotary_emb.{name}."
-        layers = self.served.keys_as_values(vllm_config.model_config.hf_text_config)
+        layers = self.computed.keys_as_values(vllm_config.model_config.hf_text_config)
         either = "|".join(map(str, layers)) or "none"
         self.mapper = WeightsMapper(
             orig_to_new_regex={
