@@ -24,7 +24,8 @@ LEVELS = [
     {"runtime"},
     {"measure"},
     {"report"},
-    {"calibrate", "verify", "plan", "heal", "estimate", "evaluate"},
+    {"calibrate"},
+    {"verify", "plan", "heal", "estimate", "evaluate"},
     {"engines"},
     {"cli"},
 ]

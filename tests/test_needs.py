@@ -139,12 +139,28 @@ def test_the_8b_model_is_planned_on_24_gb(dense: Checkpoint) -> None:
     assert f"{1 + passes + wholes:.0f} forward passes" in found.notes[0]
 
 
+def test_what_a_plan_of_the_8b_model_weighs_with(dense: Checkpoint) -> None:
+    """As much of a text as is fitted on, from the sublayers' inputs only."""
+    ids = torch.zeros(1, 1025, dtype=torch.int64).expand(64, -1)
+    windows, batch = Windows(ids, 1024, 65536), BatchSize(1, "cuda")
+    wanted = {"assignment": "affinity", "guess": 64}
+    case = Case(dense, TRACKS, windows, "bfloat16", "cuda", batch, wanted, ids[:16])
+    found = plan_needs(case, waited_for(True), None, None)
+    names = [phase.name for phase in found.phases]
+    assert names[:3] == ["the source's predictions", "affinity", "guesses"]
+    guesses = held(found, "guesses")
+    assert guesses["one track's regression"] == 5 * (4096 + 4096) ** 2 * 8
+    assert guesses["the tracks' factors"] == 4 * 8 * 64 * 2 * 4096 * 8
+    assert guesses["streams, 16 windows"] == (2 + 9 + 9) * 16 * 1024 * 4096 * 2
+    assert found.peaks()["cuda"] < 24 * GB and found.peaks()["memory"] < 5 * GB
+
+
 def test_what_a_text_decides_of_the_8b_model(dense: Checkpoint) -> None:
     spec = spec_of(f"{TEXT_8B}assignment: affinity\nguess: {{rank: 64}}\n")
     plan = plan_conversion(dense, spec, source_name="8B")
     found = calibration_needs(plan, spec, 64, 1024, "bfloat16", "cuda")
     guesses = held(found, "guesses")
-    assert guesses["one track's regression"] == 11 * 8192**2 * 8
+    assert guesses["one track's regression"] == 5 * (8192 + 4096) ** 2 * 8
     assert guesses["streams, 64 windows"] == (2 * 8 + 2 + 9) * 64 * 1024 * 4096 * 2
     assert found.peaks()["cuda"] < 24 * GB and found.peaks()["memory"] < 5 * GB
     assert held(found, "affinity")["all pairs of a run"] == pytest.approx(4 * 14336**2, rel=0.1)

@@ -4,7 +4,8 @@
 
 For each number of all-reduces to wait for: a uniform schedule, the planned one, the same with heads
 and neurons assigned by affinity, with guesses fitted, healed block by block, and healed end to end;
-each step on top of those before it. Everything is fitted on the one text and measured on others;
+each step on top of those before it. It is planned with an assignment and guesses in place, where
+these are among the steps. Everything is fitted on the one text and measured on others;
 each --report is one, with a table of its own.
 The yardstick is the source itself, trained on the same tokens in the same way but on the text, not
 on itself: what ordinary training would gain.
@@ -61,7 +62,7 @@ STEPS = ("uniform", "planned", "affinity", "guess", "blockwise", "KL")
 YARDSTICK = "yardstick"
 DECISIVE = (  # the options that a cell depends on
     *("model", "calibrate", "report", "window", "windows", "report_windows", "fit_windows"),
-    *("tokens", "rank", "heal", "yardstick", "no_overlap"),
+    *("tokens", "rank", "heal", "yardstick", "no_overlap", "plain_plan"),
 )
 
 
@@ -107,6 +108,9 @@ def main() -> None:
         "--yardstick", type=json.loads, default={}, help="its Settings, JSON, as --heal has them"
     )
     parser.add_argument("--no-overlap", action="store_true", help="plan without overlap")
+    parser.add_argument(
+        "--plain-plan", action="store_true", help="plan without assignment and guesses in place"
+    )
     parser.add_argument("--without", default="", help="steps to leave out: affinity,guess,...")
     parser.add_argument(
         "--top-k", type=int, nargs="+", default=[], help="of the teacher, for the second table"
@@ -121,7 +125,7 @@ def main() -> None:
     given.report_windows = given.report_windows or given.windows
     given.work.mkdir(parents=True, exist_ok=True)
     with step_progress() as progress:
-        bench = Bench(given, progress)
+        bench = Bench(given, steps, progress)
         rows = [
             (waits, bench.all_reduces(waits), {s: bench.cells(waits, s, steps) for s in steps})
             for waits in given.waits
@@ -185,8 +189,8 @@ def _write(given: argparse.Namespace, rows: Rows, yardstick: Cells | None) -> No
 class Bench:
     """Makes and measures the models, each from the one before it, by the commands users type."""
 
-    def __init__(self, given: argparse.Namespace, progress: Progress) -> None:
-        self.given, self.progress = given, progress
+    def __init__(self, given: argparse.Namespace, steps: list[str], progress: Progress) -> None:
+        self.given, self.steps, self.progress = given, steps, progress
         self.source = open_checkpoint(given.model)
         self.layers = int(str(self.source.config["num_hidden_layers"]))
         self._plans: dict[int, Schedule] = {}
@@ -317,7 +321,11 @@ class Bench:
 
     @cached_property
     def _meter(self) -> Meter:
-        return meter_of(self.given, self.given.calibrate, self.progress)
+        wanted: dict[str, Any] = {"assignment": "affinity"} if "affinity" in self.steps else {}
+        wanted |= {"guess": self.given.rank} if "guess" in self.steps else {}
+        if self.given.plain_plan:
+            wanted = {}
+        return meter_of(self.given, self.given.calibrate, self.progress, wanted)
 
     @cached_property
     def _reported(self) -> list[tuple[Windows, Reference]]:

@@ -10,16 +10,16 @@ KL(source || schedule), nats per token.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli.progress import step_progress
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.cache import cache_directory, content_digest
 from ptconvert.measure.progress import Progress
-from ptconvert.measure.windows import windows_for
-from ptconvert.plan.case import Case
+from ptconvert.plan.case import Case, read_texts
 from ptconvert.plan.planner import choose, search, waited_for
 from ptconvert.plan.sensitivity import Cost, Meter, Store, store_file
 from ptconvert.schedule import presets
@@ -56,12 +56,25 @@ def parser_of(doc: str, windows: int) -> argparse.ArgumentParser:
     return parser
 
 
-def meter_of(given: argparse.Namespace, texts: list[Path], progress: Progress) -> Meter:
-    checkpoint = open_checkpoint(given.model)
-    windows = windows_for(checkpoint, texts, given.window, given.windows)
-    case = Case(checkpoint, given.tracks, windows, "float32", "cpu", BatchSize(None, "cpu"))
-    store = Store(store_file(given.cache, content_digest(checkpoint, progress), case))
+def meter_of(
+    given: argparse.Namespace,
+    texts: list[Path],
+    progress: Progress,
+    wanted: Mapping[str, Any] | None = None,
+) -> Meter:
+    """What measures on these texts, with what is `wanted` in place."""
+    case = case_of(given, texts, wanted)
+    store = Store(store_file(given.cache, content_digest(case.source, progress), case))
     return Meter(case, store, progress)
+
+
+def case_of(
+    given: argparse.Namespace, texts: list[Path], wanted: Mapping[str, Any] | None = None
+) -> Case:
+    source, wanted = open_checkpoint(given.model), wanted or {}
+    windows, apart = read_texts(source, texts, given.window, given.windows, wanted)
+    batch = BatchSize(None, "cpu")
+    return Case(source, given.tracks, windows, "float32", "cpu", batch, wanted, apart)
 
 
 def _rows(calibrate: Meter, report: Meter) -> Iterator[tuple[int, dict[str, str]]]:

@@ -18,15 +18,11 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from plan import parser_of
+from plan import case_of, parser_of
 
-from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.cli.progress import step_progress
-from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.progress import Progress
-from ptconvert.measure.windows import windows_for
 from ptconvert.plan import planner
-from ptconvert.plan.case import Case
 from ptconvert.plan.sensitivity import Meter, Store
 from ptconvert.schedule.schedule import Schedule
 
@@ -75,10 +71,7 @@ def _cell(report: Meter, schedule: Schedule) -> str:
 
 
 def _meter(given: argparse.Namespace, texts: list[Path], cache: Path, progress: Progress) -> Meter:
-    checkpoint = open_checkpoint(given.model)
-    windows = windows_for(checkpoint, texts, given.window, given.windows)
-    case = Case(checkpoint, given.tracks, windows, "float32", "cpu", BatchSize(None, "cpu"))
-    return Meter(case, Store(cache / "costs.jsonl"), progress)
+    return Meter(case_of(given, texts), Store(cache / "costs.jsonl"), progress)
 
 
 if __name__ == "__main__":

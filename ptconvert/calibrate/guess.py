@@ -8,7 +8,8 @@ direction as their input projections read it. Shapes: B windows, T tokens, D wid
 
 Memory, beside the model's, for n tracks:
 
-- one track's moments and regression in fp64, at most `regression.MATRICES` F F: 5.9 GB at D 4096;
+- one track's moments and regression in fp64, at most `regression.MATRICES` (F + D) (F + D): 6.0 GB
+  at D 4096;
 - each track's low-rank factors for each ridge, R (F + D) fp64: 0.2 GB for 8 tracks at rank 64;
 - one batch of at most BATCH_TOKENS tokens (or one window) in one sublayer of all tracks;
 - the streams of all windows: at most 2n + 2 (merged; partials and guesses that wait, of each track;
@@ -21,18 +22,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ptconvert.calibrate.reading import epsilon, readers_metric
 from ptconvert.calibrate.regression import Affine, Fit, Moments, best, fits
 from ptconvert.calibrate.streams import Batch, dense_reaches, fitted_by_stage
 from ptconvert.measure.progress import Progress
 from ptconvert.modeling.executor import PerTrack, Streams, Update
-from ptconvert.modeling.layers import apply_norm
+from ptconvert.modeling.layers import apply_norm, guess_modules
 from ptconvert.models.families import Family, guesses_of
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.lower import Step
@@ -80,12 +82,57 @@ def fit_guesses(
         behind = not step.launches and dense_reaches(decoder.layers, step.index, given)
         last = len(step.sublayers) - 1
         return [
-            _fit_sublayer(decoder, shape, step, place, given, behind and place == last, rank)
+            _fit_sublayer(
+                *(decoder, shape, step, place, given, behind and place == last, rank),
+                2 * shape.width,
+            )
             for place in range(last + 1)
         ]
 
     use = functools.partial(_add_guesses, decoder)
     return fitted_by_stage(decoder, ids_NT, "guesses", progress, scratch, fit, use)
+
+
+@torch.inference_mode()
+def fit_alone(
+    decoder: Any,
+    shape: ModelShape,
+    ids_NT: torch.Tensor,
+    rank: int,
+    progress: Progress,
+    scratch: Path | None = None,
+) -> list[Fitted]:
+    """Fits guesses after all sublayers but the last one's stage, each as if there were no other: on
+    the dense model's own streams, from the sublayer's input only, which halves the features.
+
+    The model holds all layers as tracks, with a schedule in which the dense model's stages overlap
+    each with the next: errors count by what that one reads. Raises EvaluationError.
+    """
+
+    def fit(step: Step, given: Sequence[Batch]) -> list[Fitted]:
+        return [
+            _fit_sublayer(decoder, shape, step, place, given, False, rank, shape.width)
+            for place in range(len(step.sublayers))
+        ]
+
+    # what a track would go on with is kept, and merged before the next stage all the same
+    merged = [replace(step, keeps_own=True) for step in decoder.layers.dense.program[:-1]]
+    return fitted_by_stage(
+        *(decoder, ids_NT, "guesses", progress, scratch, fit), lambda *_: None, merged
+    )
+
+
+def put_guesses(decoder: Any, fitted: Sequence[Fitted]) -> None:
+    """Gives these guesses to a converted model, which has none yet."""
+    width, embedding = decoder.config.hidden_size, decoder.get_input_embeddings().weight
+    for f in fitted:
+        block = guesses_of(f.sublayer.kind)
+        for (track, _), affine in zip(_tracks(decoder, f.sublayer), f.guesses, strict=False):
+            guess = guess_modules(width, {f.sublayer.kind: f.rank})
+            guess[block].load_state_dict(dict(affine_tensors(affine, width)))
+            if not hasattr(track, "guess"):
+                track.guess = nn.ModuleDict()
+            track.guess.update(guess.to(embedding.device, embedding.dtype))
 
 
 def _fit_sublayer(
@@ -96,17 +143,19 @@ def _fit_sublayer(
     given: Sequence[Batch],
     behind: bool,
     rank: int,
+    features: int,
 ) -> Fitted:
-    """Fits the guesses of one of a stage's sublayers, track by track; with `behind` also to what
-    the stream lacks after the stage. The batches keep the stage."""
+    """Fits the guesses of one of a stage's sublayers, track by track, from the first so many
+    features; with `behind` also to what the stream lacks after the stage. The batches keep the
+    stage."""
     width, sublayer = decoder.config.hidden_size, step.sublayers[place]
     rank, before, added = min(rank, width), 0.0, epsilon(decoder.norm)
     candidates: list[list[Fit]] = []
     for t, track in enumerate(_tracks(decoder, sublayer)):
-        train, test = (Moments(2 * width, width, decoder.device) for _ in range(2))
+        train, test = (Moments(features, width, decoder.device) for _ in range(2))
         for batch in given:
-            pairs = _pairs(batch, t, track, step, place, behind, added)
-            (test if batch.held_out else train).add(*pairs)
+            z_PF, *others = _pairs(batch, t, track, step, place, behind, added)
+            (test if batch.held_out else train).add(z_PF[:, :features], *others)
         metric_DD = readers_metric(decoder, shape, step, t)
         candidates.append(fits(train, test, rank, metric_DD))
         before += test.energy(metric_DD)
@@ -117,9 +166,14 @@ def _fit_sublayer(
     picked = _pick_rank([float(e) for e in errors], rank)
     if not picked:
         return Fitted(sublayer, 0, 1.0)
-    return Fitted(
-        sublayer, picked, float(errors[picked]), tuple(fit.affine(picked) for fit in chosen)
-    )
+    guesses = (_of_all_features(fit.affine(picked), 2 * width) for fit in chosen)
+    return Fitted(sublayer, picked, float(errors[picked]), tuple(guesses))
+
+
+def _of_all_features(guess: Affine, features: int) -> Affine:
+    """The same of more features, which it makes nothing of."""
+    more = features - guess.down.shape[1]
+    return replace(guess, down=nn.functional.pad(guess.down, (0, more)))
 
 
 def _pairs(
@@ -194,7 +248,13 @@ def fitted_tensors(
         for t, guess in enumerate(f.guesses):
             block = guesses_of(f.sublayer.kind)
             owner = f"{shape.layer(f.sublayer.layer)}tracks.{t}.guess.{block}"
-            yield f"{owner}.from_input.weight", guess.down[:, : shape.width]
-            yield f"{owner}.from_partial.weight", guess.down[:, shape.width :]
-            yield f"{owner}.to_stream.weight", guess.up
-            yield f"{owner}.to_stream.bias", guess.bias
+            for name, tensor in affine_tensors(guess, shape.width):
+                yield f"{owner}.{name}", tensor
+
+
+def affine_tensors(guess: Affine, width: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of one guess's tensors, as `Guess` has them."""
+    yield "from_input.weight", guess.down[:, :width]
+    yield "from_partial.weight", guess.down[:, width:]
+    yield "to_stream.weight", guess.up
+    yield "to_stream.bias", guess.bias

@@ -3,12 +3,14 @@ one layer's first step."""
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from ptconvert.calibrate import stand_ins
 from ptconvert.calibrate.affinity import (
     components,
     group_bytes,
@@ -22,6 +24,7 @@ from ptconvert.calibrate.regression import MATRICES, RIDGES, Moments, fits
 from ptconvert.calibrate.streams import BATCH_TOKENS, most_streams
 from ptconvert.checkpoint.inventory import weights_dtype
 from ptconvert.checkpoint.quantised import as_dequantised
+from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.convert.transform import Plan
 from ptconvert.measure.needs import Held, Needs, Phase, Place, spilling
 from ptconvert.measure.one_layer import PROCESS, forward_seconds, in_a_layer, one_layer
@@ -43,6 +46,22 @@ def calibration_needs(
     given = (windows, length, dtype, device)
     phases = (PHASES[key](plan, wanted, *given) for key, wanted in spec.wanted.items())
     return Needs(device, tuple(phases))
+
+
+def stand_in_phases(
+    source: Checkpoint,
+    wanted: Mapping[str, Any],
+    tracks: int,
+    windows: int,
+    length: int,
+    dtype: str,
+    device: str,
+) -> Iterator[Phase]:
+    """The phases of an assignment and guesses for no schedule in particular (`stand_ins`)."""
+    plan = stand_ins.conversion(source, tracks, wanted)
+    given = (windows, length, dtype, device)
+    for key, value in wanted.items():
+        yield _alone(plan, value, *given) if key == "guess" else PHASES[key](plan, value, *given)
 
 
 def _affinity(
@@ -99,21 +118,35 @@ def _stagewise(plan: Plan, windows: int, length: int, dtype: str) -> tuple[Held,
     )
 
 
-def _guesses(plan: Plan, rank: int, windows: int, length: int, dtype: str, device: str) -> Phase:
+def _guesses(
+    plan: Plan,
+    rank: int,
+    windows: int,
+    length: int,
+    dtype: str,
+    device: str,
+    widths: int = 2,
+) -> Phase:
+    """`widths` are the features, in widths of the stream."""
     shape, tracks = plan.shape, plan.tracks
     seconds = forward_seconds(one_layer(plan.source.config, tracks, device, dtype), dtype, length)
-    factors = len(RIDGES) * tracks * rank * 3 * shape.width * 8
+    features = widths * shape.width
+    regression = MATRICES * (features + shape.width) ** 2 * 8
+    factors = len(RIDGES) * tracks * rank * (features + shape.width) * 8
     fitted = tracks * len(most_guesses(plan.schedule, tracks, rank, shape))
     return Phase(
         "guesses",
         (
-            Held("one track's regression", MATRICES * (2 * shape.width) ** 2 * 8, Place.DEVICE),
+            Held("one track's regression", regression, Place.DEVICE),
             Held("the tracks' factors", factors, Place.DEVICE),
             *_stagewise(plan, windows, length, dtype),
         ),
         _PASSES * windows * shape.layers * seconds
-        + fitted * _fit_seconds(shape.width, windows * length, device),
+        + fitted * _fit_seconds(features, shape.width, windows * length, device),
     )
+
+
+_alone = functools.partial(_guesses, widths=1)  # from the input only
 
 
 # By the spec's key, what computing it takes.
@@ -131,18 +164,16 @@ def _scaled(plan: Plan, nbytes: int, dtype: str) -> int:
     return int(nbytes * unpacked) * DTYPE_BYTES[DTYPES[dtype]] // stored
 
 
-def _fit_seconds(width: int, tokens: int, device: str) -> float:
+def _fit_seconds(features: int, width: int, tokens: int, device: str) -> float:
     """About how long one track's regression takes: sums over all tokens and the solution, each
     timed at fewer features."""
-    features = min(_TIMED_FEATURES, 2 * width)
-    scale = 2 * width / features
-    pairs = 2 * features
-    train, test = (Moments(features, features // 2, device) for _ in range(2))
+    timed = min(_TIMED_FEATURES, features)
+    scale = features / timed
+    targets, pairs = max(1, round(width / scale)), 2 * timed
+    train, test = (Moments(timed, targets, device) for _ in range(2))
 
     def add(moments: Moments) -> None:
-        z_PF, y_PD = (
-            torch.randn(pairs, count, device=device) for count in (features, features // 2)
-        )
+        z_PF, y_PD = (torch.randn(pairs, count, device=device) for count in (timed, targets))
         moments.add(z_PF, y_PD, torch.ones(pairs, device=device))
         float(moments.sums[0, 0])  # waits for it, on a GPU too
 
@@ -151,7 +182,7 @@ def _fit_seconds(width: int, tokens: int, device: str) -> float:
     started = time.perf_counter()
     add(train)
     added = time.perf_counter()
-    read = torch.randn(features, features // 2, device=device)  # an identity is solved at once
+    read = torch.randn(timed, targets, device=device)  # an identity is solved at once
     float(fits(train, test, 1, read.T @ read)[-1].errors[0])
     solved = time.perf_counter()
     return scale**2 * tokens / pairs * (added - started) + scale**3 * (solved - added)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-# What one regression of F features on D = F / 2 targets takes, in F F numbers of fp64: the moments
+# What one regression takes for D or 2D features F, in (F + D) (F + D) numbers of fp64: the moments
 # of both kinds of pairs, and what `fits` has at once. LAPACK's own for eigenvectors comes on top.
-MATRICES = 11
+MATRICES = 5
 
 # Strengths of the ridge, as shares of each feature's own variance.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)

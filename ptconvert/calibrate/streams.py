@@ -131,14 +131,16 @@ def fitted_by_stage(
     scratch: Path | None,
     fit: Callable[[Step, Sequence[Batch]], list[T]],
     use: Callable[[T, PerTrack, Update], None],
+    program: Sequence[Step] | None = None,
 ) -> list[T]:
     """What is fitted on windows of token ids after each stage from which tracks go on with their
     own partials, one thing for each of its sublayers, in order.
 
     `fit` is given batches that keep the stage; `use` puts what was fitted, of what tracks read,
-    into a sublayer's update, for the stages that follow. `scratch` is as for `batches`.
+    into a sublayer's update, for the stages that follow. `scratch` is as for `batches`. The stages
+    are the schedule's, or a `program` of others.
     """
-    program = decoder.layers.schedule.program
+    program = decoder.layers.schedule.program if program is None else program
     last = max(step.index for step in program if step.keeps_own)
     given, found = list(batches(decoder, ids_NT, scratch)), list[T]()
     for step in program[: last + 1]:

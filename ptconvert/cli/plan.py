@@ -124,6 +124,9 @@ def plan(
     searches all mixtures of them, measures the best ones whole, and writes the best for the budget
     as a spec for `ptconvert transform`. Needs a copy of SRC on disk while it runs.
 
+    With --assignment affinity and --guess it weighs with units assigned and guesses in place, which
+    it fits on what the windows leave of the text; `transform` fits those of the spec.
+
     With --hardware it minimises the time of a request there (--batch, --prompt, --new) within
     --max-loss, as `ptconvert estimate` has it. Without, it counts all-reduces that are waited for:
     an overlapped one is free then, which on fast links it is not.
@@ -200,9 +203,8 @@ def _case(
     from ptconvert.measure.batch import BatchSize
     from ptconvert.measure.dtype import fastest_dtype
     from ptconvert.measure.opening import is_dense
-    from ptconvert.measure.windows import windows_for
     from ptconvert.models.shape import ModelShape
-    from ptconvert.plan.case import Case
+    from ptconvert.plan.case import Case, read_texts
 
     tracks, dtype, device = options["tracks"], options["dtype"], torch_device(options["device"])
     progress(f"finding {source}", 0, None)
@@ -218,9 +220,11 @@ def _case(
     if dtype == "auto":
         dtype = fastest_dtype(checkpoint, device, functools.partial(click.echo, err=True))
     progress("tokenizing the text", 0, None)
-    windows = windows_for(checkpoint, options["texts"], options["window"], options["windows"])
+    wanted = {f.name: options[f.name] for f in COMPUTED if options[f.name] not in (None, f.default)}
+    size = options["window"], options["windows"]
+    windows, apart = read_texts(checkpoint, options["texts"], *size, wanted)
     batch = BatchSize(options["batch_size"], device)
-    return Case(checkpoint, tracks, windows, dtype, device, batch), objective
+    return Case(checkpoint, tracks, windows, dtype, device, batch, wanted, apart), objective
 
 
 def _plan(
@@ -263,10 +267,7 @@ def _plan(
         frontier=found,
         chosen=chosen,
         shape=case.shape,
-        wanted={
-            f.name: options[f.name] for f in COMPUTED if options[f.name] not in (None, f.default)
-        },
-        guess_rank=options["guess"] or 0,
+        wanted=case.wanted,
     )
 
 

@@ -65,15 +65,32 @@ def windows_for(
     count: int | None,
     tokens: int | None = None,
 ) -> Windows:
-    """Texts as windows for a checkpoint: tokenized one by one by its tokenizer, joined, and cut.
+    """Texts as windows for a checkpoint: `joined_ids`, cut by `windows_of`."""
+    return windows_of(checkpoint, joined_ids(checkpoint, texts), length, count, tokens)
+
+
+def joined_ids(checkpoint: Checkpoint, texts: Sequence[Path]) -> list[int]:
+    """Texts as one row of token ids, tokenized one by one by a checkpoint's tokenizer. Raises
+    PTConvertError for a text that is no text, and for ids that the model has no embedding of."""
+    tokenizer = open_tokenizer(checkpoint)
+    pieces = token_ids(map(read_text, texts), tokenizer, vocabulary(checkpoint))
+    return list(itertools.chain.from_iterable(pieces))
+
+
+def windows_of(
+    checkpoint: Checkpoint,
+    ids: Sequence[int],
+    length: int | None,
+    count: int | None,
+    tokens: int | None = None,
+) -> Windows:
+    """A row of token ids as windows for a checkpoint.
 
     `length` defaults to 1024 tokens, or less where the model or the text is shorter, `count` to as
     many windows as don't overlap, at most 64 or about `tokens` in all. Raises PTConvertError for a
-    text that is no text or too short, and for ids that the model has no embedding of.
+    text that is too short.
     """
-    tokenizer, longest = open_tokenizer(checkpoint), positions(checkpoint)
-    pieces = token_ids(map(read_text, texts), tokenizer, vocabulary(checkpoint))
-    ids = list(itertools.chain.from_iterable(pieces))
+    longest = positions(checkpoint)
     if length is not None and length > longest:
         raise EvaluationError(f"--window {length}: the model has {longest} positions")
     if len(ids) < 2 or (length is not None and len(ids) < length + 1):
@@ -102,6 +119,23 @@ def cut_windows(ids: Sequence[int], length: int, count: int) -> Windows:
         )
     rows = [ids[start : start + length + 1] for start in range(0, step * count, step)]
     return Windows(torch.tensor(rows), step, len(ids))
+
+
+def windows_between(windows: Windows, ids: Sequence[int], count: int) -> torch.Tensor:
+    """`count` windows (N, T + 1) of the same text that share none of the tokens of those that were
+    cut from it, at even places over it; fewer where there are not so many."""
+    length, last = windows.length, len(ids) - 1
+    begins = range(0, windows.step * len(windows.ids), windows.step)
+    ends = [*begins[1:], last]  # of what lies between one and the next
+    free = [
+        start
+        for begin, end in zip(begins, ends, strict=True)
+        for start in range(begin + length, end - length + 1, length)
+    ]
+    count = min(count, len(free))
+    starts = [free[n * len(free) // count] for n in range(count)]
+    rows = [list(ids[start : start + length + 1]) for start in starts]
+    return torch.tensor(rows, dtype=torch.int64).view(count, length + 1)
 
 
 def positions(checkpoint: Checkpoint) -> int:

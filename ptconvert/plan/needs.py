@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ptconvert.calibrate.needs import stand_in_phases
 from ptconvert.checkpoint.inventory import weights_dtype
 from ptconvert.measure.divergence import LOGITS_AT_ONCE
 from ptconvert.measure.needs import Held, Needs, Phase, Place
@@ -13,7 +14,7 @@ from ptconvert.measure.one_layer import (
     one_layer,
 )
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES, TORCH_NAMES
-from ptconvert.plan.case import Case
+from ptconvert.plan.case import STOOD_FOR, Case
 from ptconvert.plan.planner import (
     FINALISTS,
     MIXTURES,
@@ -36,7 +37,8 @@ _LOGITS = 5  # copies in fp32 of LOGITS_AT_ONCE numbers, while two predictions a
 def plan_needs(
     case: Case, objective: Objective, rounds: int | None, minutes: float | None
 ) -> Needs:
-    """A plan's phases: the source's pass, the weighing of segments, and mixtures measured whole.
+    """A plan's phases: the source's pass, what is fitted to weigh with, the weighing of segments,
+    and mixtures measured whole.
 
     Times are for all rounds and points, or for `minutes` where these are less, and for as many
     parts of mixtures as the model has sublayers; a search weighs more, or fewer, on its way.
@@ -72,6 +74,8 @@ def plan_needs(
     whole_seconds = layers_seconds + heads_seconds
     if minutes is not None:
         measuring = max(0.0, min(measuring, (60 * minutes - weighing_seconds) / whole_seconds))
+    wanted = {key: case.wanted[key] for key in STOOD_FOR if key in case.wanted}
+    fitting = stand_in_phases(source, wanted, tracks, len(case.apart), length, dtype, device)
     sequence = length * shape.width * number
     # before these layers, and the last of all
     streams = Held(
@@ -108,6 +112,7 @@ def plan_needs(
                 ),
                 layers_seconds,
             ),
+            *fitting,
             Phase(
                 "weighing segments",
                 (*throughout, Held("a copy, for a moment", copy, Place.DISK)),

@@ -13,6 +13,7 @@ from rich.text import Text
 from ptconvert import __version__
 from ptconvert.measure.statistics import RESAMPLES, Estimate, estimate, mean_over
 from ptconvert.models.shape import ModelShape
+from ptconvert.plan.case import STOOD_FOR
 from ptconvert.plan.frontier import to_csv
 from ptconvert.plan.planner import Frontier, Objective, Point, Sensitivity
 from ptconvert.plan.spec_text import spec_text
@@ -42,7 +43,11 @@ class Planned:
     chosen: Point
     shape: ModelShape  # of the source
     wanted: Mapping[str, Any] = field(default_factory=dict)  # to be computed, for the spec
-    guess_rank: int = 0  # of those among them, 0 without
+
+    @property
+    def in_place(self) -> dict[str, Any]:
+        """What of that costs were measured with, fitted for no schedule in particular."""
+        return {key: value for key, value in self.wanted.items() if key in STOOD_FOR}
 
     @property
     def tokens(self) -> int:
@@ -86,7 +91,14 @@ def _computed(planned: Planned) -> list[str]:
     lines = written(planned.wanted)
     if not lines or not planned.chosen.schedule.own_kept(planned.tracks):
         return []
-    return ["# Computed from a text, not counted above: transform needs --text FILE.", *lines]
+    if planned.in_place:
+        told = [
+            "# Computed from a text: transform needs --text FILE. Measured above with others",
+            "# in place, fitted for no schedule in particular.",
+        ]
+    else:
+        told = ["# Computed from a text, not counted above: transform needs --text FILE."]
+    return [*told, *lines]
 
 
 def _by_layer(planned: Planned) -> dict[int, float]:
@@ -123,6 +135,7 @@ def to_json(planned: Planned) -> dict[str, Any]:
         "weighed_alone": f.weighed_alone,
         "measured_whole": f.measured_whole,
         "search_windows": f.search_windows,
+        "in_place": planned.in_place,
         "forward_passes": f.passes,
     }
 
@@ -149,7 +162,7 @@ def _row(planned: Planned, point: Point) -> dict[str, Any]:
 def table(planned: Planned) -> str:
     """The frontier as CSV."""
     rows = (_row(planned, point) for point in planned.frontier.points)
-    head = {"tracks": planned.tracks, "guess_rank": planned.guess_rank}
+    head = {"tracks": planned.tracks, "guess_rank": planned.wanted.get("guess", 0)}
     return to_csv([{**head, **row} for row in rows])
 
 
@@ -194,12 +207,14 @@ def _title(planned: Planned) -> str:
 
 
 def _explained(planned: Planned) -> str:
-    f = planned.frontier
+    f, names = planned.frontier, " and ".join(planned.in_place)
     return (
         "→ chosen; predicted: the sum of what the parts cost by themselves; KL and loss: "
         f"the whole schedule, measured. {f.weighed_alone} parts and {f.measured_whole} "
         f"whole schedules were tried on {f.search_windows} windows or fewer; this time "
         f"{f.passes:.0f} forward passes over the text."
+        + f" All with {names} in place, fitted for no schedule in particular."
+        * bool(names)
     )
 
 

@@ -3,7 +3,8 @@
 The source runs once; the residual stream that enters each of its layers is kept. A schedule whose
 first stages are the dense model's then runs from the layer at which it departs from it, on the
 kept stream. All layers are held as tracks in one temporary conversion, which can run any schedule.
-Shapes: N windows, T tokens in each, D residual stream width.
+Where a text will decide an assignment and guesses, it has such as stand for them. Shapes: N
+windows, T tokens in each, D residual stream width.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from ptconvert.calibrate import stand_ins
+from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.convert.transform import Plan, execute, plan_conversion
 from ptconvert.errors import EvaluationError
@@ -32,7 +35,7 @@ from ptconvert.measure.progress import Progress
 from ptconvert.plan.case import Case
 from ptconvert.plan.segments import Segment, alone
 from ptconvert.schedule.schedule import Schedule
-from ptconvert.spec.document import parse_spec
+from ptconvert.spec.document import parse_spec, written
 
 STREAM_BYTES = 4 << 30  # of memory for the kept streams; where it is too little, not all are kept
 
@@ -97,10 +100,11 @@ class Store:
 
 def store_file(cache: Path, model_digest: str, case: Case) -> Path:
     """The file of a model's costs: by its content, the text's token ids, and what computes."""
-    ids = case.windows.ids
-    text = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    ids, apart = case.windows.ids, case.apart
+    text = hashlib.sha256(ids.numpy().tobytes() + apart.numpy().tobytes()).hexdigest()
     kind = case.device.split(":")[0]
-    name = named_by([model_digest, text, ids.shape, case.tracks, case.dtype, kind])
+    computed = case.affinity, case.rank
+    name = named_by([model_digest, text, ids.shape, case.tracks, case.dtype, kind, *computed])
     return cache / "plan" / f"{name}.jsonl"
 
 
@@ -111,6 +115,7 @@ class Meter:
     """
 
     def __init__(self, case: Case, store: Store, progress: Progress) -> None:
+        self.case = case
         self.source, self.tracks, self.windows = case.source, case.tracks, case.windows
         self.dtype, self.device, self.batch = case.dtype, case.device, case.batch
         self.store, self.progress = store, progress
@@ -202,29 +207,38 @@ class Meter:
         reference = divergence.reference(
             model, self.windows, self.batch, self.progress, tuple(self._kept)
         )
+        folder, known = self.store.path.parent, Calibration()
+        folder.mkdir(parents=True, exist_ok=True)
+        given = self.case.apart[:, :-1], self.progress, folder
+        if self.case.affinity is not None:
+            found = stand_ins.assign(model, self.case.shape, self.tracks, *given)
+            known = Calibration(found, {"assignment": self.case.affinity})
         del model
         self.progress("cutting all layers into tracks", 0, None)
-        return reference, self._all_tracks()
+        model = self._all_tracks(known)
+        if self.case.rank is not None:
+            decoder = model.get_decoder()
+            stand_ins.guess(decoder, self.case.shape, self.case.rank, *given)
+        return reference, model
 
-    def _all_tracks(self) -> Any:
+    def _all_tracks(self, known: Calibration) -> Any:
         """The model with every layer held as tracks; its files are gone when it is open."""
-        plan = all_as_tracks(self.source, self.tracks)
-        self.store.path.parent.mkdir(parents=True, exist_ok=True)
+        plan = all_as_tracks(self.source, self.tracks, known)
         with tempfile.TemporaryDirectory(prefix="tracks-", dir=self.store.path.parent) as directory:
             converted = Path(directory) / "model"
             execute(plan, converted)
             return open_model(open_checkpoint(converted), self.dtype, self.device)
 
 
-def all_as_tracks(source: Checkpoint, tracks: int) -> Plan:
-    """The conversion that holds every layer as tracks. Raises PTConvertError."""
+def all_as_tracks(source: Checkpoint, tracks: int, known: Calibration | None = None) -> Plan:
+    """The conversion that holds every layer as tracks, assigned as is known. Raises
+    PTConvertError."""
     layers = int(str(source.language["num_hidden_layers"]))
-    spec = parse_spec(
-        f"format: 1\ntracks: {tracks}\nschedule:\n  - layers: 0-{layers - 1}\n"
-        f"    use: parallel_track\n    depth: {layers}\n",
-        "all layers as tracks",
-    )
-    return plan_conversion(source, spec, source_name=source.path.name)
+    wanted = {} if known is None else known.values
+    lines = ["format: 1", f"tracks: {tracks}", *written(wanted), "schedule:"]
+    lines.append(f"  - {{layers: 0-{layers - 1}, use: parallel_track, depth: {layers}}}")
+    spec = parse_spec("\n".join(lines), "all layers as tracks")
+    return plan_conversion(source, spec, source_name=source.path.name, calibration=known)
 
 
 def kept_layers(layers: int, stream_bytes: int) -> range:
