@@ -37,7 +37,7 @@ from ptconvert.measure.one_layer import Step, forward_seconds, one_layer, step_o
 from ptconvert.measure.windows import Windows
 from ptconvert.models.shape import ModelShape
 from ptconvert.plan import needs as planning
-from ptconvert.plan.case import Case
+from ptconvert.plan.case import Case, InPlace
 from ptconvert.plan.needs import plan_needs
 from ptconvert.plan.planner import waited_for
 from ptconvert.spec.document import Spec, parse_spec
@@ -144,15 +144,25 @@ def test_what_a_plan_of_the_8b_model_weighs_with(dense: Checkpoint) -> None:
     ids = torch.zeros(1, 1025, dtype=torch.int64).expand(64, -1)
     windows, batch = Windows(ids, 1024, 65536), BatchSize(1, "cuda")
     wanted = {"assignment": "affinity", "guess": 64}
-    case = Case(dense, TRACKS, windows, "bfloat16", "cuda", batch, wanted, ids[:16])
-    found = plan_needs(case, waited_for(True), None, None)
+    plain = Case(dense, TRACKS, windows, "bfloat16", "cuda", batch)
+    case = replace(plain, in_place=InPlace(wanted, ids[:16], apart=True))
+    found, without = (plan_needs(c, waited_for(True), None, None) for c in (case, plain))
     names = [phase.name for phase in found.phases]
     assert names[:3] == ["the source's predictions", "affinity", "guesses"]
     guesses = held(found, "guesses")
     assert guesses["one track's regression"] == 5 * (4096 + 4096) ** 2 * 8
     assert guesses["the tracks' factors"] == 4 * 8 * 64 * 2 * 4096 * 8
-    assert guesses["streams, 16 windows"] == (2 + 9 + 9) * 16 * 1024 * 4096 * 2
-    assert found.peaks()["cuda"] < 24 * GB and found.peaks()["memory"] < 5 * GB
+    assert guesses["streams, 16 windows"] == (2 + 9) * 16 * 1024 * 4096 * 2
+    # 63 sublayers' on 8 tracks, in bf16: of rank 64 from the input, from the partial and back
+    weighing = held(found, "weighing segments")
+    assert weighing["guesses"] == 63 * 8 * (3 * 64 * 4096 + 4096) * 2
+    assert "guesses" not in held(without, "weighing segments")
+    # what the source gave is kept meanwhile
+    for phase in ("affinity", "guesses"):
+        assert {"the source's head", "streams, 64 windows, 4 layers"} <= held(found, phase).keys()
+    assert found.peaks()["cuda"] < 24 * GB and found.peaks()["memory"] < 8 * GB
+    assert "beside those of the fits" in found.notes[0]
+    assert found.notes[0].replace(", beside those of the fits", "") == without.notes[0]
 
 
 def test_what_a_text_decides_of_the_8b_model(dense: Checkpoint) -> None:

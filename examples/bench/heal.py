@@ -62,7 +62,7 @@ STEPS = ("uniform", "planned", "affinity", "guess", "blockwise", "KL")
 YARDSTICK = "yardstick"
 DECISIVE = (  # the options that a cell depends on
     *("model", "calibrate", "report", "window", "windows", "report_windows", "fit_windows"),
-    *("tokens", "rank", "heal", "yardstick", "no_overlap", "plain_plan"),
+    *("tokens", "rank", "heal", "yardstick", "no_overlap", "planned_with"),
 )
 
 
@@ -190,11 +190,14 @@ class Bench:
     """Makes and measures the models, each from the one before it, by the commands users type."""
 
     def __init__(self, given: argparse.Namespace, steps: list[str], progress: Progress) -> None:
-        self.given, self.steps, self.progress = given, steps, progress
+        self.given, self.progress = given, progress
         self.source = open_checkpoint(given.model)
         self.layers = int(str(self.source.config["num_hidden_layers"]))
         self._plans: dict[int, Schedule] = {}
         self._told = json.loads(json.dumps(vars(given), default=str))
+        of_steps = {"affinity": ("assignment", "affinity"), "guess": ("guess", given.rank)}
+        wanted = dict(of_steps[step] for step in steps if step in of_steps)
+        self._told["planned_with"] = {} if given.plain_plan else wanted
         self.texts = [part for file in given.calibrate for part in ("--text", str(file))]
 
     def all_reduces(self, waits: int) -> str:
@@ -321,11 +324,7 @@ class Bench:
 
     @cached_property
     def _meter(self) -> Meter:
-        wanted: dict[str, Any] = {"assignment": "affinity"} if "affinity" in self.steps else {}
-        wanted |= {"guess": self.given.rank} if "guess" in self.steps else {}
-        if self.given.plain_plan:
-            wanted = {}
-        return meter_of(self.given, self.given.calibrate, self.progress, wanted)
+        return meter_of(self.given, self.given.calibrate, self.progress, self._told["planned_with"])
 
     @cached_property
     def _reported(self) -> list[tuple[Windows, Reference]]:

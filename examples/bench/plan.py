@@ -72,9 +72,9 @@ def case_of(
     given: argparse.Namespace, texts: list[Path], wanted: Mapping[str, Any] | None = None
 ) -> Case:
     source, wanted = open_checkpoint(given.model), wanted or {}
-    windows, apart = read_texts(source, texts, given.window, given.windows, wanted)
+    windows, in_place = read_texts(source, texts, given.window, given.windows, wanted)
     batch = BatchSize(None, "cpu")
-    return Case(source, given.tracks, windows, "float32", "cpu", batch, wanted, apart)
+    return Case(source, given.tracks, windows, "float32", "cpu", batch, in_place)
 
 
 def _rows(calibrate: Meter, report: Meter) -> Iterator[tuple[int, dict[str, str]]]:

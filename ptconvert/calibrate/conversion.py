@@ -25,6 +25,7 @@ from ptconvert.errors import EvaluationError
 from ptconvert.measure.opening import open_model
 from ptconvert.measure.progress import Progress
 from ptconvert.measure.windows import DEFAULT_LENGTH, Windows, positions, windows_for
+from ptconvert.models.quantised import quantization_of
 from ptconvert.models.shape import DTYPE_BYTES, TORCH_NAMES, ModelShape
 from ptconvert.runtime.load import shape_of
 from ptconvert.spec.document import Spec
@@ -152,13 +153,33 @@ def calibration_size(
 
 
 def _check_windows(spec: Spec, count: int, length: int) -> None:
-    """Raises EvaluationError where there are too few to fit something on and to judge it by."""
     for row in COMPENSATIONS:
-        if row.key in spec.wanted and count < FITS[row.key].least:
-            raise EvaluationError(
-                f"the text gives {count} windows of {length} tokens; {row.label} need at least "
-                f"{FITS[row.key].least}: a longer text, more --windows or a smaller --window"
-            )
+        if row.key in spec.wanted:
+            check_windows(row.key, count, length)
+
+
+def check_windows(key: str, count: int, length: int) -> None:
+    """Raises EvaluationError where windows are too few to fit what a spec's key wants on, and to
+    judge it by."""
+    if count < FITS[key].least:
+        label = next(row.label for row in COMPENSATIONS if row.key == key)
+        raise EvaluationError(
+            f"the text gives {count} windows of {length} tokens; {label} need at least "
+            f"{FITS[key].least}: a longer text, more --windows or a smaller --window"
+        )
+
+
+def check_device(source: Checkpoint, device: str) -> None:
+    """Raises EvaluationError where nothing can be fitted: float64, and of quantised weights what
+    they stand for, are needed."""
+    kind = device.split(":")[0]
+    reason = ""
+    if kind == "mps":
+        reason = "fits are in float64, which it has not"
+    elif kind != "cpu" and quantization_of(source.config) is not None:
+        reason = "there, quantised weights are their quantiser's, and fits read what they stand for"
+    if reason:
+        raise EvaluationError(f"--device {device}: {reason}; give --device cpu")
 
 
 def calibration_dtype(source: Checkpoint, shape: ModelShape, dtype: str, device: str) -> str:
@@ -186,6 +207,7 @@ def calibrate(
     `calibration_dtype`). Raises PTConvertError.
     """
     _check_windows(spec, len(windows.ids), windows.length)
+    check_device(source, device)
     shape = shape_of(source)
     ids_NT = windows.ids[:, :-1]
     dtype = calibration_dtype(source, shape, dtype, device)

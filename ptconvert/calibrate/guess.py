@@ -21,7 +21,7 @@ Memory, beside the model's, for n tracks:
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,11 @@ from ptconvert.calibrate.regression import Affine, Fit, Moments, best, fits
 from ptconvert.calibrate.streams import Batch, dense_reaches, fitted_by_stage
 from ptconvert.measure.progress import Progress
 from ptconvert.modeling.executor import PerTrack, Streams, Update
-from ptconvert.modeling.layers import apply_norm, guess_modules
+from ptconvert.modeling.layers import Guess, apply_norm
 from ptconvert.models.families import Family, guesses_of
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.lower import Step
+from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Sublayer
 
 NEARLY_ALL = 0.95  # of the gain of the largest rank, for which a smaller one is taken
@@ -82,10 +83,7 @@ def fit_guesses(
         behind = not step.launches and dense_reaches(decoder.layers, step.index, given)
         last = len(step.sublayers) - 1
         return [
-            _fit_sublayer(
-                *(decoder, shape, step, place, given, behind and place == last, rank),
-                2 * shape.width,
-            )
+            _fit_sublayer(decoder, shape, step, place, given, behind and place == last, rank)
             for place in range(last + 1)
         ]
 
@@ -94,45 +92,74 @@ def fit_guesses(
 
 
 @torch.inference_mode()
-def fit_alone(
+def guess_alone(
     decoder: Any,
     shape: ModelShape,
+    schedule: Schedule,
     ids_NT: torch.Tensor,
     rank: int,
     progress: Progress,
     scratch: Path | None = None,
 ) -> list[Fitted]:
-    """Fits guesses after all sublayers but the last one's stage, each as if there were no other: on
-    the dense model's own streams, from the sublayer's input only, which halves the features.
+    """Fits guesses after all stages of the dense model but the last, each as if there were no
+    other: on the dense model's own streams, and from the sublayer's input only, which is half of
+    the features. The model, which holds all layers as tracks and has no guesses yet, gets them; not
+    what is returned, so that they are held once.
 
-    The model holds all layers as tracks, with a schedule in which the dense model's stages overlap
-    each with the next: errors count by what that one reads. Raises EvaluationError.
+    Errors count by what reads them in `schedule`, which has the dense model's stages. Raises
+    EvaluationError.
     """
+    decoder.layers.schedule = schedule
+    stages = alone(decoder.layers.dense)
 
     def fit(step: Step, given: Sequence[Batch]) -> list[Fitted]:
-        return [
-            _fit_sublayer(decoder, shape, step, place, given, False, rank, shape.width)
-            for place in range(len(step.sublayers))
-        ]
+        found = list[Fitted]()
+        for place in range(len(step.sublayers)):
+            one = _fit_sublayer(
+                decoder, shape, step, place, given, behind=False, rank=rank, from_partial=False
+            )
+            _give(decoder, one)
+            found.append(replace(one, guesses=()))
+        return found
 
-    # what a track would go on with is kept, and merged before the next stage all the same
-    merged = [replace(step, keeps_own=True) for step in decoder.layers.dense.program[:-1]]
-    return fitted_by_stage(
-        *(decoder, ids_NT, "guesses", progress, scratch, fit), lambda *_: None, merged
-    )
+    if not stages:
+        return []
+    given = (decoder, ids_NT, "guesses", progress, scratch, fit, lambda *_: None, stages)
+    return fitted_by_stage(*given)
 
 
-def put_guesses(decoder: Any, fitted: Sequence[Fitted]) -> None:
-    """Gives these guesses to a converted model, which has none yet."""
-    width, embedding = decoder.config.hidden_size, decoder.get_input_embeddings().weight
-    for f in fitted:
-        block = guesses_of(f.sublayer.kind)
-        for (track, _), affine in zip(_tracks(decoder, f.sublayer), f.guesses, strict=False):
-            guess = guess_modules(width, {f.sublayer.kind: f.rank})
-            guess[block].load_state_dict(dict(affine_tensors(affine, width)))
-            if not hasattr(track, "guess"):
-                track.guess = nn.ModuleDict()
-            track.guess.update(guess.to(embedding.device, embedding.dtype))
+def alone(dense: Schedule) -> list[Step]:
+    """The dense model's stages but the last, after which each track's own partial is known, and
+    merged before the next one all the same."""
+    return [replace(step, keeps_own=True) for step in dense.program[:-1]]
+
+
+def _give(decoder: Any, fitted: Fitted) -> None:
+    for (track, _), guess in zip(_tracks(decoder, fitted.sublayer), fitted.guesses, strict=False):
+        tensors = dict(_tensors(guess, decoder.config.hidden_size))
+        _new_guess(decoder, track, guesses_of(fitted.sublayer.kind), fitted.rank).load_state_dict(
+            tensors
+        )
+
+
+def put_guesses(decoder: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Gives guesses to a model that has none, of tensors as its state has them."""
+    for name, tensor in tensors.items():
+        owner, _, last = name.rpartition(".from_input.")
+        if last == "weight":
+            track, block = owner.split(".guess.")
+            _new_guess(decoder, decoder.get_submodule(track), block, len(tensor))
+    decoder.load_state_dict(tensors, strict=False)
+
+
+def _new_guess(decoder: Any, track: Any, block: str, rank: int) -> nn.Module:
+    """A track's new guess, whose tensors are not set yet."""
+    embedding = decoder.get_input_embeddings().weight
+    guess = Guess(decoder.config.hidden_size, rank).to(embedding.device, embedding.dtype)
+    if not hasattr(track, "guess"):
+        track.guess = nn.ModuleDict()
+    track.guess[block] = guess
+    return guess
 
 
 def _fit_sublayer(
@@ -143,19 +170,19 @@ def _fit_sublayer(
     given: Sequence[Batch],
     behind: bool,
     rank: int,
-    features: int,
+    from_partial: bool = True,
 ) -> Fitted:
-    """Fits the guesses of one of a stage's sublayers, track by track, from the first so many
-    features; with `behind` also to what the stream lacks after the stage. The batches keep the
-    stage."""
+    """Fits the guesses of one of a stage's sublayers, track by track; with `behind` also to what
+    the stream lacks after the stage. The batches keep the stage."""
     width, sublayer = decoder.config.hidden_size, step.sublayers[place]
     rank, before, added = min(rank, width), 0.0, epsilon(decoder.norm)
     candidates: list[list[Fit]] = []
     for t, track in enumerate(_tracks(decoder, sublayer)):
+        features = width * (1 + from_partial)
         train, test = (Moments(features, width, decoder.device) for _ in range(2))
         for batch in given:
-            z_PF, *others = _pairs(batch, t, track, step, place, behind, added)
-            (test if batch.held_out else train).add(z_PF[:, :features], *others)
+            pairs = _pairs(batch, t, track, step, place, behind, added, from_partial)
+            (test if batch.held_out else train).add(*pairs)
         metric_DD = readers_metric(decoder, shape, step, t)
         candidates.append(fits(train, test, rank, metric_DD))
         before += test.energy(metric_DD)
@@ -166,20 +193,22 @@ def _fit_sublayer(
     picked = _pick_rank([float(e) for e in errors], rank)
     if not picked:
         return Fitted(sublayer, 0, 1.0)
-    guesses = (_of_all_features(fit.affine(picked), 2 * width) for fit in chosen)
-    return Fitted(sublayer, picked, float(errors[picked]), tuple(guesses))
-
-
-def _of_all_features(guess: Affine, features: int) -> Affine:
-    """The same of more features, which it makes nothing of."""
-    more = features - guess.down.shape[1]
-    return replace(guess, down=nn.functional.pad(guess.down, (0, more)))
+    return Fitted(
+        sublayer, picked, float(errors[picked]), tuple(fit.affine(picked) for fit in chosen)
+    )
 
 
 def _pairs(
-    batch: Batch, t: int, track: Track, step: Step, place: int, behind: bool, added: float
+    batch: Batch,
+    t: int,
+    track: Track,
+    step: Step,
+    place: int,
+    behind: bool,
+    added: float,
+    from_partial: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a track guesses a kept stage's sublayer from, (P, 2D), what it should guess, (P, D), and
+    """What a track guesses a kept stage's sublayer from, (P, F), what it should guess, (P, D), and
     what its errors weigh there, (P,): one over the stream's mean square and what norms have `added`
     to it. `place` is the sublayer's in the stage. With `behind` it should also guess what its
     stream would lack against the dense model's: what is in flight is merged while the guess is
@@ -190,8 +219,9 @@ def _pairs(
     y_BTD = batch.to_device(batch.wholes[place]) - own_BTD
     if behind:
         y_BTD += batch.lacking(step, streams)
-    features_P2D = _features(track, step.sublayers[place], streams.view(step)[0], own_BTD)
-    return features_P2D, y_BTD.flatten(0, 1), weight_P
+    kept_BTD = own_BTD if from_partial else None
+    features_PF = _features(track, step.sublayers[place], streams.view(step)[0], kept_BTD)
+    return features_PF, y_BTD.flatten(0, 1), weight_P
 
 
 def _weights(batch: Batch, streams: Streams, added: float) -> torch.Tensor:
@@ -214,12 +244,13 @@ def _add_guesses(decoder: Any, fitted: Fitted, view: PerTrack, update: Update) -
 
 
 def _features(
-    track: Track, sublayer: Sublayer, view_BTD: torch.Tensor, kept_BTD: torch.Tensor
+    track: Track, sublayer: Sublayer, view_BTD: torch.Tensor, kept_BTD: torch.Tensor | None
 ) -> torch.Tensor:
-    """What a track guesses from: a sublayer's normed input, and what it sees of its own partial,
-    (P, 2D)."""
+    """What a track guesses from: a sublayer's normed input, and what it sees of its own partial
+    where that is given, (P, F)."""
     x_BTD = apply_norm(*track, sublayer.kind, view_BTD)
-    return torch.cat([x_BTD, kept_BTD], dim=-1).flatten(0, 1)
+    both = x_BTD if kept_BTD is None else torch.cat([x_BTD, kept_BTD], dim=-1)
+    return both.flatten(0, 1)
 
 
 def _tracks(decoder: Any, sublayer: Sublayer) -> list[Track]:
@@ -248,13 +279,15 @@ def fitted_tensors(
         for t, guess in enumerate(f.guesses):
             block = guesses_of(f.sublayer.kind)
             owner = f"{shape.layer(f.sublayer.layer)}tracks.{t}.guess.{block}"
-            for name, tensor in affine_tensors(guess, shape.width):
+            for name, tensor in _tensors(guess, shape.width):
                 yield f"{owner}.{name}", tensor
 
 
-def affine_tensors(guess: Affine, width: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and values of one guess's tensors, as `Guess` has them."""
-    yield "from_input.weight", guess.down[:, :width]
-    yield "from_partial.weight", guess.down[:, width:]
+def _tensors(guess: Affine, width: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of one guess's tensors, as `Guess` has them; it makes nothing of a partial
+    that it wasn't fitted from."""
+    from_input, from_partial = guess.down[:, :width], guess.down[:, width:]
+    yield "from_input.weight", from_input
+    yield "from_partial.weight", from_partial if from_partial.numel() else 0 * from_input
     yield "to_stream.weight", guess.up
     yield "to_stream.bias", guess.bias

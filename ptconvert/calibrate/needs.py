@@ -3,9 +3,8 @@ one layer's first step."""
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from ptconvert.calibrate.affinity import (
     pair_numbers,
     product_numbers,
 )
+from ptconvert.calibrate.guess import alone as alone_program
 from ptconvert.calibrate.on_disk import MEMORY_BYTES
 from ptconvert.calibrate.regression import MATRICES, RIDGES, Moments, fits
 from ptconvert.calibrate.streams import BATCH_TOKENS, most_streams
@@ -30,6 +30,7 @@ from ptconvert.measure.needs import Held, Needs, Phase, Place, spilling
 from ptconvert.measure.one_layer import PROCESS, forward_seconds, in_a_layer, one_layer
 from ptconvert.models.guesses import most_guesses
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES
+from ptconvert.schedule.lower import Step
 from ptconvert.spec.document import Spec
 
 _TIMED_FEATURES = 512  # of the regression that is timed; its time goes with the cube
@@ -60,8 +61,10 @@ def stand_in_phases(
     """The phases of an assignment and guesses for no schedule in particular (`stand_ins`)."""
     plan = stand_ins.conversion(source, tracks, wanted)
     given = (windows, length, dtype, device)
-    for key, value in wanted.items():
-        yield _alone(plan, value, *given) if key == "guess" else PHASES[key](plan, value, *given)
+    if "assignment" in wanted:
+        yield _affinity(plan, wanted["assignment"], *given)
+    if "guess" in wanted:
+        yield _guesses(plan, wanted["guess"], *given, alone=True)
 
 
 def _affinity(
@@ -102,10 +105,17 @@ def _scales(plan: Plan, _wanted: str, windows: int, length: int, dtype: str, dev
     return Phase("scales", held, _SCALE_PASSES * windows * plan.shape.layers * seconds)
 
 
-def _stagewise(plan: Plan, windows: int, length: int, dtype: str) -> tuple[Held, ...]:
-    """What windows that go through a converted model stage by stage hold."""
+def _stagewise(
+    plan: Plan,
+    windows: int,
+    length: int,
+    dtype: str,
+    program: Sequence[Step] | None = None,
+) -> tuple[Held, ...]:
+    """What windows that go through a converted model stage by stage hold, by its schedule or
+    another `program`."""
     shape, tracks, number = plan.shape, plan.tracks, DTYPE_BYTES[DTYPES[dtype]]
-    streams = most_streams(plan.schedule, tracks, shape.norms_sums)
+    streams = most_streams(plan.schedule, tracks, shape.norms_sums, program)
     nbytes = streams * windows * length * shape.width * number
     at_once = max(1, BATCH_TOKENS // length)
     layer = at_once * in_a_layer(shape, tracks, length, number)
@@ -125,12 +135,12 @@ def _guesses(
     length: int,
     dtype: str,
     device: str,
-    widths: int = 2,
+    alone: bool = False,
 ) -> Phase:
-    """`widths` are the features, in widths of the stream."""
+    """With `alone` as `guess_alone` fits them."""
     shape, tracks = plan.shape, plan.tracks
     seconds = forward_seconds(one_layer(plan.source.config, tracks, device, dtype), dtype, length)
-    features = widths * shape.width
+    features = shape.width if alone else 2 * shape.width
     regression = MATRICES * (features + shape.width) ** 2 * 8
     factors = len(RIDGES) * tracks * rank * (features + shape.width) * 8
     fitted = tracks * len(most_guesses(plan.schedule, tracks, rank, shape))
@@ -139,14 +149,13 @@ def _guesses(
         (
             Held("one track's regression", regression, Place.DEVICE),
             Held("the tracks' factors", factors, Place.DEVICE),
-            *_stagewise(plan, windows, length, dtype),
+            *_stagewise(
+                plan, windows, length, dtype, alone_program(shape.dense) if alone else None
+            ),
         ),
-        _PASSES * windows * shape.layers * seconds
+        (1 if alone else _PASSES) * windows * shape.layers * seconds
         + fitted * _fit_seconds(features, shape.width, windows * length, device),
     )
-
-
-_alone = functools.partial(_guesses, widths=1)  # from the input only
 
 
 # By the spec's key, what computing it takes.

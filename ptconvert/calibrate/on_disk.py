@@ -22,8 +22,8 @@ def mapped(folder: Path | None, tensor: torch.Tensor) -> torch.Tensor:
         kept = torch.from_file(name, True, tensor.numel(), dtype=tensor.dtype)
     except OSError as error:
         raise EvaluationError(
-            f"{name}: {error.strerror}: it is too much for memory and lies beside the "
-            "destination meanwhile; give one with more room, or for guesses fewer --windows"
+            f"{name}: {error.strerror}: it is too much for memory and lies there meanwhile; give "
+            "another DST (plan: --cache) with more room, or for a spec's guesses fewer --windows"
         ) from error
     finally:
         os.close(handle)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-# What one regression takes for D or 2D features F, in (F + D) (F + D) numbers of fp64: the moments
-# of both kinds of pairs, and what `fits` has at once. LAPACK's own for eigenvectors comes on top.
+# What one regression of D or 2D features (F) on D targets takes, in (F + D) (F + D) numbers of
+# fp64: the moments of both kinds of pairs, and what `fits` has at once. LAPACK's own for
+# eigenvectors comes on top.
 MATRICES = 5
 
 # Strengths of the ridge, as shares of each feature's own variance.

@@ -140,9 +140,9 @@ def fitted_by_stage(
     into a sublayer's update, for the stages that follow. `scratch` is as for `batches`. The stages
     are the schedule's, or a `program` of others.
     """
+    given, found = list(batches(decoder, ids_NT, scratch, program)), list[T]()
     program = decoder.layers.schedule.program if program is None else program
     last = max(step.index for step in program if step.keeps_own)
-    given, found = list(batches(decoder, ids_NT, scratch)), list[T]()
     for step in program[: last + 1]:
         progress(f"fitting {what}", step.index, last + 1)
         fitted = list[T]()
@@ -160,11 +160,17 @@ def fitted_by_stage(
     return found
 
 
-def batches(decoder: Any, ids_NT: torch.Tensor, scratch: Path | None) -> Iterator[Batch]:
-    """Windows of token ids in batches, each at the first stage of a converted model. `scratch` is
-    the directory for streams that memory is not to hold."""
+def batches(
+    decoder: Any,
+    ids_NT: torch.Tensor,
+    scratch: Path | None,
+    program: Sequence[Step] | None = None,
+) -> Iterator[Batch]:
+    """Windows of token ids in batches, each at the first stage of a converted model, which is to
+    run its schedule or another `program`. `scratch` is the directory for streams that memory is not
+    to hold."""
     layers = decoder.layers
-    streams = most_streams(layers.schedule, layers.track_count, layers.norms_sums)
+    streams = most_streams(layers.schedule, layers.track_count, layers.norms_sums, program)
     nbytes = streams * ids_NT.numel() * decoder.get_input_embeddings().weight[0].nbytes
     keep: Keep = _here if nbytes <= MEMORY_BYTES else functools.partial(mapped, scratch)
     size = max(1, min(BATCH_TOKENS // ids_NT.shape[1], len(ids_NT) // HELD_OUT))
@@ -176,12 +182,18 @@ def batches(decoder: Any, ids_NT: torch.Tensor, scratch: Path | None) -> Iterato
         yield Batch(*given, layers.scalar)
 
 
-def most_streams(schedule: Schedule, tracks: int, norms_sums: bool = False) -> int:
-    """How many streams of all windows there are at most at once, as while a stage is fitted. Where
-    sums are normed, each sublayer's is apart from what tracks see of it."""
+def most_streams(
+    schedule: Schedule,
+    tracks: int,
+    norms_sums: bool = False,
+    program: Sequence[Step] | None = None,
+) -> int:
+    """How many streams of all windows there are at most at once, as while a stage is fitted: of a
+    schedule, or of another `program` with the same stages. Where sums are normed, each sublayer's
+    is apart from what tracks see of it."""
     most = 0
     pending: dict[int, int] = {}  # streams of each bucket
-    for step in schedule.program:
+    for step in schedule.program if program is None else program:
         kept = (tracks + 1 + norms_sums) * len(step.sublayers) if step.keeps_own else 0
         most = max(most, 2 + kept + sum(pending.values()))
         # of those that wait partials and guesses, of those in flight the sum and what is seen

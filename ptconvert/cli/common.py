@@ -123,16 +123,13 @@ def free_room(device: str, folder: Path) -> dict[str, int]:
 def timing(device: str) -> Iterator[None]:
     """Raises EvaluationError where not even one layer of the model fits."""
     import torch
-    from accelerate.utils.memory import should_reduce_batch_size
 
+    from ptconvert.measure.batch import enough_memory
+
+    what = f"--dry-run: not even a layer and a window or two fit on {device}, to time them"
     try:
-        yield
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        raise EvaluationError(
-            f"--dry-run: not even a layer and a window or two fit on {device}, to time them"
-        ) from error
+        with enough_memory(what):
+            yield
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -100,7 +100,8 @@ def _for_the_spec(command: F) -> F:
     "--time-limit",
     type=click.FloatRange(min=0, min_open=True),
     metavar="MINUTES",
-    help="Search for about so long; with fewer rounds and points then. [as long as it takes]",
+    help="Search for about so long, when what is in place is fitted; with fewer rounds and points "
+    "then. [as long as it takes]",
 )
 @shared("--batch-size", "auto")
 @shared("--device", says="cuda where there is")
@@ -124,8 +125,9 @@ def plan(
     searches all mixtures of them, measures the best ones whole, and writes the best for the budget
     as a spec for `ptconvert transform`. Needs a copy of SRC on disk while it runs.
 
-    With --assignment affinity and --guess it weighs with units assigned and guesses in place, which
-    it fits on what the windows leave of the text; `transform` fits those of the spec.
+    With --assignment affinity and --guess it measures with units assigned and guesses in place,
+    fitted for no schedule in particular on what the windows leave of the text, or on the windows
+    where that is too little; `transform` fits those of the spec.
 
     With --hardware it minimises the time of a request there (--batch, --prompt, --new) within
     --max-loss, as `ptconvert estimate` has it. Without, it counts all-reduces that are waited for:
@@ -199,12 +201,13 @@ def _case(
     source: str, revision: str | None, options: dict[str, Any], progress: Progress
 ) -> tuple[Case, Objective]:
     """The checkpoint opened, the text read and the options settled. Raises PTConvertError."""
+    from ptconvert.calibrate.conversion import check_device
     from ptconvert.checkpoint.reader import open_checkpoint
     from ptconvert.measure.batch import BatchSize
     from ptconvert.measure.dtype import fastest_dtype
     from ptconvert.measure.opening import is_dense
     from ptconvert.models.shape import ModelShape
-    from ptconvert.plan.case import Case, read_texts
+    from ptconvert.plan.case import MEASURED_WITH, Case, read_texts
 
     tracks, dtype, device = options["tracks"], options["dtype"], torch_device(options["device"])
     progress(f"finding {source}", 0, None)
@@ -220,11 +223,13 @@ def _case(
     if dtype == "auto":
         dtype = fastest_dtype(checkpoint, device, functools.partial(click.echo, err=True))
     progress("tokenizing the text", 0, None)
-    wanted = {f.name: options[f.name] for f in COMPUTED if options[f.name] not in (None, f.default)}
+    wanted = _wanted(options)
+    if any(key in wanted for key in MEASURED_WITH):
+        check_device(checkpoint, device)
     size = options["window"], options["windows"]
-    windows, apart = read_texts(checkpoint, options["texts"], *size, wanted)
+    windows, in_place = read_texts(checkpoint, options["texts"], *size, wanted)
     batch = BatchSize(options["batch_size"], device)
-    return Case(checkpoint, tracks, windows, dtype, device, batch, wanted, apart), objective
+    return Case(checkpoint, tracks, windows, dtype, device, batch, in_place), objective
 
 
 def _plan(
@@ -267,8 +272,14 @@ def _plan(
         frontier=found,
         chosen=chosen,
         shape=case.shape,
-        wanted=case.wanted,
+        wanted=_wanted(options),
+        in_place=case.in_place,
     )
+
+
+def _wanted(options: dict[str, Any]) -> dict[str, Any]:
+    """What the spec will want to be computed from a text, by its key."""
+    return {f.name: options[f.name] for f in COMPUTED if options[f.name] not in (None, f.default)}
 
 
 def _budget(options: dict[str, Any]) -> str:

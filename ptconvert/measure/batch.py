@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,17 @@ T = TypeVar("T")
 # little: on a CPU the cores are busy with less, and on a GPU the model's own layers are.
 _FIRST_BATCH = {"cpu": 8}
 _FIRST_BATCH_ELSEWHERE = 64
+
+
+@contextmanager
+def enough_memory(else_said: str) -> Iterator[None]:
+    """Raises EvaluationError, with what is said then, where a device's memory runs out."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise EvaluationError(else_said) from error
 
 
 class BatchSize:

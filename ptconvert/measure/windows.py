@@ -121,18 +121,24 @@ def cut_windows(ids: Sequence[int], length: int, count: int) -> Windows:
     return Windows(torch.tensor(rows), step, len(ids))
 
 
-def windows_between(windows: Windows, ids: Sequence[int], count: int) -> torch.Tensor:
-    """`count` windows (N, T + 1) of the same text that share none of the tokens of those that were
-    cut from it, at even places over it; fewer where there are not so many."""
-    length, last = windows.length, len(ids) - 1
+def windows_between(windows: Windows, ids: Sequence[int], tokens: int) -> torch.Tensor:
+    """Windows (N, T + 1) of about `tokens` in all, at even places over the text between those that
+    were cut from it: no token is predicted in two of all these.
+
+    They are as long where there is room, shorter down to a quarter where gaps are, and none where
+    these are shorter still.
+    """
     begins = range(0, windows.step * len(windows.ids), windows.step)
-    ends = [*begins[1:], last]  # of what lies between one and the next
+    length = min(windows.length, windows.step - windows.length)
+    if 4 * length < windows.length or length < 1:
+        length, begins = windows.length, range(0)
+    ends = [*begins[1:], len(ids) - 1]  # of what lies between one and the next
     free = [
         start
-        for begin, end in zip(begins, ends, strict=True)
-        for start in range(begin + length, end - length + 1, length)
+        for begin, end in zip(begins, ends, strict=False)
+        for start in range(begin + windows.length, end - length + 1, length)
     ]
-    count = min(count, len(free))
+    count = min(max(1, tokens // length), len(free))
     starts = [free[n * len(free) // count] for n in range(count)]
     rows = [list(ids[start : start + length + 1]) for start in starts]
     return torch.tensor(rows, dtype=torch.int64).view(count, length + 1)

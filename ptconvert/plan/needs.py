@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from ptconvert.calibrate.needs import stand_in_phases
+from ptconvert.calibrate.stand_ins import overlapped
 from ptconvert.checkpoint.inventory import weights_dtype
 from ptconvert.measure.divergence import LOGITS_AT_ONCE
 from ptconvert.measure.needs import Held, Needs, Phase, Place
@@ -13,8 +17,9 @@ from ptconvert.measure.one_layer import (
     in_a_layer,
     one_layer,
 )
+from ptconvert.models.guesses import guess_tensors, most_guesses
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES, TORCH_NAMES
-from ptconvert.plan.case import STOOD_FOR, Case
+from ptconvert.plan.case import Case
 from ptconvert.plan.planner import (
     FINALISTS,
     MIXTURES,
@@ -74,16 +79,23 @@ def plan_needs(
     whole_seconds = layers_seconds + heads_seconds
     if minutes is not None:
         measuring = max(0.0, min(measuring, (60 * minutes - weighing_seconds) / whole_seconds))
-    wanted = {key: case.wanted[key] for key in STOOD_FOR if key in case.wanted}
-    fitting = stand_in_phases(source, wanted, tracks, len(case.apart), length, dtype, device)
+    guesses, fitting = 0, tuple[Phase, ...]()
+    if (in_place := case.in_place) is not None:
+        most = most_guesses(overlapped(shape), tracks, in_place.rank, shape)
+        guesses = sum(math.prod(size) for _, _, size in guess_tensors(shape, most, tracks))
+        sizes = (len(in_place.ids), in_place.ids.shape[1] - 1)
+        fitting = tuple(stand_in_phases(source, in_place.wanted, tracks, *sizes, dtype, device))
     sequence = length * shape.width * number
     # before these layers, and the last of all
     streams = Held(
         f"streams, {count} windows, {len(kept)} layers", (len(kept) + 1) * stream, Place.MEMORY
     )
+    head = Held("the source's head", shape.vocabulary * shape.width * number, Place.DEVICE)
+    fitting = tuple(replace(phase, held=(*phase.held, head, streams)) for phase in fitting)
     throughout = (
         Held("weights, as tracks", int(scale * all_tracks), Place.DEVICE),
-        Held("the source's head", shape.vocabulary * shape.width * number, Place.DEVICE),
+        *[Held("guesses", guesses * number, Place.DEVICE)] * bool(guesses),
+        head,
         Held(
             f"a layer's streams, {at_once} windows",
             at_once * in_a_layer(shape, tracks, length, number),
@@ -121,7 +133,8 @@ def plan_needs(
             Phase("measuring mixtures", throughout, measuring * whole_seconds),
         ),
         (
-            f"{1 + weighing + measuring:.0f} forward passes over the text; a search may end "
+            f"{1 + weighing + measuring:.0f} forward passes over the text"
+            f"{', beside those of the fits' if fitting else ''}; a search may end "
             "before its last round, and weighs more parts of mixtures, or fewer, on its way.",
         ),
     )

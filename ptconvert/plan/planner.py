@@ -185,9 +185,9 @@ def search(
     it proposes nothing new. `target` is a weight, and `max_loss` a rise of the loss, not to leave
     out: about them it does the same a few more times, at prices drawn at random about the known
     ones. All on a few windows; the best are then measured on all of them, and those that another
-    one beats in both respects are dropped. Where `seconds` are given, nothing more is searched when
-    half of them are over, and of the frontier what was asked for and its ends are measured, and
-    more while there is time.
+    one beats in both respects are dropped. Where `seconds` are given, without those that fitting
+    what is in place takes, nothing more is searched when half of them are over, and of the frontier
+    what was asked for and its ends are measured, and more while there is time.
     """
     return _Search(meter, objective, target, max_loss, seconds).run(rounds)
 
@@ -335,7 +335,7 @@ class _Search:
     def is_late(self, part: float = 1.0) -> bool:
         """Whether that part of the time is over."""
         limit = math.inf if self.seconds is None else part * self.seconds
-        return time.monotonic() - self.started > limit
+        return time.monotonic() - self.started - self.meter.fitting_seconds > limit
 
 
 def search_windows(windows: int) -> range:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 from rich.console import Console
@@ -13,7 +13,6 @@ from rich.text import Text
 from ptconvert import __version__
 from ptconvert.measure.statistics import RESAMPLES, Estimate, estimate, mean_over
 from ptconvert.models.shape import ModelShape
-from ptconvert.plan.case import STOOD_FOR
 from ptconvert.plan.frontier import to_csv
 from ptconvert.plan.planner import Frontier, Objective, Point, Sensitivity
 from ptconvert.plan.spec_text import spec_text
@@ -25,6 +24,9 @@ from ptconvert.report.terminal import diagram, figures_table
 from ptconvert.schedule.endings import BESIDE
 from ptconvert.shorten import few
 from ptconvert.spec.document import written
+
+if TYPE_CHECKING:
+    from ptconvert.plan.case import InPlace
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,7 @@ class Planned:
     chosen: Point
     shape: ModelShape  # of the source
     wanted: Mapping[str, Any] = field(default_factory=dict)  # to be computed, for the spec
-
-    @property
-    def in_place(self) -> dict[str, Any]:
-        """What of that costs were measured with, fitted for no schedule in particular."""
-        return {key: value for key, value in self.wanted.items() if key in STOOD_FOR}
+    in_place: InPlace | None = None  # of these
 
     @property
     def tokens(self) -> int:
@@ -91,14 +89,31 @@ def _computed(planned: Planned) -> list[str]:
     lines = written(planned.wanted)
     if not lines or not planned.chosen.schedule.own_kept(planned.tracks):
         return []
-    if planned.in_place:
-        told = [
-            "# Computed from a text: transform needs --text FILE. Measured above with others",
-            "# in place, fitted for no schedule in particular.",
-        ]
-    else:
+    if planned.in_place is None:
         told = ["# Computed from a text, not counted above: transform needs --text FILE."]
+    else:
+        told = [
+            "# Computed from a text: transform needs --text FILE.",
+            f"# {_measured_with(planned)}",
+        ]
+        if left := [key for key in planned.wanted if key not in planned.in_place.wanted]:
+            told.append(f"# Not counted above: {', '.join(left)}.")
     return [*told, *lines]
+
+
+def _measured_with(planned: Planned) -> str:
+    """What was in place, as a sentence; nothing where nothing was."""
+    if planned.in_place is None:
+        return ""
+    names = " and ".join(planned.in_place.wanted)
+    where = "" if planned.in_place.apart else ", on the same text"
+    return f"Measured with {names} in place, fitted for no schedule in particular{where}."
+
+
+def _in_place(planned: Planned) -> dict[str, Any] | None:
+    if (found := planned.in_place) is None:
+        return None
+    return {**found.wanted, "tokens": found.ids[:, 1:].numel(), "apart": found.apart}
 
 
 def _by_layer(planned: Planned) -> dict[int, float]:
@@ -135,7 +150,7 @@ def to_json(planned: Planned) -> dict[str, Any]:
         "weighed_alone": f.weighed_alone,
         "measured_whole": f.measured_whole,
         "search_windows": f.search_windows,
-        "in_place": planned.in_place,
+        "in_place": _in_place(planned),
         "forward_passes": f.passes,
     }
 
@@ -207,14 +222,12 @@ def _title(planned: Planned) -> str:
 
 
 def _explained(planned: Planned) -> str:
-    f, names = planned.frontier, " and ".join(planned.in_place)
+    f = planned.frontier
     return (
         "→ chosen; predicted: the sum of what the parts cost by themselves; KL and loss: "
         f"the whole schedule, measured. {f.weighed_alone} parts and {f.measured_whole} "
         f"whole schedules were tried on {f.search_windows} windows or fewer; this time "
-        f"{f.passes:.0f} forward passes over the text."
-        + f" All with {names} in place, fitted for no schedule in particular."
-        * bool(names)
+        f"{f.passes:.0f} forward passes over the text." + f" {_measured_with(planned)}".rstrip()
     )
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,13 +22,16 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+import torch
 
 from ptconvert.calibrate import stand_ins
-from ptconvert.checkpoint.calibration import Calibration
+from ptconvert.calibrate.guess import guess_alone, put_guesses
+from ptconvert.checkpoint.calibration import Assignment, Calibration
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.convert.transform import Plan, execute, plan_conversion
 from ptconvert.errors import EvaluationError
 from ptconvert.measure import divergence
+from ptconvert.measure.batch import enough_memory
 from ptconvert.measure.cache import named_by
 from ptconvert.measure.divergence import Reference
 from ptconvert.measure.opening import open_model
@@ -100,12 +104,16 @@ class Store:
 
 def store_file(cache: Path, model_digest: str, case: Case) -> Path:
     """The file of a model's costs: by its content, the text's token ids, and what computes."""
-    ids, apart = case.windows.ids, case.apart
-    text = hashlib.sha256(ids.numpy().tobytes() + apart.numpy().tobytes()).hexdigest()
     kind = case.device.split(":")[0]
-    computed = case.affinity, case.rank
-    name = named_by([model_digest, text, ids.shape, case.tracks, case.dtype, kind, *computed])
+    told = [model_digest, *_told(case.windows.ids), case.tracks, case.dtype, kind]
+    if case.in_place is not None:
+        told += [*case.in_place.wanted.items(), *_told(case.in_place.ids)]
+    name = named_by(told)
     return cache / "plan" / f"{name}.jsonl"
+
+
+def _told(ids: torch.Tensor) -> tuple[object, ...]:
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest(), ids.shape
 
 
 class Meter:
@@ -122,6 +130,7 @@ class Meter:
         self.layers, self.dense = case.shape.layers, case.shape.dense
         self.parallel = case.shape.family.parallel
         self._layers_run = 0
+        self.fitting_seconds = 0.0  # what is in place took
 
     def costs(
         self, schedules: Iterable[Schedule], step: str, windows: Sequence[int] | None = None
@@ -177,12 +186,8 @@ class Meter:
         kl_N = tokens.kl.mean(axis=1).clip(min=0)  # below it by rounding only
         loss_N = (tokens.converted_loss - tokens.source_loss).mean(axis=1)
         of_window = kl_N, loss_N, tokens.agree.mean(axis=1)
-        if not np.isfinite(kl_N).all():
-            whose = "its" if not np.isfinite(tokens.source_loss).all() else "a converted model's"
-            raise EvaluationError(
-                f"{self.source.path}: {whose} outputs are not all finite in {self.dtype}, and "
-                "can't be compared" + ("" if self.dtype == "float32" else "; try --dtype float32")
-            )
+        whose = "its" if not np.isfinite(tokens.source_loss).all() else "a converted model's"
+        self._check_finite(torch.from_numpy(kl_N), whose)
         by_window = zip(*(values_N.tolist() for values_N in of_window), strict=True)
         return dict(zip(windows, by_window, strict=True))
 
@@ -207,22 +212,62 @@ class Meter:
         reference = divergence.reference(
             model, self.windows, self.batch, self.progress, tuple(self._kept)
         )
-        folder, known = self.store.path.parent, Calibration()
-        folder.mkdir(parents=True, exist_ok=True)
-        given = self.case.apart[:, :-1], self.progress, folder
-        if self.case.affinity is not None:
-            found = stand_ins.assign(model, self.case.shape, self.tracks, *given)
-            known = Calibration(found, {"assignment": self.case.affinity})
-        del model
-        self.progress("cutting all layers into tracks", 0, None)
-        model = self._all_tracks(known)
-        if self.case.rank is not None:
-            decoder = model.get_decoder()
-            stand_ins.guess(decoder, self.case.shape, self.case.rank, *given)
+        self._check_finite(reference.hidden, "its")
+        self.store.path.parent.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        with enough_memory(
+            f"{self.device}: out of memory while what the spec will want is fitted; --dry-run says "
+            "what that takes"
+        ):
+            orders = self._orders(model)
+            del model
+            self.progress("cutting all layers into tracks", 0, None)
+            model = self._all_tracks(orders)
+            self._guess(model.get_decoder(), orders)
+        self.fitting_seconds = time.monotonic() - started
         return reference, model
 
-    def _all_tracks(self, known: Calibration) -> Any:
+    @property
+    def _kept_file(self) -> Path:
+        """Where what is in place is kept: beside the costs, which are with no other."""
+        return self.store.path.with_suffix(".safetensors")
+
+    def _orders(self, source: Any) -> Mapping[int, Assignment]:
+        """The assignment, kept or fitted; none where none is in place."""
+        in_place = self.case.in_place
+        if in_place is None or "assignment" not in in_place.wanted:
+            return {}
+        if self._kept_file.is_file():
+            return stand_ins.read(self._kept_file)[0]
+        given = in_place.ids[:, :-1], self.progress, self._kept_file.parent
+        return stand_ins.assign(source, self.case.shape, self.tracks, *given)
+
+    def _guess(self, decoder: Any, orders: Mapping[int, Assignment]) -> None:
+        """Gives the model of tracks its guesses, kept or fitted, where any are in place; and keeps
+        all that is."""
+        if (in_place := self.case.in_place) is None:
+            return
+        if self._kept_file.is_file():
+            put_guesses(decoder, stand_ins.read(self._kept_file)[1])
+            return
+        if in_place.rank is not None:
+            shape, schedule = self.case.shape, stand_ins.overlapped(self.case.shape)
+            given = in_place.ids[:, :-1], in_place.rank, self.progress, self._kept_file.parent
+            guess_alone(decoder, shape, schedule, *given)
+        stand_ins.keep(self._kept_file, orders, decoder)
+
+    def _check_finite(self, values: torch.Tensor, whose: str) -> None:
+        """Raises EvaluationError where a model's outputs are no numbers."""
+        if not values.isfinite().all():
+            raise EvaluationError(
+                f"{self.source.path}: {whose} outputs are not all finite in {self.dtype}, and "
+                "can't be compared" + ("" if self.dtype == "float32" else "; try --dtype float32")
+            )
+
+    def _all_tracks(self, orders: Mapping[int, Assignment]) -> Any:
         """The model with every layer held as tracks; its files are gone when it is open."""
+        values = {"assignment": "affinity"} if orders else {}
+        known = Calibration(orders, values)
         plan = all_as_tracks(self.source, self.tracks, known)
         with tempfile.TemporaryDirectory(prefix="tracks-", dir=self.store.path.parent) as directory:
             converted = Path(directory) / "model"
