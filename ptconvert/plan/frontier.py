@@ -20,7 +20,7 @@ _READ = ("tracks", "guess_rank", "kl", "schedule")
 @dataclass(frozen=True)
 class Known:
     """A schedule of a frontier: for how many tracks, of which rank their guesses are to be (0:
-    none), and what KL was measured without them, nats per token."""
+    none), and what KL was measured with such in place, nats per token."""
 
     schedule: Schedule
     tracks: int

@@ -14,7 +14,11 @@ from test_transform import back, same, tensors
 from ptconvert.calibrate.conversion import calibrate
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
+from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.windows import Windows
+from ptconvert.plan.case import Case, InPlace
+from ptconvert.plan.sensitivity import Meter, Store
+from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import parse_spec
 
 PLACES = ["cpu", on(1, "cuda")]
@@ -62,6 +66,22 @@ def test_what_a_text_decides(device: str, make_dense: MakeDense, tmp_path: Path)
         execute(plan, tmp_path / key)
         model = load(tmp_path / key, device_map=device)
         assert torch.isfinite(model(ids[:2].to(device)).logits).all()
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_what_a_plan_measures_with(device: str, make_dense: MakeDense, tmp_path: Path) -> None:
+    """Costs with an assignment and guesses in place are about those on a CPU."""
+    source = open_checkpoint(make_dense("llama"))
+    ids = torch.randint(3, 90, (48, 25), generator=torch.Generator().manual_seed(0))
+    windows = Windows(ids[:8], 24, ids.numel())
+    in_place = InPlace({"assignment": "affinity", "guess": 8}, ids[8:], apart=True)
+    schedule = Schedule.parse("a0^1 m0! a1. m1. a2! m2! a3^1 m3^1 a4. m4! a5! m5!")
+    found = list[float]()
+    for where in ("cpu", device):
+        case = Case(source, 2, windows, "float32", where, BatchSize(8, where), in_place)
+        meter = Meter(case, Store(tmp_path / f"{len(found)}.jsonl"), quiet)
+        found += [cost.kl for cost in meter.costs([schedule], "step")]
+    assert found[0] > 1e-3 and found[1] == pytest.approx(found[0], rel=0.05)
 
 
 GUESS = "guess: {rank: 8}\n"
