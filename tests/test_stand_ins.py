@@ -313,6 +313,25 @@ def test_where_the_text_has_no_more_they_are_fitted_on_the_same_windows(
         read_texts(checkpoint, (text,), 48, None, WANTED)
 
 
+@pytest.mark.parametrize(("length", "given"), [(24, 8), (4000, 5)])
+@pytest.mark.parametrize("copies", [1, 7])
+def test_it_is_fitted_on_few_windows_but_enough(
+    length: int, given: int, copies: int, tmp_path: Path, make_dense: MakeDense
+) -> None:
+    """About so many tokens, and five windows at least, however long: apart where there is room."""
+    path = shutil.copytree(
+        make_dense("llama", vocab_size=260, max_position_embeddings=8192), tmp_path / "long"
+    )
+    with_bytes(path)
+    text = tmp_path / "text.txt"
+    text.write_text("an even text, " * (copies * (given + 1) * length // 14 + 1))
+    _, in_place = read_texts(open_checkpoint(path), (text,), length, given, WANTED)
+    assert in_place is not None and in_place.apart is (copies > 1)
+    least = HELD_OUT if length > 24 or copies == 1 else 20
+    assert least <= len(in_place.ids) <= max(HELD_OUT, stand_ins.TOKENS // length)
+    assert in_place.ids.shape[1] == length + 1
+
+
 def test_the_command_says_that_they_are_in_place(source: Path, tmp_path: Path) -> None:
     size = (*SIZE, "--rounds", 1, "--cache", tmp_path / "cache")
     asked = ("--tracks", 4, "--max-syncs", 5, *size)

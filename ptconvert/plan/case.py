@@ -74,11 +74,12 @@ def read_texts(
     wanted = {key: wanted[key] for key in MEASURED_WITH if key in wanted}
     if not wanted:
         return windows, None
-    fitted_on = windows_between(windows, ids, TOKENS)
+    tokens = max(TOKENS, HELD_OUT * windows.length)
+    fitted_on = windows_between(windows, ids, tokens)
     apart = len(fitted_on) >= HELD_OUT
     if not apart:
-        most = max(HELD_OUT, TOKENS // windows.length)
-        fitted_on = windows.ids[:: -(-len(windows.ids) // most)]
+        count = min(len(windows.ids), tokens // windows.length)
+        fitted_on = windows.ids[[n * len(windows.ids) // count for n in range(count)]]
     if "guess" in wanted:
         check_windows("guess", len(fitted_on), windows.length)
     return windows, InPlace(wanted, fitted_on, apart)
