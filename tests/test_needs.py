@@ -19,6 +19,7 @@ import ptconvert
 from ptconvert.calibrate import affinity, on_disk
 from ptconvert.calibrate import needs as calibrating
 from ptconvert.calibrate.needs import calibration_needs
+from ptconvert.calibrate.stand_ins import StandIns, assigned_for
 from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.config import converted_config
 from ptconvert.checkpoint.files import read_config
@@ -37,9 +38,10 @@ from ptconvert.measure.one_layer import Step, forward_seconds, one_layer, step_o
 from ptconvert.measure.windows import Windows
 from ptconvert.models.shape import ModelShape
 from ptconvert.plan import needs as planning
-from ptconvert.plan.case import Case, InPlace
+from ptconvert.plan.case import Case
 from ptconvert.plan.needs import plan_needs
 from ptconvert.plan.planner import waited_for
+from ptconvert.runtime.load import shape_of
 from ptconvert.spec.document import Spec, parse_spec
 
 TEXT = Path(ptconvert.__file__).parent / "spec" / "document.py"
@@ -145,7 +147,7 @@ def test_what_a_plan_of_the_8b_model_weighs_with(dense: Checkpoint) -> None:
     windows, batch = Windows(ids, 1024, 65536), BatchSize(1, "cuda")
     wanted = {"assignment": "affinity", "guess": 64}
     plain = Case(dense, TRACKS, windows, "bfloat16", "cuda", batch)
-    case = replace(plain, in_place=InPlace(wanted, ids[:16], apart=True))
+    case = replace(plain, in_place=StandIns(wanted, ids[:16], apart=True))
     found, without = (plan_needs(c, waited_for(True), None, None) for c in (case, plain))
     names = [phase.name for phase in found.phases]
     assert names[:3] == ["the source's predictions", "affinity", "guesses"]
@@ -163,6 +165,18 @@ def test_what_a_plan_of_the_8b_model_weighs_with(dense: Checkpoint) -> None:
     assert found.peaks()["cuda"] < 24 * GB and found.peaks()["memory"] < 8 * GB
     assert "beside those of the fits" in found.notes[0]
     assert found.notes[0].replace(", beside those of the fits", "") == without.notes[0]
+
+
+def test_a_parallel_models_units_are_paired_in_every_second_layer(make_dense: MakeDense) -> None:
+    """Not all at once, in the arithmetic as in the fit."""
+    source = open_checkpoint(make_dense("cohere"))
+    given = (2, 8, 24, "float32", "cpu")
+    (phase,) = calibrating.stand_in_phases(source, {"assignment": "affinity"}, *given)
+    pairs = {h.what: h.nbytes for h in phase.held}["all pairs of a run"]
+    schedule = assigned_for(shape_of(source))
+    assert [str(stage.ending) for stage in schedule.stages] == [".", "!"] * 3
+    heads, neurons = 4, 48
+    assert pairs == 4 * (heads + neurons) ** 2
 
 
 def test_what_a_text_decides_of_the_8b_model(dense: Checkpoint) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from calibrating import TOP
 from conftest import LAYERS, Convert, MakeDense, byte_level, load, with_bytes
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -20,8 +22,9 @@ from test_cli import run
 from test_plan import SIZE, TEXT
 
 from ptconvert.calibrate import stand_ins
-from ptconvert.calibrate.conversion import _stored, check_device
+from ptconvert.calibrate.conversion import _stored, calibrate, check_device
 from ptconvert.calibrate.guess import guess_alone
+from ptconvert.calibrate.stand_ins import KEYS, StandIns
 from ptconvert.calibrate.streams import HELD_OUT
 from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.reader import open_checkpoint
@@ -33,7 +36,7 @@ from ptconvert.measure.opening import open_model
 from ptconvert.measure.windows import Windows, cut_windows, windows_between
 from ptconvert.models.families import guesses_of
 from ptconvert.plan import planner
-from ptconvert.plan.case import Case, InPlace, read_texts
+from ptconvert.plan.case import Case, read_texts
 from ptconvert.plan.sensitivity import Meter, Store, store_file
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
@@ -60,7 +63,7 @@ def case_of(source: Path, wanted: dict[str, Any]) -> Case:
 def of_random_tokens(path: Path, wanted: dict[str, Any], tracks: int = 2) -> Case:
     """For models without a tokenizer."""
     ids = torch.randint(3, 90, (48, 25), generator=torch.Generator().manual_seed(0))
-    in_place = InPlace(wanted, ids[8:], apart=True) if wanted else None
+    in_place = StandIns(wanted, ids[8:], apart=True) if wanted else None
     windows, batch = Windows(ids[:8], 24, ids.numel()), BatchSize(8, "cpu")
     return Case(open_checkpoint(path), tracks, windows, "float32", "cpu", batch, in_place)
 
@@ -177,8 +180,8 @@ def test_what_was_fitted_is_kept(
     schedule, case = Schedule.parse(MIXED), case_of(source, WANTED)
     (cost,) = meter_of(case, tmp_path / "costs.jsonl").costs([schedule], "step")
     (tmp_path / "costs.jsonl").unlink()
-    monkeypatch.setattr(stand_ins, "assign", None)
-    monkeypatch.setattr("ptconvert.plan.sensitivity.guess_alone", None)
+    monkeypatch.setattr(stand_ins, "assignments", None)
+    monkeypatch.setattr("ptconvert.calibrate.stand_ins.guess_alone", None)
     (again,) = meter_of(case, tmp_path / "costs.jsonl").costs([schedule], "step")
     assert again == cost
 
@@ -208,9 +211,11 @@ def test_the_store_is_by_what_is_in_place(source: Path, tmp_path: Path) -> None:
 
 
 def test_the_time_to_fit_is_not_the_searchs(source: Path, tmp_path: Path) -> None:
+    plain = meter_of(case_of(source, {}), tmp_path / "plain.jsonl")
     meter = meter_of(case_of(source, WANTED), tmp_path / "costs.jsonl")
-    meter.costs([dense_schedule(LAYERS)], "step")
-    assert meter.fitting_seconds > 0
+    for one in (plain, meter):
+        one.costs([dense_schedule(LAYERS)], "step")
+    assert plain.fitting_seconds == 0 < meter.fitting_seconds
     found = planner._Search(meter, planner.waited_for(True), 5, None, 60.0)
     for passed, late in ((59.0, False), (61.0, True)):
         found.started = time.monotonic() - meter.fitting_seconds - passed
@@ -236,26 +241,62 @@ def test_too_little_memory_to_fit_is_one_line(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
-    monkeypatch.setattr("ptconvert.plan.sensitivity.guess_alone", full)
+    monkeypatch.setattr("ptconvert.calibrate.stand_ins.guess_alone", full)
     meter = meter_of(case_of(source, {"guess": 8}), tmp_path / "costs.jsonl")
     with pytest.raises(EvaluationError, match="cpu: out of memory while what the spec"):
         meter.costs([Schedule.parse(MIXED)], "step")
 
 
-def test_where_fits_are_refused(source: Path) -> None:
+def test_where_fits_are_refused(source: Path, tmp_path: Path) -> None:
+    """By what reads quantised weights, or needs float64; before anything is done."""
     checkpoint = open_checkpoint(source)
     quantised = replace(
         checkpoint, config={**checkpoint.config, "quantization_config": {"quant_method": "fp8"}}
     )
-    for one in (checkpoint, quantised):
-        check_device(one, "cpu")
-    check_device(checkpoint, "cuda:1")
-    for one, device, why in (
-        (checkpoint, "mps", "float64"),
-        (quantised, "cuda:1", "quantised weights"),
+    for one, device, wanted in (
+        *((one, "cpu", KEYS) for one in (checkpoint, quantised)),
+        (checkpoint, "cuda:1", KEYS),
+        (checkpoint, "mps", ["assignment", "scale"]),
+        (quantised, "cuda:1", ["scale"]),
     ):
-        with pytest.raises(EvaluationError, match=f"--device {device}: .*{why}"):
-            check_device(one, device)
+        check_device(one, device, wanted)
+    for one, device, key, why in (
+        (checkpoint, "mps", "guess", "float64"),
+        (quantised, "cuda:1", "guess", "reads what weights stand for"),
+        (quantised, "cuda:1", "assignment", "reads what weights stand for"),
+    ):
+        with pytest.raises(EvaluationError, match=f"--device {device}: {key} .*{why}"):
+            check_device(one, device, [key])
+    spec = parse_spec(
+        f"format: 1\ntracks: 4\n{TOP}schedule:\n"
+        f"  - {{layers: 0-{LAYERS - 1}, use: parallel_track, depth: 2}}\n",
+        "s",
+    )
+    windows, _ = read_texts(checkpoint, (TEXT,), 24, 8, {})
+    with pytest.raises(EvaluationError, match="--device mps: guess "):
+        calibrate(checkpoint, spec, windows, "mps", "float32", tmp_path, quiet)
+
+
+@pytest.mark.parametrize("command", ["plan", "transform"])
+def test_the_commands_ask_where(
+    command: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: object, device: str, wanted: Iterable[str]) -> None:
+        raise EvaluationError(f"{device}: {' '.join(sorted(wanted))}")
+
+    monkeypatch.setattr("ptconvert.calibrate.conversion.check_device", refused)
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        f"format: 1\ntracks: 4\n{TOP}schedule:\n"
+        f"  - {{layers: 0-{LAYERS - 1}, use: parallel_track, depth: 2}}\n"
+    )
+    given = {
+        "plan": (source, "--tracks", 4, "--max-syncs", 5, "--assignment", "affinity", "--guess", 5),
+        "transform": (source, tmp_path / "out", "--spec", spec),
+    }[command]
+    for more in ((), ("--dry-run",)):
+        _, err = run(command, *given, "--text", TEXT, *more, code=2)
+        assert "cpu: assignment guess" in err
 
 
 @given(
@@ -343,10 +384,11 @@ def test_the_command_says_that_they_are_in_place(source: Path, tmp_path: Path) -
     assert 10_000 < tokens <= stand_ins.TOKENS
     assert figures["in_place"] == {**WANTED, "tokens": tokens, "apart": True}
     assert figures["chosen"]["kl"] < plain["chosen"]["kl"]
-    sentence = "Measured with assignment and guess in place, fitted for no schedule in particular"
-    assert f"\n# {sentence}.\nassignment: affinity\n" in figures["spec"]
+    what = f"Measured with assignment and guess in place, fitted on {tokens:,} tokens, others,"
+    sentence = f"{what} for no schedule in particular."
+    assert f"\n# {sentence}\nassignment: affinity\n" in figures["spec"]
     out, _ = run("plan", source, "--text", TEXT, *asked, *wanted)
-    assert f"{sentence}." in " ".join(out.split())
+    assert sentence in " ".join(out.split())
     kept = sorted(file.suffix for file in (tmp_path / "cache" / "plan").iterdir())
     assert kept == [".jsonl", ".jsonl", ".safetensors"]  # and no model of tracks
     short = tmp_path / "short.txt"
@@ -355,7 +397,8 @@ def test_the_command_says_that_they_are_in_place(source: Path, tmp_path: Path) -
     budget = ("--tracks", 4, "--max-syncs", 5, "--guess", 8)
     found = json.loads(run("plan", source, "--text", short, *budget, *few)[0])
     assert found["in_place"] == {"guess": 8, "tokens": 144, "apart": False}
-    assert "in particular, on the same text.\nguess: {rank: 8}\n" in found["spec"]
+    told = "fitted on 144 tokens, the same, for no schedule in particular.\nguess: {rank: 8}\n"
+    assert told in found["spec"]
 
 
 def test_the_spec_says_what_is_not_counted(make_dense: MakeDense, tmp_path: Path) -> None:
@@ -367,10 +410,7 @@ def test_the_spec_says_what_is_not_counted(make_dense: MakeDense, tmp_path: Path
     size = (*SIZE, "--rounds", 1, "--cache", tmp_path / "cache", "--json")
     asked = ("--tracks", 2, "--max-syncs", 5, *size, "--scale", "fitted")
     both = json.loads(run("plan", path, "--text", TEXT, *asked, "--guess", 4)[0])["spec"]
-    assert (
-        "guess in place, fitted for no schedule in particular.\n# Not counted above: scale.\n"
-        in both
-    )
+    assert "for no schedule in particular.\n# Not counted above: scale.\n" in both
     alone = json.loads(run("plan", path, "--text", TEXT, *asked)[0])["spec"]
     assert (
         "# Computed from a text, not counted above: transform needs --text FILE.\nscale: fitted\n"

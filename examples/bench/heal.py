@@ -252,7 +252,7 @@ class Bench:
         file = self.given.work / f"{name}.json"
         if file.is_file():
             found: dict[str, Any] = json.loads(file.read_text())
-            other = [key for key in DECISIVE if found["of"].get(key) != told[key]]
+            other = [key for key in DECISIVE if found["of"].get(key, {}) != told[key]]
             if other:
                 sys.exit(f"{file} was made with another {', '.join(other)}; name another --work")
             return found

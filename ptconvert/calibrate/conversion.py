@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,13 +106,15 @@ class Fit:
     run: Callable[[Case, Any, Calibration], Found]
     none: Mapping[str, Any]
     least: int = 1
+    in_fp64: bool = False  # on the device
+    reads_weights: bool = False
 
 
 # By the spec's key.
 FITS = {
-    "assignment": Fit(_assign, {"affinity_between_tracks": None}),
+    "assignment": Fit(_assign, {"affinity_between_tracks": None}, reads_weights=True),
     "scale": Fit(_scale, {"scales": []}),
-    "guess": Fit(_guess, {"guesses": []}, HELD_OUT),
+    "guess": Fit(_guess, {"guesses": []}, HELD_OUT, in_fp64=True, reads_weights=True),
 }
 
 
@@ -169,17 +171,19 @@ def check_windows(key: str, count: int, length: int) -> None:
         )
 
 
-def check_device(source: Checkpoint, device: str) -> None:
-    """Raises EvaluationError where nothing can be fitted: float64, and of quantised weights what
-    they stand for, are needed."""
+def check_device(source: Checkpoint, device: str, wanted: Iterable[str]) -> None:
+    """Raises EvaluationError where a device can't fit what is wanted, by the spec's key: it may
+    need float64, or of quantised weights what they stand for."""
     kind = device.split(":")[0]
-    reason = ""
-    if kind == "mps":
-        reason = "fits are in float64, which it has not"
-    elif kind != "cpu" and quantization_of(source.config) is not None:
-        reason = "there, quantised weights are their quantiser's, and fits read what they stand for"
-    if reason:
-        raise EvaluationError(f"--device {device}: {reason}; give --device cpu")
+    quantised = kind != "cpu" and quantization_of(source.config) is not None
+    for key in wanted:
+        reason = ""
+        if FITS[key].in_fp64 and kind == "mps":
+            reason = "is fitted in float64, which it has not"
+        if FITS[key].reads_weights and quantised:
+            reason = "reads what weights stand for, and there quantised ones are their quantiser's"
+        if reason:
+            raise EvaluationError(f"--device {device}: {key} {reason}; give --device cpu")
 
 
 def calibration_dtype(source: Checkpoint, shape: ModelShape, dtype: str, device: str) -> str:
@@ -207,7 +211,7 @@ def calibrate(
     `calibration_dtype`). Raises PTConvertError.
     """
     _check_windows(spec, len(windows.ids), windows.length)
-    check_device(source, device)
+    check_device(source, device, spec.wanted)
     shape = shape_of(source)
     ids_NT = windows.ids[:, :-1]
     dtype = calibration_dtype(source, shape, dtype, device)

@@ -27,14 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ptconvert.calibrate.reading import epsilon, readers_metric
 from ptconvert.calibrate.regression import Affine, Fit, Moments, best, fits
 from ptconvert.calibrate.streams import Batch, dense_reaches, fitted_by_stage
 from ptconvert.measure.progress import Progress
 from ptconvert.modeling.executor import PerTrack, Streams, Update
-from ptconvert.modeling.layers import Guess, apply_norm
+from ptconvert.modeling.layers import apply_norm, new_guess
 from ptconvert.models.families import Family, guesses_of
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.lower import Step
@@ -135,11 +134,11 @@ def alone(dense: Schedule) -> list[Step]:
 
 
 def _give(decoder: Any, fitted: Fitted) -> None:
+    width, block = decoder.config.hidden_size, guesses_of(fitted.sublayer.kind)
+    like = decoder.get_input_embeddings().weight
     for (track, _), guess in zip(_tracks(decoder, fitted.sublayer), fitted.guesses, strict=False):
-        tensors = dict(_tensors(guess, decoder.config.hidden_size))
-        _new_guess(decoder, track, guesses_of(fitted.sublayer.kind), fitted.rank).load_state_dict(
-            tensors
-        )
+        made = new_guess(track, block, width, fitted.rank, like)
+        made.load_state_dict(dict(_tensors(guess, width)))
 
 
 def put_guesses(decoder: Any, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -147,19 +146,10 @@ def put_guesses(decoder: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         owner, _, last = name.rpartition(".from_input.")
         if last == "weight":
-            track, block = owner.split(".guess.")
-            _new_guess(decoder, decoder.get_submodule(track), block, len(tensor))
+            track, _, block = owner.rsplit(".", 2)
+            like = decoder.get_input_embeddings().weight
+            new_guess(decoder.get_submodule(track), block, tensor.shape[1], len(tensor), like)
     decoder.load_state_dict(tensors, strict=False)
-
-
-def _new_guess(decoder: Any, track: Any, block: str, rank: int) -> nn.Module:
-    """A track's new guess, whose tensors are not set yet."""
-    embedding = decoder.get_input_embeddings().weight
-    guess = Guess(decoder.config.hidden_size, rank).to(embedding.device, embedding.dtype)
-    if not hasattr(track, "guess"):
-        track.guess = nn.ModuleDict()
-    track.guess[block] = guess
-    return guess
 
 
 def _fit_sublayer(

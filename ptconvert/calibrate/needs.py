@@ -31,6 +31,7 @@ from ptconvert.measure.one_layer import PROCESS, forward_seconds, in_a_layer, on
 from ptconvert.models.guesses import most_guesses
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES
 from ptconvert.schedule.lower import Step
+from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import Spec
 
 _TIMED_FEATURES = 512  # of the regression that is timed; its time goes with the cube
@@ -62,16 +63,24 @@ def stand_in_phases(
     plan = stand_ins.conversion(source, tracks, wanted)
     given = (windows, length, dtype, device)
     if "assignment" in wanted:
-        yield _affinity(plan, wanted["assignment"], *given)
+        schedule = stand_ins.assigned_for(plan.shape)
+        yield _affinity(plan, wanted["assignment"], *given, schedule=schedule)
     if "guess" in wanted:
         yield _guesses(plan, wanted["guess"], *given, alone=True)
 
 
 def _affinity(
-    plan: Plan, _wanted: str, windows: int, length: int, dtype: str, device: str
+    plan: Plan,
+    _wanted: str,
+    windows: int,
+    length: int,
+    dtype: str,
+    device: str,
+    schedule: Schedule | None = None,
 ) -> Phase:
+    """For the plan's schedule, or another one."""
     shape, config = plan.shape, plan.source.config
-    pairs = own_read(shape, plan.schedule)
+    pairs = own_read(shape, schedule or plan.schedule)
     groups = list(components(pairs))
     largest = max((group_bytes(shape, group, plan.tracks) for group in groups), default=0)
     product = max((product_numbers(shape, pair) for pair in pairs), default=0)

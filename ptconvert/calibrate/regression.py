@@ -125,8 +125,8 @@ def fits(
     Of all maps of a rank, that with the least error plus ridge (Mukherjee & Zhu 2011, "Reduced
     rank ridge regression"): the full one, projected on the leading eigenvectors of its predictions'
     second moments, where targets were multiplied by the metric's root, and brought back. What is
-    returned is R (F + D) numbers for each strength; some multiples of F F are needed meanwhile
-    (`MATRICES`).
+    returned is R (F + D) numbers for each strength; some multiples of (F + D) (F + D) are needed
+    meanwhile (`MATRICES`).
     """
     z_F, y_D = train.means()
     values, vectors = torch.linalg.eigh(metric_DD.double())

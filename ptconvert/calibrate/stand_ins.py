@@ -1,10 +1,12 @@
 """Assignment and guesses for no schedule in particular, which stand for those that a text will
-decide for one: what a plan measures with. Both take each stage's all-reduce to run beside the next
+decide for one: what a plan measures with. They take each stage's all-reduce to run beside the next
 stage, so that a sublayer lacks what the others' tracks wrote just before it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,78 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ptconvert.calibrate.affinity import assignments
-from ptconvert.checkpoint.calibration import Assignment
+from ptconvert.calibrate.guess import guess_alone, put_guesses
+from ptconvert.checkpoint.calibration import Assignment, Calibration
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.convert.transform import Plan, plan_conversion
 from ptconvert.measure.progress import Progress
+from ptconvert.models.guesses import guess_tensors, most_guesses
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.presets import delayed, desync
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import parse_spec, written
+from ptconvert.spec.terms import ASSIGNMENTS
 
+KEYS = ("assignment", "guess")  # the spec's, of what there is one for
 TOKENS = 16384  # that they are fitted on
 DELAY = 1  # of each all-reduce, in stages
+_GUESS = ".guess."
+
+
+@dataclass(frozen=True)
+class StandIns:
+    """Which there are: as `wanted` by the spec's keys, fitted on windows (N, T + 1), which are
+    `apart` from those that are measured on, or not."""
+
+    wanted: Mapping[str, Any]
+    ids: torch.Tensor
+    apart: bool
+
+    def orders(
+        self,
+        model: Any,
+        shape: ModelShape,
+        tracks: int,
+        kept: Path,
+        progress: Progress,
+    ) -> Mapping[int, Assignment]:
+        """The assignment by the activity of a dense model, or as it is kept; none where none is
+        wanted."""
+        if "assignment" not in self.wanted:
+            return {}
+        if kept.is_file():
+            return read(kept)[0]
+        given = (tracks, self.ids[:, :-1], progress, kept.parent)
+        found, _ = assignments(model, shape, assigned_for(shape), *given)
+        return found
+
+    def complete(
+        self,
+        decoder: Any,
+        shape: ModelShape,
+        orders: Mapping[int, Assignment],
+        kept: Path,
+        progress: Progress,
+    ) -> None:
+        """Gives guesses to a model that holds all layers as tracks, assigned so, where they are
+        wanted: fitted, or as they are kept; and keeps all there is."""
+        if kept.is_file():
+            put_guesses(decoder, read(kept)[1])
+            return
+        if (rank := self.wanted.get("guess")) is not None:
+            given = (self.ids[:, :-1], rank, progress, kept.parent)
+            guess_alone(decoder, shape, overlapped(shape), *given)
+        keep(kept, orders, decoder)
+
+    def most(self, shape: ModelShape, tracks: int) -> int:
+        """How many numbers the guesses have at most."""
+        ranks = most_guesses(overlapped(shape), tracks, self.wanted.get("guess"), shape)
+        return sum(math.prod(size) for _, _, size in guess_tensors(shape, ranks, tracks))
+
+
+def known(orders: Mapping[int, Assignment]) -> Calibration:
+    """An assignment as a conversion takes it; of none the dense model's own order."""
+    return Calibration(orders, {"assignment": ASSIGNMENTS[1]} if orders else {})
 
 
 def overlapped(shape: ModelShape) -> Schedule:
@@ -30,21 +93,13 @@ def overlapped(shape: ModelShape) -> Schedule:
     return Schedule(delayed(range(shape.layers), shape.family.parallel, delay=DELAY))
 
 
-def assign(
-    model: Any,
-    shape: ModelShape,
-    tracks: int,
-    ids_NT: torch.Tensor,
-    progress: Progress,
-    scratch: Path,
-) -> Mapping[int, Assignment]:
-    """The assignment by the activity of a dense model on windows of token ids."""
-    schedule = overlapped(shape)
+def assigned_for(shape: ModelShape) -> Schedule:
+    """The schedule that units are assigned for. Where layers are parallel, only every second one
+    goes on without the others' partials: else each MLP would be paired with the next, all at once,
+    in an 8B model tens of GB."""
     if shape.family.parallel:
-        # Each MLP would be paired with the next one, all at once: tens of GB in an 8B model.
-        schedule = Schedule(desync(range(shape.layers), parallel=True, every=2))
-    found, _ = assignments(model, shape, schedule, tracks, ids_NT, progress, scratch)
-    return found
+        return Schedule(desync(range(shape.layers), parallel=True, every=2))
+    return overlapped(shape)
 
 
 def conversion(source: Checkpoint, tracks: int, wanted: Mapping[str, Any]) -> Plan:
@@ -80,6 +135,3 @@ def read(file: Path) -> tuple[dict[int, Assignment], dict[str, torch.Tensor]]:
             _, layer, of = name.split(".")
             orders.setdefault(int(layer), {})[of] = tensor.numpy()
     return {layer: Assignment(**found) for layer, found in orders.items()}, guesses
-
-
-_GUESS = ".guess."

@@ -100,8 +100,8 @@ def _for_the_spec(command: F) -> F:
     "--time-limit",
     type=click.FloatRange(min=0, min_open=True),
     metavar="MINUTES",
-    help="Search for about so long, when what is in place is fitted; with fewer rounds and points "
-    "then. [as long as it takes]",
+    help="Search for about so long, fits not counted; with fewer rounds and points then. "
+    "[as long as it takes]",
 )
 @shared("--batch-size", "auto")
 @shared("--device", says="cuda where there is")
@@ -202,12 +202,13 @@ def _case(
 ) -> tuple[Case, Objective]:
     """The checkpoint opened, the text read and the options settled. Raises PTConvertError."""
     from ptconvert.calibrate.conversion import check_device
+    from ptconvert.calibrate.stand_ins import KEYS
     from ptconvert.checkpoint.reader import open_checkpoint
     from ptconvert.measure.batch import BatchSize
     from ptconvert.measure.dtype import fastest_dtype
     from ptconvert.measure.opening import is_dense
     from ptconvert.models.shape import ModelShape
-    from ptconvert.plan.case import MEASURED_WITH, Case, read_texts
+    from ptconvert.plan.case import Case, read_texts
 
     tracks, dtype, device = options["tracks"], options["dtype"], torch_device(options["device"])
     progress(f"finding {source}", 0, None)
@@ -224,8 +225,7 @@ def _case(
         dtype = fastest_dtype(checkpoint, device, functools.partial(click.echo, err=True))
     progress("tokenizing the text", 0, None)
     wanted = _wanted(options)
-    if any(key in wanted for key in MEASURED_WITH):
-        check_device(checkpoint, device)
+    check_device(checkpoint, device, [key for key in wanted if key in KEYS])
     size = options["window"], options["windows"]
     windows, in_place = read_texts(checkpoint, options["texts"], *size, wanted)
     batch = BatchSize(options["batch_size"], device)
@@ -274,6 +274,7 @@ def _plan(
         shape=case.shape,
         wanted=_wanted(options),
         in_place=case.in_place,
+        guess_rank=options["guess"] or 0,
     )
 
 

@@ -193,10 +193,11 @@ def _needs(
     would be read."""
     need_packages("plan", "scipy")
     quiet_libraries()
-    from ptconvert.calibrate.conversion import calibration_dtype, calibration_size
+    from ptconvert.calibrate.conversion import calibration_dtype, calibration_size, check_device
     from ptconvert.calibrate.needs import calibration_needs
 
     where = torch_device(device)
+    check_device(plan.source, where, spec.wanted)
     with step_progress() as progress:
         progress("timing a layer's first steps", 0, None)
         size = calibration_size(plan.source, spec, *asked)

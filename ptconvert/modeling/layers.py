@@ -228,6 +228,16 @@ def guess_modules(width: int, ranks: Mapping[Kind, int]) -> nn.ModuleDict:
     return nn.ModuleDict({guesses_of(k): Guess(width, r) for k, r in ranks.items()})
 
 
+def new_guess(track: Any, block: str, width: int, rank: int, like: torch.Tensor) -> Guess:
+    """A guess for a track that has none of this block, on the device and in the dtype of another
+    tensor; its own are not set yet."""
+    if not hasattr(track, "guess"):
+        track.guess = nn.ModuleDict()
+    guess = Guess(width, rank).to(like.device, like.dtype)
+    track.guess[block] = guess
+    return guess
+
+
 class Common(nn.Module):
     """What all tracks of a layer know: output biases, such as `down_proj_bias`, each (width,), and
     the norms of what joins the stream, as their layer calls them."""

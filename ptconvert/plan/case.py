@@ -8,10 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ptconvert.calibrate.conversion import check_windows
-from ptconvert.calibrate.stand_ins import TOKENS
+from ptconvert.calibrate.stand_ins import KEYS, TOKENS, StandIns
 from ptconvert.calibrate.streams import HELD_OUT
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.measure.batch import BatchSize
@@ -19,31 +17,13 @@ from ptconvert.measure.windows import Windows, joined_ids, windows_between, wind
 from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.load import shape_of
 
-# What costs are measured with, of what a spec may want to be computed from a text, by its key.
-MEASURED_WITH = ("assignment", "guess")
-
-
-@dataclass(frozen=True)
-class InPlace:
-    """What is in place while costs are measured: an assignment and guesses for no schedule in
-    particular, as `wanted` by the spec's keys. They are fitted on windows (N, T + 1), `apart` from
-    those that costs are measured on, or not."""
-
-    wanted: Mapping[str, Any]
-    ids: torch.Tensor
-    apart: bool
-
-    @property
-    def rank(self) -> int | None:
-        """The guesses' largest rank, if there are any."""
-        return self.wanted.get("guess")
-
 
 @dataclass(frozen=True)
 class Case:
     """A dense checkpoint that is to be cut into so many tracks, measured on windows of a text.
 
-    `dtype` is torch's name of one, or `auto` for the one stored.
+    `dtype` is torch's name of one, or `auto` for the one stored. Costs are measured with what is
+    `in_place`, if anything.
     """
 
     source: Checkpoint
@@ -52,7 +32,7 @@ class Case:
     dtype: str
     device: str
     batch: BatchSize
-    in_place: InPlace | None = None
+    in_place: StandIns | None = None
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -66,20 +46,21 @@ def read_texts(
     length: int | None,
     count: int | None,
     wanted: Mapping[str, Any],
-) -> tuple[Windows, InPlace | None]:
+) -> tuple[Windows, StandIns | None]:
     """A case's windows, cut by `windows_of`, and what is in place of what a spec wants, fitted on
     others of the texts, or on the same where they have too few more. Raises PTConvertError."""
     ids = joined_ids(source, texts)
     windows = windows_of(source, ids, length, count)
-    wanted = {key: wanted[key] for key in MEASURED_WITH if key in wanted}
+    wanted = {key: wanted[key] for key in KEYS if key in wanted}
     if not wanted:
         return windows, None
     tokens = max(TOKENS, HELD_OUT * windows.length)
     fitted_on = windows_between(windows, ids, tokens)
-    apart = len(fitted_on) >= HELD_OUT
+    own = min(tokens, windows.ids[:, 1:].numel())
+    apart = len(fitted_on) >= HELD_OUT and 2 * fitted_on[:, 1:].numel() >= own
     if not apart:
         count = min(len(windows.ids), tokens // windows.length)
         fitted_on = windows.ids[[n * len(windows.ids) // count for n in range(count)]]
-    if "guess" in wanted:
-        check_windows("guess", len(fitted_on), windows.length)
-    return windows, InPlace(wanted, fitted_on, apart)
+    for key in wanted:
+        check_windows(key, len(fitted_on), windows.length)
+    return windows, StandIns(wanted, fitted_on, apart)

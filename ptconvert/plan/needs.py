@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from ptconvert.calibrate.needs import stand_in_phases
-from ptconvert.calibrate.stand_ins import overlapped
 from ptconvert.checkpoint.inventory import weights_dtype
 from ptconvert.measure.divergence import LOGITS_AT_ONCE
 from ptconvert.measure.needs import Held, Needs, Phase, Place
@@ -17,7 +15,6 @@ from ptconvert.measure.one_layer import (
     in_a_layer,
     one_layer,
 )
-from ptconvert.models.guesses import guess_tensors, most_guesses
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES, TORCH_NAMES
 from ptconvert.plan.case import Case
 from ptconvert.plan.planner import (
@@ -81,8 +78,7 @@ def plan_needs(
         measuring = max(0.0, min(measuring, (60 * minutes - weighing_seconds) / whole_seconds))
     guesses, fitting = 0, tuple[Phase, ...]()
     if (in_place := case.in_place) is not None:
-        most = most_guesses(overlapped(shape), tracks, in_place.rank, shape)
-        guesses = sum(math.prod(size) for _, _, size in guess_tensors(shape, most, tracks))
+        guesses = in_place.most(shape, tracks)
         sizes = (len(in_place.ids), in_place.ids.shape[1] - 1)
         fitting = tuple(stand_in_phases(source, in_place.wanted, tracks, *sizes, dtype, device))
     sequence = length * shape.width * number

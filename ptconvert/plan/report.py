@@ -26,7 +26,7 @@ from ptconvert.shorten import few
 from ptconvert.spec.document import written
 
 if TYPE_CHECKING:
-    from ptconvert.plan.case import InPlace
+    from ptconvert.calibrate.stand_ins import StandIns
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Planned:
     chosen: Point
     shape: ModelShape  # of the source
     wanted: Mapping[str, Any] = field(default_factory=dict)  # to be computed, for the spec
-    in_place: InPlace | None = None  # of these
+    in_place: StandIns | None = None  # of these
+    guess_rank: int = 0  # of those among them, 0 without
 
     @property
     def tokens(self) -> int:
@@ -106,8 +107,13 @@ def _measured_with(planned: Planned) -> str:
     if planned.in_place is None:
         return ""
     names = " and ".join(planned.in_place.wanted)
-    where = "" if planned.in_place.apart else ", on the same text"
-    return f"Measured with {names} in place, fitted for no schedule in particular{where}."
+    found = planned.in_place
+    where = "others" if found.apart else "the same"
+    tokens = found.ids[:, 1:].numel()
+    return (
+        f"Measured with {names} in place, fitted on {tokens:,} tokens, {where}, for no schedule in "
+        "particular."
+    )
 
 
 def _in_place(planned: Planned) -> dict[str, Any] | None:
@@ -177,7 +183,7 @@ def _row(planned: Planned, point: Point) -> dict[str, Any]:
 def table(planned: Planned) -> str:
     """The frontier as CSV."""
     rows = (_row(planned, point) for point in planned.frontier.points)
-    head = {"tracks": planned.tracks, "guess_rank": planned.wanted.get("guess", 0)}
+    head = {"tracks": planned.tracks, "guess_rank": planned.guess_rank}
     return to_csv([{**head, **row} for row in rows])
 
 

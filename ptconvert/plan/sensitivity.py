@@ -15,6 +15,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,6 @@ import numpy as np
 import torch
 
 from ptconvert.calibrate import stand_ins
-from ptconvert.calibrate.guess import guess_alone, put_guesses
 from ptconvert.checkpoint.calibration import Assignment, Calibration
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.convert.transform import Plan, execute, plan_conversion
@@ -163,7 +163,8 @@ class Meter:
 
     @property
     def passes(self) -> float:
-        """What was computed, in forward passes of the dense model over all windows."""
+        """What was computed, in forward passes of the dense model over all windows, beside what is
+        fitted."""
         if "_opened" not in vars(self):
             return 0.0
         return 1 + self._layers_run / (self.layers * len(self.windows.ids))
@@ -214,47 +215,30 @@ class Meter:
         )
         self._check_finite(reference.hidden, "its")
         self.store.path.parent.mkdir(parents=True, exist_ok=True)
+        orders: Mapping[int, Assignment] = {}
+        if (in_place := self.case.in_place) is not None:
+            # beside the costs, which are with no other
+            kept, shape = self.store.path.with_suffix(".safetensors"), self.case.shape
+            with self._fitting():
+                orders = in_place.orders(model, shape, self.tracks, kept, self.progress)
+        del model
+        self.progress("cutting all layers into tracks", 0, None)
+        model = self._all_tracks(orders)
+        if in_place is not None:
+            with self._fitting():
+                in_place.complete(model.get_decoder(), shape, orders, kept, self.progress)
+        return reference, model
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """Counts the seconds. Raises EvaluationError where memory runs out."""
         started = time.monotonic()
         with enough_memory(
             f"{self.device}: out of memory while what the spec will want is fitted; --dry-run says "
             "what that takes"
         ):
-            orders = self._orders(model)
-            del model
-            self.progress("cutting all layers into tracks", 0, None)
-            model = self._all_tracks(orders)
-            self._guess(model.get_decoder(), orders)
-        self.fitting_seconds = time.monotonic() - started
-        return reference, model
-
-    @property
-    def _kept_file(self) -> Path:
-        """Where what is in place is kept: beside the costs, which are with no other."""
-        return self.store.path.with_suffix(".safetensors")
-
-    def _orders(self, source: Any) -> Mapping[int, Assignment]:
-        """The assignment, kept or fitted; none where none is in place."""
-        in_place = self.case.in_place
-        if in_place is None or "assignment" not in in_place.wanted:
-            return {}
-        if self._kept_file.is_file():
-            return stand_ins.read(self._kept_file)[0]
-        given = in_place.ids[:, :-1], self.progress, self._kept_file.parent
-        return stand_ins.assign(source, self.case.shape, self.tracks, *given)
-
-    def _guess(self, decoder: Any, orders: Mapping[int, Assignment]) -> None:
-        """Gives the model of tracks its guesses, kept or fitted, where any are in place; and keeps
-        all that is."""
-        if (in_place := self.case.in_place) is None:
-            return
-        if self._kept_file.is_file():
-            put_guesses(decoder, stand_ins.read(self._kept_file)[1])
-            return
-        if in_place.rank is not None:
-            shape, schedule = self.case.shape, stand_ins.overlapped(self.case.shape)
-            given = in_place.ids[:, :-1], in_place.rank, self.progress, self._kept_file.parent
-            guess_alone(decoder, shape, schedule, *given)
-        stand_ins.keep(self._kept_file, orders, decoder)
+            yield
+        self.fitting_seconds += time.monotonic() - started
 
     def _check_finite(self, values: torch.Tensor, whose: str) -> None:
         """Raises EvaluationError where a model's outputs are no numbers."""
@@ -266,9 +250,7 @@ class Meter:
 
     def _all_tracks(self, orders: Mapping[int, Assignment]) -> Any:
         """The model with every layer held as tracks; its files are gone when it is open."""
-        values = {"assignment": "affinity"} if orders else {}
-        known = Calibration(orders, values)
-        plan = all_as_tracks(self.source, self.tracks, known)
+        plan = all_as_tracks(self.source, self.tracks, stand_ins.known(orders))
         with tempfile.TemporaryDirectory(prefix="tracks-", dir=self.store.path.parent) as directory:
             converted = Path(directory) / "model"
             execute(plan, converted)

@@ -12,11 +12,12 @@ from places import on
 from test_transform import back, same, tensors
 
 from ptconvert.calibrate.conversion import calibrate
+from ptconvert.calibrate.stand_ins import StandIns
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.windows import Windows
-from ptconvert.plan.case import Case, InPlace
+from ptconvert.plan.case import Case
 from ptconvert.plan.sensitivity import Meter, Store
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import parse_spec
@@ -74,7 +75,7 @@ def test_what_a_plan_measures_with(device: str, make_dense: MakeDense, tmp_path:
     source = open_checkpoint(make_dense("llama"))
     ids = torch.randint(3, 90, (48, 25), generator=torch.Generator().manual_seed(0))
     windows = Windows(ids[:8], 24, ids.numel())
-    in_place = InPlace({"assignment": "affinity", "guess": 8}, ids[8:], apart=True)
+    in_place = StandIns({"assignment": "affinity", "guess": 8}, ids[8:], apart=True)
     schedule = Schedule.parse("a0^1 m0! a1. m1. a2! m2! a3^1 m3^1 a4. m4! a5! m5!")
     found = list[float]()
     for where in ("cpu", device):
