@@ -233,7 +233,9 @@ def _explained(planned: Planned) -> str:
         "→ chosen; predicted: the sum of what the parts cost by themselves; KL and loss: "
         f"the whole schedule, measured. {f.weighed_alone} parts and {f.measured_whole} "
         f"whole schedules were tried on {f.search_windows} windows or fewer; this time "
-        f"{f.passes:.0f} forward passes over the text." + f" {_measured_with(planned)}".rstrip()
+        f"{f.passes:.0f} forward passes over the text"
+        f"{', beside what was fitted' if planned.in_place else ''}."
+        f" {_measured_with(planned)}".rstrip()
     )
 
 
