@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -150,25 +150,19 @@ def calibration_size(
         if length > longest:
             raise EvaluationError(f"--window {length}: the model has {longest} positions")
         count = windows or max(1, (tokens or DEFAULT_TOKENS) // length)
-    _check_windows(spec, count, length)
+    check_windows(spec.wanted, count, length)
     return count, length
 
 
-def _check_windows(spec: Spec, count: int, length: int) -> None:
+def check_windows(wanted: Collection[str], count: int, length: int) -> None:
+    """Raises EvaluationError where windows are too few to fit what is wanted on, by the spec's key,
+    and to judge it by."""
     for row in COMPENSATIONS:
-        if row.key in spec.wanted:
-            check_windows(row.key, count, length)
-
-
-def check_windows(key: str, count: int, length: int) -> None:
-    """Raises EvaluationError where windows are too few to fit what a spec's key wants on, and to
-    judge it by."""
-    if count < FITS[key].least:
-        label = next(row.label for row in COMPENSATIONS if row.key == key)
-        raise EvaluationError(
-            f"the text gives {count} windows of {length} tokens; {label} need at least "
-            f"{FITS[key].least}: a longer text, more --windows or a smaller --window"
-        )
+        if row.key in wanted and count < FITS[row.key].least:
+            raise EvaluationError(
+                f"the text gives {count} windows of {length} tokens; {row.label} need at least "
+                f"{FITS[row.key].least}: a longer text, more --windows or a smaller --window"
+            )
 
 
 def check_device(source: Checkpoint, device: str, wanted: Iterable[str]) -> None:
@@ -210,7 +204,7 @@ def calibrate(
     as do streams that are too many for memory. `dtype` is torch's name of one, or `auto` (see
     `calibration_dtype`). Raises PTConvertError.
     """
-    _check_windows(spec, len(windows.ids), windows.length)
+    check_windows(spec.wanted, len(windows.ids), windows.length)
     check_device(source, device, spec.wanted)
     shape = shape_of(source)
     ids_NT = windows.ids[:, :-1]

@@ -166,9 +166,9 @@ def _fit_sublayer(
     the stream lacks after the stage. The batches keep the stage."""
     width, sublayer = decoder.config.hidden_size, step.sublayers[place]
     rank, before, added = min(rank, width), 0.0, epsilon(decoder.norm)
+    features = 2 * width if from_partial else width
     candidates: list[list[Fit]] = []
     for t, track in enumerate(_tracks(decoder, sublayer)):
-        features = width * (1 + from_partial)
         train, test = (Moments(features, width, decoder.device) for _ in range(2))
         for batch in given:
             pairs = _pairs(batch, t, track, step, place, behind, added, from_partial)

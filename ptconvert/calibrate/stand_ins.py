@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ptconvert.calibrate.affinity import assignments
 from ptconvert.calibrate.guess import guess_alone, put_guesses
@@ -54,7 +55,7 @@ class StandIns:
         if "assignment" not in self.wanted:
             return {}
         if kept.is_file():
-            return read(kept)[0]
+            return read_orders(kept)
         given = (tracks, self.ids[:, :-1], progress, kept.parent)
         found, _ = assignments(model, shape, assigned_for(shape), *given)
         return found
@@ -70,7 +71,7 @@ class StandIns:
         """Gives guesses to a model that holds all layers as tracks, assigned so, where they are
         wanted: fitted, or as they are kept; and keeps all there is."""
         if kept.is_file():
-            put_guesses(decoder, read(kept)[1])
+            put_guesses(decoder, read_guesses(kept))
             return
         if (rank := self.wanted.get("guess")) is not None:
             given = (self.ids[:, :-1], rank, progress, kept.parent)
@@ -104,15 +105,26 @@ def assigned_for(shape: ModelShape) -> Schedule:
 
 def conversion(source: Checkpoint, tracks: int, wanted: Mapping[str, Any]) -> Plan:
     """A conversion that wants them computed, for what it would hold. Raises PTConvertError."""
+    return all_by(source, tracks, f"{delayed.__name__}, delay: {DELAY}", wanted)
+
+
+def all_by(
+    source: Checkpoint,
+    tracks: int,
+    use: str,
+    wanted: Mapping[str, Any],
+    known: Calibration | None = None,
+) -> Plan:
+    """The conversion of all layers by one preset, as a spec has it. Raises PTConvertError."""
     last = int(str(source.language["num_hidden_layers"])) - 1
     lines = ["format: 1", f"tracks: {tracks}", *written(wanted), "schedule:"]
-    lines.append(f"  - {{layers: 0-{last}, use: {delayed.__name__}, delay: {DELAY}}}")
-    spec = parse_spec("\n".join(lines), "stand-ins")
-    return plan_conversion(source, spec, source_name=source.path.name)
+    lines.append(f"  - {{layers: 0-{last}, use: {use}}}")
+    spec = parse_spec("\n".join(lines), f"all layers by {use}")
+    return plan_conversion(source, spec, source_name=source.path.name, calibration=known)
 
 
 def keep(file: Path, orders: Mapping[int, Assignment], decoder: Any) -> None:
-    """Writes an assignment and a model's guesses, which `read` gives back."""
+    """Writes an assignment and a model's guesses."""
     tensors = {
         f"order.{layer}.{of}": torch.from_numpy(order.copy())
         for layer, assigned in orders.items()
@@ -124,14 +136,21 @@ def keep(file: Path, orders: Mapping[int, Assignment], decoder: Any) -> None:
     part.replace(file)
 
 
-def read(file: Path) -> tuple[dict[int, Assignment], dict[str, torch.Tensor]]:
-    """An assignment, by layer, and guesses, as `guess.put_guesses` takes them."""
+def read_orders(file: Path) -> dict[int, Assignment]:
+    """The assignment that is kept, by layer."""
     orders: dict[int, dict[str, Any]] = {}
-    guesses = dict[str, torch.Tensor]()
-    for name, tensor in load_file(file).items():
-        if _GUESS in name:
-            guesses[name] = tensor
-        else:
-            _, layer, of = name.split(".")
-            orders.setdefault(int(layer), {})[of] = tensor.numpy()
-    return {layer: Assignment(**found) for layer, found in orders.items()}, guesses
+    for name, tensor in _read(file, guesses=False).items():
+        _, layer, of = name.split(".")
+        orders.setdefault(int(layer), {})[of] = tensor.numpy()
+    return {layer: Assignment(**found) for layer, found in orders.items()}
+
+
+def read_guesses(file: Path) -> dict[str, torch.Tensor]:
+    """The guesses that are kept, as `guess.put_guesses` takes them."""
+    return _read(file, guesses=True)
+
+
+def _read(file: Path, guesses: bool) -> dict[str, torch.Tensor]:
+    with safe_open(file, "pt") as kept:
+        names = kept.keys()
+        return {name: kept.get_tensor(name) for name in names if (_GUESS in name) == guesses}

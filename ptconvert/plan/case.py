@@ -61,6 +61,5 @@ def read_texts(
     if not apart:
         count = min(len(windows.ids), tokens // windows.length)
         fitted_on = windows.ids[[n * len(windows.ids) // count for n in range(count)]]
-    for key in wanted:
-        check_windows(key, len(fitted_on), windows.length)
+    check_windows(wanted, len(fitted_on), windows.length)
     return windows, StandIns(wanted, fitted_on, apart)

@@ -28,7 +28,7 @@ import torch
 from ptconvert.calibrate import stand_ins
 from ptconvert.checkpoint.calibration import Assignment, Calibration
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
-from ptconvert.convert.transform import Plan, execute, plan_conversion
+from ptconvert.convert.transform import Plan, execute
 from ptconvert.errors import EvaluationError
 from ptconvert.measure import divergence
 from ptconvert.measure.batch import enough_memory
@@ -38,8 +38,8 @@ from ptconvert.measure.opening import open_model
 from ptconvert.measure.progress import Progress
 from ptconvert.plan.case import Case
 from ptconvert.plan.segments import Segment, alone
+from ptconvert.schedule.presets import parallel_track
 from ptconvert.schedule.schedule import Schedule
-from ptconvert.spec.document import parse_spec, written
 
 STREAM_BYTES = 4 << 30  # of memory for the kept streams; where it is too little, not all are kept
 
@@ -262,10 +262,8 @@ def all_as_tracks(source: Checkpoint, tracks: int, known: Calibration | None = N
     PTConvertError."""
     layers = int(str(source.language["num_hidden_layers"]))
     wanted = {} if known is None else known.values
-    lines = ["format: 1", f"tracks: {tracks}", *written(wanted), "schedule:"]
-    lines.append(f"  - {{layers: 0-{layers - 1}, use: parallel_track, depth: {layers}}}")
-    spec = parse_spec("\n".join(lines), "all layers as tracks")
-    return plan_conversion(source, spec, source_name=source.path.name, calibration=known)
+    use = f"{parallel_track.__name__}, depth: {layers}"
+    return stand_ins.all_by(source, tracks, use, wanted, known)
 
 
 def kept_layers(layers: int, stream_bytes: int) -> range:
