@@ -230,11 +230,17 @@ def run_without_ptconvert(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def random_model(variant: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """A dense model whose weights are large enough for schedules to matter."""
-    family, settings = VARIANTS[variant]
-    model_class = getattr(transformers, f"{family}ForCausalLM")
-    config = model_class.config_class(**{**SIZES, **settings, **overrides})
+    model_class = getattr(transformers, f"{VARIANTS[variant][0]}ForCausalLM")
+    config = small_config(variant, **overrides)
     torch.manual_seed(0)
     return randomised(model_class(config), dtype, SCALES.get(variant, 0.25))
+
+
+def small_config(variant: str, **overrides: Any) -> Any:
+    """The config of such a model."""
+    family, settings = VARIANTS[variant]
+    config_class = getattr(transformers, f"{family}ForCausalLM").config_class
+    return config_class(**{**SIZES, **settings, **overrides})
 
 
 def randomised(model: Any, dtype: torch.dtype, scale: float = 0.25) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,10 @@ from conftest import spec_text
 from safetensors.torch import load_file, save_file
 
 from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.checkpoint.section import ADAPTER_FOLDER, trained_config
 from ptconvert.convert.transform import execute, plan_conversion
+from ptconvert.heal.adapters import write_adapter
+from ptconvert.measure.opening import open_model
 from ptconvert.spec.document import parse_spec
 
 # What published quantization_configs say beside what `quantising` writes.
@@ -58,6 +62,22 @@ def convert(source: Path, destination: Path, schedule: str, tracks: int = 2) -> 
     spec = parse_spec(spec_text(tracks, schedule), "spec.yaml")
     execute(plan_conversion(open_checkpoint(source), spec, source_name="source"), destination)
     return destination
+
+
+def with_lora(path: Path, scale: float = 0.05) -> Path:
+    """A converted checkpoint with a random LoRA beside its linears from now on."""
+    model, rng = open_model(open_checkpoint(path), "float32", "cpu"), torch.Generator()
+    rng.manual_seed(0)
+    adapters = {
+        f"{name}.lora_{which}.weight": scale * torch.randn(*size, generator=rng)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name
+        for which, size in (("A", (4, module.in_features)), ("B", (module.out_features, 4)))
+    }
+    write_adapter(path / ADAPTER_FOLDER, adapters)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(trained_config(config, adapter=True)))
+    return path
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:

@@ -4,18 +4,20 @@ are in tests/serving.)"""
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import seeing
 import torch
 from click.testing import CliRunner
-from conftest import MakeDense, random_model, spec_text
+from conftest import VARIANTS, MakeDense, small_config, spec_text
 from torch import nn
 from torch._inductor import config as inductor
 
@@ -30,15 +32,17 @@ from ptconvert.engines.base import ServedPass, is_for_others, own_weights
 from ptconvert.engines.in_flight import InFlight
 from ptconvert.engines.sglang import _as_known
 from ptconvert.engines.sglang.families import SERVED
-from ptconvert.engines.sglang.formats import unserved as unserved_by_sglang
+from ptconvert.engines.sglang.formats import unserved_weights as unserved_by_sglang
 from ptconvert.engines.sglang.refusals import check as check_sglang
 from ptconvert.engines.sglang.refusals import unpadded
 from ptconvert.engines.vllm import unknown
-from ptconvert.engines.vllm.formats import unserved
+from ptconvert.engines.vllm.families import LANGUAGE_MODELS
+from ptconvert.engines.vllm.formats import unserved_weights
 from ptconvert.errors import CheckpointError, ConfigError
 from ptconvert.modeling.executor import OneProcess, Streams, TorchEngine, Update, run_program
 from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX
 from ptconvert.models.shape import HEAD, ModelShape
+from ptconvert.models.wrappers import WRAPPERS
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
@@ -52,6 +56,11 @@ def verified(path: Path, settings: Any, eager: bool) -> Report:
     return Report((Check("asked for", settings.ranks == 2, asked),))
 
 
+def served(*_: object) -> Iterator[str]:
+    """That such an engine serves everything."""
+    yield from ()
+
+
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 PARTIAL = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
@@ -62,8 +71,8 @@ YARN = {
     "original_max_position_embeddings": 32,
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-HERE = ServingEngine("pytest", "pip install pytest", verified)
-AWAY = ServingEngine("no_such_package", "pip install no-such-package", verified)
+HERE = ServingEngine("pytest", "pip install pytest", verified, served)
+AWAY = ServingEngine("no_such_package", "pip install no-such-package", verified, served)
 
 
 @pytest.fixture
@@ -170,16 +179,122 @@ def test_what_comes_along_is_registered() -> None:
 def test_what_sglang_cannot_serve_is_refused_by_name(
     variant: str, sizes: dict[str, Any], settings: dict[str, Any], said: str
 ) -> None:
-    config = random_model(variant, **{"intermediate_size": 128, **sizes}).config
+    config = small_config(variant, **{"intermediate_size": 128, **sizes})
     shape, section = (
         ModelShape.from_config(config.to_dict()),
         Section(dense_schedule(6), 2, "sum", {}),
     )
     with pytest.raises(ConfigError) as refused:
-        check_sglang(config, shape, section, **{"ranks": 2, "on_cpu": False, **settings})
+        check_sglang(config.to_dict(), shape, section, **{"ranks": 2, "on_cpu": False, **settings})
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("variant", "sizes", "said"),
+    [
+        ("ernie4_5", {}, "use_bias True: vLLM's layers for it have no biases; transformers runs"),
+        ("qwen3_moe", {}, "shared_expert_intermediate_size 32: vLLM would add experts"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit 5.0: vLLM's layers for it have 7.0"),
+        ("deepseek_v3", {}, "attention_bias True: vLLM's layers for it have no biases"),
+        ("mixtral", {"hidden_act": "gelu"}, "hidden_act gelu: vLLM's experts would be activated"),
+        ("qwen3_next", {"hidden_act": "gelu"}, "hidden_act gelu: vLLM's linear attention knows"),
+        ("cwm", {"is_causal": False}, "is_causal False: vLLM would let tokens see later ones"),
+    ],
+)
+def test_what_vllms_layers_are_not_is_known_without_vllm(
+    variant: str, sizes: dict[str, Any], said: str
+) -> None:
+    found = unserved_by(small_config(variant, **sizes).to_dict())["vllm"]
+    assert any(reason.startswith(said) for reason in found)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_config_may_leave_out_what_transformers_has_then(variant: str) -> None:
+    config = small_config(variant)
+    whole = config.to_dict()
+    little = config.to_diff_dict()
+    assert little.keys() < whole.keys()
+    shape = ModelShape.from_config(whole)
+    assert unserved_by({"model_type": shape.model_type} | little, shape) == unserved_by(whole)
+
+
+def unserved_by(
+    config: dict[str, Any], shape: ModelShape | None = None, **told: Any
+) -> dict[str, list[str]]:
+    """Why a conversion of it to two tracks wouldn't be served, all layers dense."""
+    shape = shape or ModelShape.from_config(config)
+    return engines.unserved(config, shape, Section(shape.dense, 2, "sum", {}, **told))
+
+
+@pytest.mark.parametrize(
+    ("variant", "in_vllm"),
+    [
+        ("llama", []),
+        ("deepseek_v3", ["attention to latents (MLA) has its projections multiplied with each"]),
+        ("qwen3_next", ["not tried beside linear attention"]),
+    ],
+)
+def test_where_a_lora_beside_weights_is_served(variant: str, in_vllm: list[str]) -> None:
+    """Elsewhere what is served would be what it was before it was healed."""
+    lora = "a LoRA beside quantised weights (heal --lora): "
+    config = small_config(variant, attention_bias=False).to_dict()
+    found = unserved_by(config, adapter=True)
+    for reason, said in itertools.zip_longest(found["vllm"], in_vllm, fillvalue="-"):
+        assert reason.startswith(lora + said)
+    in_sglang = f"{lora}SGLang would leave it out; transformers runs it"
+    assert (in_sglang in found["sglang"]) == (variant in SERVED)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_of_what_sees_engines_say_what_they_serve(name: str) -> None:
+    config = seeing.seeing_model(name).config.to_dict()
+    found = unserved_by(config)
+    assert found["sglang"] == [
+        f"a converted {name} isn't served in SGLang, nor any other model with pictures; "
+        "transformers runs it"
+    ]
+    refused = f"a converted {name} isn't served in vLLM, of converted models with pictures only"
+    if name in LANGUAGE_MODELS:
+        assert found["vllm"] == []
+    else:
+        assert found["vllm"][0].startswith(refused)
+
+
+def test_positions_are_read_by_their_older_name(make_dense: MakeDense) -> None:
+    config: dict[str, Any] = read_config(make_dense("llama"))
+    rope = config.pop("rope_parameters")
+    assert unserved_by(config)["sglang"] == []
+    config |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    (found,) = unserved_by(config)["sglang"]
+    assert found.startswith("rope_type dynamic: SGLang turns all positions as at the longest")
+
+
+def test_commands_say_what_engines_refuse(make_dense: MakeDense, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(spec_text(2, "use: ladder"))
+    source, out = str(make_dense("gpt_oss", swiglu_limit=5.0)), str(tmp_path / "out")
+    in_vllm = "vllm doesn't serve it: swiglu_limit 5.0: vLLM's layers for it have 7.0"
+    in_sglang = "sglang doesn't serve it: a converted gpt_oss isn't served in SGLang"
+    for command in (
+        ["show", str(spec), "--model", source],
+        ["transform", source, out, "--spec", str(spec), "--dry-run"],
+        ["transform", source, out, "--spec", str(spec)],
+        ["show", out],
+    ):
+        shown = CliRunner().invoke(main, command)
+        assert shown.exit_code == 0 and in_vllm in shown.stdout and in_sglang in shown.stdout
+        told = json.loads(CliRunner().invoke(main, [*command, "--json", *OVER[command[0]]]).stdout)
+        assert len(told["unserved"]["vllm"]) == len(told["unserved"]["sglang"]) == 1
+    estimate = ["estimate", out, "--hardware", "h100-sxm", "--ranks", "2"]
+    for engine, times in (("vllm", 1), ("tensorrt-llm", 0)):
+        shown = CliRunner().invoke(main, [*estimate, "--engine", engine])
+        assert shown.exit_code == 0
+        assert " ".join(shown.stdout.split()).count("vllm doesn't serve out: swiglu_limit") == times
+    told = json.loads(CliRunner().invoke(main, [*estimate, "--json"]).stdout)
+    assert [len(row["unserved"]) for row in told["rows"]] == [0, 1]
+
+
+OVER = {"show": [], "transform": ["--overwrite"]}
 SPECS = Path(__file__).parents[1] / "specs"
 
 
@@ -254,9 +369,11 @@ def unserved_of(
 ) -> list[str]:
     """What of a small model so quantised vLLM is told not to serve, all its layers held dense."""
     sizes = {"intermediate_size": 96, "head_dim": 64, **sizes}
-    config = random_model(family, **sizes).config.to_dict()
+    config = small_config(family, **sizes).to_dict()
     shape = ModelShape.from_config({**config, "quantization_config": quantization})
-    return list(unserved(quantization, shape, Section(dense_schedule(6), 2, "sum", {}), ranks))
+    return list(
+        unserved_weights(quantization, shape, Section(dense_schedule(6), 2, "sum", {}), ranks)
+    )
 
 
 def test_fp8_experts_are_served_where_activations_are_fp8_too() -> None:
@@ -326,7 +443,9 @@ def test_gpt_oss_as_it_is_published_is_served_by_its_ready_specs(ranks: int) -> 
         spec = read_spec(path)
         if spec.tracks % ranks == 0:
             section = Section(spec.schedule(), spec.tracks, "sum", {})
-            assert list(unserved(config["quantization_config"], shape, section, ranks)) == []
+            assert (
+                list(unserved_weights(config["quantization_config"], shape, section, ranks)) == []
+            )
             fitting.append(path.stem)
     assert len(fitting) >= 3
 
@@ -430,7 +549,7 @@ def unserved_in_sglang(
 ) -> list[str]:
     """What of a small model so quantised SGLang is told not to serve, all its layers held dense."""
     sizes: dict[str, Any] = {"intermediate_size": 96, "moe_intermediate_size": 96, "head_dim": 64}
-    config = random_model(family, **{**sizes, **more}).config.to_dict()
+    config = small_config(family, **{**sizes, **more}).to_dict()
     shape = ModelShape.from_config({**config, "quantization_config": quantization})
     section = Section(dense_schedule(6), 2, "sum", {})
     return list(unserved_by_sglang(quantization, shape, section, on_cpu))
@@ -449,8 +568,8 @@ def test_a_config_keeps_its_architectures_where_sglang_refuses_it() -> None:
 
 
 def test_sglang_has_no_unequal_tracks() -> None:
-    config = random_model("llama", intermediate_size=128).config
-    shape = ModelShape.from_config(config.to_dict())
+    config = small_config("llama", intermediate_size=128).to_dict()
+    shape = ModelShape.from_config(config)
     section = Section(dense_schedule(6), 2, "sum", {}, together={"intermediate_size": 48})
     with pytest.raises(ConfigError, match="intermediate_size: tracks have unequal shares, and"):
         check_sglang(config, shape, section, 2, on_cpu=False)

@@ -73,11 +73,13 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg]
         return int(match[1]) * _SIZES[match[2] or ""]
 
 
-def model_shape(model: str, revision: str | None) -> ModelShape:
+def model_config(model: str, revision: str | None) -> tuple[Mapping[str, Any], ModelShape]:
+    """A model's config.json, and its shape."""
     from ptconvert.checkpoint.source import locate
 
     path = locate(model, revision, config_only=True)
-    return ModelShape.from_config(read_config(path), str(path))
+    config = read_config(path)
+    return config, ModelShape.from_config(config, str(path))
 
 
 def given(*names: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,13 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from ptconvert.checkpoint.files import read_config
-from ptconvert.checkpoint.section import SECTION
+from ptconvert.checkpoint.section import SECTION, Section
 from ptconvert.checkpoint.source import config_names
-from ptconvert.cli.common import model_shape, print_figures
+from ptconvert.cli.common import model_config, print_figures
 from ptconvert.cli.options import shared
 from ptconvert.cli.progress import waiting
 from ptconvert.cli.show import converted
+from ptconvert.engines import unserved
 from ptconvert.errors import PlanError
 from ptconvert.models.guesses import most_guesses
 from ptconvert.models.shape import DTYPES, ModelShape
@@ -28,7 +29,7 @@ from ptconvert.plan.frontier import read_frontier
 from ptconvert.spec.document import read_spec
 
 if TYPE_CHECKING:
-    from ptconvert.estimate.compare import Candidate
+    from ptconvert.estimate.compare import Candidate, Setting
     from ptconvert.estimate.hardware import Hardware
     from ptconvert.estimate.measure import Measured
     from ptconvert.estimate.model import Speculation
@@ -157,7 +158,7 @@ def _estimate(
         return
     engine_name = options["engine"] or row.engine
     engine = read_engine(engine_name, options["vocabulary"])
-    shape = model_shape(model, options["revision"]) if model else None
+    config, shape = model_config(model, options["revision"]) if model else ({}, None)
     candidates: list[Candidate] = []
     for spec in specs:
         if spec.suffix == FRONTIER:
@@ -166,7 +167,7 @@ def _estimate(
         name = spec.resolve().name if spec.is_dir() else spec.stem
         candidate, own = _candidate(spec, name, shape)
         candidates.append(candidate)
-        shape = shape or own
+        config, shape = (config, shape) if shape else own
     assert shape is not None
     if options["dtype"] != "auto":
         shape = replace(shape, dtype=DTYPES[options["dtype"]])
@@ -177,7 +178,8 @@ def _estimate(
     if ranks is None:
         ranks = _most_ranks(row.whole(), shape, candidates)
     setting = Setting(shape, row, engine, engine_name, ranks, workload)
-    rows = compare(candidates or recipes(setting), setting)
+    told = [_told(candidate, config, setting) for candidate in candidates or recipes(setting)]
+    rows = compare(told, setting)
     advice = advise(rows, setting)
     served = Served(load, servers(rows, setting, load)) if load else None
     if options["html_file"]:
@@ -254,20 +256,32 @@ def _speculation(options: dict[str, Any]) -> Speculation:
     return Speculation(drafted, accepted, draft == "layer")
 
 
-def _candidate(spec: Path, name: str, shape: ModelShape | None) -> tuple[Any, ModelShape | None]:
-    """The candidate of a spec file or checkpoint, and the shape of the latter's model."""
+def _told(candidate: Candidate, config: Mapping[str, Any], setting: Setting) -> Candidate:
+    """The candidate with why the engine wouldn't serve it, where that is one of ours."""
+    adapter = candidate.adapter
+    section = Section(candidate.schedule, candidate.tracks, "sum", {}, adapter=adapter)
+    why = unserved(config, setting.shape, section).get(setting.engine_name, ())
+    return replace(candidate, unserved=tuple(why))
+
+
+def _candidate(
+    spec: Path, name: str, shape: ModelShape | None
+) -> tuple[Candidate, tuple[Mapping[str, Any], ModelShape | None]]:
+    """The candidate of a spec file or checkpoint, and config.json and shape of the latter's
+    model."""
     from ptconvert.estimate.compare import Candidate
 
     if spec.is_dir():
-        section, own = converted(spec)
-        return Candidate(name, section.schedule, section.tracks, section.guesses), own
+        config, own, section = converted(spec)
+        of = (section.schedule, section.tracks, section.guesses)
+        return Candidate(name, *of, adapter=section.adapter), (config, own)
     if shape is None:
         raise click.UsageError(f"{spec}: a spec file needs --model SRC")
     read = read_spec(spec)
     read.check(shape)
     schedule = read.schedule(shape.family.parallel, shape.divisible)
     guesses = most_guesses(schedule, read.tracks, read.guess, shape)
-    return Candidate(name, schedule, read.tracks, guesses), None
+    return Candidate(name, schedule, read.tracks, guesses), ({}, None)
 
 
 def _frontier(file: Path, shape: ModelShape | None) -> list[Candidate]:

@@ -8,7 +8,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from ptconvert.cli.common import (
 )
 from ptconvert.cli.options import SEQUENCES, shared
 from ptconvert.cli.progress import first_process, step_progress
+from ptconvert.engines import unserved
 from ptconvert.errors import HealError
 
 if TYPE_CHECKING:  # they import torch
@@ -228,6 +229,9 @@ def heal(
     needs = report = None
     with step_progress() as progress:
         case = _case(checkpoint, folder, options, progress)
+        refused = _unserved(case)
+        for engine, reasons in refused.items():
+            _say(f"{engine} won't serve what is healed: {'; '.join(reasons)}")
         try:
             if dry_run:
                 check_case(case, destination, overwrite)
@@ -244,7 +248,7 @@ def heal(
     if needs is not None and first_process():
         print_needs(needs, room, as_json)
     if report is not None:
-        figures = {**report.as_json(), "destination": str(destination)}
+        figures = {**report.as_json(), "destination": str(destination), "unserved": refused}
         print_figures(figures, as_json, lambda console: _print_healed(console, figures))
 
 
@@ -297,6 +301,19 @@ def _case(checkpoint: str, folder: Path, chosen: dict[str, Any], progress: Any) 
         chosen["cache"] or cache_directory(),
         None if settings.stop_on == "kl" else _judge(student, settings, progress),
     )
+
+
+def _unserved(case: Case) -> dict[str, list[str]]:
+    """Why engines won't serve the result, by their names, of those that won't."""
+    from ptconvert.heal.run import beside
+    from ptconvert.measure.opening import section_of
+    from ptconvert.runtime.load import shape_of
+
+    student = case.student
+    adapter = student.adapter is not None or bool(beside(case))
+    section = replace(section_of(student), adapter=adapter)
+    found = unserved(student.config, shape_of(student), section)
+    return {engine: reasons for engine, reasons in found.items() if reasons}
 
 
 def _judge(student: Checkpoint, settings: Settings, progress: Any) -> Judge:

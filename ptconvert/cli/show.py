@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from rich.console import Console
 from ptconvert.checkpoint import compensations
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.section import Section, read_section, source_config
-from ptconvert.cli.common import model_shape, print_figures
+from ptconvert.cli.common import model_config, print_figures
 from ptconvert.cli.options import shared
+from ptconvert.engines import unserved
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.spec.document import read_spec
@@ -31,15 +33,20 @@ def show(
 
     A spec is checked against --model, or against a number of --layers.
     """
-    from ptconvert.report.terminal import fewer_ranks, print_compensations, print_schedule
+    from ptconvert.report.terminal import (
+        fewer_ranks,
+        print_compensations,
+        print_schedule,
+        print_unserved,
+    )
 
     if sum(given is not None for given in (model, layers)) != (0 if spec.is_dir() else 1):
         raise click.UsageError(
             "a spec needs --model SRC or --layers N to be checked against; a checkpoint, neither"
         )
-    shape = model_shape(model, revision) if model else None
+    config, shape = model_config(model, revision) if model else ({}, None)
     if spec.is_dir():
-        section, shape = converted(spec)
+        config, shape, section = converted(spec)
         schedule, tracks, values = section.schedule, section.tracks, section.compensations
     else:
         read = read_spec(spec)
@@ -50,6 +57,7 @@ def show(
         of = (False, None) if shape is None else (shape.family.parallel, shape.divisible)
         schedule, tracks = read.schedule(*of), read.tracks
         values = compensations.most(shape, schedule, read) if shape is not None else {}
+        section = Section(schedule, tracks, read.deferred, {}, compensations=values)
     dense = shape.dense if shape else dense_schedule(schedule.layers)
     before, after = dense.counts, schedule.counts
     figures: dict[str, Any] = {
@@ -63,6 +71,7 @@ def show(
         "bytes_per_token": shape and shape.bytes_all_reduced(schedule),
         **compensations.figures(shape, tracks, values),
         "note": fewer_ranks(tracks, schedule.track_layers),
+        "unserved": shape and unserved(config, shape, section),
     }
 
     def show(console: Console) -> None:
@@ -70,13 +79,15 @@ def show(
         print_compensations(console, figures, decided=spec.is_dir())
         if figures["note"]:
             console.print(figures["note"], style="dim")
+        print_unserved(console, figures["unserved"] or {})
 
     print_figures(figures, as_json, show)
 
 
-def converted(path: Path) -> tuple[Section, ModelShape]:
-    """What a converted checkpoint says of itself, and its source's shape."""
+def converted(path: Path) -> tuple[Mapping[str, Any], ModelShape, Section]:
+    """A converted checkpoint's config.json, its source's shape, and what config.json says of its
+    conversion."""
     config = read_config(path)
     section = read_section(config, str(path / "config.json"))
     shape = ModelShape.from_config(source_config(config, section), str(path / "config.json"))
-    return section, shape
+    return config, shape, section

@@ -85,6 +85,7 @@ def transform(
     """
     from ptconvert.checkpoint.atomic import check_apart, check_destination
     from ptconvert.checkpoint.reader import open_checkpoint
+    from ptconvert.checkpoint.section import read_section
     from ptconvert.checkpoint.source import display_name, locate
     from ptconvert.convert.transform import (
         check_unchanged,
@@ -93,6 +94,7 @@ def transform(
         plan_conversion,
         plan_to_dense,
     )
+    from ptconvert.engines import unserved
     from ptconvert.report.terminal import fewer_ranks
 
     if to_dense and (spec is not None or ladder_layers_config or push_to_hub):
@@ -128,8 +130,10 @@ def transform(
             plan = plan_conversion(checkpoint, read, calibration=known, **options)
     free = free_bytes(destination)
     figures = {**plan.summary(), "bytes_free": free, "calibration": computed, "note": None}
+    figures["unserved"] = {}
     if not to_dense:
         figures["note"] = fewer_ranks(figures["tracks"], figures["layers_as_tracks"])
+        figures["unserved"] = unserved(plan.config, plan.shape, read_section(plan.config))
     if dry_run:
         if to_dense:
             check_unchanged(plan)
@@ -210,7 +214,7 @@ def _print_dry_run(
     figures: dict[str, Any], needs: Needs | None, room: Mapping[str, int], as_json: bool
 ) -> None:
     from ptconvert.checkpoint.compensations import COMPENSATIONS
-    from ptconvert.report.terminal import needs_table, plan_table, print_mtp
+    from ptconvert.report.terminal import needs_table, plan_table, print_mtp, print_unserved
 
     def show(console: Console) -> None:
         console.print(plan_table(figures, figures["bytes_free"]))
@@ -220,6 +224,7 @@ def _print_dry_run(
         for row in COMPENSATIONS:
             if row.undecided and row.told(figures[row.key]):
                 console.print(row.undecided, style="dim")
+        print_unserved(console, figures["unserved"])
         if needs is not None:
             console.print()
             needs_table(console, needs, room)
@@ -230,7 +235,7 @@ def _print_dry_run(
 
 
 def _print_done(console: Console, figures: dict[str, Any]) -> None:
-    from ptconvert.report.terminal import print_mtp
+    from ptconvert.report.terminal import print_mtp, print_unserved
 
     if figures["calibration"] is not None:
         from ptconvert.report.terminal import print_calibration
@@ -248,5 +253,6 @@ def _print_done(console: Console, figures: dict[str, Any]) -> None:
     print_mtp(console, figures)
     if figures["note"]:
         console.print(figures["note"], style="dim")
+    print_unserved(console, figures["unserved"])
     if "commit" in figures:
         console.print(f"pushed: {figures['commit']}", soft_wrap=True)

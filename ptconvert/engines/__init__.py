@@ -7,13 +7,16 @@ package, is an engine. Importing this module imports none of them.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from ptconvert.checkpoint.section import Section
 from ptconvert.errors import EngineError
+from ptconvert.models.shape import ModelShape
 
 GROUP = "ptconvert.engines"
 
@@ -24,6 +27,8 @@ class ServingEngine:
 
     `package` must be importable, else `install` says how to get it. `verify` runs a checkpoint with
     `ptconvert.verify`'s settings in the engine, eagerly or compiled, and returns its report.
+    `unserved` says in lines why it wouldn't serve a checkpoint with such a config.json, of a source
+    of such a shape, with such a section, on so many ranks: it imports nothing of the engine.
     `own_all_reduce` makes the engine's own all-reduce by itself, where it has one
     (`estimate.sweep.Maker`).
     """
@@ -31,6 +36,7 @@ class ServingEngine:
     package: str
     install: str
     verify: Callable[[Path, Any, bool], Any]
+    unserved: Callable[[Mapping[str, Any], ModelShape, Section, int], Iterator[str]]
     own_all_reduce: Callable[[Any, Any], Any] | None = None
 
     @property
@@ -41,6 +47,20 @@ class ServingEngine:
 def engine_names() -> list[str]:
     """The engines that are registered, installed or not."""
     return sorted(entry.name for entry in entry_points(group=GROUP))
+
+
+def unserved(
+    config: Mapping[str, Any], shape: ModelShape, section: Section
+) -> dict[str, list[str]]:
+    """By the name of each registered engine, installed or not, why it wouldn't serve a conversion
+    with a rank for each track, on GPUs; nothing of one that would.
+
+    `config` is the conversion's config.json or its source's, `shape` the source's.
+    """
+    return {
+        entry.name: list(entry.load().unserved(config, shape, section, section.tracks))
+        for entry in sorted(entry_points(group=GROUP), key=attrgetter("name"))
+    }
 
 
 def own_all_reduces() -> list[Callable[[Any, Any], Any]]:

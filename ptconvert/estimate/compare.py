@@ -49,7 +49,8 @@ LIMITS = (
 class Candidate:
     """A schedule to estimate, and the checkpoint that it runs on: its tracks, and the ranks of
     their guesses by sublayer. `about` says what it is, where its name doesn't, and `kl` what it
-    costs in nats per token, where a plan has measured that."""
+    costs in nats per token, where a plan has measured that. A LoRA may lie beside its weights
+    (`adapter`). `unserved` says why the engine wouldn't serve it, as far as is known."""
 
     name: str
     schedule: Schedule
@@ -57,6 +58,8 @@ class Candidate:
     guesses: Mapping[Sublayer, int] = field(default_factory=dict)
     about: str = ""
     kl: float | None = None
+    adapter: bool = False
+    unserved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Row:
             "all_reduces": counts.all_reduces,
             "waited_for": counts.waited_for,
             "kl": self.candidate.kl,
+            "unserved": list(self.candidate.unserved),
             "ttft_seconds": e.ttft,
             "tpot_seconds": e.tpot,
             "tokens_per_second": e.tokens_per_second,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import compress
 
@@ -183,7 +183,17 @@ def notes(rows: Sequence[Row], setting: Setting) -> list[str]:
             f"The model is served in {dtype(setting)}, but the hardware's rate of matrix products "
             f"is that of {device.matmul_dtype}: prefills will be off."
         )
-    return [*found, *_all_reduced(rows, setting)]
+    return [*found, *_unserved(rows, setting), *_all_reduced(rows, setting)]
+
+
+def _unserved(rows: Sequence[Row], setting: Setting) -> Iterator[str]:
+    """Which rows the engine doesn't run at all, each reason once."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        for reason in row.candidate.unserved:
+            names.setdefault(reason, []).append(row.candidate.name)
+    for reason, of in names.items():
+        yield f"{setting.engine_name} doesn't serve {', '.join(of)}: {reason}."
 
 
 def _all_reduced(rows: Sequence[Row], setting: Setting) -> list[str]:

@@ -109,7 +109,7 @@ def check_case(case: Case, destination: Path, overwrite: bool) -> None:
             "already; heal the conversion that it was healed from"
         )
     quantised = quantization_of(case.student.config) is not None
-    if quantised and case.settings.lora is not None and not _beside(case):
+    if quantised and case.settings.lora is not None and not beside(case):
         raise HealError(
             f"--lora {case.settings.lora}: none of the layers that are trained has a quantised "
             "linear layer, which adapters could go beside; leave it out"
@@ -314,8 +314,8 @@ def _distilled(case: Case, key: Mapping[str, object], start: Tensors) -> Tensors
         case.student,
         case.settings.train,
     )
-    beside = _beside(case)
-    freeze_but(student, names if case.settings.lora is None or beside else ())
+    adapted = beside(case)
+    freeze_but(student, names if case.settings.lora is None or adapted else ())
     put(student, start.items())
     moved = distill(
         student,
@@ -327,14 +327,14 @@ def _distilled(case: Case, key: Mapping[str, object], start: Tensors) -> Tensors
         case.progress,
         case.say,
         case.judge,
-        beside,
+        adapted,
     )
     if _is_first():
         save_tensors(case.folder / _KL, moved)
     return moved
 
 
-def _beside(case: Case) -> list[str]:
+def beside(case: Case) -> list[str]:
     """The linear layers beside which adapters stay; none where they are merged, or not there."""
     if case.settings.lora is None or quantization_of(case.student.config) is None:
         return []

@@ -233,6 +233,14 @@ def fewer_ranks(tracks: int, tracked: Collection[int]) -> str | None:
     return " ".join([*parts, "On one rank use the dense checkpoint, which needs no tracks."])
 
 
+def print_unserved(console: Console, reasons: Mapping[str, Sequence[str]]) -> None:
+    """Why engines wouldn't serve a conversion, by their names."""
+    for engine, found in reasons.items():
+        if found:
+            told = "; ".join(found)
+            console.print(f"{engine} doesn't serve it: {told}", style="yellow", soft_wrap=True)
+
+
 def print_schedule(
     console: Console, schedule: Schedule, dense: Schedule, tracks: int, shape: ModelShape | None
 ) -> None:

@@ -4,7 +4,7 @@ tensors. Of mixtures the experts are quantised."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from loaded import (
     convert,
     left_out,
     tensors_of,
+    with_lora,
 )
 from safetensors.torch import load_file, save_file
 from served import COMPILED, SIZES, answer, apart, asked_for, prompts, quick, shape_of
@@ -48,7 +49,8 @@ EIGHT: dict[str, Any] = {"within": 1e-2}
 @dataclass(frozen=True)
 class Case:
     """A format, and how near vLLM's log-probabilities come to those of the weights that are meant,
-    in float32. `activations` are what such are quantised to, a token by itself."""
+    in float32. `activations` are what such are quantised to, a token by itself; a LoRA may lie
+    beside the weights."""
 
     form: str
     dtype: str = "float32"
@@ -57,6 +59,7 @@ class Case:
     eager: bool = True
     variant: str = "llama"
     left: tuple[str, ...] = ()
+    lora: bool = False
     sizes: Mapping[str, Any] = field(default_factory=dict)
 
     def is_quantised(self, module: str) -> bool:
@@ -80,6 +83,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }
 # As recipes leave modules in bf16: by name, so that the conversion names the tracks' as well.
 LEFT = "layers.1.mlp.down_proj", "layers.2.self_attn.o_proj"
+ONE_KV_HEAD = {"num_key_value_heads": 1}  # which both ranks have
 CASES = {
     "W4A16": Case("W4A16", **HALF),
     "W4A16 with zero points": Case("W4A16 with zero points", **HALF),
@@ -90,6 +94,11 @@ CASES = {
     "GPTQ": Case("GPTQ in groups of 32", **HALF),
     "GPTQ, some left": Case("GPTQ in groups of 32", **HALF, left=LEFT),
     "AutoRound": Case("AutoRound", **HALF),
+    "W4A16, healed": Case("W4A16", **HALF, lora=True),
+    "W4A16, fused, healed": Case("W4A16", **HALF, variant="phi3-two-kv", lora=True),
+    "compiled, GPTQ, healed": Case(
+        "GPTQ in groups of 32", **HALF, eager=False, lora=True, sizes=ONE_KV_HEAD
+    ),
     "INT8": Case("INT8", **EIGHT, activations="int"),
     "FP8 per channel": Case("FP8 per channel", **EIGHT, activations="float"),
     "gpt-oss": Case(PUBLISHED, variant="gpt_oss", **BF16),
@@ -100,7 +109,7 @@ CASES = {
     "compiled, INT8": Case("INT8", **EIGHT, activations="int", eager=False),
 }
 WITH_FAULTS = "W4A16", "INT8", "gpt-oss"
-QUICK = {"W4A16", "GPTQ, some left", "INT8", "gpt-oss"}
+QUICK = {"W4A16", "W4A16, healed", "GPTQ, some left", "INT8", "gpt-oss"}
 KERNELS = pytest.mark.skipif(
     not expert_kernels.supported(),
     reason="vLLM's kernels of quantised experts for CPUs take AVX-512 with bfloat16",
@@ -147,6 +156,8 @@ def paths(
             continue
         directory = tmp_path_factory.mktemp("model")
         found[name] = convert(quantised(case, directory), directory / "converted", COMPILED)
+        if case.lora:
+            with_lora(found[name])
     return found
 
 
@@ -235,6 +246,17 @@ def test_without_experts_it_answers_otherwise(
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("experts.down_proj"):
             parameter.data.zero_()
+    reference = [answer(model, prompt, NEW_TOKENS) for prompt in prompts()]
+    for rank in of_case(found, name):
+        assert differ(name, rank["answers"], reference) > 2 * CASES[name].within
+
+
+@pytest.mark.parametrize("name", chosen(n for n, c in CASES.items() if c.lora))
+def test_without_the_lora_it_answers_otherwise(
+    name: str, found: Any, paths: dict[str, Path]
+) -> None:
+    checkpoint = replace(open_checkpoint(paths[name]), adapter=None)
+    model = open_model(checkpoint, "float32", "cpu")
     reference = [answer(model, prompt, NEW_TOKENS) for prompt in prompts()]
     for rank in of_case(found, name):
         assert differ(name, rank["answers"], reference) > 2 * CASES[name].within

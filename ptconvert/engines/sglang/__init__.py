@@ -1,6 +1,7 @@
 """Converted checkpoints in SGLang: the plugin, the model, and what counts its collectives.
 
-Everything but this module and the list of families imports SGLang.
+Everything but this module, what isn't served, and the lists of families and of formats imports
+SGLang.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ptconvert.engines import ServingEngine
+from ptconvert.engines.sglang.refusals import unserved
 
 if TYPE_CHECKING:
     from ptconvert.engines.sglang.families import Served
@@ -86,4 +88,4 @@ def _verify(path: Path, settings: Any, eager: bool) -> Any:
     return verify_in_sglang(path, settings, eager)
 
 
-ENGINE = ServingEngine("sglang", "pip install 'ptconvert[sglang]'", _verify)
+ENGINE = ServingEngine("sglang", "pip install 'ptconvert[sglang]'", _verify, unserved)

@@ -43,7 +43,7 @@ _SHARED, _FIRST, _LATENT = ".shared_experts.", ".q_a_proj.", ".kv_b_proj."
 _MARLIN_GROUPS, _MARLIN_WIDTH, _MARLIN_NEURONS = (-1, 32, 64, 128), 128, 64
 
 
-def unserved(
+def unserved_weights(
     quantization: Mapping[str, Any], shape: ModelShape, section: Section, on_cpu: bool
 ) -> Iterator[str]:
     """What of a checkpoint's quantization_config SGLang, with a rank for each track, has no method

@@ -37,11 +37,12 @@ class PTConvertModel(nn.Module):
 
     def __init__(self, config: Any, quantization: Any) -> None:
         super().__init__()
-        section = read_section(vars(config))
-        shape = ModelShape.from_config(source_config(unpadded(config.to_dict()), section))
+        own = unpadded(config.to_dict())
+        section = read_section(own)
+        shape = ModelShape.from_config(source_config(own, section))
         parallel = get_parallel()
         check(
-            *(config, shape, section, parallel.tp_size),
+            *(own, shape, section, parallel.tp_size),
             on_cpu=is_cpu(),
             quantization=None if quantization is None else quantization.get_name(),
             groups={

@@ -9,11 +9,12 @@ from typing import Any
 
 from ptconvert.checkpoint.section import Section
 from ptconvert.engines.sglang.families import SERVED, Served
-from ptconvert.engines.sglang.formats import METHODS, unserved
+from ptconvert.engines.sglang.formats import METHODS, unserved_weights
 from ptconvert.errors import ConfigError
 from ptconvert.models.families import FULL
 from ptconvert.models.quantised import QUANTIZATION, quantization_of
 from ptconvert.models.shape import ModelShape
+from ptconvert.models.wrappers import wrapper_of
 
 CPU_BLOCK = 32  # SGLang's CPU engine fills each rank's neurons up to a multiple of it
 # What it calls the numbers of a config that it replaced so.
@@ -33,6 +34,8 @@ _ONE_GROUP = {
     **dict.fromkeys(("--pp-size", "--enable-dp-attention", "--attn-cp-size", "--dcp-size"), _WHOLE),
     **dict.fromkeys(("--ep-size", "--moe-dp-size"), _SHARED),
 }
+_OLDER_ROPES = "rope_scaling"  # what transformers reads as rope_parameters
+_PLAIN_ROPES = MappingProxyType({"rope_type": "default"})
 _ALWAYS = "rope_type", "type", "rope_theta"  # keys of all positions
 _MSCALES = {"mscale", "mscale_all_dim"}
 
@@ -52,7 +55,7 @@ def unpadded(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(
-    config: Any,
+    config: Mapping[str, Any],
     shape: ModelShape,
     section: Section,
     ranks: int,
@@ -66,11 +69,10 @@ def check(
     """Raises ConfigError for settings under which the model would not work: of so many
     tensor-parallel ranks, a quantisation method by SGLang's name, groups of ranks by SGLang's
     options, how many ranks share a dense MLP of a mixture, attention by these backends. `config` is
-    transformers', `shape` what the checkpoint's own numbers say.
+    as for `unserved`.
     """
-    told = quantization_of(unpadded(config.to_dict()))
-    refused = list(_refused(config, told, shape, section, ranks, on_cpu))
-    method = str((told or {}).get("quant_method"))
+    refused = list(unserved(config, shape, section, ranks, on_cpu=on_cpu))
+    method = str((quantization_of(config) or {}).get("quant_method"))
     if quantization not in (None, *METHODS.get(method, ())):
         refused.append(
             f"--quantization {quantization}: converted models are served as their weights are "
@@ -94,14 +96,26 @@ def check(
         raise ConfigError("; ".join(refused))
 
 
-def _refused(
-    config: Any,
-    quantization: Mapping[str, Any] | None,
+def unserved(
+    config: Mapping[str, Any],
     shape: ModelShape,
     section: Section,
     ranks: int,
-    on_cpu: bool,
+    *,
+    on_cpu: bool = False,
 ) -> Iterator[str]:
+    """Why SGLang wouldn't serve a converted checkpoint on so many ranks, each reason in a line,
+    whatever SGLang is told.
+
+    `config` is its config.json, or its source's, with its own numbers (`unpadded`); what that
+    doesn't say is as transformers has it, which is served. `shape` is the source's.
+    """
+    if wrapper := wrapper_of(config["model_type"]):
+        yield (
+            f"a converted {wrapper.model_type} isn't served in SGLang, nor any other model with "
+            "pictures; transformers runs it"
+        )
+        return
     if shape.model_type not in SERVED:
         yield (
             f"a converted {shape.model_type} isn't served in SGLang, of converted models only "
@@ -109,8 +123,13 @@ def _refused(
         )
         return
     yield from _unlike(SERVED[shape.model_type], config, on_cpu)
-    if quantization is not None:
-        yield from unserved(quantization, shape, section, on_cpu)
+    if section.adapter:
+        yield (
+            "a LoRA beside quantised weights (heal --lora): SGLang would leave it out; "
+            "transformers runs it"
+        )
+    if (quantization := quantization_of(config)) is not None:
+        yield from unserved_weights(quantization, shape, section, on_cpu)
     for key in section.together:
         yield (
             f"{key}: tracks have unequal shares, and SGLang gives each rank as much; convert to "
@@ -131,25 +150,26 @@ def _refused(
         )
 
 
-def _unlike(served: Served, config: Any, on_cpu: bool) -> Iterator[str]:
+def _unlike(served: Served, config: Mapping[str, Any], on_cpu: bool) -> Iterator[str]:
     """Why SGLang's layers would compute something else than transformers'; what they lack in
     tensors is seen when a checkpoint is loaded."""
     for key, why in served.refused.items():
-        if value := getattr(config, key, None):
+        if value := config.get(key):
             yield f"{key} {value}: {why}"
     for key, fixed in served.fixed.items():
-        if (value := getattr(config, key, fixed)) != fixed:
+        if (value := config.get(key, fixed)) != fixed:
             yield f"{key} {value}: SGLang's layers for it have {fixed}"
     for key in ("hidden_act", "hidden_activation"):
-        value = getattr(config, key, None)
+        value = config.get(key)
         if value is not None and value not in served.activations:
             known = " or ".join(served.activations)
             yield f"{key} {value}: SGLang's MLP for it is activated by {known}"
-    cap = served.score_cap and getattr(config, served.score_cap, None)
+    cap = served.score_cap and config.get(served.score_cap)
     if cap and on_cpu:
         yield f"{served.score_cap} {cap}: SGLang's attention on CPUs (torch_native) leaves it out"
-    for rope in (config.rope_parameters, *config.rope_parameters.values()):
-        kind = rope.get("rope_type") if isinstance(rope, Mapping) else None
+    ropes = config.get("rope_parameters") or config.get(_OLDER_ROPES) or _PLAIN_ROPES
+    for rope in (ropes, *ropes.values()):
+        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
         if kind == "dynamic" and "alpha" not in rope:
             yield (
                 "rope_type dynamic: SGLang turns all positions as at the longest length, and "
@@ -166,5 +186,5 @@ def _unlike(served: Served, config: Any, on_cpu: bool) -> Iterator[str]:
                 )
             if len(_MSCALES & rope.keys()) == 1:
                 yield "mscale, mscale_all_dim: SGLang takes one without the other otherwise"
-    if getattr(config, "is_causal", True) is False:
+    if config.get("is_causal", True) is False:
         yield "is_causal False: SGLang would let tokens see earlier ones only"

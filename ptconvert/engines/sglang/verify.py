@@ -19,7 +19,6 @@ from typing import Any
 
 import sglang
 import torch
-import transformers
 
 from ptconvert.engines.sglang.refusals import check
 from ptconvert.engines.verify import (
@@ -46,8 +45,10 @@ def verify_in_sglang(path: Path, settings: Settings, eager: bool = False) -> Rep
     del eager
     checkpoint, section, shape = open_converted(path)
     dtype = settings.dtype or TORCH_NAMES[shape.dtype or "F32"]
-    config, on_cpu = transformers.AutoConfig.from_pretrained(path), settings.device == "cpu"
-    check(config, shape, section, settings.ranks, on_cpu=on_cpu)
+    check(
+        *(checkpoint.config, shape, section, settings.ranks),
+        on_cpu=settings.device == "cpu",
+    )
     check_ranks(checkpoint, settings, getattr(torch, dtype))
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.batch, settings.prompt_tokens)

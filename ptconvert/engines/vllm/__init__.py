@@ -1,7 +1,7 @@
 """Converted checkpoints in vLLM: the plugin, the model, and what counts its collectives.
 
-Everything but this module, the list of families and that of formats imports vLLM, which is an
-extra: `ptconvert[vllm]`.
+Everything but this module, what isn't served of checkpoints, and the lists of families and of
+formats imports vLLM, which is an extra: `ptconvert[vllm]`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ptconvert.engines import ServingEngine
+from ptconvert.engines.vllm.checkpoints import unserved
 
 VERSIONS = ("0.32", "0.33")  # that the plugin was run with
 _MODEL = "ptconvert.engines.vllm.model:PTConvertForCausalLM"
@@ -73,4 +74,4 @@ def _own_all_reduce(device: Any, group: Any) -> Any:
     return own_all_reduce(device, group)
 
 
-ENGINE = ServingEngine("vllm", "pip install 'ptconvert[vllm]'", _verify, _own_all_reduce)
+ENGINE = ServingEngine("vllm", "pip install 'ptconvert[vllm]'", _verify, unserved, _own_all_reduce)

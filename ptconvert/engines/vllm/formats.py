@@ -30,7 +30,7 @@ _REFUSED: tuple[tuple[formats.Question, str], ...] = (
 )
 
 
-def unserved(
+def unserved_weights(
     quantization: Mapping[str, Any], shape: ModelShape, section: Section, ranks: int
 ) -> Iterator[str]:
     """What of a checkpoint's quantization_config vLLM, on so many ranks, has no method for, or one

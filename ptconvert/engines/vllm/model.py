@@ -20,8 +20,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
+from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.checkpoint.section import source_config
+from ptconvert.checkpoint.source import locate
 from ptconvert.engines.base import ServedPass, is_for_others, own_weights, renamed, served_layers
+from ptconvert.engines.vllm.adapters import add_adapter
 from ptconvert.engines.vllm.collectives import open_communicator
 from ptconvert.engines.vllm.layers import VLLMServing
 from ptconvert.engines.vllm.quantised import check_loaded
@@ -45,7 +48,7 @@ class PTConvertModel(nn.Module):
         self.shape = shape
         ranks = get_tensor_model_parallel_world_size()
         self.program = section.schedule.program
-        self.waiting_weight = section.waiting_weight
+        self.waiting_weight, self.has_adapter = section.waiting_weight, section.adapter
         placement = Placement(get_tensor_model_parallel_rank(), ranks)
         self.local_tracks = placement.local_tracks(section.tracks)
         self.tracked = section.schedule.track_layers
@@ -97,7 +100,7 @@ class PTConvertForCausalLM(nn.Module):
         self.config = vllm_config.model_config.hf_config
         config = vllm_config.model_config.hf_text_config
         self.model = PTConvertModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.quant_config = vllm_config.quant_config
+        self.quant_config, self._opened = vllm_config.quant_config, vllm_config.model_config
         self.lm_head = ParallelLMHead(
             config.vocab_size,
             config.hidden_size,
@@ -147,6 +150,11 @@ class PTConvertForCausalLM(nn.Module):
         loader = AutoWeightsLoader(self)
         loaded: set[str] = loader.load_weights(own, mapper=self.hf_to_vllm_mapper)
         check_loaded(self, loaded)
+        if self.model.has_adapter:
+            checkpoint = open_checkpoint(locate(self._opened.model, self._opened.revision))
+            assert checkpoint.adapter is not None
+            mapper, dtype = self.hf_to_vllm_mapper, self._opened.dtype
+            add_adapter(self, checkpoint.adapter, mapper, model.local_tracks, model.shape, dtype)
         return loaded
 
 

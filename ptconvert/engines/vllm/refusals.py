@@ -15,11 +15,11 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 import ptconvert
 from ptconvert.checkpoint.section import SECTION, Section, source_config
-from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, TEXTS_ONLY, Served
-from ptconvert.engines.vllm.formats import unserved
+from ptconvert.engines.vllm.checkpoints import unserved
+from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, TEXTS_ONLY
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.model import section_of
-from ptconvert.models.families import EXPERT_COUNTS, LINEAR, MODEL_TYPE_PREFIX
+from ptconvert.models.families import MODEL_TYPE_PREFIX
 from ptconvert.models.quantised import QUANTIZATION
 from ptconvert.models.shape import ModelShape
 from ptconvert.models.wrappers import wrapper_of
@@ -97,23 +97,6 @@ def _additional(vllm_config: Any) -> Any:
     return given.get(SECTION, {}) if isinstance(given, dict) else {}
 
 
-def _unlike(served: Served, config: Any, dtype: torch.dtype) -> Iterator[str]:
-    """Why vLLM's layers would compute something else than transformers', or nothing that is good
-    for anything; what they lack in tensors is seen when they are built."""
-    for key, why in served.refused.items():
-        if value := getattr(config, key, None):
-            yield f"{key} {value}: {why}"
-    for key, fixed in served.fixed.items():
-        if (value := getattr(config, key, fixed)) != fixed:
-            yield f"{key} {value}: vLLM's layers for it have {fixed}"
-    if not served.float16 and dtype == torch.float16:
-        yield "float16: it overflows there, as vLLM says; use bfloat16 or float32"
-    if getattr(config, "is_causal", True) is False:
-        yield "is_causal False: vLLM would let tokens see later ones"
-    if _experts(config) and config.hidden_act != "silu":
-        yield f"hidden_act {config.hidden_act}: vLLM's experts would be activated by silu"
-
-
 def _family(config: Any) -> str:
     """Of a model, or of the language model inside."""
     family: str = config.get_text_config(decoder=True).model_type.removeprefix(MODEL_TYPE_PREFIX)
@@ -121,12 +104,8 @@ def _family(config: Any) -> str:
 
 
 def _linear(vllm_config: Any) -> Iterator[str]:
-    """What vLLM's linear attention doesn't do, where a model has that."""
+    """What vLLM's linear attention doesn't do."""
     model = vllm_config.model_config
-    if LINEAR not in (getattr(model.hf_text_config, "layer_types", None) or ()):
-        return
-    if (activation := model.hf_text_config.hidden_act) != "silu":
-        yield f"hidden_act {activation}: vLLM's linear attention knows silu only"
     if current_platform.is_cpu() and model.dtype not in LINEAR_ON_CPUS:
         dtype = str(model.dtype).removeprefix("torch.")
         yield f"{dtype}: vLLM's linear attention on CPUs takes bfloat16 only"
@@ -139,52 +118,34 @@ def _seeing(model_type: str, vllm_config: Any) -> Iterator[str]:
     settings = vllm_config.model_config.multimodal_config
     if vllm_config.speculative_config is not None:
         yield "speculative_config: not tried with models with pictures; leave it out"
-    if model_type not in LANGUAGE_MODELS:
-        yield (
-            f"a converted {model_type} isn't served in vLLM, of converted models with pictures "
-            f"only {', '.join(LANGUAGE_MODELS)}; transformers runs it"
-        )
-    elif settings.mm_encoder_only:
+    if settings.mm_encoder_only:
         yield "mm_encoder_only: the language model is what was converted; leave it out"
     elif (why := TEXTS_ONLY.get(model_type)) and not settings.language_model_only:
         yield f"{model_type} is served without pictures only, by language_model_only: {why}"
 
 
-def _experts(config: Any) -> bool:
-    return any(getattr(config, count, 0) for count in EXPERT_COUNTS)
-
-
 def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    family = _family(model.hf_config)
+    config, ranks = model.hf_config.to_dict(), parallel.tensor_parallel_size
+    shape = ModelShape.from_config(source_config(config, section))
+    yield from unserved(config, shape, section, ranks)
     wrapper = wrapper_of(model.hf_config.model_type)
-    if wrapper is not None:
+    if wrapper is not None and wrapper.model_type in LANGUAGE_MODELS:
         yield from _seeing(wrapper.model_type, vllm_config)
-    if family not in SERVED:
-        yield (
-            f"a converted {family} isn't served in vLLM, of converted models only "
-            f"{', '.join(SERVED)}; transformers runs it"
-        )
-    else:
-        reasons = _unlike(SERVED[family], model.hf_text_config, model.dtype)
-        yield from (f"{reason}; transformers runs it" for reason in reasons)
+    served = SERVED.get(shape.family.model_type)
+    if served is not None and not served.float16 and model.dtype == torch.float16:
+        yield "float16: it overflows there, as vLLM says; use bfloat16 or float32"
+    if any(map(shape.is_linear, range(shape.layers))):
         yield from _linear(vllm_config)
-    ranks = parallel.tensor_parallel_size
-    if reason := wrong_ranks("the checkpoint", section.tracks, ranks):
-        yield f"tensor_parallel_size {ranks}: {reason}"
-    elif section.tracks != ranks and model.use_mla:
+    divides = wrong_ranks("the checkpoint", section.tracks, ranks) is None
+    if divides and section.tracks != ranks and model.use_mla:
         yield (
             f"tensor_parallel_size {ranks}: vLLM plans attention to latents (MLA) for one number "
             f"of heads, but a track has fewer than a rank; use {section.tracks}, or "
             "VLLM_MLA_DISABLE=1, which keeps whole keys and values"
         )
-    quantization = getattr(model.hf_config, QUANTIZATION, None)
-    if quantization is not None:
-        shape = ModelShape.from_config(source_config(model.hf_config.to_dict(), section))
-        yield from unserved(quantization, shape, section, ranks)
-    elif getattr(model.hf_text_config, QUANTIZATION, None) is not None:
-        yield f"{QUANTIZATION} in text_config: vLLM would take it for the tower's too"
-    elif model.quantization is not None:
+    kept = (getattr(one, QUANTIZATION, None) for one in (model.hf_config, model.hf_text_config))
+    if model.quantization is not None and not any(kept):
         yield (
             f"quantization {model.quantization}: converted models are served as their weights are "
             "kept, and these aren't quantised; leave it out"
@@ -210,7 +171,7 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
     for name, why in _NEVER.items():
         if getattr(parallel, name, False):
             yield f"{name}: {why}; leave it out"
-    if parallel.data_parallel_size > 1 and _experts(model.hf_text_config):
+    if parallel.data_parallel_size > 1 and shape.experts:
         yield (
             f"data_parallel_size {parallel.data_parallel_size}: vLLM would cut experts over all "
             "replicas' ranks, but tracks are cut already; start servers of their own"
