@@ -8,6 +8,7 @@ import functools
 import gc
 import json
 import os
+import re
 import tempfile
 import weakref
 from pathlib import Path
@@ -21,6 +22,7 @@ from click.testing import CliRunner
 from conftest import Convert, MakeDense, byte_level, load, random_model, spec_text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from test_modeling import SCHEDULES
 from test_transform import back, same, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -719,6 +721,22 @@ def test_the_command(make_dense: MakeDense, tmp_path: Path) -> None:
     assert code == 0 and out.startswith("--tokens N: use --windows")  # the name that it had
     assert "affinity between units of different tracks" in out and "guesses: " in out
     assert same(tensors(tmp_path / "out"), tensors(tmp_path / "two"))
+
+
+@pytest.mark.parametrize("top", [TOP, "assignment: {method: affinity}\n", "guess: {rank: 2}\n"])
+def test_what_is_not_finite_is_one_line(top: str, make_dense: MakeDense, tmp_path: Path) -> None:
+    source = byte_level(make_dense, tmp_path / "source")
+    given = load_file(source / "model.safetensors")
+    given["model.layers.1.mlp.up_proj.weight"][0] = float("nan")
+    save_file(given, source / "model.safetensors", {"format": "pt"})
+    text, spec = tmp_path / "text.txt", tmp_path / "spec.yaml"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    spec.write_text(spec_text(4, "use: parallel_track, depth: 2", top))
+    code, out = run("transform", source, tmp_path / "out", "--spec", spec, "--text", text,
+                    "--windows", 16, "--window", 64, "--device", "cpu")  # fmt: skip
+    assert code == 2 and not (tmp_path / "out").exists()
+    last = out.splitlines()[-1]
+    assert re.match("error: layer [12]: what it computes from the text isn.t all finite", last)
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,23 @@ def test_outputs_that_are_not_finite_are_one_line(
         meter.costs([Schedule.parse(MIXED)], "step")
 
 
+@pytest.mark.parametrize("wanted", [{"assignment": "affinity"}, {"guess": 8}])
+def test_what_is_not_finite_in_what_is_fitted_on_alone_is_one_line(
+    wanted: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    """As by a token that the measured windows don't have."""
+    case = case_of(source, wanted)
+    assert case.in_place is not None
+    rare = next(t for t in case.in_place.ids.flatten().tolist() if t not in case.windows.ids)
+    broken = shutil.copytree(source, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.embed_tokens.weight"][rare] = float("inf")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    meter = meter_of(replace(case, source=open_checkpoint(broken)), tmp_path / "costs.jsonl")
+    with pytest.raises(EvaluationError, match="layer 0: what it computes from the text isn't all"):
+        meter.costs([Schedule.parse(MIXED)], "step")
+
+
 def test_too_little_memory_to_fit_is_one_line(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from torch import nn
 
 from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
 from ptconvert.calibrate.reading import by_width, epsilon, gain, is_output
+from ptconvert.calibrate.streams import check_finite
 from ptconvert.checkpoint.calibration import Assignment, contiguous
 from ptconvert.measure.progress import Progress
 from ptconvert.modeling.layers import multiplied, norm_after
@@ -117,7 +118,8 @@ def observe(
     ids_NT: torch.Tensor,
     progress: Progress,
 ) -> dict[Units, list[Activity]]:
-    """One pass of the dense model over windows of token ids; of experts, each one's activity."""
+    """One pass of the dense model over windows of token ids; of experts, each one's activity.
+    Raises EvaluationError where it isn't finite."""
     found, hooks = {}, []
     for units in every:
         activities, placed = _hooked(model, shape, units, tracks)
@@ -130,6 +132,9 @@ def observe(
     finally:
         for hook in hooks:
             hook.remove()
+    for units, activities in sorted(found.items(), key=lambda one: one[0].layer):
+        for activity in activities:
+            check_finite(units.layer, activity.written, *activity.read.values())
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from ptconvert.calibrate.on_disk import MEMORY_BYTES, mapped
+from ptconvert.errors import EvaluationError
 from ptconvert.measure.progress import Progress
 from ptconvert.modeling.executor import (
     OneProcess,
@@ -64,6 +65,8 @@ class Batch:
     def keep_stage(self, step: Step) -> None:
         """Runs a stage's sublayers once for all its fits, each of which goes over all windows."""
         _, updates = self.stage(step)
+        for sublayer, update in zip(step.sublayers, updates, strict=True):
+            check_finite(sublayer.layer, *update.partials)
         self.wholes = [self.keep(_whole(update)) for update in updates]
         self.updates = [_moved_update(update, self.keep) for update in updates]
 
@@ -138,7 +141,8 @@ def fitted_by_stage(
 
     `fit` is given batches that keep the stage; `use` puts what was fitted, of what tracks read,
     into a sublayer's update, for the stages that follow. `scratch` is as for `batches`. The stages
-    are the schedule's, or a `program` of others.
+    are the schedule's, or a `program` of others. Raises EvaluationError where what is fitted to
+    isn't finite.
     """
     given, found = list(batches(decoder, ids_NT, scratch, program)), list[T]()
     program = decoder.layers.schedule.program if program is None else program
@@ -216,6 +220,16 @@ def dense_reaches(layers: Any, index: int, given: Sequence[Batch]) -> bool:
     for batch in given:
         batch.run_dense(dense, dense.ran.index(run))
     return True
+
+
+def check_finite(layer: int, *tensors: torch.Tensor) -> None:
+    """Raises EvaluationError where what a layer computes is no number."""
+    for tensor in tensors:
+        if not tensor.isfinite().all():
+            raise EvaluationError(
+                f"layer {layer}: what it computes from the text isn't all finite, so nothing can "
+                "be fitted to it; try --dtype float32, or look at the weights"
+            )
 
 
 def _whole(update: Update) -> torch.Tensor:
