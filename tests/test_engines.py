@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,8 @@ import pytest
 import seeing
 import torch
 from click.testing import CliRunner
-from conftest import VARIANTS, MakeDense, small_config, spec_text
+from conftest import VARIANTS, MakeDense, random_model, small_config, spec_text
+from quantising import quantise
 from torch import nn
 from torch._inductor import config as inductor
 
@@ -30,11 +31,13 @@ from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.engines import ServingEngine
 from ptconvert.engines.base import ServedPass, is_for_others, own_weights
 from ptconvert.engines.in_flight import InFlight
+from ptconvert.engines.sglang import ENGINE as IN_SGLANG
 from ptconvert.engines.sglang import _as_known
 from ptconvert.engines.sglang.families import SERVED
 from ptconvert.engines.sglang.formats import unserved_weights as unserved_by_sglang
 from ptconvert.engines.sglang.refusals import check as check_sglang
 from ptconvert.engines.sglang.refusals import unpadded
+from ptconvert.engines.vllm import ENGINE as IN_VLLM
 from ptconvert.engines.vllm import unknown
 from ptconvert.engines.vllm.families import LANGUAGE_MODELS
 from ptconvert.engines.vllm.formats import unserved_weights
@@ -56,11 +59,6 @@ def verified(path: Path, settings: Any, eager: bool) -> Report:
     return Report((Check("asked for", settings.ranks == 2, asked),))
 
 
-def served(*_: object) -> Iterator[str]:
-    """That such an engine serves everything."""
-    yield from ()
-
-
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 PARTIAL = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
@@ -71,8 +69,8 @@ YARN = {
     "original_max_position_embeddings": 32,
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-HERE = ServingEngine("pytest", "pip install pytest", verified, served)
-AWAY = ServingEngine("no_such_package", "pip install no-such-package", verified, served)
+HERE = ServingEngine("pytest", "pip install pytest", verified)
+AWAY = ServingEngine("no_such_package", "pip install no-such-package", verified)
 
 
 @pytest.fixture
@@ -215,23 +213,28 @@ def test_a_config_may_leave_out_what_transformers_has_then(variant: str) -> None
     little = config.to_diff_dict()
     assert little.keys() < whole.keys()
     shape = ModelShape.from_config(whole)
-    assert unserved_by({"model_type": shape.model_type} | little, shape) == unserved_by(whole)
+    given = {"model_type": shape.model_type} | little
+    section = Section(shape.dense, 2, "sum", {})
+    for engine in (IN_VLLM, IN_SGLANG):
+        of_all, of_few = (list(engine.unserved(c, shape, section, 2)) for c in (whole, given))
+        assert of_all == of_few
 
 
-def unserved_by(
-    config: dict[str, Any], shape: ModelShape | None = None, **told: Any
-) -> dict[str, list[str]]:
+def unserved_by(config: dict[str, Any], **told: Any) -> dict[str, list[str]]:
     """Why a conversion of it to two tracks wouldn't be served, all layers dense."""
-    shape = shape or ModelShape.from_config(config)
-    return engines.unserved(config, shape, Section(shape.dense, 2, "sum", {}, **told))
+    shape = ModelShape.from_config(config)
+    found = engines.unserved(config, Section(shape.dense, 2, "sum", {}, **told))
+    assert all(found.values())
+    return {"vllm": [], "sglang": []} | found
 
 
 @pytest.mark.parametrize(
     ("variant", "in_vllm"),
     [
         ("llama", []),
-        ("deepseek_v3", ["attention to latents (MLA) has its projections multiplied with each"]),
-        ("qwen3_next", ["not tried beside linear attention"]),
+        ("deepseek_v3", ["with attention to latents (MLA)", "in mixtures of experts"]),
+        ("qwen3_next", ["beside linear attention", "in mixtures of experts"]),
+        ("mixtral", ["in mixtures of experts"]),
     ],
 )
 def test_where_a_lora_beside_weights_is_served(variant: str, in_vllm: list[str]) -> None:
@@ -240,7 +243,7 @@ def test_where_a_lora_beside_weights_is_served(variant: str, in_vllm: list[str])
     config = small_config(variant, attention_bias=False).to_dict()
     found = unserved_by(config, adapter=True)
     for reason, said in itertools.zip_longest(found["vllm"], in_vllm, fillvalue="-"):
-        assert reason.startswith(lora + said)
+        assert reason == f"{lora}not tried {said}; transformers runs it"
     in_sglang = f"{lora}SGLang would leave it out; transformers runs it"
     assert (in_sglang in found["sglang"]) == (variant in SERVED)
 
@@ -265,16 +268,45 @@ def test_positions_are_read_by_their_older_name(make_dense: MakeDense) -> None:
     rope = config.pop("rope_parameters")
     assert unserved_by(config)["sglang"] == []
     config |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "dynamic", "factor": 2.0}}
-    (found,) = unserved_by(config)["sglang"]
-    assert found.startswith("rope_type dynamic: SGLang turns all positions as at the longest")
+    for both in (config, config | {"rope_parameters": rope}):  # where the older one counts
+        (found,) = unserved_by(both)["sglang"]
+        assert found.startswith("rope_type dynamic: SGLang turns all positions as at the longest")
+
+
+def test_a_plugin_that_cannot_be_loaded_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [EntryPoint("gone", "no_such_package:ENGINE", engines.GROUP)]
+    monkeypatch.setattr(engines, "entry_points", lambda **_: entries)
+    config = small_config("llama").to_dict()
+    found = engines.unserved(config, Section(dense_schedule(6), 2, "sum", {}))
+    assert found == {"gone": ["its plugin can't be loaded: No module named 'no_such_package'"]}
+
+
+def test_all_say_the_same_of_groups_that_ranks_would_part(tmp_path: Path) -> None:
+    """On as many ranks as tracks, of which some have a group more: of layers held dense vLLM gives
+    each rank as much."""
+    random_model("llama", intermediate_size=96, head_dim=64).save_pretrained(tmp_path / "dense")
+    source = quantise(tmp_path / "dense", tmp_path / "source", "GPTQ in groups of 32")
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(spec_text(2, "use: ladder"))
+    out = tmp_path / "out"
+    said = "tensor_parallel_size 2: model.layers.0.mlp.down_proj keeps 32 of its inputs together"
+    for command in (
+        ["transform", str(source), str(out), "--spec", str(spec)],
+        ["show", str(out)],
+        ["show", str(spec), "--model", str(source)],
+    ):
+        told = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)["unserved"]
+        assert any(reason.startswith(said) for reason in told["vllm"])
+    section = read_section(read_config(out))
+    assert "vllm" not in engines.unserved(read_config(out), section, ranks=1)
 
 
 def test_commands_say_what_engines_refuse(make_dense: MakeDense, tmp_path: Path) -> None:
     spec = tmp_path / "spec.yaml"
     spec.write_text(spec_text(2, "use: ladder"))
     source, out = str(make_dense("gpt_oss", swiglu_limit=5.0)), str(tmp_path / "out")
-    in_vllm = "vllm doesn't serve it: swiglu_limit 5.0: vLLM's layers for it have 7.0"
-    in_sglang = "sglang doesn't serve it: a converted gpt_oss isn't served in SGLang"
+    in_vllm = "vllm doesn't serve it on 2 ranks: swiglu_limit 5.0: vLLM's layers for it have 7.0"
+    in_sglang = "sglang doesn't serve it on 2 ranks: a converted gpt_oss isn't served in SGLang"
     for command in (
         ["show", str(spec), "--model", source],
         ["transform", source, out, "--spec", str(spec), "--dry-run"],
@@ -282,16 +314,36 @@ def test_commands_say_what_engines_refuse(make_dense: MakeDense, tmp_path: Path)
         ["show", out],
     ):
         shown = CliRunner().invoke(main, command)
-        assert shown.exit_code == 0 and in_vllm in shown.stdout and in_sglang in shown.stdout
+        assert shown.exit_code == 0 and in_vllm in shown.output and in_sglang in shown.output
         told = json.loads(CliRunner().invoke(main, [*command, "--json", *OVER[command[0]]]).stdout)
         assert len(told["unserved"]["vllm"]) == len(told["unserved"]["sglang"]) == 1
-    estimate = ["estimate", out, "--hardware", "h100-sxm", "--ranks", "2"]
+
+
+def test_estimate_judges_each_candidate_by_itself(make_dense: MakeDense, tmp_path: Path) -> None:
+    """And recommends none that the engine doesn't run."""
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(spec_text(2, "use: ladder"))
+    for name, sizes in (("plain", {}), ("other", {"swiglu_limit": 5.0})):
+        source = str(make_dense("gpt_oss", **sizes))
+        done = CliRunner().invoke(
+            main, ["transform", source, str(tmp_path / name), "--spec", str(spec)]
+        )
+        assert done.exit_code == 0
+    plain, other = (str(tmp_path / name) for name in ("plain", "other"))
+    command = ["estimate", other, plain, "--hardware", "rtx-3090-p2p-off", "--ranks", "2"]
     for engine, times in (("vllm", 1), ("tensorrt-llm", 0)):
-        shown = CliRunner().invoke(main, [*estimate, "--engine", engine])
+        shown = CliRunner().invoke(main, [*command, "--engine", engine])
+        text = " ".join(shown.stdout.split())
         assert shown.exit_code == 0
-        assert " ".join(shown.stdout.split()).count("vllm doesn't serve out: swiglu_limit") == times
-    told = json.loads(CliRunner().invoke(main, [*estimate, "--json"]).stdout)
-    assert [len(row["unserved"]) for row in told["rows"]] == [0, 1]
+        assert text.count("vllm doesn't serve other: swiglu_limit 5.0") == times
+    told = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
+    assert [len(row["unserved"]) for row in told["rows"]] == [0, 1, 0]
+    served = {way["name"]: way["served"] for way in told["verdict"]["ways"] if way["converts"]}
+    assert served == {"other": False, "plain": True}
+    alone = ["estimate", other, *command[3:], "--json"]
+    verdict = json.loads(CliRunner().invoke(main, alone).stdout)["verdict"]
+    assert not verdict["convert"] and verdict["worth_it"] == []
+    assert verdict["text"].startswith("Don't convert: the engine serves none of the schedules.")
 
 
 OVER = {"show": [], "transform": ["--overwrite"]}

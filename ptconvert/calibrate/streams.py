@@ -112,6 +112,7 @@ class Batch:
         for step in dense.program[self.dense_done : count]:
             stream.end(step, self._engine.run(step, stream), self._engine)
             stream.complete(step, self.scalar)
+            check_finite(step.sublayers[-1].layer, stream.settled())
         self.dense, self.dense_done = _moved(stream, self.keep), count
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:

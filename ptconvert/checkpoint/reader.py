@@ -118,10 +118,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _adapter(path: Path, config: Mapping[str, object], weights: Iterable[str]) -> Adapter | None:
-    """The adapter beside a checkpoint's weights, as peft writes it. Raises CheckpointError."""
-    section, folder = config.get(SECTION), path / ADAPTER_FOLDER
+    """The adapter beside a checkpoint's weights. Raises CheckpointError."""
+    section = config.get(SECTION)
     if not isinstance(section, Mapping) or not section.get("adapter"):
         return None
+    adapter = read_adapter(path / ADAPTER_FOLDER)
+    modules = {name.rpartition(".")[0] for name in weights}
+    if away := sorted(adapter.factors.keys() - modules):
+        raise CheckpointError(
+            f"{path / ADAPTER_FOLDER} has factors of {away[0]}, which the model hasn't"
+        )
+    return adapter
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter in a folder of a checkpoint, as peft writes it. Raises CheckpointError."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing; config.json says that an adapter is there")
     own, tensors = read_config(folder / ADAPTER), read_header(folder / ADAPTER_WEIGHTS)
@@ -134,9 +145,6 @@ def _adapter(path: Path, config: Mapping[str, object], weights: Iterable[str]) -
     fit = all(a and b and (len(a.shape), a.shape[:1]) == (2, b.shape[1:]) for a, b in pairs)
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not (pairs and fit):
         raise CheckpointError(f"{folder} is no LoRA as peft writes it, of factors A and B")
-    modules = {name.rpartition(".")[0] for name in weights}
-    if away := sorted({name.removeprefix(PEFT_PREFIX) for name in names} - modules):
-        raise CheckpointError(f"{folder} has factors of {away[0]}, which the model hasn't")
     return Adapter(
         float(str(alpha)) / rank,
         {

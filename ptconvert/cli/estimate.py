@@ -29,7 +29,7 @@ from ptconvert.plan.frontier import read_frontier
 from ptconvert.spec.document import read_spec
 
 if TYPE_CHECKING:
-    from ptconvert.estimate.compare import Candidate, Setting
+    from ptconvert.estimate.compare import Candidate
     from ptconvert.estimate.hardware import Hardware
     from ptconvert.estimate.measure import Measured
     from ptconvert.estimate.model import Speculation
@@ -146,7 +146,7 @@ def _estimate(
     options: dict[str, Any],
 ) -> None:
     from ptconvert.estimate.advice import advise, recipes
-    from ptconvert.estimate.compare import Setting, accuracy, compare
+    from ptconvert.estimate.compare import Candidate, Setting, accuracy, compare
     from ptconvert.estimate.hardware import read_engine, read_hardware
     from ptconvert.estimate.model import Workload
     from ptconvert.estimate.report import notes
@@ -160,14 +160,20 @@ def _estimate(
     engine = read_engine(engine_name, options["vocabulary"])
     config, shape = model_config(model, options["revision"]) if model else ({}, None)
     candidates: list[Candidate] = []
+    checkpoints = dict[int, tuple[Mapping[str, Any], Section]]()  # of candidates, by their place
     for spec in specs:
         if spec.suffix == FRONTIER:
             candidates += _frontier(spec, shape)
             continue
         name = spec.resolve().name if spec.is_dir() else spec.stem
-        candidate, own = _candidate(spec, name, shape)
-        candidates.append(candidate)
-        config, shape = (config, shape) if shape else own
+        if spec.is_dir():
+            own_config, own, section = converted(spec)
+            checkpoints[len(candidates)] = own_config, section
+            of = (section.schedule, section.tracks, section.guesses)
+            candidates.append(Candidate(name, *of))
+            config, shape = (config, shape) if shape else (own_config, own)
+        else:
+            candidates.append(_candidate(spec, name, shape))
     assert shape is not None
     if options["dtype"] != "auto":
         shape = replace(shape, dtype=DTYPES[options["dtype"]])
@@ -178,8 +184,12 @@ def _estimate(
     if ranks is None:
         ranks = _most_ranks(row.whole(), shape, candidates)
     setting = Setting(shape, row, engine, engine_name, ranks, workload)
-    told = [_told(candidate, config, setting) for candidate in candidates or recipes(setting)]
-    rows = compare(told, setting)
+    candidates = candidates or recipes(setting)
+    for place, one in enumerate(candidates):
+        plain = config, Section(one.schedule, one.tracks, "sum", {})
+        told = unserved(*checkpoints.get(place, plain), ranks, engine_name)
+        candidates[place] = replace(one, unserved=tuple(told.get(engine_name, ())))
+    rows = compare(candidates, setting)
     advice = advise(rows, setting)
     served = Served(load, servers(rows, setting, load)) if load else None
     if options["html_file"]:
@@ -256,32 +266,17 @@ def _speculation(options: dict[str, Any]) -> Speculation:
     return Speculation(drafted, accepted, draft == "layer")
 
 
-def _told(candidate: Candidate, config: Mapping[str, Any], setting: Setting) -> Candidate:
-    """The candidate with why the engine wouldn't serve it, where that is one of ours."""
-    adapter = candidate.adapter
-    section = Section(candidate.schedule, candidate.tracks, "sum", {}, adapter=adapter)
-    why = unserved(config, setting.shape, section).get(setting.engine_name, ())
-    return replace(candidate, unserved=tuple(why))
-
-
-def _candidate(
-    spec: Path, name: str, shape: ModelShape | None
-) -> tuple[Candidate, tuple[Mapping[str, Any], ModelShape | None]]:
-    """The candidate of a spec file or checkpoint, and config.json and shape of the latter's
-    model."""
+def _candidate(spec: Path, name: str, shape: ModelShape | None) -> Candidate:
+    """The candidate of a spec file."""
     from ptconvert.estimate.compare import Candidate
 
-    if spec.is_dir():
-        config, own, section = converted(spec)
-        of = (section.schedule, section.tracks, section.guesses)
-        return Candidate(name, *of, adapter=section.adapter), (config, own)
     if shape is None:
         raise click.UsageError(f"{spec}: a spec file needs --model SRC")
     read = read_spec(spec)
     read.check(shape)
     schedule = read.schedule(shape.family.parallel, shape.divisible)
     guesses = most_guesses(schedule, read.tracks, read.guess, shape)
-    return Candidate(name, schedule, read.tracks, guesses), ({}, None)
+    return Candidate(name, schedule, read.tracks, guesses)
 
 
 def _frontier(file: Path, shape: ModelShape | None) -> list[Candidate]:

@@ -223,6 +223,8 @@ def heal(
     from ptconvert.heal.needs import heal_needs
     from ptconvert.heal.run import check_case, check_places
     from ptconvert.heal.run import heal as run
+    from ptconvert.measure.opening import section_of
+    from ptconvert.report.terminal import print_unserved
 
     folder = options["work"] or destination.with_name(f"{destination.name}.healing")
     check_places(destination, folder, overwrite)
@@ -230,8 +232,9 @@ def heal(
     with step_progress() as progress:
         case = _case(checkpoint, folder, options, progress)
         refused = _unserved(case)
-        for engine, reasons in refused.items():
-            _say(f"{engine} won't serve what is healed: {'; '.join(reasons)}")
+        if first_process():
+            console = Console(stderr=True, highlight=False, markup=False)
+            print_unserved(console, refused, section_of(case.student).tracks)
         try:
             if dry_run:
                 check_case(case, destination, overwrite)
@@ -307,13 +310,9 @@ def _unserved(case: Case) -> dict[str, list[str]]:
     """Why engines won't serve the result, by their names, of those that won't."""
     from ptconvert.heal.run import beside
     from ptconvert.measure.opening import section_of
-    from ptconvert.runtime.load import shape_of
 
-    student = case.student
-    adapter = student.adapter is not None or bool(beside(case))
-    section = replace(section_of(student), adapter=adapter)
-    found = unserved(student.config, shape_of(student), section)
-    return {engine: reasons for engine, reasons in found.items() if reasons}
+    adapter = case.student.adapter is not None or bool(beside(case))
+    return unserved(case.student.config, replace(section_of(case.student), adapter=adapter))
 
 
 def _judge(student: Checkpoint, settings: Settings, progress: Any) -> Judge:

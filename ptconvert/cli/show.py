@@ -71,7 +71,7 @@ def show(
         "bytes_per_token": shape and shape.bytes_all_reduced(schedule),
         **compensations.figures(shape, tracks, values),
         "note": fewer_ranks(tracks, schedule.track_layers),
-        "unserved": shape and unserved(config, shape, section),
+        "unserved": unserved(config, section) if config else {},
     }
 
     def show(console: Console) -> None:
@@ -79,7 +79,7 @@ def show(
         print_compensations(console, figures, decided=spec.is_dir())
         if figures["note"]:
             console.print(figures["note"], style="dim")
-        print_unserved(console, figures["unserved"] or {})
+        print_unserved(console, figures["unserved"], tracks)
 
     print_figures(figures, as_json, show)
 

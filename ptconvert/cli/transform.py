@@ -95,7 +95,7 @@ def transform(
         plan_to_dense,
     )
     from ptconvert.engines import unserved
-    from ptconvert.report.terminal import fewer_ranks
+    from ptconvert.report.terminal import fewer_ranks, print_unserved
 
     if to_dense and (spec is not None or ladder_layers_config or push_to_hub):
         raise click.UsageError(
@@ -124,6 +124,8 @@ def transform(
             "ladder_layers_config": ladder_layers_config,
         }
         plan = plan_conversion(checkpoint, read, **options)  # finds faults before any work
+        refused = unserved(plan.config, read_section(plan.config))
+        print_unserved(Console(stderr=True, highlight=False, markup=False), refused, plan.tracks)
         if read is not None and not plan.complete and not dry_run:
             asked = (texts, window, windows, tokens)
             known, computed = _calibrate(checkpoint, read, asked, device, dtype, destination)
@@ -133,7 +135,7 @@ def transform(
     figures["unserved"] = {}
     if not to_dense:
         figures["note"] = fewer_ranks(figures["tracks"], figures["layers_as_tracks"])
-        figures["unserved"] = unserved(plan.config, plan.shape, read_section(plan.config))
+        figures["unserved"] = refused
     if dry_run:
         if to_dense:
             check_unchanged(plan)
@@ -214,7 +216,7 @@ def _print_dry_run(
     figures: dict[str, Any], needs: Needs | None, room: Mapping[str, int], as_json: bool
 ) -> None:
     from ptconvert.checkpoint.compensations import COMPENSATIONS
-    from ptconvert.report.terminal import needs_table, plan_table, print_mtp, print_unserved
+    from ptconvert.report.terminal import needs_table, plan_table, print_mtp
 
     def show(console: Console) -> None:
         console.print(plan_table(figures, figures["bytes_free"]))
@@ -224,7 +226,6 @@ def _print_dry_run(
         for row in COMPENSATIONS:
             if row.undecided and row.told(figures[row.key]):
                 console.print(row.undecided, style="dim")
-        print_unserved(console, figures["unserved"])
         if needs is not None:
             console.print()
             needs_table(console, needs, room)
@@ -235,7 +236,7 @@ def _print_dry_run(
 
 
 def _print_done(console: Console, figures: dict[str, Any]) -> None:
-    from ptconvert.report.terminal import print_mtp, print_unserved
+    from ptconvert.report.terminal import print_mtp
 
     if figures["calibration"] is not None:
         from ptconvert.report.terminal import print_calibration
@@ -253,6 +254,5 @@ def _print_done(console: Console, figures: dict[str, Any]) -> None:
     print_mtp(console, figures)
     if figures["note"]:
         console.print(figures["note"], style="dim")
-    print_unserved(console, figures["unserved"])
     if "commit" in figures:
         console.print(f"pushed: {figures['commit']}", soft_wrap=True)

@@ -7,14 +7,14 @@ package, is an engine. Importing this module imports none of them.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from ptconvert.checkpoint.section import Section
+from ptconvert.checkpoint.section import SECTION, Section, read_section, source_config
 from ptconvert.errors import EngineError
 from ptconvert.models.shape import ModelShape
 
@@ -27,17 +27,17 @@ class ServingEngine:
 
     `package` must be importable, else `install` says how to get it. `verify` runs a checkpoint with
     `ptconvert.verify`'s settings in the engine, eagerly or compiled, and returns its report.
-    `unserved` says in lines why it wouldn't serve a checkpoint with such a config.json, of a source
-    of such a shape, with such a section, on so many ranks: it imports nothing of the engine.
     `own_all_reduce` makes the engine's own all-reduce by itself, where it has one
-    (`estimate.sweep.Maker`).
+    (`estimate.sweep.Maker`). `unserved` says in lines why it wouldn't serve a checkpoint with such
+    a config.json, of a source of such a shape, with such a section, on so many ranks, as far as
+    that is known without the engine.
     """
 
     package: str
     install: str
     verify: Callable[[Path, Any, bool], Any]
-    unserved: Callable[[Mapping[str, Any], ModelShape, Section, int], Iterator[str]]
     own_all_reduce: Callable[[Any, Any], Any] | None = None
+    unserved: Callable[[Mapping[str, Any], ModelShape, Section, int], Iterable[str]] = lambda *_: ()
 
     @property
     def installed(self) -> bool:
@@ -50,17 +50,28 @@ def engine_names() -> list[str]:
 
 
 def unserved(
-    config: Mapping[str, Any], shape: ModelShape, section: Section
+    config: Mapping[str, Any], section: Section, ranks: int | None = None, name: str = ""
 ) -> dict[str, list[str]]:
-    """By the name of each registered engine, installed or not, why it wouldn't serve a conversion
-    with a rank for each track, on GPUs; nothing of one that would.
+    """Why registered engines, installed or not, wouldn't serve a conversion on GPUs, by their
+    names, of those that wouldn't; or of the one of that `name`.
 
-    `config` is the conversion's config.json or its source's, `shape` the source's.
+    `config` is the conversion's config.json or its source's. There is a rank for each track, or
+    there are so many `ranks`.
     """
-    return {
-        entry.name: list(entry.load().unserved(config, shape, section, section.tracks))
-        for entry in sorted(entry_points(group=GROUP), key=attrgetter("name"))
-    }
+    own = read_section(config)
+    shape = ModelShape.from_config(source_config(config, own) if SECTION in config else config)
+    found = {}
+    for entry in sorted(entry_points(group=GROUP), key=attrgetter("name")):
+        if name not in ("", entry.name):
+            continue
+        try:
+            engine: ServingEngine = entry.load()
+        except (ImportError, AttributeError, TypeError) as error:
+            found[entry.name] = [f"its plugin can't be loaded: {error}"]
+            continue
+        if why := list(engine.unserved(config, shape, section, ranks or section.tracks)):
+            found[entry.name] = why
+    return found
 
 
 def own_all_reduces() -> list[Callable[[Any, Any], Any]]:

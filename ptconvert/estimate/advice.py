@@ -39,7 +39,8 @@ class Way:
 
     `fits` and `crowd_fits` say whether a device holds weights and cache. `as_it_is` says how the
     model is served unconverted, empty where it is converted; `about` what a schedule is, and `kl`
-    what it costs in nats per token before any training, where that is known.
+    what it costs in nats per token before any training, where that is known. The engine runs it,
+    as far as is known, or not (`served`).
     """
 
     name: str
@@ -50,6 +51,7 @@ class Way:
     crowded: Served
     fits: bool
     crowd_fits: bool
+    served: bool = True
 
     @property
     def converts(self) -> bool:
@@ -81,6 +83,7 @@ class Way:
             "name": self.name,
             "converts": self.converts,
             "fits": self.fits,
+            "served": self.served,
             "ttft_seconds": self.asked.ttft,
             "tpot_seconds": self.asked.tpot,
             "tokens_per_second": self.rate,
@@ -110,8 +113,8 @@ class Advice:
 
     @property
     def schedules(self) -> list[Way]:
-        """The schedules that fit, the fastest first."""
-        ways = (way for way in self.ways if way.converts and way.fits)
+        """The schedules that fit and that the engine runs, the fastest first."""
+        ways = (way for way in self.ways if way.converts and way.fits and way.served)
         return sorted(ways, key=lambda way: way.rate, reverse=True)
 
     @property
@@ -168,7 +171,8 @@ def advise(rows: Sequence[Row], setting: Setting) -> Advice:
     def way(candidate: Candidate, asked: Served, crowded: Served, as_it_is: str = "") -> Way:
         fits, crowd_fits = (x.memory <= room for x in (asked, crowded))
         about, kl = candidate.about, candidate.kl
-        return Way(candidate.name, as_it_is, about, kl, asked, crowded, fits, crowd_fits)
+        of = (candidate.name, as_it_is, about, kl, asked, crowded, fits, crowd_fits)
+        return Way(*of, served=not candidate.unserved)
 
     def schedule(row: Row, full: Row) -> Way:
         as_it_is = _AS_IT_IS[BASELINE] if row.candidate.name == BASELINE else ""
@@ -210,7 +214,9 @@ def verdict(advice: Advice) -> str:
     if advice.alone:
         return "Don't convert: one rank has no all-reduce to save. Serve it as it is."
     if not advice.schedules:
-        return f"Don't convert: no schedule fits the devices. Serve{_as_it_is(advice, other)}"
+        fit = any(way.converts and way.fits for way in advice.ways)
+        why = "the engine serves none of the schedules" if fit else "no schedule fits the devices"
+        return f"Don't convert: {why}. Serve{_as_it_is(advice, other)}"
     best = advice.schedules[0]
     gains = best.gains(other)
     parts = f"{_faster(gains['ttft'])} prefill, {_faster(gains['tpot'])} decode"
@@ -253,7 +259,7 @@ def _retracked(advice: Advice, other: Way) -> str:
     found = [
         f"{way.name} with a track for each rank would gain {way.rate / other.rate - 1:.0%}"
         for way in advice.retracked
-        if way.fits and way.rate >= (1 + WORTH) * other.rate
+        if way.fits and way.served and way.rate >= (1 + WORTH) * other.rate
     ]
     return f"But {'; '.join(found)}: convert it so, or serve" if found else ""
 
@@ -270,7 +276,7 @@ def _for_crowd(advice: Advice) -> Way | None:
     """The fastest way for many requests at once: a schedule, where it gains enough there."""
     kept = (way for way in advice.ways if not way.converts)
     most = max(kept, key=lambda way: way.crowded_rate, default=None)
-    changed = (way for way in advice.ways if way.converts)
+    changed = (way for way in advice.ways if way.converts and way.served)
     other = max(changed, key=lambda way: way.crowded_rate, default=most)
     if most is None or other is None:
         return other

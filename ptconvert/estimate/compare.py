@@ -49,8 +49,8 @@ LIMITS = (
 class Candidate:
     """A schedule to estimate, and the checkpoint that it runs on: its tracks, and the ranks of
     their guesses by sublayer. `about` says what it is, where its name doesn't, and `kl` what it
-    costs in nats per token, where a plan has measured that. A LoRA may lie beside its weights
-    (`adapter`). `unserved` says why the engine wouldn't serve it, as far as is known."""
+    costs in nats per token, where a plan has measured that. `unserved` says why the engine wouldn't
+    serve it on the setting's ranks, as far as is known."""
 
     name: str
     schedule: Schedule
@@ -58,7 +58,6 @@ class Candidate:
     guesses: Mapping[Sublayer, int] = field(default_factory=dict)
     about: str = ""
     kl: float | None = None
-    adapter: bool = False
     unserved: tuple[str, ...] = ()
 
 

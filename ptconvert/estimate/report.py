@@ -193,7 +193,8 @@ def _unserved(rows: Sequence[Row], setting: Setting) -> Iterator[str]:
         for reason in row.candidate.unserved:
             names.setdefault(reason, []).append(row.candidate.name)
     for reason, of in names.items():
-        yield f"{setting.engine_name} doesn't serve {', '.join(of)}: {reason}."
+        which = "any of the schedules" if 1 < len(of) == len(rows) - 1 else ", ".join(of)
+        yield f"{setting.engine_name} doesn't serve {which}: {reason}."
 
 
 def _all_reduced(rows: Sequence[Row], setting: Setting) -> list[str]:

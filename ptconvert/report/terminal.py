@@ -233,12 +233,11 @@ def fewer_ranks(tracks: int, tracked: Collection[int]) -> str | None:
     return " ".join([*parts, "On one rank use the dense checkpoint, which needs no tracks."])
 
 
-def print_unserved(console: Console, reasons: Mapping[str, Sequence[str]]) -> None:
-    """Why engines wouldn't serve a conversion, by their names."""
+def print_unserved(console: Console, reasons: Mapping[str, Sequence[str]], tracks: int) -> None:
+    """Why engines wouldn't serve a conversion with a rank for each track, by their names."""
     for engine, found in reasons.items():
-        if found:
-            told = "; ".join(found)
-            console.print(f"{engine} doesn't serve it: {told}", style="yellow", soft_wrap=True)
+        told = f"{engine} doesn't serve it on {tracks} ranks: {'; '.join(found)}"
+        console.print(told, style="yellow", soft_wrap=True)
 
 
 def print_schedule(

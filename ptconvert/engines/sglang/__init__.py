@@ -88,4 +88,4 @@ def _verify(path: Path, settings: Any, eager: bool) -> Any:
     return verify_in_sglang(path, settings, eager)
 
 
-ENGINE = ServingEngine("sglang", "pip install 'ptconvert[sglang]'", _verify, unserved)
+ENGINE = ServingEngine("sglang", "pip install 'ptconvert[sglang]'", _verify, unserved=unserved)

@@ -34,7 +34,7 @@ _ONE_GROUP = {
     **dict.fromkeys(("--pp-size", "--enable-dp-attention", "--attn-cp-size", "--dcp-size"), _WHOLE),
     **dict.fromkeys(("--ep-size", "--moe-dp-size"), _SHARED),
 }
-_OLDER_ROPES = "rope_scaling"  # what transformers reads as rope_parameters
+_OLDER_ROPES = "rope_scaling"  # which transformers reads first
 _PLAIN_ROPES = MappingProxyType({"rope_type": "default"})
 _ALWAYS = "rope_type", "type", "rope_theta"  # keys of all positions
 _MSCALES = {"mscale", "mscale_all_dim"}
@@ -167,7 +167,7 @@ def _unlike(served: Served, config: Mapping[str, Any], on_cpu: bool) -> Iterator
     cap = served.score_cap and config.get(served.score_cap)
     if cap and on_cpu:
         yield f"{served.score_cap} {cap}: SGLang's attention on CPUs (torch_native) leaves it out"
-    ropes = config.get("rope_parameters") or config.get(_OLDER_ROPES) or _PLAIN_ROPES
+    ropes = config.get(_OLDER_ROPES) or config.get("rope_parameters") or _PLAIN_ROPES
     for rope in (ropes, *ropes.values()):
         kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
         if kind == "dynamic" and "alpha" not in rope:

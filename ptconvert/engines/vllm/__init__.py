@@ -74,4 +74,4 @@ def _own_all_reduce(device: Any, group: Any) -> Any:
     return own_all_reduce(device, group)
 
 
-ENGINE = ServingEngine("vllm", "pip install 'ptconvert[vllm]'", _verify, unserved, _own_all_reduce)
+ENGINE = ServingEngine("vllm", "pip install 'ptconvert[vllm]'", _verify, _own_all_reduce, unserved)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from torch.nn.functional import linear as multiplied
 from vllm.model_executor.layers.linear import (
@@ -21,6 +23,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from ptconvert.checkpoint.reader import Adapter
+from ptconvert.checkpoint.section import ADAPTER_FOLDER
 from ptconvert.engines.base import is_for_others
 from ptconvert.errors import ConfigError
 from ptconvert.models.shape import ModelShape
@@ -36,6 +39,23 @@ class Factors:
     part: int | None
     first: torch.Tensor
     second: torch.Tensor
+
+
+def adapter_folder(vllm_config: Any) -> Path:
+    """Where a checkpoint's LoRA lies on this machine, of a hub id after its download to where vLLM
+    has its own."""
+    model, load = vllm_config.model_config, vllm_config.load_config
+    if not (path := Path(model.model)).is_dir():
+        path = Path(
+            snapshot_download(
+                model.model,
+                revision=model.revision,
+                cache_dir=load.download_dir,
+                token=model.hf_token,
+                allow_patterns=f"{ADAPTER_FOLDER}/*",
+            )
+        )
+    return path / ADAPTER_FOLDER
 
 
 def add_adapter(
@@ -66,8 +86,13 @@ def add_adapter(
             raise ConfigError(
                 f"{name}: vLLM has no linear there for the LoRA; transformers runs it"
             )
+        factors = joined(linear, name, beside)
+        if hasattr(linear, "adapter_a"):  # weights are loaded again, and graphs may read these
+            for kept, factor in zip((linear.adapter_a, linear.adapter_b), factors, strict=True):
+                kept.copy_(factor)
+            continue
         device = next(linear.parameters()).device
-        for which, factor in zip("ab", joined(linear, name, beside), strict=True):
+        for which, factor in zip("ab", factors, strict=True):
             linear.register_buffer(f"adapter_{which}", factor.to(device, dtype), persistent=False)
         linear.register_forward_hook(_added)
 

@@ -39,7 +39,8 @@ def unserved(
         reasons = _unlike(SERVED[shape.family.model_type], language_config(config), shape)
         yield from (f"{reason}; transformers runs it" for reason in reasons)
     if section.adapter:
-        yield from (f"{_LORA}: {why}; transformers runs it" for why in _alone(wrapper, shape))
+        for where in _without_lora(wrapper, shape, language_config(config)):
+            yield f"{_LORA}: not tried {where}; transformers runs it"
     if reason := wrong_ranks("the checkpoint", section.tracks, ranks):
         yield f"tensor_parallel_size {ranks}: {reason}"
     quantization = config.get(QUANTIZATION)
@@ -49,15 +50,21 @@ def unserved(
         yield f"{QUANTIZATION} in text_config: vLLM would take it for the tower's too"
 
 
-def _alone(wrapper: Wrapper | None, shape: ModelShape) -> Iterator[str]:
-    """Why a LoRA would be left out."""
+def _without_lora(
+    wrapper: Wrapper | None, shape: ModelShape, config: Mapping[str, Any]
+) -> Iterator[str]:
+    """Where a LoRA wasn't tried."""
     served = SERVED.get(shape.family.model_type)
     if wrapper is not None:
-        yield "not tried in models with pictures"
+        yield "in models with pictures"
     if served is not None and served.latent:
-        yield "attention to latents (MLA) has its projections multiplied with each other"
+        yield "with attention to latents (MLA)"
     if any(map(shape.is_linear, range(shape.layers))):
-        yield "not tried beside linear attention"
+        yield "beside linear attention"
+    if shape.experts:
+        yield "in mixtures of experts"
+    if config.get("attention_k_eq_v"):
+        yield "where keys are values"
 
 
 def _unlike(served: Served, config: Mapping[str, Any], shape: ModelShape) -> Iterator[str]:

@@ -7,6 +7,7 @@ requests in the batch, D the residual stream's width.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
-from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.checkpoint.reader import read_adapter
 from ptconvert.checkpoint.section import source_config
-from ptconvert.checkpoint.source import locate
 from ptconvert.engines.base import ServedPass, is_for_others, own_weights, renamed, served_layers
 from ptconvert.engines.vllm.adapters import add_adapter
 from ptconvert.engines.vllm.collectives import open_communicator
@@ -100,7 +100,7 @@ class PTConvertForCausalLM(nn.Module):
         self.config = vllm_config.model_config.hf_config
         config = vllm_config.model_config.hf_text_config
         self.model = PTConvertModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.quant_config, self._opened = vllm_config.quant_config, vllm_config.model_config
+        self.quant_config, self._dtype = vllm_config.quant_config, vllm_config.model_config.dtype
         self.lm_head = ParallelLMHead(
             config.vocab_size,
             config.hidden_size,
@@ -150,11 +150,10 @@ class PTConvertForCausalLM(nn.Module):
         loader = AutoWeightsLoader(self)
         loaded: set[str] = loader.load_weights(own, mapper=self.hf_to_vllm_mapper)
         check_loaded(self, loaded)
-        if self.model.has_adapter:
-            checkpoint = open_checkpoint(locate(self._opened.model, self._opened.revision))
-            assert checkpoint.adapter is not None
-            mapper, dtype = self.hf_to_vllm_mapper, self._opened.dtype
-            add_adapter(self, checkpoint.adapter, mapper, model.local_tracks, model.shape, dtype)
+        if model.has_adapter:
+            adapter = read_adapter(Path(self.config.ptconvert_adapter))
+            mapper = self.hf_to_vllm_mapper
+            add_adapter(self, adapter, mapper, model.local_tracks, model.shape, self._dtype)
         return loaded
 
 

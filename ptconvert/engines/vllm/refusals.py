@@ -14,7 +14,9 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 import ptconvert
+from ptconvert.checkpoint.reader import Adapter, read_adapter
 from ptconvert.checkpoint.section import SECTION, Section, source_config
+from ptconvert.engines.vllm.adapters import adapter_folder
 from ptconvert.engines.vllm.checkpoints import unserved
 from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, TEXTS_ONLY
 from ptconvert.errors import ConfigError
@@ -26,6 +28,7 @@ from ptconvert.models.wrappers import wrapper_of
 from ptconvert.spec.terms import VOCABULARIES, wrong_ranks
 
 LINEAR_ON_CPUS = {torch.bfloat16}  # dtypes that vLLM's kernels for linear attention take there
+_LOADS = "auto", "hf", "safetensors", "dummy"  # which give the model its tensors by their names
 _NEVER = {
     "enable_expert_parallel": "each track has a share of every expert",
     "enable_eplb": "each track has a share of every expert",
@@ -57,7 +60,11 @@ class ServingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
         own = MODELS_CONFIG_MAP.get(theirs)
         if own is not None:  # what vLLM sees to for the family's own models
             own.verify_and_update_config(vllm_config)
-        config.ptconvert_compiled = compiled_by(section)
+        adapter = None
+        if section.adapter:
+            config.ptconvert_adapter = str(adapter_folder(vllm_config))
+            adapter = read_adapter(Path(config.ptconvert_adapter))
+        config.ptconvert_compiled = compiled_by(section, adapter)
         longest = vllm_config.model_config.max_model_len
         rope = getattr(vllm_config.model_config.hf_text_config, "rope_parameters", None) or {}
         known = rope.get("original_max_position_embeddings", longest)
@@ -70,13 +77,16 @@ class ServingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
             )
 
 
-def compiled_by(section: Section) -> str:
-    """What a compiled graph is of, beside config.json: the program that it walks, and ptconvert.
+def compiled_by(section: Section, adapter: Adapter | None = None) -> str:
+    """What a compiled graph is of, beside config.json: the program that it walks, which linears
+    have a LoRA of which ranks beside them, and ptconvert.
 
     vLLM's key of its compile cache has all of the model's config, and so this; of ptconvert's code
     it knows by itself only the files that dynamo traces, which lowering is none of.
     """
     digest = hashlib.sha256(repr(section.schedule.program).encode())
+    for module, factors in sorted(adapter.factors.items() if adapter else ()):
+        digest.update(f"\0{module} {[factor.shape for factor in factors]}\0".encode())
     package = Path(ptconvert.__file__).parent
     for file in sorted(package.rglob("*.py")):  # as the version is the same between releases
         text = file.read_bytes()
@@ -160,6 +170,9 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
                 f'additional_config {SECTION} {key} {value!r}: there is only "lm_head", which is '
                 f"{' or '.join(VOCABULARIES)}"
             )
+    load = vllm_config.load_config.load_format
+    if section.adapter and load not in _LOADS:
+        yield f"load_format {load}: the LoRA beside the weights would be left out; use auto"
     if vllm_config.lora_config is not None:
         yield "enable_lora: adapters name a dense model's layers; merge them before converting"
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
