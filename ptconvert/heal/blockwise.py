@@ -2,11 +2,12 @@
 layers in its place give (SPD, arXiv 2502.20727, does so for one synchronisation point at a time).
 
 A block is a run of stages between two points where nothing is outstanding, `Schedule.blocks()`. Its
-input is the student's own stream, with all earlier blocks healed, and its target the teacher's
-layers on that same stream: so each block repairs what it does itself, and is never asked to undo
-what came in. The streams at a block's beginning are kept for all windows and moved on block by
-block, so a device holds one block of each model. Shapes: N windows, B of them at once, T tokens, D
-residual stream width.
+input is the student's own stream, with all earlier blocks healed, and its target the teacher's own
+stream at its end: so each block repairs what it does itself, and what came in as far as it can, as
+guesses do that were fitted so. (Towards the teacher's layers on the student's stream blocks unlearn
+that: docs/heal.md has what it costs.) Both streams at a block's beginning are kept for all windows
+and moved on block by block, so a device holds one block of one model. Shapes: N windows, B of them
+at once, T tokens, D residual stream width.
 """
 
 from __future__ import annotations
@@ -66,6 +67,16 @@ def blocks_of(section: Section) -> Iterator[Block]:
             with_only(schedule, stages, dense) != dense,
             " ".join(str(schedule.stages[i]) for i in stages),
         )
+
+
+@dataclass(frozen=True)
+class Set:
+    """Windows (N, T, D) at a block: the student's stream at its beginning, the teacher's at its
+    end, and how far the teacher's moves meanwhile, by `apart`."""
+
+    stream: torch.Tensor
+    target: torch.Tensor
+    update: float
 
 
 @dataclass(frozen=True)
@@ -150,20 +161,28 @@ def heal_blocks(
     order = data.order(settings.tokens, settings.seed)
     used, order = torch.unique(order, return_inverse=True)  # streams of no other windows are kept
     progress("embedding the windows", 0, None)
-    streams = [
-        _first_streams(pieces, ids_NS[:, :-1], work / f"stream-{which}")
-        for which, ids_NS in (("train", data.train[used]), ("held-out", data.held_out.ids))
-    ]
+    texts = ("train", data.train[used]), ("held-out", data.held_out.ids)
+    streams, targets = (
+        [_first_streams(one, ids_NS[:, :-1], work / f"stream-{whose}-{n}") for n, ids_NS in texts]
+        for whose, one in (("student", pieces), ("teacher", dense))
+    )
     blocks = list(blocks_of(section_of(student)))
     changed = [block for block in blocks if block.changed]
     healed: Tensors = {}
     for block in blocks:
+        teaching = dense.load(block.layers, block.dense)
+        step = f"the teacher's streams past layers {block.layers.start}-{block.layers.stop - 1}"
+        updates = [
+            _advance(teaching, t_NTD, settings.batch_size, step, progress) for t_NTD in targets
+        ]
+        dense.load(range(0), range(0))
         if block.changed:
             file = work / f"block-{block.stages.start}.safetensors"
             step = f"block {changed.index(block) + 1} of {len(changed)}"
             if not file.is_file():
-                pair = _loaded(pieces, block, healed), dense.load(block.layers, block.dense)
-                moved = _heal(pieces, *pair, block, streams, order, settings, step, progress, say)
+                model = _loaded(pieces, block, healed)
+                sets = [Set(*of) for of in zip(streams, targets, updates, strict=True)]
+                moved = _heal(pieces, model, block, sets, order, settings, step, progress, say)
                 save_tensors(file, moved)
                 pieces.load(range(0), range(0))
             healed |= load_tensors(file)
@@ -203,12 +222,16 @@ def _first_streams(pieces: Pieces, ids_NT: torch.Tensor, file: Path) -> torch.Te
 @torch.no_grad()
 def _advance(
     loaded: Loaded, stream_NTD: torch.Tensor, batch: int, step: str, progress: Report
-) -> None:
-    """Moves streams past the block that the model holds, in place."""
+) -> float:
+    """Moves streams past the block that the model holds, in place; how far, by `apart`."""
+    moved = 0.0
     for start in range(0, len(stream_NTD), batch):
         progress(step, start, len(stream_NTD))
         rows = slice(start, start + batch)
-        stream_NTD[rows] = _run(loaded, stream_NTD[rows]).to("cpu", stream_NTD.dtype)
+        ended_BTD = _run(loaded, stream_NTD[rows]).to("cpu", stream_NTD.dtype)
+        moved += float(apart(stream_NTD[rows], ended_BTD)) * len(ended_BTD)
+        stream_NTD[rows] = ended_BTD
+    return moved / len(stream_NTD)
 
 
 def _run(loaded: Loaded, stream_BTD: torch.Tensor) -> torch.Tensor:
@@ -219,25 +242,20 @@ def _run(loaded: Loaded, stream_BTD: torch.Tensor) -> torch.Tensor:
         return loaded(stream_BTD.to(device))
 
 
-def relative_error(
-    out_BTD: torch.Tensor, target_BTD: torch.Tensor, stream_BTD: torch.Tensor
-) -> torch.Tensor:
-    """The mean over tokens of the output's squared error over the squared update of the target.
-
-    Relative to each token's update, so that the few tokens with huge activations that trained
-    models have (arXiv 2402.17762) don't outweigh all the others.
-    """
-    error_BT = (out_BTD - target_BTD).float().square().sum(-1)
-    update_BT = (target_BTD - stream_BTD).float().square().sum(-1)
-    return (error_BT / (update_BT + _EPSILON)).mean()
+def apart(stream_BTD: torch.Tensor, target_BTD: torch.Tensor) -> torch.Tensor:
+    """The mean over tokens of how far a stream is from a target, squared, over the target's mean
+    square, by which norms divide: so the few tokens with huge activations that trained models have
+    (arXiv 2402.17762) don't outweigh all the others."""
+    target_BTD = target_BTD.float()
+    error_BT = (stream_BTD.float() - target_BTD).square().mean(-1)
+    return (error_BT / (target_BTD.square().mean(-1) + _EPSILON)).mean()
 
 
 def _heal(
     pieces: Pieces,
     model: Loaded,
-    target: Loaded,
     block: Block,
-    streams: list[torch.Tensor],
+    sets: list[Set],
     order: torch.Tensor,
     settings: Settings,
     step: str,
@@ -246,7 +264,7 @@ def _heal(
 ) -> Tensors:
     """Trains one block; returns its new parameters by their names in the checkpoint, or none."""
     torch.manual_seed(settings.seed)
-    train_NTD, held_NTD = streams
+    train, held_out = sets
     named = dict(model.model.named_parameters())
     names = held_whole((model.prefix + n for n in named), pieces.checkpoint, pieces.shape)
     inside = (n.removeprefix(model.prefix) for n in names if in_layers(n, block.layers))
@@ -260,15 +278,13 @@ def _heal(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, warm, len(rows)))
     progress(step, 0, len(rows))
     stages = without_middle(block.text, 31)
-    before = _held_out(model, target, held_NTD, settings.batch_size)
+    before = _error(model, held_out, settings.batch_size)
     if not math.isfinite(before):
         raise HealError(f"{stages}: its stream isn't finite; try --dtype float32")
     for number, chosen in enumerate(rows):
         for part in torch.split(chosen, settings.batch_size):
-            stream_BTD = train_NTD[part].to(settings.device)
-            with torch.no_grad():
-                target_BTD = _run(target, stream_BTD)
-            loss = relative_error(_run(model, stream_BTD), target_BTD, stream_BTD)
+            out_BTD = _run(model, train.stream[part].to(settings.device))
+            loss = apart(out_BTD, train.target[part].to(out_BTD.device)) / train.update
             torch.autograd.backward(loss * len(part) / len(chosen))
         torch.nn.utils.clip_grad_norm_(own.values(), 1.0)
         optimizer.step()
@@ -278,7 +294,7 @@ def _heal(
     moved = {n: p for n, p in own.items() if p in optimizer.state}
     for parameter in own.values():
         parameter.requires_grad = False
-    after = _held_out(model, target, held_NTD, settings.batch_size)
+    after = _error(model, held_out, settings.batch_size)
     say(f"{step} ({stages}): held-out error {before:.4f} → {after:.4f}")
     if not after < before:
         return {}
@@ -293,11 +309,11 @@ def _rate(step: int, warm: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def _held_out(model: Loaded, target: Loaded, stream_NTD: torch.Tensor, batch: int) -> float:
-    """The block's relative error on the held-out windows."""
+def _error(model: Loaded, of: Set, batch: int) -> float:
+    """How far the block's ends are from the teacher's, as a share of the teacher's update."""
     total = 0.0
-    for piece_BTD in torch.split(stream_NTD, batch):
-        out_BTD, target_BTD = _run(model, piece_BTD), _run(target, piece_BTD)
-        error = relative_error(out_BTD, target_BTD, piece_BTD.to(out_BTD.device))
-        total += float(error) * len(piece_BTD)
-    return total / len(stream_NTD)
+    pieces = (torch.split(whole_NTD, batch) for whole_NTD in (of.stream, of.target))
+    for piece_BTD, target_BTD in zip(*pieces, strict=True):
+        out_BTD = _run(model, piece_BTD)
+        total += float(apart(out_BTD, target_BTD.to(out_BTD.device))) * len(piece_BTD)
+    return total / len(of.stream) / of.update
