@@ -212,16 +212,16 @@ def _blockwise(pair: _Pair) -> Phase:
         return sum(batch * step.kept + step.fixed for step in pair.of(layers, pair.trained))
 
     def seconds(layers: range) -> float:
-        both = sum(step.both for step in pair.of(layers, pair.trained)) + pair.teaches(layers)
-        return pair.windows * both + 2 * held_out * (pair.forward(layers) + pair.teaches(layers))
+        both = sum(step.both for step in pair.of(layers, pair.trained))
+        return pair.windows * both + 2 * held_out * pair.forward(layers)
 
     largest = max(pair.blocks, key=lambda block: each * pair.in_layers(block) + kept(block))
     trained = sum(map(pair.in_layers, pair.blocks))
     held_out = len(pair.data.held_out.ids)
-    used = pair.used
-    layer = shape.largest_layer
+    used, layers = pair.used, range(shape.layers)
     streams = [
-        spilling(f"streams, {windows} windows", windows * pair.stream, STREAM_BYTES)
+        spilling(f"{whose} streams, {windows} windows", windows * pair.stream, STREAM_BYTES)
+        for whose in ("its", "the teacher's")
         for windows in (used, held_out)
     ]
     return Phase(
@@ -232,14 +232,14 @@ def _blockwise(pair: _Pair) -> Phase:
                 each * pair.in_layers(largest),
                 Place.DEVICE,
             ),
-            Held("the teacher's", len(largest) * layer * pair.size, Place.DEVICE),
             Held(f"activations, {batch} windows", kept(largest), Place.DEVICE),
             *streams,
             *pair.judge,
             PROCESS,
             Held("blocks, each and all, in fp32", 3 * 4 * trained, Place.DISK),
         ),
-        sum(map(seconds, pair.blocks)) + (used + held_out) * pair.forward(range(shape.layers)),
+        sum(map(seconds, pair.blocks))
+        + (used + held_out) * (pair.forward(layers) + pair.teaches(layers)),
     )
 
 
