@@ -164,16 +164,14 @@ def _estimate(
     for spec in specs:
         if spec.suffix == FRONTIER:
             candidates += _frontier(spec, shape)
-            continue
-        name = spec.resolve().name if spec.is_dir() else spec.stem
-        if spec.is_dir():
-            own_config, own, section = converted(spec)
+        elif spec.is_dir():
+            own_config, own_shape, section = converted(spec)
             checkpoints[len(candidates)] = own_config, section
             of = (section.schedule, section.tracks, section.guesses)
-            candidates.append(Candidate(name, *of))
-            config, shape = (config, shape) if shape else (own_config, own)
+            candidates.append(Candidate(spec.resolve().name, *of))
+            config, shape = (config, shape) if shape else (own_config, own_shape)
         else:
-            candidates.append(_candidate(spec, name, shape))
+            candidates.append(_candidate(spec, shape))
     assert shape is not None
     if options["dtype"] != "auto":
         shape = replace(shape, dtype=DTYPES[options["dtype"]])
@@ -266,7 +264,7 @@ def _speculation(options: dict[str, Any]) -> Speculation:
     return Speculation(drafted, accepted, draft == "layer")
 
 
-def _candidate(spec: Path, name: str, shape: ModelShape | None) -> Candidate:
+def _candidate(spec: Path, shape: ModelShape | None) -> Candidate:
     """The candidate of a spec file."""
     from ptconvert.estimate.compare import Candidate
 
@@ -276,7 +274,7 @@ def _candidate(spec: Path, name: str, shape: ModelShape | None) -> Candidate:
     read.check(shape)
     schedule = read.schedule(shape.family.parallel, shape.divisible)
     guesses = most_guesses(schedule, read.tracks, read.guess, shape)
-    return Candidate(name, schedule, read.tracks, guesses)
+    return Candidate(spec.stem, schedule, read.tracks, guesses)
 
 
 def _frontier(file: Path, shape: ModelShape | None) -> list[Candidate]:
