@@ -1,5 +1,5 @@
-"""What engines may not serve of quantised checkpoints: what a quantization_config says, told by one
-question each."""
+"""What engines may not serve of checkpoints, by keys of a config.json; and what its
+quantization_config says, told by one question each."""
 
 from __future__ import annotations
 
@@ -12,6 +12,19 @@ from ptconvert.models.quantised import BLOCKS, scheme_of, unit_sizes
 from ptconvert.models.shape import ModelShape
 
 Question = Callable[[Mapping[str, Any]], bool]
+
+
+def unlike_keys(
+    engine: str, refused: Mapping[str, str], fixed: Mapping[str, Any], config: Mapping[str, Any]
+) -> Iterator[str]:
+    """What a config.json says by which an engine's layers would be others: keys that are `refused`,
+    and values that aren't those `fixed` there."""
+    for key, why in refused.items():
+        if value := config.get(key):
+            yield f"{key} {value}: {why}"
+    for key, built_in in fixed.items():
+        if (value := config.get(key, built_in)) != built_in:
+            yield f"{key} {value}: {engine}'s layers for it have {built_in}"
 
 
 def in_act_order(given: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ptconvert.checkpoint.section import Section
+from ptconvert.engines.formats import unlike_keys
 from ptconvert.engines.sglang.families import SERVED, Served
 from ptconvert.engines.sglang.formats import METHODS, unserved_weights
 from ptconvert.errors import ConfigError
@@ -153,12 +154,7 @@ def unserved(
 def _unlike(served: Served, config: Mapping[str, Any], on_cpu: bool) -> Iterator[str]:
     """Why SGLang's layers would compute something else than transformers'; what they lack in
     tensors is seen when a checkpoint is loaded."""
-    for key, why in served.refused.items():
-        if value := config.get(key):
-            yield f"{key} {value}: {why}"
-    for key, fixed in served.fixed.items():
-        if (value := config.get(key, fixed)) != fixed:
-            yield f"{key} {value}: SGLang's layers for it have {fixed}"
+    yield from unlike_keys("SGLang", served.refused, served.fixed, config)
     for key in ("hidden_act", "hidden_activation"):
         value = config.get(key)
         if value is not None and value not in served.activations:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ptconvert.checkpoint.section import Section
+from ptconvert.engines.formats import unlike_keys
 from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, Served
 from ptconvert.engines.vllm.formats import unserved_weights
 from ptconvert.models.quantised import QUANTIZATION
@@ -70,12 +71,7 @@ def _without_lora(
 def _unlike(served: Served, config: Mapping[str, Any], shape: ModelShape) -> Iterator[str]:
     """Why vLLM's layers would compute something else than transformers', or nothing that is good
     for anything; what they lack in tensors is seen when they are built."""
-    for key, why in served.refused.items():
-        if value := config.get(key):
-            yield f"{key} {value}: {why}"
-    for key, fixed in served.fixed.items():
-        if (value := config.get(key, fixed)) != fixed:
-            yield f"{key} {value}: vLLM's layers for it have {fixed}"
+    yield from unlike_keys("vLLM", served.refused, served.fixed, config)
     if config.get("is_causal", True) is False:
         yield "is_causal False: vLLM would let tokens see later ones"
     activation = config.get("hidden_act", "silu")
