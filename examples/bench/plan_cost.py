@@ -7,14 +7,15 @@ measures up to 32 mixtures of all weights in each of up to 12 rounds, and up to 
 Both plan on the one text. Prints in Markdown what each computed, in forward passes over that text
 and in seconds, and what the schedule that it chose for each number of all-reduces waited for, asked
 for one by one, costs on the other text: KL(source || schedule) and rise of the loss, nats per
-token, over as many windows.
+token, over as many windows. With --rank all of it, on the other text, too, is with an assignment
+and guesses in place, fitted on the first.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -23,6 +24,7 @@ from plan import case_of, parser_of
 from ptconvert.cli.progress import step_progress
 from ptconvert.measure.progress import Progress
 from ptconvert.plan import planner
+from ptconvert.plan.case import Case
 from ptconvert.plan.sensitivity import Meter, Store
 from ptconvert.schedule.schedule import Schedule
 
@@ -35,15 +37,19 @@ def main() -> None:
     parser = parser_of(__doc__, windows=16)
     parser.add_argument("--waits", type=int, nargs="+", help="[1/2, 1/3, 1/4, ... of all]")
     parser.add_argument("--only", choices=["plan", "thorough"], help="one of the two")
+    parser.add_argument("--rank", type=int, help="of guesses in place, beside affinity [none]")
     given = parser.parse_args()
+    wanted = {} if given.rank is None else {"assignment": "affinity", "guess": given.rank}
+    planned, reported = (case_of(given, text, wanted) for text in (given.calibrate, given.report))
+    reported = replace(reported, in_place=planned.in_place)
     with step_progress() as progress, tempfile.TemporaryDirectory() as cache:
-        report = _meter(given, given.report, Path(cache) / "report", progress)
+        report = _meter(reported, Path(cache) / "report", progress)
         waits = given.waits or [2 * report.layers // part for part in (2, 3, 4, 6, 10, 15)]
         names = [given.only] if given.only else ["thorough", "plan"]
         head = dict[str, tuple[float, float]]()
         cells = dict[tuple[str, int], str]()
         for name in names:
-            meter = _meter(given, given.calibrate, Path(cache) / name, progress)
+            meter = _meter(planned, Path(cache) / name, progress)
             for at_most in waits:
                 started = time.monotonic()
                 frontier = _search(meter, name == "thorough", at_most)
@@ -70,8 +76,8 @@ def _cell(report: Meter, schedule: Schedule) -> str:
     return f"KL {cost.kl:.4f}, {cost.loss:+.4f} ({found})"
 
 
-def _meter(given: argparse.Namespace, texts: list[Path], cache: Path, progress: Progress) -> Meter:
-    return Meter(case_of(given, texts), Store(cache / "costs.jsonl"), progress)
+def _meter(case: Case, cache: Path, progress: Progress) -> Meter:
+    return Meter(case, Store(cache / "costs.jsonl"), progress)
 
 
 if __name__ == "__main__":
