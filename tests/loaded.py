@@ -84,10 +84,12 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return {n: t for file in sorted(path.glob("*.safetensors")) for n, t in load_file(file).items()}
 
 
-def left_out(form: str, modules: list[str]) -> dict[str, list[str]]:
+def left_out(form: str, modules: list[str]) -> dict[str, Any]:
     """How a format's quantization_config says which linears aren't quantised; of GPTQ vLLM sees it
     by the tensors that they are kept as."""
     method = quantising.format_of(form).config["quant_method"]
+    if method == "auto-round":
+        return {"extra_config": {module: {"bits": 16} for module in modules}}
     keys = {"compressed-tensors": "ignore", "modelopt": "ignore", "gptq": None}
     key = keys.get(method, "modules_to_not_convert")
     return {} if key is None else {key: modules}

@@ -19,6 +19,7 @@ from test_schedule import schedules
 
 from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.config import converted_config
+from ptconvert.checkpoint.section import trained_config
 from ptconvert.cli import main
 from ptconvert.errors import HardwareError
 from ptconvert.estimate.compare import UNCHECKED, Candidate, Setting, compare
@@ -278,6 +279,19 @@ def test_guesses_of_a_spec_and_of_a_checkpoint_are_counted(tmp_path: Path) -> No
     times = [row["tpot_seconds"] - plain["tpot_seconds"] for row in guessing]
     assert times[0] == times[1] == pytest.approx(42 * times[2]) and times[2] > 0
     assert guessing[0]["bytes_per_rank"] - plain["bytes_per_rank"] == 42 * 2 * (3 * 64 + 1) * 4096
+
+
+def test_a_lora_beside_a_checkpoints_weights_is_said_not_to_be_counted(tmp_path: Path) -> None:
+    config, read = json.loads(MODEL.read_text()), read_spec(SPEC)
+    section = converted_config(config, read, read.schedule(), "source", Calibration(), {})
+    for name, own in (("healed", trained_config(section, adapter=True)), ("before", section)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(own))
+    out, _ = run_command(tmp_path / "healed", tmp_path / "before", *GIVEN[1:], "--json")
+    told = json.loads(out)
+    assert [row["lora"] for row in told["rows"]] == [False, True, False]
+    (said,) = (note for note in told["notes"] if "LoRA" in note)
+    assert said.startswith("healed: the LoRA beside the weights (heal --lora) isn't counted")
 
 
 def test_the_report_is_whole_and_draws_to_scale(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def _estimate(
             own_config, own_shape, section = converted(spec)
             checkpoints[len(candidates)] = own_config, section
             of = (section.schedule, section.tracks, section.guesses)
-            candidates.append(Candidate(spec.resolve().name, *of))
+            candidates.append(Candidate(spec.resolve().name, *of, lora=section.adapter))
             config, shape = (config, shape) if shape else (own_config, own_shape)
         else:
             candidates.append(_candidate(spec, shape))

@@ -67,6 +67,15 @@ def has_fp8_experts_alone(given: Mapping[str, Any], shape: ModelShape) -> bool:
     return any(map(_is_fp8_alone, experts))
 
 
+def has_auto_round_experts(given: Mapping[str, Any], shape: ModelShape) -> bool:
+    """Experts quantised by AutoRound."""
+    if given.get("quant_method") != "auto-round":
+        return False
+    layers = range(shape.layers)
+    weights = (rule for layer in layers for rule, _ in quantised_weights(shape, layer))
+    return any(rule.is_of_experts for rule in weights)
+
+
 def schemes(given: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Any]]:
     """compressed-tensors' schemes of weights, each with its format and that of activations."""
     for group in (given.get("config_groups") or {}).values():

@@ -50,7 +50,8 @@ class Candidate:
     """A schedule to estimate, and the checkpoint that it runs on: its tracks, and the ranks of
     their guesses by sublayer. `about` says what it is, where its name doesn't, and `kl` what it
     costs in nats per token, where a plan has measured that. `unserved` says why the engine wouldn't
-    serve it on the setting's ranks, as far as is known."""
+    serve it on the setting's ranks, as far as is known. `lora`: whether one lies beside its
+    weights, which isn't counted."""
 
     name: str
     schedule: Schedule
@@ -59,6 +60,7 @@ class Candidate:
     about: str = ""
     kl: float | None = None
     unserved: tuple[str, ...] = ()
+    lora: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Row:
             "waited_for": counts.waited_for,
             "kl": self.candidate.kl,
             "unserved": list(self.candidate.unserved),
+            "lora": self.candidate.lora,
             "ttft_seconds": e.ttft,
             "tpot_seconds": e.tpot,
             "tokens_per_second": e.tokens_per_second,

@@ -183,6 +183,11 @@ def notes(rows: Sequence[Row], setting: Setting) -> list[str]:
             f"The model is served in {dtype(setting)}, but the hardware's rate of matrix products "
             f"is that of {device.matmul_dtype}: prefills will be off."
         )
+    if with_lora := [row.candidate.name for row in rows if row.candidate.lora]:
+        found.append(
+            f"{', '.join(with_lora)}: the LoRA beside the weights (heal --lora) isn't counted; a "
+            "linear layer that has one reads two more matrices and takes longer than this."
+        )
     return [*found, *_unserved(rows, setting), *_all_reduced(rows, setting)]
 
 

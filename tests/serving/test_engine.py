@@ -265,6 +265,20 @@ def test_an_activation_that_experts_have_not_is_refused(tmp_path: Path) -> None:
         EngineArgs(str(path)).create_engine_config()
 
 
+def test_experts_that_vllm_leaves_as_they_are_on_cpus_are_refused(tmp_path: Path) -> None:
+    from vllm import EngineArgs
+
+    path = make_model(tmp_path, "mixtral", 2, "use: ladder")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        **{"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True},
+        "packing_format": "auto_round:auto_gptq",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="quantization_config: AutoRound's experts: vLLM has no"):
+        EngineArgs(str(path)).create_engine_config()
+
+
 @pytest.mark.parametrize(("longest", "says"), [(256, False), (512, True)])
 def test_factors_for_long_prompts_are_told_of(
     longest: int, says: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -295,12 +295,13 @@ EXPERTS: dict[str, tuple[str, tuple[tuple[str, str], str], dict[str, Any]]] = {
     "deepseek_v3": ("mlp.experts", PROJECTIONS, LATENTS),
     "deepseek_v3, latents in the cache": ("mlp.experts", PROJECTIONS, LATENTS),
     "qwen3_next": ("mlp.experts", PROJECTIONS, {"decoder_sparse_step": 1}),
+    "qwen3_5_moe_text": ("mlp.experts", PROJECTIONS, {}),
 }
 EXPERTS_LOADED = [
     *((variant, form) for variant in EXPERTS for form in ("block FP8", "W4A16", "FP8 per channel")),
     ("deepseek_v3, latents in the cache", "GPTQ in groups of 32"),
     *(("qwen3_moe", form) for form in LOADED if form != "block FP8"),
-    *(("qwen3_moe", form) for form in ("INT8", "GPTQ in groups of 32")),
+    *(("qwen3_moe", form) for form in ("INT8", "GPTQ in groups of 32", "AutoRound")),
 ]
 
 
@@ -328,10 +329,17 @@ class NoKernel:
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
+    from vllm.model_executor.layers.quantization.inc.schemes import inc_wna16_scheme
     from vllm.platforms import current_platform
+
+    from ptconvert.engines.vllm import refusals
 
     takes = staticmethod(lambda *_: (True, None))
     monkeypatch.setattr(FusedMoEExperts, "is_supported_config", takes)
+    # on CPUs vLLM has AutoRound's experts as if they weren't quantised, which is refused
+    elsewhere = SimpleNamespace(**dict.fromkeys(("is_cpu", "is_xpu", "is_cuda"), lambda: False))
+    monkeypatch.setattr(inc_wna16_scheme, "current_platform", elsewhere)
+    monkeypatch.setattr(refusals, "has_auto_round_experts", lambda *_: False)
     for name in ("", "_FP8", "_FP8_BLOCK", "_WFP8A16", "_NVFP4", "_MXFP4"):
         kernels = getattr(linear, f"_POSSIBLE{name}_KERNELS")
         monkeypatch.setitem(kernels, current_platform._enum, [NoKernel])

@@ -16,6 +16,7 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 import ptconvert
 from ptconvert.checkpoint.reader import Adapter, read_adapter
 from ptconvert.checkpoint.section import SECTION, Section, source_config
+from ptconvert.engines.formats import has_auto_round_experts
 from ptconvert.engines.vllm.adapters import adapter_folder
 from ptconvert.engines.vllm.checkpoints import unserved
 from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, TEXTS_ONLY
@@ -154,6 +155,8 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
             f"of heads, but a track has fewer than a rank; use {section.tracks}, or "
             "VLLM_MLA_DISABLE=1, which keeps whole keys and values"
         )
+    if current_platform.is_cpu() and has_auto_round_experts(config.get(QUANTIZATION) or {}, shape):
+        yield f"{QUANTIZATION}: AutoRound's experts: vLLM has no method for them on CPUs"
     kept = (getattr(one, QUANTIZATION, None) for one in (model.hf_config, model.hf_text_config))
     if model.quantization is not None and not any(kept):
         yield (
