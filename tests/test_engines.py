@@ -38,15 +38,14 @@ from ptconvert.engines.sglang.formats import unserved_weights as unserved_by_sgl
 from ptconvert.engines.sglang.refusals import check as check_sglang
 from ptconvert.engines.sglang.refusals import unpadded
 from ptconvert.engines.vllm import ENGINE as IN_VLLM
-from ptconvert.engines.vllm import unknown
-from ptconvert.engines.vllm.families import LANGUAGE_MODELS
+from ptconvert.engines.vllm import checkpoints, unknown
 from ptconvert.engines.vllm.formats import unserved_weights
 from ptconvert.errors import CheckpointError, ConfigError
 from ptconvert.modeling.executor import OneProcess, Streams, TorchEngine, Update, run_program
 from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX
 from ptconvert.models.shape import HEAD, ModelShape
 from ptconvert.models.wrappers import WRAPPERS
-from ptconvert.schedule.presets import dense_schedule
+from ptconvert.schedule.presets import dense_schedule, farskip, ladder
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.schedule.stages import Kind, Sublayer
 from ptconvert.spec.document import parse_spec, read_spec
@@ -249,18 +248,34 @@ def test_where_a_lora_beside_weights_is_served(variant: str, in_vllm: list[str])
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_of_what_sees_engines_say_what_they_serve(name: str) -> None:
+def test_of_what_sees_engines_say_what_they_serve(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = seeing.seeing_model(name).config.to_dict()
     found = unserved_by(config)
     assert found["sglang"] == [
         f"a converted {name} isn't served in SGLang, nor any other model with pictures; "
         "transformers runs it"
     ]
-    refused = f"a converted {name} isn't served in vLLM, of converted models with pictures only"
-    if name in LANGUAGE_MODELS:
-        assert found["vllm"] == []
+    assert found["vllm"] == []
+    monkeypatch.setattr(checkpoints, "LANGUAGE_MODELS", {"another": ""})
+    (refused,) = unserved_by(config)["vllm"]
+    assert refused.startswith(
+        f"a converted {name} isn't served in vLLM, of converted models with pictures only another"
+    )
+
+
+@pytest.mark.parametrize("use", ["farskip", "ladder"])
+def test_a_mixture_in_two_parts_is_refused(use: str) -> None:
+    config = small_config("glm4_moe", attention_bias=False).to_dict()
+    shape, preset = ModelShape.from_config(config), {"farskip": farskip, "ladder": ladder}[use]
+    schedule = Schedule(preset(range(shape.layers)))
+    found = engines.unserved(config, Section(schedule, 2, "sum", {}))
+    if use == "ladder":
+        assert found == {}
     else:
-        assert found["vllm"][0].startswith(refused)
+        said = "s0 and r0, a mixture in two parts (farskip): {} runs it whole; transformers runs it"
+        assert found == {"vllm": [said.format("vLLM")], "sglang": [said.format("SGLang")]}
 
 
 def test_positions_are_read_by_their_older_name(make_dense: MakeDense) -> None:

@@ -77,7 +77,8 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--draft": {
         "metavar": "ngram|layer|MODEL",
         "default": "ngram",
-        "help": "What drafts: the text so far, one more layer (MTP, EAGLE), or a smaller model.",
+        "help": "What drafts: the text so far, one more layer (MTP, EAGLE), or in eval a smaller "
+        "model.",
     },
     "--cache": {
         "type": click.Path(path_type=Path, file_okay=False),

@@ -27,6 +27,17 @@ def unlike_keys(
             yield f"{key} {value}: {engine}'s layers for it have {built_in}"
 
 
+def mixtures_in_parts(engine: str, section: Section) -> Iterator[str]:
+    """That a schedule runs the two parts of a layer's mixture apart from each other, if any does:
+    engines have one module for both."""
+    if divided := section.schedule.divided:
+        layer = min(divided)
+        yield (
+            f"s{layer} and r{layer}, a mixture in two parts (farskip): {engine} runs it whole; "
+            "transformers runs it"
+        )
+
+
 def in_act_order(given: Mapping[str, Any]) -> bool:
     """Groups whose inputs don't lie side by side."""
     every_group = given.get("group_size") == -1

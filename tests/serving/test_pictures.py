@@ -20,7 +20,7 @@ import torch
 from commands import serving, under_vllms_name, verify
 from conftest import spec_text
 from served import COMPILED, MIXED, ROPE, asked_for, quick, shape_of
-from test_parity import NEW_TOKENS, of_case, run_cases, schedule_of
+from test_parity import NEW_TOKENS, OTHERS, of_case, run_cases, schedule_of
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
@@ -50,6 +50,8 @@ SIZES = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32}
 SIZES |= {"num_key_value_heads": 4, "max_position_embeddings": 512}
 HYBRID = {"rope_parameters": ROPE["qwen3_5_text"]}
 FOUR = {"num_hidden_layers": 4}
+THREE_AXES = {"rope_type": "default", "rope_theta": 1e4, "mrope_interleaved": True}
+THREE_AXES |= {"mrope_section": [6, 5, 5]}
 # As recipes for these name what they leave, and one more, which is called otherwise in vLLM.
 NOT_QUANTISED = ["lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"]
 LEFT = "model.language_model.layers.1.mlp.down_proj"
@@ -89,6 +91,9 @@ WITHOUT_TOWERS = {
     f"{name}, blind": Case(name, 2, COMPILED, text=text, arguments={"language_model_only": True})
     for name, text in (
         ("gemma3", {**FOUR, "rope_parameters": ROPE["gemma3_text"]}),
+        ("gemma4", {**FOUR, **OTHERS["gemma4_text"]}),
+        ("gemma4_unified", {**FOUR, **OTHERS["gemma4_unified_text"]}),
+        ("qwen3_vl", {**FOUR, "rope_parameters": THREE_AXES}),
         ("qwen3_5", {**FOUR, **HYBRID}),
     )
 }

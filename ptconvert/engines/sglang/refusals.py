@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ptconvert.checkpoint.section import Section
-from ptconvert.engines.formats import unlike_keys
+from ptconvert.engines.formats import mixtures_in_parts, unlike_keys
 from ptconvert.engines.sglang.families import SERVED, Served
 from ptconvert.engines.sglang.formats import METHODS, unserved_weights
 from ptconvert.errors import ConfigError
@@ -124,6 +124,7 @@ def unserved(
         )
         return
     yield from _unlike(SERVED[shape.model_type], config, on_cpu)
+    yield from mixtures_in_parts("SGLang", section)
     if section.adapter:
         yield (
             "a LoRA beside quantised weights (heal --lora): SGLang would leave it out; "

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ptconvert.checkpoint.section import Section
-from ptconvert.engines.formats import unlike_keys
+from ptconvert.engines.formats import mixtures_in_parts, unlike_keys
 from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, Served
 from ptconvert.engines.vllm.formats import unserved_weights
 from ptconvert.models.quantised import QUANTIZATION
@@ -39,6 +39,7 @@ def unserved(
     else:
         reasons = _unlike(SERVED[shape.family.model_type], language_config(config), shape)
         yield from (f"{reason}; transformers runs it" for reason in reasons)
+    yield from mixtures_in_parts("vLLM", section)
     if section.adapter:
         for where in _without_lora(wrapper, shape, language_config(config)):
             yield f"{_LORA}: not tried {where}; transformers runs it"

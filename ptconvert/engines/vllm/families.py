@@ -192,6 +192,7 @@ SERVED: Mapping[str, Served] = MappingProxyType(
         "hunyuan_v1_dense": Served(
             "LlamaForCausalLM", normed_after=("query_layernorm", "key_layernorm")
         ),
+        "qwen3_vl_text": Served("Qwen3ForCausalLM"),
         "qwen3_5_text": Served("Qwen3_5ForCausalLM", given=_gated_delta_net),
         "qwen3_5_moe_text": Served("Qwen3_5ForCausalLM", given=_gated_delta_net),
         "qwen3_next": Served("Qwen3NextForCausalLM", given=_gated_delta_net),
@@ -208,9 +209,17 @@ LANGUAGE_MODELS: Mapping[str, str] = MappingProxyType(
         "qwen3_5": "Qwen3_5ForCausalLM",
         "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
         "gemma3": _REGISTERED,
+        "gemma4": _REGISTERED,
+        "gemma4_unified": _REGISTERED,
+        "qwen3_vl": "Qwen3LLMForCausalLM",
     }
 )
+OLDER_NAMES = {"gemma4_unified"}  # whose tensors around it vLLM knows as they are published only
+_SEE_EACH_OTHER = "a picture's tokens see each other there, which vLLM's attention on CPUs can't do"
 # Why some of these are served without pictures only.
 TEXTS_ONLY: Mapping[str, str] = MappingProxyType(
-    {"gemma3": "a picture's tokens see each other there, which vLLM's attention on CPUs can't do"}
+    {
+        **dict.fromkeys(("gemma3", "gemma4", "gemma4_unified"), _SEE_EACH_OTHER),
+        "qwen3_vl": "what its tower adds between the first layers isn't passed on",
+    }
 )

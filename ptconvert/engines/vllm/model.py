@@ -83,10 +83,12 @@ class PTConvertModel(nn.Module):
         positions: torch.Tensor,
         intermediate_tensors: Any = None,
         inputs_embeds: torch.Tensor | None = None,
+        per_layer_inputs: None = None,
+        deepstack_input_embeds: None = None,
     ) -> torch.Tensor:
-        """The normed stream after the last stage, (tokens, width), the same on every rank;
-        `intermediate_tensors`, of pipeline parallelism, are never given."""
-        assert intermediate_tensors is None
+        """The normed stream after the last stage, (tokens, width), the same on every rank; of
+        pipelines, and of what layers are given beside the stream, there is nothing."""
+        assert intermediate_tensors is per_layer_inputs is deepstack_input_embeds is None
         base_TD = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         one_pass = ServedPass(self.serving, self.layers, positions)
         return one_pass.decode(self.program, base_TD, self.norm, self.waiting_weight)

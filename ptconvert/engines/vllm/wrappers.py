@@ -10,7 +10,7 @@ import contextlib
 import functools
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from torch import nn
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.utils import WeightsMapper
 
-from ptconvert.engines.vllm.families import LANGUAGE_MODELS
+from ptconvert.engines.vllm.families import LANGUAGE_MODELS, OLDER_NAMES
 from ptconvert.engines.vllm.hybrid import LinearStates, PTConvertHybridForCausalLM
 from ptconvert.engines.vllm.layers import alone
 from ptconvert.engines.vllm.model import PTConvertForCausalLM
@@ -28,12 +28,21 @@ from ptconvert.modeling.model import MODELS
 from ptconvert.models.families import FAMILIES
 from ptconvert.models.wrappers import WRAPPERS, decoder_prefix, is_around
 
+# What vLLM's classes ask their language model for: of pipelines, and of experts that lie on some of
+# the ranks, both of which are refused.
+_ASKED_FOR = (
+    *("make_empty_intermediate_tensors", "moe_layers", "num_moe_layers", "num_logical_experts"),
+    *("num_physical_experts", "num_local_physical_experts", "num_routed_experts"),
+    *("num_expert_groups", "num_shared_experts", "num_redundant_experts", "set_eplb_state"),
+)
+
 
 class SeeingModel:
     """What a model with pictures has beside vLLM's own class of it, which comes after this one."""
 
     module: ModuleType  # of vLLM's class
     makes: str  # what that makes its language model by, there
+    older: Mapping[str, str]  # names of what is around it, where vLLM knows only these
     language: type[PTConvertForCausalLM]
     language_model: PTConvertForCausalLM
     config: Any
@@ -52,7 +61,8 @@ class SeeingModel:
         def make(*, prefix: str, **_: Any) -> Any:
             setattr(module, self.makes, makes)  # whose layers ours may have
             made: Any = self.language(vllm_config=vllm_config, prefix=prefix)
-            made.make_empty_intermediate_tensors = None  # of pipelines, which are refused
+            for name in _ASKED_FOR:
+                setattr(made, name, None)
             return made
 
         theirs: Any = super()
@@ -94,14 +104,25 @@ class SeeingModel:
     def _by_towers(
         self, around: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterable[tuple[str, torch.Tensor]]:
-        """Tensors around the language model, with the level in their names that vLLM's tower may
-        have and transformers' today hasn't."""
+        """Tensors around the language model, as vLLM's class calls them where it doesn't know
+        transformers' names of today; with the level in them that its tower may have."""
+        if self.older:
+            return ((published(name, self.older), tensor) for name, tensor in around)
         if not hasattr(getattr(self, "vision_tower", None), "vision_model"):
             return around
         level = re.compile(r"^(model\.vision_tower\.)(?!vision_model\.)")
         found: Iterable[tuple[str, torch.Tensor]]
         found = WeightsMapper(orig_to_new_regex={level: r"\1vision_model."}).apply(around)
         return found
+
+
+def published(name: str, older: Mapping[str, str]) -> str:
+    """A tensor's name of today by its `older` one, of the longest beginning that has one."""
+    found = [old for old, today in older.items() if name.startswith(today)]
+    if not found:
+        return name
+    old = max(found, key=lambda old: len(older[old]))
+    return name.replace(older[old], old, 1)
 
 
 @functools.cache
@@ -116,6 +137,7 @@ def _class(name: str) -> Any:
         "__module__": __name__,
         "module": sys.modules[theirs.__module__],
         "makes": LANGUAGE_MODELS[model_type],
+        "older": wrapper.older if model_type in OLDER_NAMES else {},
         "language": PTConvertHybridForCausalLM if linear else PTConvertForCausalLM,
     }
     bases = (SeeingModel, LinearStates, theirs) if linear else (SeeingModel, theirs)
