@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, TEXTS_ONLY
+from ptconvert.engines.sglang.families import SERVED as IN_SGLANG
+from ptconvert.engines.vllm.families import LANGUAGE_MODELS, TEXTS_ONLY
+from ptconvert.engines.vllm.families import SERVED as IN_VLLM
 from ptconvert.models.families import FAMILIES, UNSUPPORTED, Family
 from ptconvert.models.shape import DTYPES
 from ptconvert.models.wrappers import WRAPPERS, Wrapper
@@ -41,8 +43,8 @@ Attention and MLP of a layer are side by side in {parallel}: these models do one
 all-reduce a layer as they are, and [presets](architectures.md#parallel-layers) mean stages `a|m`.
 
 | `model_type` | transformers' class | exact | approximate | weights | fused, cut piece by piece | \
-also has | in vLLM |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+also has | in vLLM | in SGLang |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 AROUND = """
 ## With something around them
@@ -50,7 +52,7 @@ AROUND = """
 Of these vision-language models the language model is converted, if it is of a family above. What
 lies around it comes along byte for byte, on every rank whole, and the result opens as transformers'
 class for the whole, pictures and all. Texts alone are what `plan`, `heal` and `eval` go by, and
-`estimate` leaves out the tower.
+`estimate` leaves out the tower. In SGLang all of them are refused.
 
 | `model_type` | transformers' class | language model, where it names none | comes along | in vLLM |
 | --- | --- | --- | --- | --- |
@@ -78,7 +80,7 @@ def row(family: Family) -> str:
         ", ".join(DTYPES),
         ", ".join(f"`{name}`" for name in fused),
         ", ".join(f"`{name}`" for name in (*has, *filter(None, [family.multiplier]))),
-        "yes" if family.model_type in SERVED else "refused",
+        *("yes" if family.model_type in of else "refused" for of in (IN_VLLM, IN_SGLANG)),
     )
     return f"| {' | '.join(cells)} |"
 
