@@ -65,13 +65,13 @@ Made from `{source_name}` {_WITHOUT_TRAINING}
 | bytes all-reduced per token | {sent} | {sends} |
 
 {spec.tracks} tracks.{added}
-Open it with transformers, with ptconvert installed and imported or with `trust_remote_code=True`:
+Open it with transformers, by the code that it brings along, or with ptconvert imported in place of that
+(which is not the package of this name on the package index):
 
 ```python
-import ptconvert
 from transformers import {auto}
 
-model = {auto}.from_pretrained("{name}")
+model = {auto}.from_pretrained("{name}", trust_remote_code=True)
 ```
 
 {_SCHEDULE}

@@ -163,6 +163,9 @@ WITH_FAULTS = (
     "mixed, biases, 2 tracks per rank",
     "parallel_track, depth 3, guesses",
 )
+# Its norms double what they give, and nothing norms its sums: transformers' own logits in float32 are
+# up to 0.001 from those in float64.
+ROUGHER = {"compiled, gemma": 4e-3}
 WHOLE_HEAD = "mixed, qwen2, tied"  # also with all of lm_head on each rank
 RUINED = "mixed, biases, 2 tracks per rank"
 ALONE = ("guesses, mixed, 2 tracks per rank", "compiled")  # also with all tracks on one rank
@@ -299,9 +302,10 @@ def test_every_family_that_is_served_is_here() -> None:
 def test_answers_of_the_single_process_model(
     name: str, found: Any, references: dict[str, Answers]
 ) -> None:
+    within = ROUGHER.get(name, TOLERANCE)
     for rank in of_case(found, name):
-        assert apart(rank["answers"], references[name]) <= TOLERANCE
-        assert apart(rank["again"], references[name]) <= TOLERANCE
+        assert apart(rank["answers"], references[name]) <= within
+        assert apart(rank["again"], references[name]) <= within
         # "again" came out of the prefix cache, which vLLM on CPUs hasn't for latents
         latent = bool(SERVED[CASES[name].variant.split("-")[0]].latent)
         assert (rank["cached"] > 0) != latent
