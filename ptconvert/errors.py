@@ -66,4 +66,5 @@ def _printable(text: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, cut to a line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"unknown {line}" if isinstance(error, KeyError) else line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import pty
 import re
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 from ptconvert import __version__
 from ptconvert.cli import main
+from ptconvert.cli.common import to_json
 
 SPEC = spec_text(4, "use: parallel_track, depth: 2")
 
@@ -111,6 +113,18 @@ def test_errors_are_lines_with_exit_code_2(
     run("transform", source, out, "--spec", tmp_path / "none.yaml", code=2)
     run("transform", source, out, "--spec", spec, "--revision", "main", code=2)
     assert not out.exists()
+
+
+def test_json_has_no_nan() -> None:
+    figures = {"a": math.nan, "b": [math.inf, 1.5], "c": {"d": (2, -math.inf)}, "e": "nan"}
+    read = json.loads(to_json(figures), parse_constant=pytest.fail)
+    assert read == {"a": None, "b": [None, 1.5], "c": {"d": [2, None]}, "e": "nan"}
+
+
+def test_show_of_what_is_not_converted(make_dense: MakeDense) -> None:
+    source = make_dense("llama")
+    _, err = run("show", source, code=2)
+    assert err == f"error: {source} is not converted; name a spec, or a converted checkpoint\n"
 
 
 def test_an_unreadable_file_is_one_line(

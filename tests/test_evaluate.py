@@ -612,6 +612,11 @@ def test_our_own_faults_are_not_called_a_tasks(
         (["{src}", "--batch-size", "0"], "neither auto nor a number"),
         (["{src}", "--windows", "3"], "--windows: for --text FILE only"),
         (
+            ["{src}", "--baseline", "{src}", "--text", "{text}", "--limit", "2"],
+            "--limit: for --tasks only",
+        ),
+        (["{strict}", "--baseline", "{strict}", "--text", "{text}"], "rms_norm_eps"),
+        (
             ["{src}", "--tasks", "x", "--text", "{text}", "--speculate", "3"],
             "--speculate compares with a source: give --baseline SRC",
         ),
@@ -620,7 +625,7 @@ def test_our_own_faults_are_not_called_a_tasks(
         (["--make-tasks", "{dir}"], "needs a text"),
         (["--make-tasks", "{dir}", "--text", "{short}"], "too short to make tasks of"),
         (["{bare}", "--tasks", "text_cloze", "--include-path", "{own}"], "no tokenizer can be"),
-        (["{bare}", "--baseline", "{bare}", "--text", "{text}"], "no tokenizer can be opened"),
+        (["{bare}", "--baseline", "{bare}", "--text", "{text}"], "there is none of tokenizer.json"),
         (
             ["{src}", "--tasks", "x", "--html", "{dir}/no/r.html"],
             "isn't there or can't be written to",
@@ -656,6 +661,9 @@ def test_what_a_user_gets_wrong_is_one_line(
     tensors = load_file(source / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
+    names["strict"] = shutil.copytree(source, tmp_path / "strict")
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "strict" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": "1e-6"}))
     names["other"] = make_dense(vocab_size=280, max_position_embeddings=512)
     done = run(*(argument.format(**names) for argument in arguments))
     assert done.exit_code == 2 and message in done.output, done.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from conftest import Convert, MakeDense, byte_level, load, spec_text
+from safetensors.torch import load_file, save_file
 from test_cli import run
 
 import ptconvert
@@ -330,13 +332,18 @@ def test_killed_runs_end_in_the_same_bytes(source: Path, convert: Convert, tmp_p
     assert not differing(tmp_path / "whole", out)
 
 
+@pytest.mark.parametrize(
+    "given",
+    ["deepspeed=no.json", "adam_beta1=2", "report_to=wandb", 'lr_scheduler_kwargs={"x": 1}'],
+)
 def test_nothing_trained_is_nothing_to_go_on_from(
-    source: Path, convert: Convert, tmp_path: Path
+    given: str, source: Path, convert: Convert, tmp_path: Path
 ) -> None:
-    """After a failure before the first state, other settings may follow."""
+    """After a failure before the first state, which some settings show only when training begins,
+    others may follow."""
     converted, out = convert(source, 4, MIDDLE), tmp_path / "out"
     options = ("--text", TEXT, *QUICK)
-    error = heal(converted, out, source, *options, "--set", "deepspeed=no.json", code=2)
+    error = heal(converted, out, source, *options, "--set", given, code=2)
     assert error.splitlines()[-1].startswith("error: --set: ")
     assert (tmp_path / "out.healing" / "key.json").is_file()
     heal(converted, out, source, *options)
@@ -653,6 +660,25 @@ def test_a_local_dataset(
 # What is refused
 
 
+@pytest.mark.parametrize("which", ["source", "converted"])
+def test_what_is_not_finite_is_not_healed(
+    which: str, source: Path, convert: Convert, tmp_path: Path
+) -> None:
+    paths = {"source": source, "converted": convert(source, 4, MIDDLE)}
+    ruined = shutil.copytree(paths[which], tmp_path / "ruined")
+    for file in ruined.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if name.endswith("down_proj.weight"):
+                tensor[0, 0] = math.nan
+        save_file(tensors, file, {"format": "pt"})
+    paths[which] = ruined
+    out, options = tmp_path / "out", ("--text", TEXT, *QUICK)
+    error = heal(paths["converted"], out, paths["source"], *options, code=2)
+    assert f"{ruined}: its outputs are not all finite in float32" in error.splitlines()[-1]
+    assert not out.exists()
+
+
 def test_errors_are_one_line(
     source: Path, make_dense: MakeDense, convert: Convert, tmp_path: Path
 ) -> None:
@@ -685,8 +711,12 @@ def test_errors_are_one_line(
         ("weight_decay=much", "weight_decay"),
         ("learning_rate=1", "use --learning-rate"),
         ("save_strategy=no", "keeping the best state depends on it"),
+        ("label_smoothing_factor=0.1", "loss and judging are heal's own"),
     ):
         refused(told, converted, source, *text, *QUICK, "--set", given)
+    for option in ("--learning-rate", "--block-learning-rate", "--warmup"):
+        refused("isn't a finite number", converted, source, *text, *QUICK, option, "nan")
+    refused("4294967296 is not in the range", converted, source, *text, *QUICK, "--seed", 2**32)
     short = tmp_path / "short.txt"
     short.write_text("a few words")
     refused("less than one window", converted, source, *text, *QUICK, "--held-out", short)

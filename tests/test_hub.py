@@ -117,7 +117,7 @@ def files(directory: Path) -> Files:
 
 def written(directory: Path) -> Files:
     """A result's files, the name by which its model card calls it taken out."""
-    card = re.sub(rb'from_pretrained\("[^"]+"\)', b"", (directory / "README.md").read_bytes())
+    card = re.sub(rb'from_pretrained\("[^"]+"', b"", (directory / "README.md").read_bytes())
     return {**files(directory), "README.md": card}
 
 

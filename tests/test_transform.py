@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from ptconvert.checkpoint.atomic import new_directory
 from ptconvert.checkpoint.reader import open_checkpoint
+from ptconvert.checkpoint.section import ADAPTER_FOLDER
 from ptconvert.convert.transform import execute, plan_conversion, plan_to_dense
 from ptconvert.errors import CheckpointError, ConfigError, PTConvertError, SpecError
 from ptconvert.spec.document import parse_spec
@@ -309,14 +311,32 @@ def conversion(source: Path) -> Any:
     return plan_conversion(open_checkpoint(source), spec, source_name="x")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
+def test_a_link_to_nothing_is_said(name: str, make_dense: MakeDense, tmp_path: Path) -> None:
+    """As in the hub's cache after a download that was cut short."""
+    source = shutil.copytree(make_dense("llama"), tmp_path / "source")
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(tmp_path / "blob")
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)} is a link to a file that isn't"):
+        execute(conversion(source), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_existing_destinations(make_dense: MakeDense, tmp_path: Path) -> None:
     plan = conversion(make_dense("llama"))
     execute(plan, tmp_path / "out")
     with pytest.raises(CheckpointError, match="--overwrite"):
         execute(plan, tmp_path / "out")
-    (tmp_path / "out" / "old").write_text("x")
+    old = tmp_path / "out" / "model-00002-of-00002.safetensors"
+    old.write_text("x")
+    (tmp_path / "out" / ADAPTER_FOLDER).mkdir()
     execute(plan, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "old").exists()
+    assert not old.exists() and not (tmp_path / "out" / ADAPTER_FOLDER).exists()
+    (tmp_path / "out" / "thesis.md").write_text("x")
+    with pytest.raises(
+        CheckpointError, match=r"holds thesis\.md beside a checkpoint, which --over"
+    ):
+        execute(plan, tmp_path / "out", overwrite=True)
     (tmp_path / "precious").mkdir()
     for name in ("thesis.txt", "config.json"):
         (tmp_path / "precious" / name).write_text("{}")

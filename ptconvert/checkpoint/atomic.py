@@ -13,9 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ptconvert.checkpoint.files import CHAT_TEMPLATES, INDEX
+from ptconvert.checkpoint.files import CHAT_TEMPLATES, INDEX, goes_along
+from ptconvert.checkpoint.section import ADAPTER_FOLDER, SPEC_FILE
 from ptconvert.errors import CheckpointError
+from ptconvert.shorten import few
 
+# What this package or transformers writes beside what goes along with weights.
+_WRITTEN = (
+    *("*.safetensors", "*.bin", "*.index.json", "*.py", "README.md", ".gitattributes"),
+    *(SPEC_FILE, "params.json"),
+)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -49,13 +56,23 @@ def check_destination(destination: Path, overwrite: bool) -> None:
             f"{destination} holds more or other than a checkpoint (config.json and safetensors, no "
             "directories); --overwrite replaces only checkpoints"
         )
+    if others := [p.name for p in sorted(destination.iterdir()) if not _is_checkpoints(p)]:
+        raise CheckpointError(
+            f"{destination} holds {few(others, 3)} beside a checkpoint, which --overwrite would "
+            "remove; move it away first"
+        )
 
 
 def _is_checkpoint(path: Path) -> bool:
     """Whether a directory is what this package or transformers writes, and nothing more."""
     weights = any((path / name).is_file() for name in ("model.safetensors", INDEX))
-    directories = {p.name for p in path.iterdir() if p.is_dir()} - {CHAT_TEMPLATES}
+    directories = {p.name for p in path.iterdir() if p.is_dir()} - {CHAT_TEMPLATES, ADAPTER_FOLDER}
     return (path / "config.json").is_file() and weights and not directories
+
+
+def _is_checkpoints(path: Path) -> bool:
+    """Whether a file or directory of a checkpoint's directory is one that these have."""
+    return path.is_dir() or goes_along(path.name) or any(map(path.match, _WRITTEN))
 
 
 def _real(path: Path) -> Path:

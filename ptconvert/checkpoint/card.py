@@ -65,7 +65,7 @@ Made from `{source_name}` {_WITHOUT_TRAINING}
 | bytes all-reduced per token | {sent} | {sends} |
 
 {spec.tracks} tracks.{added}
-Open it with transformers, by the code that it brings along, or with ptconvert imported in place of that
+Open it with transformers, by the code that comes along, or with ptconvert imported in its place
 (which is not the package of this name on the package index):
 
 ```python

@@ -44,6 +44,14 @@ def refuse_pointer(file: Path) -> None:
         )
 
 
+def refuse_dangling(file: Path) -> None:
+    """Raises CheckpointError for a link to nothing, as of a download that was cut short."""
+    if file.is_symlink() and not file.exists():
+        raise CheckpointError(
+            f"{file} is a link to a file that isn't there; download it again, or remove it"
+        )
+
+
 def adapter_alone(file: Path) -> str:
     """What there is to say of a directory whose adapter_config.json has no model beside it."""
     config = _json(file)
@@ -64,11 +72,14 @@ def goes_along(name: str) -> bool:
 
 
 def small_files(path: Path) -> tuple[Path, ...]:
-    """The files of a directory that go along with its weights, the code among them."""
+    """The files of a directory that go along with its weights, the code among them. Raises
+    CheckpointError."""
     patterns = ("*", f"{CHAT_TEMPLATES}/*", f"{ADAPTER_FOLDER}/*")
     files = [p for pattern in patterns for p in path.glob(pattern)]
     found = {p for p in files if goes_along(p.relative_to(path).as_posix())}
     found |= {path / name for name in code_files(path)}
+    for file in found:
+        refuse_dangling(file)
     return tuple(sorted(p for p in found if p.is_file()))
 
 

@@ -18,6 +18,7 @@ from ptconvert.checkpoint.files import (
     SINGLE,
     adapter_alone,
     read_config,
+    refuse_dangling,
     refuse_pointer,
 )
 from ptconvert.checkpoint.section import ADAPTER_FOLDER, SECTION
@@ -99,6 +100,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory with a checkpoint")
     config = read_config(path)
+    for file in (path / SINGLE, path / INDEX):
+        refuse_dangling(file)
     if (path / SINGLE).is_file():
         files = [SINGLE]
     elif (path / INDEX).is_file():

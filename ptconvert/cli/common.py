@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -95,9 +96,22 @@ def given(*names: str) -> str:
 
 def print_figures(figures: dict[str, Any], as_json: bool, show: Callable[[Console], None]) -> None:
     if as_json:
-        click.echo(json.dumps(figures, indent=2))
+        click.echo(to_json(figures))
     else:
         show(Console(highlight=False, markup=False))
+
+
+def to_json(figures: Any) -> str:
+    """As JSON, which has neither NaN nor infinities: what isn't finite is null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(figures), indent=2, allow_nan=False)
 
 
 def print_needs(needs: Needs, room: Mapping[str, int], as_json: bool) -> None:

@@ -17,7 +17,7 @@ from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.section import SECTION, Section
 from ptconvert.checkpoint.source import config_names
 from ptconvert.cli.common import model_config, print_figures
-from ptconvert.cli.options import shared
+from ptconvert.cli.options import Number, shared
 from ptconvert.cli.progress import waiting
 from ptconvert.cli.show import converted
 from ptconvert.engines import unserved
@@ -53,14 +53,14 @@ CHUNK = 2048  # vLLM's max_num_batched_tokens, where a device's memory doesn't a
 @shared("--speculate")
 @click.option(
     "--accepted",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     metavar="A",
     help="How many of K are right, on average.",
 )
 @shared("--draft", takes=click.Choice(["ngram", "layer"]))
 @click.option(
     "--rate",
-    type=click.FloatRange(min=0, min_open=True, max=1e6),
+    type=Number(min=0, min_open=True, max=1e6),
     metavar="R",
     help="Also serve requests that come at random, R a second, their prompts in chunks.",
 )
@@ -153,6 +153,8 @@ def _estimate(
     from ptconvert.estimate.server import Served, servers
     from ptconvert.estimate.terminal import print_estimates
 
+    if (page := options["html_file"]) and not os.access(page.resolve().parent, os.W_OK):
+        raise click.UsageError(f"{page}: its directory isn't there or can't be written to")
     row = _measured_here(ranks) if hardware == MEASURED else read_hardware(hardware)
     if row is None:
         return
@@ -241,8 +243,6 @@ def _load(options: dict[str, Any]) -> Load | None:
             if given is not None:
                 raise click.UsageError(f"{name} needs --rate R, the requests that come in a second")
         return None
-    if math.isnan(rate):
-        raise click.UsageError("--rate is nan; it must be a number of requests a second")
     return Load(rate, chunk or CHUNK, seqs or math.inf)
 
 

@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 
 from ptconvert.checkpoint.source import display_name, locate
-from ptconvert.cli.common import given, need_packages, quiet_libraries, torch_device
+from ptconvert.cli.common import given, need_packages, quiet_libraries, to_json, torch_device
 from ptconvert.cli.options import shared
 from ptconvert.cli.progress import step_progress
 
@@ -121,6 +121,8 @@ def evaluate(
             return
     if not names and not texts:
         names = DEFAULT_TASKS
+    if not names and (unused := given("limit", "num_fewshot", "include_paths")):
+        raise click.UsageError(f"{unused}: for --tasks only")
     if baseline is None and given("speculate", "draft"):
         raise click.UsageError("--speculate compares with a source: give --baseline SRC")
     if not names and baseline is None:
@@ -136,7 +138,7 @@ def evaluate(
         cache,
     )
     if as_json:
-        click.echo(json.dumps(report.to_json(), indent=2))
+        click.echo(to_json(report.to_json()))
     else:
         from ptconvert.evaluate.terminal import print_evaluation
 

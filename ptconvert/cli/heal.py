@@ -26,7 +26,7 @@ from ptconvert.cli.common import (
     timing,
     torch_device,
 )
-from ptconvert.cli.options import SEQUENCES, shared
+from ptconvert.cli.options import SEQUENCES, Number, shared
 from ptconvert.cli.progress import first_process, step_progress
 from ptconvert.engines import unserved
 from ptconvert.errors import HealError
@@ -97,12 +97,12 @@ if TYPE_CHECKING:  # they import torch
 )
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     help="End to end, and of --mtp; see below.",
 )
 @click.option(
     "--block-learning-rate",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     default=1e-4,
     show_default=True,
     help="Of --blockwise.",
@@ -118,7 +118,7 @@ if TYPE_CHECKING:  # they import torch
 )
 @click.option(
     "--warmup",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     default=0.05,
     show_default=True,
     help="The share of steps in which the rate rises; then it falls as a half cosine.",

@@ -3,6 +3,7 @@ help and one meaning everywhere. docs/options.md lists them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 _COUNT = click.IntRange(1, 2**20)
 _TOKENS = click.IntRange(1, 2**24)
 SEQUENCES = 65_536
+
+
+class Number(click.FloatRange):
+    """A finite number within a range."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} isn't a finite number", param, ctx)
+        return number
 
 
 class BatchSize(click.ParamType):  # type: ignore[type-arg]
@@ -49,7 +62,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--window": {"type": click.IntRange(2), "help": "Tokens in a window of the text."},
     "--windows": {"type": click.IntRange(1), "help": "Windows, evenly over the text."},
     "--limit": {
-        "type": click.FloatRange(min=0, min_open=True),
+        "type": Number(min=0, min_open=True),
         "help": "Documents per task; below 1, the share of them.",
     },
     "--batch-size": {"type": BatchSize(), "help": "Windows or documents at once."},
@@ -58,7 +71,7 @@ _SHARED: dict[str, dict[str, Any]] = {
         "type": click.Choice(["auto", "float32", "bfloat16", "float16"]),
         "help": "What to compute in.",
     },
-    "--seed": {"type": click.IntRange(0), "help": "Of all that is drawn at random."},
+    "--seed": {"type": click.IntRange(0, 2**32 - 1), "help": "Of all that is drawn at random."},
     "--hardware": {"metavar": "NAME|FILE", "help": "A row of `estimate --list`, or a file."},
     "--engine": {"metavar": "NAME|FILE", "help": "What serves it, as `estimate --list` has it."},
     "--vocabulary": {

@@ -19,7 +19,7 @@ from ptconvert.cli.common import (
     timing,
     torch_device,
 )
-from ptconvert.cli.options import F, shared
+from ptconvert.cli.options import F, Number, shared
 from ptconvert.cli.progress import step_progress
 from ptconvert.errors import PlanError
 from ptconvert.plan.frontier import SUFFIX
@@ -56,7 +56,7 @@ def _for_the_spec(command: F) -> F:
 @click.option("--max-syncs", type=click.IntRange(1), metavar="K", help="All-reduces to wait for.")
 @click.option(
     "--max-loss",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     metavar="X",
     help="By how much the loss on the text may rise, in nats per token.",
 )
@@ -98,7 +98,7 @@ def _for_the_spec(command: F) -> F:
 @click.option("--rounds", type=click.IntRange(1), help="Rounds of the search, at most. [2]")
 @click.option(
     "--time-limit",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     metavar="MINUTES",
     help="Search for about so long, fits not counted; with fewer rounds and points then. "
     "[as long as it takes]",

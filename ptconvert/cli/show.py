@@ -11,10 +11,11 @@ from rich.console import Console
 
 from ptconvert.checkpoint import compensations
 from ptconvert.checkpoint.files import read_config
-from ptconvert.checkpoint.section import Section, read_section, source_config
+from ptconvert.checkpoint.section import SECTION, Section, read_section, source_config
 from ptconvert.cli.common import model_config, print_figures
 from ptconvert.cli.options import shared
 from ptconvert.engines import unserved
+from ptconvert.errors import CheckpointError
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.spec.document import read_spec
@@ -89,5 +90,8 @@ def converted(path: Path) -> tuple[Mapping[str, Any], ModelShape, Section]:
     conversion."""
     config = read_config(path)
     section = read_section(config, str(path / "config.json"))
-    shape = ModelShape.from_config(source_config(config, section), str(path / "config.json"))
+    if SECTION not in config and section.schedule == section.dense:
+        raise CheckpointError(f"{path} is not converted; name a spec, or a converted checkpoint")
+    source = source_config(config, section) if SECTION in config else config
+    shape = ModelShape.from_config(source, str(path / "config.json"))
     return config, shape, section

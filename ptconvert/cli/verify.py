@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
-from ptconvert.cli.common import quiet_libraries
-from ptconvert.cli.options import Renamed, shared
+from ptconvert.cli.common import quiet_libraries, to_json
+from ptconvert.cli.options import Number, Renamed, shared
 from ptconvert.cli.progress import waiting
 from ptconvert.engines import find_engine
 
@@ -72,7 +71,7 @@ class _Verify(Renamed, _JsonFile):
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=1),
+    type=Number(min=1),
     default=600.0,
     show_default=True,
     help="Seconds until ranks that are not done are ended.",
@@ -142,7 +141,7 @@ def verify(
             report = find_engine(runtime).verify(checkpoint, settings, enforce_eager)
     if report is None:
         return
-    text = json.dumps(report.to_json(), indent=2)
+    text = to_json(report.to_json())
     if report_file is not None:
         report_file.write_text(text + "\n", encoding="utf-8")
     if as_json:

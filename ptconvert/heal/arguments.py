@@ -50,6 +50,11 @@ _FIXED: dict[str, object] = {
     "save_strategy": "steps",
 }
 _BY_STATE = "eval_on_start"  # fixed too
+# Of a loss that isn't the one trained on, and of how metrics are computed.
+_OWN = (
+    *("label_smoothing_factor", "include_for_metrics", "prediction_loss_only"),
+    *("batch_eval_metrics", "eval_do_concat_batches"),
+)
 
 
 class _Parser(HfArgumentParser):  # type: ignore[misc]
@@ -73,6 +78,8 @@ def read_options(pairs: Sequence[str]) -> dict[str, object]:
             raise HealError(f"--set {key}: use {_BY_OPTION[key]}")
         if key in _FIXED or key == _BY_STATE:
             raise HealError(f"--set {key}: keeping the best state depends on it; leave it out")
+        if key in _OWN:
+            raise HealError(f"--set {key}: loss and judging are heal's own; leave it out")
         keys.append(key)
     parsed = _Parser(TrainingArguments).parse_args([f"--{pair}" for pair in pairs])
     return {key: getattr(parsed, key) for key in keys}

@@ -147,14 +147,15 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def __init__(self, judged_by: str, progress: Report, say: Callable[[str], None]) -> None:
         self.judged_by, self.progress, self.say = judged_by, progress, say
         self.loss, self.held_out = math.nan, math.nan
+        self.stepped = False
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         self.progress("training", state.global_step, state.max_steps)
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        note = f"held-out {self.judged_by} {self.held_out:.4f}"
-        if not math.isnan(self.loss):
-            note = f"loss {self.loss:.4f}, {note}"
+        self.stepped = True
+        known = {"loss": self.loss, f"held-out {self.judged_by}": self.held_out}
+        note = ", ".join(f"{what} {n:.4f}" for what, n in known.items() if not math.isnan(n))
         self.progress("training", state.global_step, state.max_steps, note)
 
     def on_log(self, _args: Any, _state: Any, _control: Any, logs: Any, **_: Any) -> None:
@@ -225,6 +226,7 @@ def distill(
         freeze_but(student, names)
     held_out = data.held_out.ids
     loss = "kl" if settings.objective == "kl" else "nll"
+    watch = _Watch(loss if judge is None else "score", progress, say)
     try:
         trainer = by(
             model,
@@ -233,19 +235,22 @@ def distill(
             eval_dataset=_Rows(held_out, torch.arange(len(held_out)), of_held_out),
             callbacks=[
                 EarlyStoppingCallback(early_stopping_patience=settings.patience),
-                _Watch(loss if judge is None else "score", progress, say),
+                watch,
             ],
             teacher=taught_by,
             head=head,
             loss=loss,
             judge=None if judge is None else functools.partial(judge, student),
         )
-    except (TypeError, ValueError, ImportError) as error:
-        if not settings.options:
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, ImportError, RuntimeError) as error:
+        # what transformers makes of them shows when the optimizer, the schedule and others are made
+        if not settings.options or watch.stepped:
             raise
         raise HealError(f"--set: {first_line(error)}") from error
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=None if found is None else str(found))
     if not trainer.state.best_global_step:
         return {}
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -177,6 +178,13 @@ def _stages(case: Case, key: Mapping[str, object], start: Path) -> tuple[Healed,
     case.say(f"computing in {case.settings.dtype} on {case.settings.device}")
     reference = _reference(case, key)
     source, before = _measured(case, reference, "before", {})
+    for path, loss in ((case.teacher.path, source.loss), (case.student.path, before.loss)):
+        if not math.isfinite(loss):
+            raise HealError(
+                f"{path}: its outputs are not all finite in {case.settings.dtype}, and there is "
+                "nothing to learn from that; where it is float16 or bfloat16, --dtype float32 may "
+                "be enough"
+            )
     rows, best, healed = [before], before, Tensors()
     if quantization_of(case.student.config) is not None:
         case.say(quantised_note(case.settings.lora))

@@ -21,6 +21,13 @@ from ptconvert.models.wrappers import opened_by
 from ptconvert.runtime.load import open_dequantised, shape_of
 from ptconvert.shorten import few
 
+# What transformers raises about files that it can't make sense of.
+_WRONG = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError),
+    StrictDataclassError,
+)
+_TOKENIZERS = "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"
+
 
 def section_of(checkpoint: Checkpoint) -> Section:
     """What a checkpoint's forward pass does, converted or not. Raises ConfigError."""
@@ -61,14 +68,7 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
         raise EvaluationError(
             f"{checkpoint.path}: {checkpoint.nbytes / 1e9:.1f} GB of weights don't fit on {device}"
         ) from error
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        ImportError,
-        RuntimeError,
-        StrictDataclassError,
-    ) as error:
+    except _WRONG as error:
         raise CheckpointError(f"{checkpoint.path}: {first_line(error)}") from error
     # transformers fills what is missing with random numbers.
     for what in ("missing", "unexpected", "mismatched"):
@@ -96,10 +96,12 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
     """The tokenizer beside a model. Raises CheckpointError."""
     try:
         return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except _WRONG as error:
+        why = first_line(error)
+        if not any((checkpoint.path / name).is_file() for name in _TOKENIZERS):
+            why = f"there is none of {', '.join(_TOKENIZERS)}; put the source's there"
         raise CheckpointError(
-            f"{checkpoint.path}: no tokenizer can be opened, which scoring needs: "
-            f"{first_line(error)}"
+            f"{checkpoint.path}: no tokenizer can be opened, which scoring needs: {why}"
         ) from error
 
 

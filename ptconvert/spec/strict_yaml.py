@@ -52,7 +52,8 @@ class Value:
 
     def __str__(self) -> str:
         if isinstance(self.data, str):
-            return clipped(self.data, 60) or "empty"
+            shown = clipped(self.data, 60)
+            return f"'{shown}'" if self.quoted else shown or "empty"
         return "a mapping" if isinstance(self.data, dict) else "a list"
 
 

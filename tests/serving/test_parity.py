@@ -163,8 +163,8 @@ WITH_FAULTS = (
     "mixed, biases, 2 tracks per rank",
     "parallel_track, depth 3, guesses",
 )
-# Its norms double what they give, and nothing norms its sums: transformers' own logits in float32 are
-# up to 0.001 from those in float64.
+# Its norms double what they give, and nothing norms its sums: transformers' own logits in float32
+# are up to 0.001 from those in float64.
 ROUGHER = {"compiled, gemma": 4e-3}
 WHOLE_HEAD = "mixed, qwen2, tied"  # also with all of lm_head on each rank
 RUINED = "mixed, biases, 2 tracks per rank"
