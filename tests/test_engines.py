@@ -265,13 +265,13 @@ def test_of_what_sees_engines_say_what_they_serve(
     )
 
 
-@pytest.mark.parametrize("use", ["farskip", "ladder"])
-def test_a_mixture_in_two_parts_is_refused(use: str) -> None:
+@pytest.mark.parametrize("preset", [farskip, ladder])
+def test_a_mixture_in_two_parts_is_refused(preset: Callable[[range], Any]) -> None:
     config = small_config("glm4_moe", attention_bias=False).to_dict()
-    shape, preset = ModelShape.from_config(config), {"farskip": farskip, "ladder": ladder}[use]
+    shape = ModelShape.from_config(config)
     schedule = Schedule(preset(range(shape.layers)))
     found = engines.unserved(config, Section(schedule, 2, "sum", {}))
-    if use == "ladder":
+    if preset is ladder:
         assert found == {}
     else:
         said = "s0 and r0, a mixture in two parts (farskip): {} runs it whole; transformers runs it"
