@@ -101,7 +101,10 @@ _SHARED: dict[str, dict[str, Any]] = {
         "is_flag": True,
         "help": "Check everything, print what it will take, and write nothing.",
     },
-    "--overwrite": {"is_flag": True, "help": "Replace DST if it is a checkpoint, and holds nothing else."},
+    "--overwrite": {
+        "is_flag": True,
+        "help": "Replace DST if it is a checkpoint, and holds nothing else.",
+    },
     "--html": {
         "name": "html_file",
         "metavar": "FILE",
