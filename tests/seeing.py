@@ -69,7 +69,10 @@ def _internvl(**text: Any) -> Any:
 
 def _qwen3_vl(**text: Any) -> Any:
     return transformers.Qwen3VLConfig(
-        vision_config={**_QWEN_VISION, "deepstack_visual_indexes": [0, 1]},
+        vision_config={
+            **{**_QWEN_VISION, "deepstack_visual_indexes": [0, 1]},
+            "out_hidden_size": text.get("hidden_size", _TEXT["hidden_size"]),
+        },
         text_config={**_TEXT, "head_dim": 8, "rope_parameters": _MROPE, **text},
         **_QWEN_IDS,
     )
@@ -185,12 +188,12 @@ def with_processor(name: str, path: Path) -> Path:
 
 
 # What stands for a picture in a prompt.
+_QWENS = "qwen3_vl", "qwen3_5", "qwen3_5_moe"
 MARKS = {
     "llava": "<image>",
     "mistral3": "[IMG]",
     "internvl": "<IMG_CONTEXT>",
-    "qwen3_5": "<|vision_start|><|image_pad|><|vision_end|>",
-    "qwen3_5_moe": "<|vision_start|><|image_pad|><|vision_end|>",
+    **dict.fromkeys(_QWENS, "<|vision_start|><|image_pad|><|vision_end|>"),
 }
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% for c in m['content'] %}"
@@ -211,7 +214,7 @@ _TOKENS: dict[str, dict[str, str]] = {
         **{"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>"},
         **{"end_image_token": "</img>", "video_token": "<video>"},
     },
-    **{"qwen3_5": _QWEN_TOKENS, "qwen3_5_moe": _QWEN_TOKENS},
+    **dict.fromkeys(_QWENS, _QWEN_TOKENS),
 }
 
 

@@ -289,11 +289,23 @@ class ServedPass:
         self.in_flight: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def decode(
-        self, program: Iterable[Step], base_TD: torch.Tensor, norm: Any, waiting_weight: float
+        self,
+        program: Sequence[Step],
+        base_TD: torch.Tensor,
+        norm: Any,
+        waiting_weight: float,
+        seen: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """The normed stream after the last step, (T, D), the same on every rank."""
-        streams = Streams(base_TD)
-        run_program(program, streams, self, waiting_weight, scalar=self._scalar)
+        """The normed stream after the last step, (T, D), the same on every rank. What is `seen`
+        beside the tokens, (T, D) each, joins it after the first layers, one after another: before
+        the first stage that a later layer's sublayer is in."""
+        streams, joining = Streams(base_TD), list(enumerate(seen))
+
+        def entered(index: int) -> None:
+            while joining and joining[0][0] < program[index].last_layer:
+                streams.base = streams.settled() + joining.pop(0)[1]
+
+        run_program(program, streams, self, waiting_weight, entered, self._scalar)
         return self._read([norm], streams, None)[0]
 
     def _scalar(self, index: int) -> torch.Tensor | None:

@@ -57,6 +57,14 @@ NOT_QUANTISED = ["lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*
 LEFT = "model.language_model.layers.1.mlp.down_proj"
 
 
+# In whose first layers, after which a tower's more joins the stream, all is in flight or waits.
+EARLY = """  - {layers: 0-0, stages: "a0~1 m0^2"}
+  - {layers: 1-2, use: parallel_track, depth: 2, overlap: 1}
+  - {layers: 3-3, stages: "a3|m3!"}
+  - {layers: 4-5, use: ladder}
+"""
+
+
 def is_quantised(module: str) -> bool:
     """Whether a linear of LLaVA's is, which has older names."""
     return module.startswith("language_model.model.layers.") and not module.endswith(
@@ -82,6 +90,10 @@ CASES = {
         arguments={"dtype": "float16"},
         form="W4A16",
         within=3e-2,
+    ),
+    "qwen3_vl": Case("qwen3_vl", 2, EARLY, text={"rope_parameters": THREE_AXES}),
+    "compiled, qwen3_vl": Case(
+        "qwen3_vl", 2, COMPILED, eager=False, text=FOUR | {"rope_parameters": THREE_AXES}
     ),
     "compiled, llava": Case("llava", 2, COMPILED, eager=False, text=FOUR),
     "compiled, qwen3_5": Case("qwen3_5", 2, COMPILED, eager=False, text=HYBRID | FOUR),
@@ -149,19 +161,20 @@ def found(
 
 @pytest.fixture(scope="session")
 def expected(paths: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    return {name: answers_by_transformers(CASES[name].model, p) for name, p in paths.items()}
+
+
+def answers_by_transformers(name: str, path: Path) -> dict[str, Any]:
     """Of each request its ids, and what the single-process model answers."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, path in paths.items():
-        case, model = CASES[name], open_model(open_checkpoint(path), "float32", "cpu")
-        model.set_attn_implementation("eager")
-        processor = seeing.processor(case.model)
-        found[name] = {}
-        for request, (text, pictures) in pictured.requests(case.model).items():
-            inputs = processor(text=text, images=pictures or None, return_tensors="pt")
-            found[name][request] = {
-                "prompt": inputs["input_ids"][0].tolist(),
-                "answer": greedy(model.eval(), inputs, pictured.NEW_TOKENS),
-            }
+    model = open_model(open_checkpoint(path), "float32", "cpu")
+    model.set_attn_implementation("eager")
+    processor, found = seeing.processor(name), dict[str, Any]()
+    for request, (text, pictures) in pictured.requests(name).items():
+        inputs = processor(text=text, images=pictures or None, return_tensors="pt")
+        found[request] = {
+            "prompt": inputs["input_ids"][0].tolist(),
+            "answer": greedy(model.eval(), inputs, pictured.NEW_TOKENS),
+        }
     return found
 
 
@@ -207,6 +220,20 @@ def test_answers_about_pictures(name: str, found: Any, expected: dict[str, Any])
         assert rank["again"]["long"]["cached"] > 0
         answers = [tuple(rank["answers"][n]["answer"][0]) for n in ("seeing", "another picture")]
         assert len(set(answers)) == 2  # what is seen counts
+
+
+@pytest.mark.parametrize("name", quick(["qwen3_vl", "compiled, qwen3_vl"], QUICK))
+def test_what_joins_after_the_first_layers_counts(
+    name: str, found: Any, paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLTextModel"
+    monkeypatch.setattr(f"{model}._deepstack_process", lambda _, stream_BSD, *__: stream_BSD)
+    without = answers_by_transformers(CASES[name].model, paths[name])
+    for rank in of_case(found, name):
+        check(rank["answers"]["text"], without["text"], CASES[name].within)
+        for request in ("seeing", "another picture", "two", "long"):
+            with pytest.raises(AssertionError):
+                check(rank["answers"][request], without[request], CASES[name].within)
 
 
 @pytest.mark.parametrize("name", quick(CASES, QUICK))

@@ -218,8 +218,5 @@ OLDER_NAMES = {"gemma4_unified"}  # whose tensors around it vLLM knows as they a
 _SEE_EACH_OTHER = "a picture's tokens see each other there, which vLLM's attention on CPUs can't do"
 # Why some of these are served without pictures only.
 TEXTS_ONLY: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(("gemma3", "gemma4", "gemma4_unified"), _SEE_EACH_OTHER),
-        "qwen3_vl": "what its tower adds between the first layers isn't passed on",
-    }
+    dict.fromkeys(("gemma3", "gemma4", "gemma4_unified"), _SEE_EACH_OTHER)
 )

@@ -36,7 +36,12 @@ from ptconvert.runtime.counters import BOUNDARY
 
 
 # (positions of pictures have three axes, the tokens last)
-@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "inputs_embeds": 0})
+@support_torch_compile(
+    dynamic_arg_dims={
+        **{"input_ids": 0, "positions": -1, "inputs_embeds": 0},
+        "deepstack_input_embeds": 0,
+    }
+)
 class PTConvertModel(nn.Module):
     """The decoder without lm_head: the layers' parts of this rank, run by the schedule."""
 
@@ -84,14 +89,17 @@ class PTConvertModel(nn.Module):
         intermediate_tensors: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         per_layer_inputs: None = None,
-        deepstack_input_embeds: None = None,
+        deepstack_input_embeds: Any = None,
     ) -> torch.Tensor:
         """The normed stream after the last stage, (tokens, width), the same on every rank; of
-        pipelines, and of what layers are given beside the stream, there is nothing."""
-        assert intermediate_tensors is per_layer_inputs is deepstack_input_embeds is None
+        pipelines, and of what layers are given beside the stream, there is nothing. Qwen3-VL's
+        tower has more that joins the stream after the first layers, vLLM's tensors by name."""
+        assert intermediate_tensors is per_layer_inputs is None
+        seen = deepstack_input_embeds or {}
         base_TD = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         one_pass = ServedPass(self.serving, self.layers, positions)
-        return one_pass.decode(self.program, base_TD, self.norm, self.waiting_weight)
+        joining = [seen[f"deepstack_input_embeds_{layer}"] for layer in range(len(seen))]
+        return one_pass.decode(self.program, base_TD, self.norm, self.waiting_weight, joining)
 
 
 class PTConvertForCausalLM(nn.Module):
