@@ -20,6 +20,7 @@ from conftest import random_model
 from loaded import (
     BESIDE,
     LATENT,
+    LINEARS,
     as_published,
     check_experts,
     check_linears,
@@ -89,6 +90,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
     from sglang.srt.server_args import ServerArgs
 
     from ptconvert.engines.sglang import model as served
+    from ptconvert.engines.sglang import refusals
 
     load_plugins()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
@@ -106,6 +108,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
             if hasattr(module, "get_platform"):
                 monkeypatch.setattr(module, "get_platform", lambda: blackwell)
     monkeypatch.setattr(served, "is_cpu", lambda: False)  # which kernels it has is what it says
+    monkeypatch.setattr(refusals, "SINKS", {refusals.ON_CPUS})  # as nothing attends
     # what it makes of latents' weights there, which for AWQ it has in plain torch, too
     monkeypatch.setattr(latents, "_is_cuda", True)
     monkeypatch.setattr(latents, "awq_dequantize_func", lambda: awq_dequantize_decomposition)
@@ -119,14 +122,17 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
         ranks = runtime_context.SpawnRanks(world_rank=RANK)
         runtime_context.publish(arguments, role="scheduler", ranks=ranks)
         config = ModelConfig.from_server_args(arguments)
-        said = {**config.hf_config.quantization_config, "packed_modules_mapping": {}}  # as there
-        method = BASE_QUANTIZATION_METHODS[MARLIN.get(said["quant_method"], said["quant_method"])]
+        quantization = None
+        if said := getattr(config.hf_config, "quantization_config", None):
+            method = MARLIN.get(said["quant_method"], said["quant_method"])
+            said = {**said, "packed_modules_mapping": {}}  # as there
+            quantization = BASE_QUANTIZATION_METHODS[method].from_config(said)
         group = SimpleNamespace(rank_in_group=RANK, world_size=RANKS, cpu_group=None)
         with (
             set_default_torch_dtype(torch.bfloat16),
             runtime_context.get_parallel().override(tp_group=group),
         ):
-            model = _initialize_model(config, LoadConfig(), method.from_config(said))
+            model = _initialize_model(config, LoadConfig(), quantization)
         model.load_weights(tensors_of(path).items())
         return model
 
@@ -339,3 +345,43 @@ def test_tensors_of_latents(
             for own, other in pairs:
                 scaled = own.float() * attention.w_scale
                 torch.testing.assert_close(scaled, other, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_tensors_of_gpt_oss(quantised: bool, load: Callable[[Path], Any], tmp_path: Path) -> None:
+    """All experts' in one tensor, MXFP4's as they are published, to which SGLang adds blocks of
+    zeros; and what attention has of each head."""
+    sizes = {**WIDE, "num_hidden_layers": 4, "num_key_value_heads": 2, "intermediate_size": 320}
+    model = random_model("gpt_oss", torch.bfloat16, **sizes, tie_word_embeddings=False)
+    model.save_pretrained(source := tmp_path / "dense")
+    if quantised:
+        source = quantising.mxfp4_experts(source, tmp_path / "source")
+    path = convert(source, tmp_path / "converted", COMPILED)
+    given, layers = tensors_of(path), load(path).model.layers
+    linears = {name: LINEARS[name] for name in ("self_attn.qkv_proj",)}
+    assert check_linears(layers, given, RANK, RANKS, linears) == 4 * 2  # weights and biases
+    kept = {"weight_bias": "_bias", "weight": "_blocks" if quantised else ""}
+    kept |= {"weight_scale": "_scales"} if quantised else {}
+    for index, layer in enumerate(layers):
+        ((name, part),) = layer.parts.items()
+        before = f"model.layers.{index}." + ("" if name == "whole" else f"tracks.{name}.")
+        ranks = RANKS if name == "whole" else 1
+        sinks = given[f"{before}self_attn.sinks"]
+        assert torch.equal(part.self_attn.sinks, sinks.chunk(ranks)[-1])
+        assert part.self_attn.sinks.any()
+        own = dict(part.mlp.experts.named_parameters())
+        assert own.keys() == {f"{which}_{end}" for which in ("w13", "w2") for end in kept}
+        for end, theirs in kept.items():
+            for which, projection in (("w13", "gate_up_proj"), ("w2", "down_proj")):
+                held = own[f"{which}_{end}"]
+                if (which, end) == ("w2", "weight_bias"):  # which the first rank adds
+                    assert not held.any()
+                    continue
+                whole = given[f"{before}mlp.experts.{projection}{theirs}"]
+                if whole.dim() > 2:
+                    whole = whole.flatten(2) if quantised else whole.mT
+                share = whole.chunk(ranks, 1 if which == "w13" else -1)[-1].to(held.dtype)
+                place = tuple(slice(size) for size in share.shape)
+                assert torch.equal(held[place], share)
+                if end != "weight_scale":
+                    assert held.count_nonzero() == share.count_nonzero()

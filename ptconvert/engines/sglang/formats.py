@@ -21,8 +21,10 @@ METHODS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "awq": ("awq", "awq_marlin"),
         "gptq": ("gptq", "gptq_marlin"),
         "modelopt": ("modelopt_fp4",),
+        "mxfp4": ("mxfp4",),
     }
 )
+EXPERTS_ALONE = ("mxfp4",)  # methods by SGLang's names that have none of other weights
 _REFUSED: tuple[tuple[formats.Question, str], ...] = (
     (formats.in_act_order, "groups in act-order (desc_act, actorder)"),
     (formats.is_asymmetric_gptq, "GPTQ with sym false"),
@@ -51,8 +53,10 @@ def unserved_weights(
     if on_cpu:
         yield f"{QUANTIZATION}: SGLang's kernels for CPUs (sgl_kernel) were never tried with it"
     method, kind = quantization.get("quant_method"), quantization.get("quant_algo")
-    if method not in METHODS:
-        yield f"quant_method {method}: in SGLang only {', '.join(METHODS)} are served"
+    taken = SERVED[shape.model_type].methods
+    if method not in taken:
+        known = ", ".join(taken)
+        yield f"quant_method {method}: of a {shape.model_type} SGLang serves only {known}"
     elif method == "modelopt" and kind != "NVFP4":
         yield f"quant_algo {kind} of ModelOpt: in SGLang only NVFP4 was tried"
     for asks, what in _REFUSED:
@@ -104,7 +108,7 @@ def _of_experts(quantization: Mapping[str, Any], shape: ModelShape, tracks: int)
     of_experts = formats.schemes_of(quantization, shape, lambda rule: rule.is_of_experts)
     if any(_numbers(s["weights"])[0] == "int" and s.get("input_activations") for s in of_experts):
         yield "experts in integers beside quantised activations: not served in SGLang"
-    by_weight = shape.model_type in SERVED and SERVED[shape.model_type].shared_weights
+    by_weight = SERVED[shape.model_type].shared_weights
     if by_weight and any(map(_is_packed, _schemes_of(quantization, shape, _SHARED))):
         yield "shared experts in packed numbers: SGLang asks for their weights as they are"
 
