@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -502,7 +503,8 @@ def test_of_fp8_experts_vllm_parts_blocks_down_to_32() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_gpt_oss_as_it_is_published_is_served_by_its_ready_specs(ranks: int) -> None:
-    """vLLM gives each rank whole blocks of a layer held dense."""
+    """Engines give each rank whole blocks of a layer held dense, and SGLang has room for those of
+    tracks that have one more than others."""
     config: dict[str, Any] = read_config(SPECS / "configs" / "gpt-oss-120b.json")
     shape, fitting = ModelShape.from_config(config), []
     for path in sorted(SPECS.glob("gpt-oss-120b-*.yaml")):
@@ -513,6 +515,12 @@ def test_gpt_oss_as_it_is_published_is_served_by_its_ready_specs(ranks: int) -> 
                 list(unserved_weights(config["quantization_config"], shape, section, ranks)) == []
             )
             fitting.append(path.stem)
+        if spec.tracks == ranks:
+            unequal = replace(section, together={"intermediate_size": 32})
+            assert list(IN_SGLANG.unserved(config, shape, unequal, ranks)) == []
+            others = config | {"quantization_config": None}
+            (refused,) = IN_SGLANG.unserved(others, shape, unequal, ranks)
+            assert refused.startswith("intermediate_size: tracks have unequal shares, and SGLang")
     assert len(fitting) >= 3
 
 

@@ -13,6 +13,8 @@ from ptconvert.models.families import TensorRule
 from ptconvert.models.quantised import BLOCKS, QUANTIZATION, scheme_of, unit_sizes
 from ptconvert.models.shape import ModelShape
 
+# Which it has for experts alone, and gives each rank whole blocks of them, with zeros behind.
+MXFP4, MXFP4_BLOCK = "mxfp4", 32
 # Of quant_methods that it serves, what SGLang calls what it makes of them.
 METHODS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -21,10 +23,9 @@ METHODS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "awq": ("awq", "awq_marlin"),
         "gptq": ("gptq", "gptq_marlin"),
         "modelopt": ("modelopt_fp4",),
-        "mxfp4": ("mxfp4",),
+        MXFP4: (MXFP4,),
     }
 )
-EXPERTS_ALONE = ("mxfp4",)  # methods by SGLang's names that have none of other weights
 _REFUSED: tuple[tuple[formats.Question, str], ...] = (
     (formats.in_act_order, "groups in act-order (desc_act, actorder)"),
     (formats.is_asymmetric_gptq, "GPTQ with sym false"),
@@ -68,7 +69,7 @@ def unserved_weights(
     tracks = section.tracks
     yield from (f"{QUANTIZATION}: {what}" for what in _of_experts(quantization, shape, tracks))
     yield from (f"{QUANTIZATION}: {what}" for what in _of_latents(quantization, shape))
-    for why in formats.parted(quantization, shape, section, tracks, lambda _: False):
+    for why in formats.parted(quantization, shape, section, tracks, lambda _: method == MXFP4):
         yield f"{tracks} tracks, a rank for each: {why}; convert to fewer"
 
 

@@ -7,6 +7,7 @@ requests in the batch, D the residual stream's width.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from torch.profiler import record_function
 from ptconvert.checkpoint.section import read_section, source_config
 from ptconvert.engines.base import ServedPass, own_weights, renamed, served_layers, window_of
 from ptconvert.engines.sglang.families import EXPERTS_PARTS
-from ptconvert.engines.sglang.formats import EXPERTS_ALONE
+from ptconvert.engines.sglang.formats import MXFP4, MXFP4_BLOCK
 from ptconvert.engines.sglang.layers import SGLangServing, load_own_neurons
 from ptconvert.engines.sglang.refusals import check, unpadded
 from ptconvert.models.shape import ModelShape
@@ -101,7 +102,7 @@ class PTConvertForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = PTConvertModel(config, quant_config)
-        alone = quant_config is not None and quant_config.get_name() in EXPERTS_ALONE
+        alone = quant_config is not None and quant_config.get_name() == MXFP4
         self.lm_head = ParallelLMHead(
             *(config.vocab_size, config.hidden_size),
             quant_config=None if alone else quant_config,
@@ -149,8 +150,8 @@ class PTConvertForCausalLM(nn.Module):
                 missing.discard(_load_expert(given, expert, tensor, parameters))
                 continue
             if (experts := _EXPERTS.fullmatch(name)) is not None and name in parameters:
-                share = None if ".tracks." in given else get_parallel().tp_rank
-                _load_experts(experts, tensor, parameters[name], share, get_parallel().tp_size)
+                neurons = None if ".tracks." in given else model.shape.neurons
+                _load_experts(given, experts, tensor, parameters[name], neurons)
                 missing.discard(name)
                 continue
             target = name
@@ -205,22 +206,36 @@ def _load_expert(
 
 
 def _load_experts(
-    found: re.Match[str], tensor: torch.Tensor, parameter: Any, rank: int | None, ranks: int
+    name: str, found: re.Match[str], tensor: torch.Tensor, parameter: Any, neurons: int | None
 ) -> None:
-    """Loads all experts' tensor of a projection into that of a track, or this rank's share of its
-    neurons: weights (experts, inputs, outputs), a bias (experts, outputs), or MXFP4's blocks
-    (experts, outputs, blocks of inputs, bytes) and their scales."""
+    """Loads all experts' tensor of a projection, which is a track's, or has all of so many neurons,
+    of which it takes this rank's: weights (experts, inputs, outputs), a bias (experts, outputs), or
+    MXFP4's blocks (experts, outputs, blocks of inputs, bytes) and their scales."""
     projection, kept = found.groups()
     is_bias, experts = kept.endswith("bias"), parameter.weight_loader.__self__
     load_own_neurons(experts)
     is_quantised = experts.quant_config is not None
     if tensor.dim() > 2:
         tensor = tensor.flatten(2) if is_quantised else tensor.mT
-    if rank is not None and is_bias and projection == "w2":  # which is added once
-        tensor = tensor if rank == 0 else torch.zeros_like(tensor)
-    elif rank is not None:
-        tensor = tensor.chunk(ranks, 1 if projection == "w13" else -1)[rank]
+    axis = 1 if projection == "w13" else tensor.dim() - 1
+    parallel = get_parallel()
+    if neurons is not None and is_bias and projection == "w2":  # which is added once
+        tensor = tensor if parallel.tp_rank == 0 else torch.zeros_like(tensor)
+    elif neurons is not None:
+        block = MXFP4_BLOCK if is_quantised else 1
+        own = math.ceil(neurons / block / parallel.tp_size) * block
+        start, stop = (
+            min(rank * own, neurons) for rank in (parallel.tp_rank, parallel.tp_rank + 1)
+        )
+        size = tensor.shape[axis]
+        start, stop = size * start // neurons, size * stop // neurons
+        tensor = tensor.narrow(axis, start, stop - start)
     if is_quantised:
+        if tensor.shape[axis] > (room := parameter.shape[axis]):
+            raise ValueError(
+                f"{name} has {tensor.shape[axis]} of what SGLang's kernel has room for {room}: "
+                "shares are unequal; take another --moe-runner-backend"
+            )
         parameter.weight_loader(parameter, tensor, found[0], shard_id=None, expert_id=None)
         return
     if not is_bias and experts.use_triton_kernels:  # which have them as transformers does

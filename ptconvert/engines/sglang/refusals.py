@@ -10,7 +10,7 @@ from typing import Any
 from ptconvert.checkpoint.section import Section
 from ptconvert.engines.formats import unlike_keys
 from ptconvert.engines.sglang.families import SERVED, Served
-from ptconvert.engines.sglang.formats import METHODS, unserved_weights
+from ptconvert.engines.sglang.formats import METHODS, MXFP4, unserved_weights
 from ptconvert.errors import ConfigError
 from ptconvert.models.families import FULL
 from ptconvert.models.quantised import QUANTIZATION, quantization_of
@@ -141,7 +141,8 @@ def unserved(
         )
     if (quantization := quantization_of(config)) is not None:
         yield from unserved_weights(quantization, shape, section, on_cpu)
-    for key in section.together:
+    by_blocks = (quantization or {}).get("quant_method") == MXFP4
+    for key in () if by_blocks else section.together:
         yield (
             f"{key}: tracks have unequal shares, and SGLang gives each rank as much; convert to "
             "another number of tracks, or serve it in vLLM"
