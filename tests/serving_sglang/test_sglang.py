@@ -281,6 +281,7 @@ def test_other_families_are_refused_before_it_starts(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_sinks_are_refused_on_cpus_before_it_starts(tmp_path: Path) -> None:
     refused(
         make_model(tmp_path, "gpt_oss", 2, "use: ladder"),
