@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,6 +117,20 @@ def test_what_comes_along_is_registered() -> None:
         (
             *("gemma4_text", {}, {"backends": ("triton", "fa3")}),
             "--attention-backend fa3: heads differ by kind of layer, which in SGLang only triton,",
+        ),
+        (
+            *("gpt_oss", {}, {"backends": ("flashinfer",)}),
+            "--attention-backend flashinfer: attention has sinks, which in SGLang only aiter, fa3,",
+        ),
+        (
+            *("gpt_oss", {}, {"backends": ("torch_native",)}),
+            "--attention-backend torch_native: attention has sinks, which in SGLang only aiter,",
+        ),
+        ("gpt_oss", {}, {"on_cpu": True}, "attention sinks: SGLang's attention on CPUs (torch_nat"),
+        ("gpt_oss", {"swiglu_alpha": 1.0}, {}, "swiglu_alpha 1.0: SGLang's layers for it have"),
+        (
+            *("gpt_oss", {"rope_parameters": {**YARN, "attention_factor": 1.0}}, {}),
+            "attention_factor 1.0 of rope_type yarn: SGLang's attention for it reads it otherwise",
         ),
         (
             *("gemma4_text", {}, {"backends": ("torch_native", "triton")}),
@@ -319,9 +334,9 @@ def test_all_say_the_same_of_groups_that_ranks_would_part(tmp_path: Path) -> Non
 def test_commands_say_what_engines_refuse(make_dense: MakeDense, tmp_path: Path) -> None:
     spec = tmp_path / "spec.yaml"
     spec.write_text(spec_text(2, "use: ladder"))
-    source, out = str(make_dense("gpt_oss", swiglu_limit=5.0)), str(tmp_path / "out")
-    in_vllm = "vllm doesn't serve it on 2 ranks: swiglu_limit 5.0: vLLM's layers for it have 7.0"
-    in_sglang = "sglang doesn't serve it on 2 ranks: a converted gpt_oss isn't served in SGLang"
+    source, out = str(make_dense("gpt_oss", swiglu_alpha=1.0)), str(tmp_path / "out")
+    in_vllm = "vllm doesn't serve it on 2 ranks: swiglu_alpha 1.0: vLLM's layers for it have 1.702"
+    in_sglang = in_vllm.replace("vllm", "sglang").replace("vLLM", "SGLang")
     for command in (
         ["show", str(spec), "--model", source],
         ["transform", source, out, "--spec", str(spec), "--dry-run"],
@@ -503,7 +518,8 @@ def test_of_fp8_experts_vllm_parts_blocks_down_to_32() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_gpt_oss_as_it_is_published_is_served_by_its_ready_specs(ranks: int) -> None:
-    """vLLM gives each rank whole blocks of a layer held dense."""
+    """Engines give each rank whole blocks of a layer held dense, and SGLang has room for those of
+    tracks that have one more than others."""
     config: dict[str, Any] = read_config(SPECS / "configs" / "gpt-oss-120b.json")
     shape, fitting = ModelShape.from_config(config), []
     for path in sorted(SPECS.glob("gpt-oss-120b-*.yaml")):
@@ -514,6 +530,12 @@ def test_gpt_oss_as_it_is_published_is_served_by_its_ready_specs(ranks: int) -> 
                 list(unserved_weights(config["quantization_config"], shape, section, ranks)) == []
             )
             fitting.append(path.stem)
+        if spec.tracks == ranks:
+            unequal = replace(section, together={"intermediate_size": 32})
+            assert list(IN_SGLANG.unserved(config, shape, unequal, ranks)) == []
+            others = config | {"quantization_config": None}
+            (refused,) = IN_SGLANG.unserved(others, shape, unequal, ranks)
+            assert refused.startswith("intermediate_size: tracks have unequal shares, and SGLang")
     assert len(fitting) >= 3
 
 
@@ -533,6 +555,7 @@ def test_another_vllm_is_said_in_a_line(version: str) -> None:
 
 _FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
 _NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
+_MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
 
 
 @pytest.mark.parametrize(
@@ -543,7 +566,7 @@ _NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
         ("llama", compressed("int-quantized", **_INT8), "INT8 weights beside activations that"),
         (
             *("llama", {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": True}),
-            "quant_method auto-round: in SGLang only fp8, compressed-tensors, awq, gptq, modelopt",
+            "quant_method auto-round: of a llama SGLang serves only fp8, compressed-tensors, awq, ",
         ),
         (
             *("llama", compressed("mxfp4-pack-quantized", **_FOUR | {"type": "float"})),
@@ -554,6 +577,12 @@ _NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
             "2 tracks, a rank for each: model.layers.0.mlp.gate_proj keeps 32 of its outputs "
             "together, and each rank would have 48 of them; convert to fewer",
         ),
+        (
+            "llama",
+            _MXFP4,
+            "quant_method mxfp4: of a llama SGLang serves only fp8, compressed-tensors",
+        ),
+        ("gpt_oss", _BLOCKS, "quant_method fp8: of a gpt_oss SGLang serves only mxfp4"),
         ("mixtral", _GPTQ, "experts in GPTQ: SGLang has a rank's scales in the size of all ranks'"),
         ("mixtral", compressed("int-quantized", _TOKEN, **_INT8), "experts in integers beside"),
         ("mixtral", compressed("float-quantized", **_FP8), "weights in float 8, activations in"),
@@ -590,6 +619,7 @@ def test_what_of_quantised_checkpoints_sglang_cannot_serve_is_refused_by_name(
         ("deepseek_v3", compressed("float-quantized", _TOKEN | {"type": "float"}, **_FP8)),
         ("deepseek_v3", compressed("pack-quantized", **_FOUR) | {"ignore": ["re:.*kv_b_proj"]}),
         ("deepseek_v3", {**_NVFP4, "ignore": ["lm_head", "*.self_attn*"]}),
+        ("gpt_oss", _MXFP4),
     ],
 )
 def test_what_of_quantised_checkpoints_sglang_serves(

@@ -69,5 +69,9 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":  # the workers import this again
+if __name__ == "__main__":
     main()
+else:  # in a worker, which imports this again
+    import sinks
+
+    sinks.install()

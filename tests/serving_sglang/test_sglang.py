@@ -6,12 +6,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 import torch
 from conftest import LAYERS, random_model, spec_text
 from quantising import quantise
+from safetensors.torch import load_file, save_file
 from served import (
     COMPILED,
     MIXED,
@@ -100,6 +102,7 @@ OTHERS: dict[str, Mapping[str, Any]] = {
     "qwen3_moe": {"shared_expert_intermediate_size": 0, "moe_intermediate_size": 64},
     "glm4_moe": {"moe_intermediate_size": 64, "n_routed_experts": 8, "n_group": 2}
     | {"routed_scaling_factor": 2.5},
+    "gpt_oss": {"intermediate_size": 128, "num_key_value_heads": 2},
     "deepseek_v3": {
         **{"moe_intermediate_size": 64, "n_routed_experts": 8, "n_group": 2, "topk_group": 1},
         **{"attention_bias": False, "num_key_value_heads": 4},
@@ -123,7 +126,23 @@ CASES = {
 }
 # Schedules, norms, positions, experts and caches that differ; other families are slow.
 FIRST = "mixed, biases, affinity, guesses"
-QUICK = {FIRST, "ladder, qwen3, biases", "gemma4_text", "cohere2", "qwen3_moe", "deepseek_v3"}
+QUICK = {
+    *(FIRST, "ladder, qwen3, biases", "gemma4_text", "cohere2", "qwen3_moe", "deepseek_v3"),
+    "gpt_oss",
+}
+# Of gpt-oss tensors that are left out, or lie otherwise.
+FAULTS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "no sinks": ("sinks", lambda sinks_H: sinks_H - 1e4),
+    "another head's sinks": ("sinks", lambda sinks_H: sinks_H.flip(0)),
+    "gate and up exchanged": (
+        "gate_up_proj",
+        lambda w_EDN: w_EDN.view(*w_EDN.shape[:-1], -1, 2).flip(-1).flatten(-2),
+    ),
+    "gate's and up's biases left out": ("gate_up_proj_bias", torch.zeros_like),
+    "experts' output biases left out": ("down_proj_bias", torch.zeros_like),
+    "the router's bias left out": ("router.bias", torch.zeros_like),
+    "another expert": ("down_proj", lambda w_END: w_END.roll(1, 0)),
+}
 
 
 def environment() -> dict[str, str]:
@@ -197,6 +216,26 @@ def test_answers_of_the_single_process_model(
     assert apart(found[name]["answers"], answers_of(paths[name].parent / "dense")) > TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["gpt_oss"])
+def test_other_sinks_windows_and_experts_would_be_seen(
+    name: str, found: dict[str, Any], paths: dict[str, Path], tmp_path: Path
+) -> None:
+    answers = found[name]["answers"]
+    for fault, (ends, change) in FAULTS.items():
+        path = shutil.copytree(paths[name], tmp_path / fault)
+        for file in path.glob("*.safetensors"):
+            tensors = load_file(file)
+            changed = {n: change(t).contiguous() for n, t in tensors.items() if n.endswith(ends)}
+            save_file(tensors | changed, file, {"format": "pt"})
+        assert apart(answers, answers_of(path)) > TOLERANCE, fault
+    path = shutil.copytree(paths[name], tmp_path / "no windows")
+    config: dict[str, Any] = read_config(path)
+    assert "sliding_attention" in config["layer_types"]
+    config["sliding_window"] = 512
+    (path / "config.json").write_text(json.dumps(config))
+    assert apart(answers, answers_of(path)) > TOLERANCE
+
+
 @pytest.mark.parametrize("name", quick(CASES, QUICK))
 def test_all_reduces_are_the_schedules(
     name: str, found: dict[str, Any], paths: dict[str, Path]
@@ -237,8 +276,16 @@ def test_verify_counts_inside_the_workers(paths: dict[str, Path]) -> None:
 
 def test_other_families_are_refused_before_it_starts(tmp_path: Path) -> None:
     refused(
+        make_model(tmp_path, "qwen3_next", 2, "use: ladder"),
+        "a converted qwen3_next isn't served in SGLang, of converted models only llama, mistral",
+    )
+
+
+@pytest.mark.slow
+def test_sinks_are_refused_on_cpus_before_it_starts(tmp_path: Path) -> None:
+    refused(
         make_model(tmp_path, "gpt_oss", 2, "use: ladder"),
-        "a converted gpt_oss isn't served in SGLang, of converted models only llama, mistral",
+        "attention sinks: SGLang's attention on CPUs (torch_native) has none; serve it on GPUs",
     )
 
 

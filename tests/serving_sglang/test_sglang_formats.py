@@ -20,6 +20,7 @@ from conftest import random_model
 from loaded import (
     BESIDE,
     LATENT,
+    LINEARS,
     as_published,
     check_experts,
     check_linears,
@@ -27,6 +28,7 @@ from loaded import (
     holds,
     tensors_of,
 )
+from safetensors.torch import load_file, save_file
 from served import COMPILED, with_rope
 
 from ptconvert.engines.quantised import by_names
@@ -75,22 +77,44 @@ MARLIN = {"awq": "awq_marlin", "gptq": "gptq_marlin"}
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
+def model_config() -> Callable[[Path], Any]:
+    """What SGLang, started for a checkpoint as rank 1 of 2, says of it."""
+    from sglang.srt import runtime_context
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+
+    def made(path: Path) -> Any:
+        arguments = ServerArgs(
+            **{"model_path": str(path), "tp_size": RANKS, "device": "cpu", "dtype": "bfloat16"},
+            **{"attention_backend": "torch_native", "skip_tokenizer_init": True},
+        )
+        arguments.resolve_once()
+        ranks = runtime_context.SpawnRanks(world_rank=RANK)
+        runtime_context.publish(arguments, role="scheduler", ranks=ranks)
+        return ModelConfig.from_server_args(arguments)
+
+    return made
+
+
+@pytest.fixture
+def load(
+    model_config: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Path], Any]:
     """Builds a checkpoint's model as on Blackwell, and loads its tensors."""
     from sglang.kernels.ops.quantization.awq_triton import awq_dequantize_decomposition
     from sglang.srt import runtime_context
     from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.layers.quantization import BASE_QUANTIZATION_METHODS
     from sglang.srt.model_loader.loader import _initialize_model
     from sglang.srt.model_loader.utils import set_default_torch_dtype
     from sglang.srt.models.deepseek_common import deepseek_weight_loader as latents
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import ServerArgs
 
     from ptconvert.engines.sglang import model as served
+    from ptconvert.engines.sglang import refusals
 
-    load_plugins()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
     blackwell = SimpleNamespace(is_blackwell=True, is_sm100=True, is_sm120=False, is_sm90=False)
     # of sizes, too, as models here are small
@@ -106,27 +130,24 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
             if hasattr(module, "get_platform"):
                 monkeypatch.setattr(module, "get_platform", lambda: blackwell)
     monkeypatch.setattr(served, "is_cpu", lambda: False)  # which kernels it has is what it says
+    monkeypatch.setattr(refusals, "SINKS", {refusals.ON_CPUS})  # as nothing attends
     # what it makes of latents' weights there, which for AWQ it has in plain torch, too
     monkeypatch.setattr(latents, "_is_cuda", True)
     monkeypatch.setattr(latents, "awq_dequantize_func", lambda: awq_dequantize_decomposition)
 
     def loaded(path: Path) -> Any:
-        arguments = ServerArgs(
-            **{"model_path": str(path), "tp_size": RANKS, "device": "cpu", "dtype": "bfloat16"},
-            **{"attention_backend": "torch_native", "skip_tokenizer_init": True},
-        )
-        arguments.resolve_once()
-        ranks = runtime_context.SpawnRanks(world_rank=RANK)
-        runtime_context.publish(arguments, role="scheduler", ranks=ranks)
-        config = ModelConfig.from_server_args(arguments)
-        said = {**config.hf_config.quantization_config, "packed_modules_mapping": {}}  # as there
-        method = BASE_QUANTIZATION_METHODS[MARLIN.get(said["quant_method"], said["quant_method"])]
+        config = model_config(path)
+        quantization = None
+        if said := getattr(config.hf_config, "quantization_config", None):
+            method = MARLIN.get(said["quant_method"], said["quant_method"])
+            said = {**said, "packed_modules_mapping": {}}  # as there
+            quantization = BASE_QUANTIZATION_METHODS[method].from_config(said)
         group = SimpleNamespace(rank_in_group=RANK, world_size=RANKS, cpu_group=None)
         with (
             set_default_torch_dtype(torch.bfloat16),
             runtime_context.get_parallel().override(tp_group=group),
         ):
-            model = _initialize_model(config, LoadConfig(), method.from_config(said))
+            model = _initialize_model(config, LoadConfig(), quantization)
         model.load_weights(tensors_of(path).items())
         return model
 
@@ -339,3 +360,87 @@ def test_tensors_of_latents(
             for own, other in pairs:
                 scaled = own.float() * attention.w_scale
                 torch.testing.assert_close(scaled, other, rtol=rtol, atol=atol)
+
+
+def gpt_oss(directory: Path, quantised: bool, neurons: int) -> Path:
+    """A converted one, whose experts are MXFP4 or aren't quantised."""
+    sizes = {**WIDE, "num_hidden_layers": 4, "num_key_value_heads": 2, "intermediate_size": neurons}
+    model = random_model("gpt_oss", torch.bfloat16, **sizes, tie_word_embeddings=False)
+    model.save_pretrained(source := directory / "dense")
+    if quantised:
+        source = quantising.mxfp4_experts(source, directory / "source")
+    return convert(source, directory / "converted", COMPILED)
+
+
+@pytest.mark.parametrize(("quantised", "neurons"), [(False, 320), (True, 320), (True, 288)])
+def test_tensors_of_gpt_oss(
+    quantised: bool, neurons: int, load: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    """All experts' in one tensor, MXFP4's as they are published, to which SGLang adds zeros; and
+    what attention has of each head. Of 9 blocks the second rank has 4."""
+    path = gpt_oss(tmp_path, quantised, neurons)
+    given, layers = tensors_of(path), load(path).model.layers
+    linears = {name: LINEARS[name] for name in ("self_attn.qkv_proj",)}
+    assert check_linears(layers, given, RANK, RANKS, linears) == 4 * 2  # weights and biases
+    kept = {"weight_bias": "_bias", "weight": "_blocks" if quantised else ""}
+    kept |= {"weight_scale": "_scales"} if quantised else {}
+    share = neurons // 64 * 32 if quantised else neurons // 2
+    for index, layer in enumerate(layers):
+        ((name, part),) = layer.parts.items()
+        before = f"model.layers.{index}." + ("" if name == "whole" else f"tracks.{name}.")
+        sinks = given[f"{before}self_attn.sinks"]
+        assert torch.equal(part.self_attn.sinks, sinks.chunk(RANKS if name == "whole" else 1)[-1])
+        assert part.self_attn.sinks.any()
+        own = dict(part.mlp.experts.named_parameters())
+        assert own.keys() == {f"{which}_{end}" for which in ("w13", "w2") for end in kept}
+        for end, theirs in kept.items():
+            for which, projection in (("w13", "gate_up_proj"), ("w2", "down_proj")):
+                held = own[f"{which}_{end}"]
+                if (which, end) == ("w2", "weight_bias"):  # which the first rank adds
+                    assert not held.any()
+                    continue
+                whole = given[f"{before}mlp.experts.{projection}{theirs}"]
+                if whole.dim() > 2:
+                    whole = whole.flatten(2) if quantised else whole.mT
+                axis = 1 if which == "w13" else -1
+                size = whole.shape[axis]
+                if name == "whole":
+                    size = size * share // neurons
+                    whole = whole.narrow(axis, whole.shape[axis] - size, size)
+                place = tuple(slice(size) for size in whole.shape)
+                assert torch.equal(held[place], whole.to(held.dtype))
+                if end != "weight_scale":
+                    assert held.count_nonzero() == whole.count_nonzero()
+
+
+def test_mxfp4_for_which_a_kernel_has_no_room_is_named(
+    load: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some of SGLang's have none for more than equal shares."""
+    from sglang.srt.layers.quantization import mxfp4
+
+    path = gpt_oss(tmp_path, True, 320)
+    monkeypatch.setattr(mxfp4, "round_up", lambda size, _: size - 32)
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj\w+ has 320 of .* room for 256"):
+        load(path)
+
+
+def test_an_experts_tensor_that_is_missing_is_named(
+    load: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    path = gpt_oss(tmp_path, False, 320)
+    for file in path.glob("track-01-*.safetensors"):
+        kept = {n: t for n, t in load_file(file).items() if "gate_up_proj_bias" not in n}
+        save_file(kept, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"parts\.1\..*w13_weight_bias is not in the checkpoint"):
+        load(path)
+
+
+def test_sglang_knows_that_attention_has_sinks_and_windows(
+    model_config: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    """By its own model's name; its caches and its choice of a backend go by it."""
+    found = model_config(gpt_oss(tmp_path, False, 320))
+    assert found.has_attention_sinks and found.is_hybrid_swa
+    assert found.swa_attention_layer_ids == [0, 2] and found.full_attention_layer_ids == [1, 3]
+    assert found.hf_config.architectures == ["PTConvertGptOssForCausalLM"]

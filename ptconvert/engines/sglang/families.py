@@ -21,13 +21,17 @@ class Served:
     torch's LayerNorm, whose epsilon the config calls `eps`; `qk_norms` are those of queries and
     keys where the attention has none, before their rotary positions or, `normed_after`, behind
     them. Attention scores are multiplied by `scale`, where that isn't one by the root of a head's
-    size, and then have the soft cap that the config calls `score_cap`. `tensors` are the names in a
-    checkpoint that have others there, `joined` those of linears that are parts of one there. With
-    `shared_weights` shared experts' linears must keep a `weight` of that name.
+    size, and then have the soft cap that the config calls `score_cap`; with `sinks` each head has a
+    score beside them that nothing is attended to by, which only some of SGLang's attention backends
+    know. `tensors` are the names in a checkpoint that have others there, `joined` those of linears
+    that are parts of one there. With `shared_weights` shared experts' linears must keep a `weight`
+    of that name. Quantised weights may be kept by one of `methods`, as quantization_configs call
+    them.
 
     SGLang knows by the names of its own architectures, of which it is told the one that the family
-    is `known_as`, if what it keeps is no keys and values of as many heads in all layers: with
-    `latent` attention (MLA) latents, and else heads `by_kind` of layer, which only its attention
+    is `known_as`, if what it keeps is no keys and values of as many tokens and heads in all layers:
+    with `latent` attention (MLA) latents, else those of layers with a window in a cache of their
+    own, of other heads, too, where these are `by_kind` of layer, which only its attention
     `backends` read, if they are given. With a config key of `refused` SGLang's layers would be
     others, as it says; those of `fixed` have a value built in, and any other is refused. If `ropes`
     are given, positions are of these types alone, with these keys beside base and type. What it
@@ -45,9 +49,11 @@ class Served:
     normed_after: bool = False
     scale: Callable[[Any], float] | None = None
     score_cap: str | None = None
+    sinks: bool = False
     tensors: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     joined: Mapping[str, tuple[str, int]] = field(default_factory=lambda: MappingProxyType({}))
     shared_weights: bool = False
+    methods: tuple[str, ...] = ("fp8", "compressed-tensors", "awq", "gptq", "modelopt")
     known_as: str | None = None
     latent: bool = False
     by_kind: bool = False
@@ -119,10 +125,8 @@ def _of_full_attention(config: Any) -> Mapping[str, Any]:
     return {name: getattr(config, name) for name in own}
 
 
-_YARN = (
-    *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"),
-    *("mscale", "mscale_all_dim"),
-)
+_PLAIN_YARN = "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"
+_YARN = (*_PLAIN_YARN, "mscale", "mscale_all_dim")
 _GEMMA4 = Served(
     "gemma4_causal.Gemma4DecoderLayer",
     mlp="gemma3_causal.Gemma3MLP",
@@ -180,6 +184,26 @@ SERVED: Mapping[str, Served] = MappingProxyType(
             experts="qwen3_moe.Qwen3MoeSparseMoeBlock",
         ),
         "glm4_moe": Served("glm4_moe.Glm4MoeDecoderLayer", shared_weights=True),
+        "gpt_oss": Served(
+            "gpt_oss.GptOssDecoderLayer",
+            sinks=True,
+            tensors=MappingProxyType(
+                {
+                    ".experts.gate_up_proj_blocks": ".experts.w13_weight",
+                    ".experts.gate_up_proj_scales": ".experts.w13_weight_scale",
+                    ".experts.down_proj_blocks": ".experts.w2_weight",
+                    ".experts.down_proj_scales": ".experts.w2_weight_scale",
+                    ".experts.gate_up_proj_bias": ".experts.w13_weight_bias",
+                    ".experts.down_proj_bias": ".experts.w2_weight_bias",
+                    ".experts.gate_up_proj": ".experts.w13_weight",
+                    ".experts.down_proj": ".experts.w2_weight",
+                }
+            ),
+            methods=("mxfp4",),  # its attention's linears there are never quantised
+            known_as="GptOssForCausalLM",
+            fixed=MappingProxyType({"swiglu_alpha": 1.702}),
+            ropes=MappingProxyType({"default": (), "yarn": (*_PLAIN_YARN, "truncate")}),
+        ),
         "deepseek_v3": Served(
             "deepseek_v2.DeepseekV2DecoderLayer",
             given=lambda _: {

@@ -13,6 +13,8 @@ from ptconvert.models.families import TensorRule
 from ptconvert.models.quantised import BLOCKS, QUANTIZATION, scheme_of, unit_sizes
 from ptconvert.models.shape import ModelShape
 
+# Which it has for experts alone, and gives each rank whole blocks of them, with zeros behind.
+MXFP4, MXFP4_BLOCK = "mxfp4", 32
 # Of quant_methods that it serves, what SGLang calls what it makes of them.
 METHODS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -21,6 +23,7 @@ METHODS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "awq": ("awq", "awq_marlin"),
         "gptq": ("gptq", "gptq_marlin"),
         "modelopt": ("modelopt_fp4",),
+        MXFP4: (MXFP4,),
     }
 )
 _REFUSED: tuple[tuple[formats.Question, str], ...] = (
@@ -51,8 +54,10 @@ def unserved_weights(
     if on_cpu:
         yield f"{QUANTIZATION}: SGLang's kernels for CPUs (sgl_kernel) were never tried with it"
     method, kind = quantization.get("quant_method"), quantization.get("quant_algo")
-    if method not in METHODS:
-        yield f"quant_method {method}: in SGLang only {', '.join(METHODS)} are served"
+    taken = SERVED[shape.model_type].methods
+    if method not in taken:
+        known = ", ".join(taken)
+        yield f"quant_method {method}: of a {shape.model_type} SGLang serves only {known}"
     elif method == "modelopt" and kind != "NVFP4":
         yield f"quant_algo {kind} of ModelOpt: in SGLang only NVFP4 was tried"
     for asks, what in _REFUSED:
@@ -64,7 +69,7 @@ def unserved_weights(
     tracks = section.tracks
     yield from (f"{QUANTIZATION}: {what}" for what in _of_experts(quantization, shape, tracks))
     yield from (f"{QUANTIZATION}: {what}" for what in _of_latents(quantization, shape))
-    for why in formats.parted(quantization, shape, section, tracks, lambda _: False):
+    for why in formats.parted(quantization, shape, section, tracks, lambda _: method == MXFP4):
         yield f"{tracks} tracks, a rank for each: {why}; convert to fewer"
 
 
@@ -104,7 +109,7 @@ def _of_experts(quantization: Mapping[str, Any], shape: ModelShape, tracks: int)
     of_experts = formats.schemes_of(quantization, shape, lambda rule: rule.is_of_experts)
     if any(_numbers(s["weights"])[0] == "int" and s.get("input_activations") for s in of_experts):
         yield "experts in integers beside quantised activations: not served in SGLang"
-    by_weight = shape.model_type in SERVED and SERVED[shape.model_type].shared_weights
+    by_weight = SERVED[shape.model_type].shared_weights
     if by_weight and any(map(_is_packed, _schemes_of(quantization, shape, _SHARED))):
         yield "shared experts in packed numbers: SGLang asks for their weights as they are"
 

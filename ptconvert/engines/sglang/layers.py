@@ -137,6 +137,7 @@ class SGLangServing:
             "rms_norm_eps": getattr(config, self.served.eps),
             "rope_parameters": rope,
             "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
+            "dtype": torch.get_default_dtype(),
             "rope_is_neox_style": not self.computed.interleaved,
             **self.served.given(self._config),
         }
@@ -191,6 +192,8 @@ class SGLangServing:
             attention.scaling = attention.attn.scaling = self.served.scale(config)
         if self.served.score_cap is not None:
             attention.attn.logit_cap = getattr(config, self.served.score_cap, None) or 0.0
+        if self.served.sinks:
+            attention.sinks = _sinks(len(attention.sinks), attention.sinks.dtype)
         if not self.computed.rotated(config, index):
             attention.rotary_emb = NoPositions()
         if self.served.qk_norms is not None:
@@ -216,8 +219,7 @@ class SGLangServing:
         if self._latents is not None:
             out_TD = self._latents.attend(part.self_attn, x_TD, positions, batch)
             return out_TD
-        windowed = self.served.by_kind and part.self_attn.attn.sliding_window_size >= 0
-        with own_places() if windowed else contextlib.nullcontext():
+        with contextlib.nullcontext() if self.window(part) is None else own_places():
             out_TD = part.self_attn(positions=positions, hidden_states=x_TD, forward_batch=batch)
         return out_TD
 
@@ -257,6 +259,21 @@ class SGLangServing:
         return sums[0]
 
 
+def _sinks(heads: int, dtype: torch.dtype) -> nn.Parameter:
+    """A rank's sinks, which SGLang has in bfloat16 also where the model is in float32, and has cut
+    for layers held dense."""
+    if torch.get_default_dtype() == torch.float32:
+        dtype = torch.float32
+    sinks = nn.Parameter(torch.empty(heads, dtype=dtype), requires_grad=False)
+
+    def load(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
+        first = 0 if len(tensor) == heads else get_parallel().tp_rank * heads
+        parameter.data.copy_(tensor[first : first + heads])
+
+    sinks.weight_loader = load  # type: ignore[attr-defined]
+    return sinks
+
+
 def _load_whole(layer: nn.Module, count: int) -> None:
     """Makes one of `count` ranks' shard of a layer load what is that shard already."""
     # As rank 0, because its shard begins at 0. (SGLang's own `use_presharded_weights` isn't minded
@@ -264,10 +281,15 @@ def _load_whole(layer: nn.Module, count: int) -> None:
     first = SimpleNamespace(rank_in_group=0, world_size=count)
     for module in layer.modules():
         if isinstance(module, FusedMoE):
-            module.use_presharded_weights = True
+            load_own_neurons(module)
         for name in ("tp_group", "kv_tp_group"):
             if getattr(module, name, None) is not None:
                 setattr(module, name, first)
+
+
+def load_own_neurons(experts: Any) -> None:
+    """Makes experts load what are this rank's neurons already, which begin at 0, too."""
+    experts.use_presharded_weights, experts.moe_tp_rank = True, 0
 
 
 def _start(local_TD: torch.Tensor, sum_TD: torch.Tensor) -> Callable[[], object]:

@@ -6,6 +6,8 @@ requests in the batch, D the residual stream's width.
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +24,8 @@ from torch.profiler import record_function
 from ptconvert.checkpoint.section import read_section, source_config
 from ptconvert.engines.base import ServedPass, own_weights, renamed, served_layers, window_of
 from ptconvert.engines.sglang.families import EXPERTS_PARTS
-from ptconvert.engines.sglang.layers import SGLangServing
+from ptconvert.engines.sglang.formats import MXFP4, MXFP4_BLOCK
+from ptconvert.engines.sglang.layers import SGLangServing, load_own_neurons
 from ptconvert.engines.sglang.refusals import check, unpadded
 from ptconvert.models.shape import ModelShape
 
@@ -30,6 +33,7 @@ from ptconvert.models.shape import ModelShape
 # that lie in order; scales as its kernels read them.
 _MADE = (".k_scale", ".v_scale", "g_idx", "g_idx_sort_indices", "_blockscale_swizzled")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.(\w+)")  # of one's projection
+_EXPERTS = re.compile(r".*\.experts\.(w13|w2)_(\w+)")  # of all of them in one
 
 
 class PTConvertModel(nn.Module):
@@ -98,8 +102,11 @@ class PTConvertForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = PTConvertModel(config, quant_config)
+        alone = quant_config is not None and quant_config.get_name() == MXFP4
         self.lm_head = ParallelLMHead(
-            config.vocab_size, config.hidden_size, quant_config=quant_config, prefix="lm_head"
+            *(config.vocab_size, config.hidden_size),
+            quant_config=None if alone else quant_config,
+            prefix="lm_head",
         )
         computed = self.model.serving.computed
         self.logits_processor = LogitsProcessor(config, logit_scale=computed.logits_scale(config))
@@ -134,12 +141,18 @@ class PTConvertForCausalLM(nn.Module):
         places = parameters | dict(self.named_buffers())
         model = self.model
         own = own_weights(weights, model.local_tracks, model.shape, model.tracked)
-        for given, tensor in _with_values(own, model.serving.computed.keys_as_values(self.config)):
+        own = _with_values(own, model.serving.computed.keys_as_values(self.config))
+        for given, tensor in itertools.chain(own, _of_others(model)):
             name = given
             for pattern, replacement in self.model.renamed.items():
                 name = re.sub(pattern, replacement, name)
             if (expert := _EXPERT.fullmatch(name)) is not None:
                 missing.discard(_load_expert(given, expert, tensor, parameters))
+                continue
+            if (experts := _EXPERTS.fullmatch(name)) is not None and name in parameters:
+                neurons = None if ".tracks." in given else model.shape.neurons
+                _load_experts(given, experts, tensor, parameters[name], neurons)
+                missing.discard(name)
                 continue
             target = name
             if name not in places:
@@ -170,6 +183,15 @@ def _with_values(
             yield name.replace(".k_proj.", ".v_proj."), tensor
 
 
+def _of_others(model: PTConvertModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Zeros for what is added once, by the first track, in others."""
+    for index in sorted(model.tracked):
+        for rule in (rule for rule in model.shape.rules_of(index) if rule.once):
+            for track in (track for track in model.local_tracks if track > 0):
+                name = f"{model.shape.layer(index)}tracks.{track}.{rule.name}"
+                yield name, torch.zeros(model.shape.size(rule))
+
+
 def _load_expert(
     name: str, found: re.Match[str], tensor: torch.Tensor, parameters: Mapping[str, Any]
 ) -> str:
@@ -181,3 +203,41 @@ def _load_expert(
     given = parameters[target], tensor, target
     parameters[target].weight_loader(*given, shard_id=part, expert_id=int(found[2]))
     return target
+
+
+def _load_experts(
+    name: str, found: re.Match[str], tensor: torch.Tensor, parameter: Any, neurons: int | None
+) -> None:
+    """Loads all experts' tensor of a projection, which is a track's, or has all of so many neurons,
+    of which it takes this rank's: weights (experts, inputs, outputs), a bias (experts, outputs), or
+    MXFP4's blocks (experts, outputs, blocks of inputs, bytes) and their scales."""
+    projection, kept = found.groups()
+    is_bias, experts = kept.endswith("bias"), parameter.weight_loader.__self__
+    load_own_neurons(experts)
+    is_quantised = experts.quant_config is not None
+    if tensor.dim() > 2:
+        tensor = tensor.flatten(2) if is_quantised else tensor.mT
+    axis = 1 if projection == "w13" else tensor.dim() - 1
+    parallel = get_parallel()
+    if neurons is not None and is_bias and projection == "w2":  # which is added once
+        tensor = tensor if parallel.tp_rank == 0 else torch.zeros_like(tensor)
+    elif neurons is not None:
+        block = MXFP4_BLOCK if is_quantised else 1
+        own = math.ceil(neurons / block / parallel.tp_size) * block
+        start, stop = (
+            min(rank * own, neurons) for rank in (parallel.tp_rank, parallel.tp_rank + 1)
+        )
+        size = tensor.shape[axis]
+        start, stop = size * start // neurons, size * stop // neurons
+        tensor = tensor.narrow(axis, start, stop - start)
+    if is_quantised:
+        if tensor.shape[axis] > (room := parameter.shape[axis]):
+            raise ValueError(
+                f"{name} has {tensor.shape[axis]} of what SGLang's kernel has room for {room}: "
+                "shares are unequal; take another --moe-runner-backend"
+            )
+        parameter.weight_loader(parameter, tensor, found[0], shard_id=None, expert_id=None)
+        return
+    if not is_bias and experts.use_triton_kernels:  # which have them as transformers does
+        tensor = tensor.mT
+    parameter.weight_loader(parameter, tensor, found[0], shard_id=projection)

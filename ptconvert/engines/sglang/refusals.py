@@ -10,13 +10,16 @@ from typing import Any
 from ptconvert.checkpoint.section import Section
 from ptconvert.engines.formats import mixtures_in_parts, unlike_keys
 from ptconvert.engines.sglang.families import SERVED, Served
-from ptconvert.engines.sglang.formats import METHODS, unserved_weights
+from ptconvert.engines.sglang.formats import METHODS, MXFP4, unserved_weights
 from ptconvert.errors import ConfigError
 from ptconvert.models.families import FULL
 from ptconvert.models.quantised import QUANTIZATION, quantization_of
 from ptconvert.models.shape import ModelShape
 from ptconvert.models.wrappers import wrapper_of
 
+# Its attention backends that know sinks, of those on GPUs and of that on CPUs which was tried.
+SINKS = {"triton", "trtllm_mha", "fa3", "fa4", "aiter"}
+ON_CPUS = "torch_native"
 CPU_BLOCK = 32  # SGLang's CPU engine fills each rank's neurons up to a multiple of it
 # What it calls the numbers of a config that it replaced so.
 _PADDED = {
@@ -84,17 +87,24 @@ def check(
     ]
     if dense_ranks is not None:
         refused.append("--moe-dense-tp-size: each rank has its share of a dense MLP; leave it")
-    taken = SERVED[shape.model_type].backends if shape.model_type in SERVED else ()
-    for backend in dict.fromkeys(backends):
-        if taken and backend not in taken:
-            refused.append(
-                f"--attention-backend {backend}: heads differ by kind of layer, which in SGLang "
-                f"only {', '.join(taken)} read"
-            )
-    if taken and "torch_native" in backends and len(set(backends)) > 1:
-        refused.append("--attention-backend: torch_native beside another was not tried; take one")
+    if shape.model_type in SERVED:
+        refused += _unread(SERVED[shape.model_type], backends)
     if refused:
         raise ConfigError("; ".join(refused))
+
+
+def _unread(served: Served, backends: tuple[str, ...]) -> Iterator[str]:
+    """Which of attention's backends don't do what a family needs of them."""
+    needs = [("heads differ by kind of layer, which", served.backends)]
+    if served.sinks:
+        needs.append(("attention has sinks, which", tuple(sorted(SINKS))))
+    for what, taken in needs:
+        for backend in dict.fromkeys(backends):
+            if taken and backend not in taken:
+                known = ", ".join(taken)
+                yield f"--attention-backend {backend}: {what} in SGLang only {known} read"
+    if served.known_as and not served.latent and ON_CPUS in backends and len(set(backends)) > 1:
+        yield f"--attention-backend: {ON_CPUS} beside another was not tried; take one"
 
 
 def unserved(
@@ -132,7 +142,8 @@ def unserved(
         )
     if (quantization := quantization_of(config)) is not None:
         yield from unserved_weights(quantization, shape, section, on_cpu)
-    for key in section.together:
+    by_blocks = (quantization or {}).get("quant_method") == MXFP4
+    for key in () if by_blocks else section.together:
         yield (
             f"{key}: tracks have unequal shares, and SGLang gives each rank as much; convert to "
             "another number of tracks, or serve it in vLLM"
@@ -163,7 +174,9 @@ def _unlike(served: Served, config: Mapping[str, Any], on_cpu: bool) -> Iterator
             yield f"{key} {value}: SGLang's MLP for it is activated by {known}"
     cap = served.score_cap and config.get(served.score_cap)
     if cap and on_cpu:
-        yield f"{served.score_cap} {cap}: SGLang's attention on CPUs (torch_native) leaves it out"
+        yield f"{served.score_cap} {cap}: SGLang's attention on CPUs ({ON_CPUS}) leaves it out"
+    if served.sinks and on_cpu and ON_CPUS not in SINKS:
+        yield f"attention sinks: SGLang's attention on CPUs ({ON_CPUS}) has none; serve it on GPUs"
     ropes = config.get(_OLDER_ROPES) or config.get("rope_parameters") or _PLAIN_ROPES
     for rope in (ropes, *ropes.values()):
         kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
