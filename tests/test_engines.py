@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -861,8 +861,15 @@ class ToyLayer(nn.Module):
         return Update(partials, self.bias, [0.5 * p for p in partials] if guess else None)
 
 
-def expected(layers: Any, schedule: Schedule, base: torch.Tensor, norm: Any) -> torch.Tensor:
-    """The same by the executor over transformers' way: the stream is read as it is."""
+def expected(
+    layers: Any,
+    schedule: Schedule,
+    base: torch.Tensor,
+    norm: Any,
+    seen: Sequence[torch.Tensor] = (),
+) -> torch.Tensor:
+    """The same by the executor over transformers' way: the stream is read as it is, and what is
+    seen is added to it between two layers' turns, in which runs what no later layer is in."""
 
     def run(sublayer: Sublayer, view: list[torch.Tensor], guess: bool) -> Update:
         layer = layers[sublayer.layer]
@@ -877,10 +884,38 @@ def expected(layers: Any, schedule: Schedule, base: torch.Tensor, norm: Any) -> 
         def start_all_reduce(self, partial_BSD: torch.Tensor) -> Any:
             return lambda: partial_BSD + 1.0
 
-    streams = Streams(base)
-    run_program(schedule.program, streams, TorchEngine(run, AndOnes()))
+    streams, waiting = Streams(base), list(schedule.program)
+    for layer in range(schedule.layers):
+        later = (i for i, step in enumerate(waiting) if step.last_layer > layer)
+        ready = next(later, len(waiting))
+        run_program(waiting[:ready], streams, TorchEngine(run, AndOnes()))
+        waiting = waiting[ready:]
+        if layer < len(seen):
+            streams.base = streams.settled() + seen[layer]
     normed: torch.Tensor = norm(streams.settled())
     return normed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a0! m0! a1! m1! a2! m2!",
+        "a0. m0~1 a1^2 m1. a2~1 m2!",
+        "a0! m0|a1! m1|a2! m2!",
+        "a0~4 m0~4 a1. m1~2 a2~3 m2~1",
+    ],
+)
+def test_what_is_seen_joins_between_layers(text: str, count: int) -> None:
+    torch.manual_seed(0)
+    schedule, serving = Schedule.parse(text), ToyServing()
+    layers = nn.ModuleList(ToyLayer() for _ in range(schedule.layers))
+    norm, base, seen = nn.RMSNorm(4), torch.randn(5, 4), list(torch.randn(count, 5, 4))
+    one_pass = ServedPass(serving, layers, None)  # type: ignore[arg-type]
+    found = one_pass.decode(schedule.program, base.clone(), norm, 1.0, seen)
+    assert torch.allclose(found, expected(layers, schedule, base, norm, seen), atol=1e-6)
+    assert not torch.allclose(found, expected(layers, schedule, base, norm, seen[1:]), atol=1e-2)
 
 
 @pytest.mark.slow

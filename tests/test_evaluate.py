@@ -625,7 +625,7 @@ def test_our_own_faults_are_not_called_a_tasks(
         (["--make-tasks", "{dir}"], "needs a text"),
         (["--make-tasks", "{dir}", "--text", "{short}"], "too short to make tasks of"),
         (["{bare}", "--tasks", "text_cloze", "--include-path", "{own}"], "no tokenizer can be"),
-        (["{bare}", "--baseline", "{bare}", "--text", "{text}"], "there is none of tokenizer.json"),
+        (["{bare}", "--baseline", "{bare}", "--text", "{text}"], "there is no file of one"),
         (
             ["{src}", "--tasks", "x", "--html", "{dir}/no/r.html"],
             "isn't there or can't be written to",

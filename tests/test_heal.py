@@ -34,7 +34,7 @@ from ptconvert.errors import HealError
 from ptconvert.heal import run as healing
 from ptconvert.heal.blockwise import Pieces, blocks_of
 from ptconvert.heal.data import Data, read_data
-from ptconvert.heal.distill import distill
+from ptconvert.heal.distill import Distillation, distill
 from ptconvert.heal.loss import compare
 from ptconvert.heal.models import changed_layers, freeze_but, share, trainable
 from ptconvert.heal.settings import Settings
@@ -658,6 +658,24 @@ def test_a_local_dataset(
 
 
 # What is refused
+
+
+def test_what_fails_in_training_is_not_said_of_a_setting(
+    source: Path, convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a fault of ours nor what a user caused otherwise, beside a setting that is right."""
+    options = (convert(source, 4, MIDDLE), tmp_path / "out", "--teacher", source, "--text", TEXT)
+    given = ["heal", *map(str, (*options, *QUICK, "--set", "weight_decay=0.1"))]
+
+    def failing(error: Exception) -> Any:
+        def compute(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(Distillation, "compute_loss", compute)
+        return CliRunner().invoke(main, given)
+
+    assert isinstance(failing(RuntimeError("a fault")).exception, RuntimeError)
+    assert failing(HealError("a cause")).stderr.splitlines()[-1] == "error: a cause"
 
 
 @pytest.mark.parametrize("which", ["source", "converted"])

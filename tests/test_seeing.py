@@ -27,7 +27,7 @@ from ptconvert.modeling.executor import OneProcess
 from ptconvert.modeling.layers import Placement
 from ptconvert.modeling.model import MODELS
 from ptconvert.models.shape import ModelShape
-from ptconvert.models.wrappers import WRAPPERS, language_config
+from ptconvert.models.wrappers import WRAPPERS, by_older_name, language_config
 from ptconvert.runtime.load import load_rank
 from ptconvert.spec.document import parse_spec
 
@@ -119,6 +119,14 @@ def test_ladder_is_the_same_for_any_number_of_tracks(name: str, convert: Convert
     inputs = looking(name)
     one, two = (logits(convert(SOURCES[name], n, "use: ladder"), inputs) for n in (1, 2))
     assert apart(one, two, inputs) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gemma4_unified", "llava", "qwen3_vl"])
+def test_names_of_today_go_back_to_those_of_an_older_layout(name: str) -> None:
+    published, older = tensors(SOURCES[name]), WRAPPERS[name].older
+    todays = seeing.under_todays_names(published)
+    assert {by_older_name(n, older) for n in todays} == set(published)
+    assert (set(todays) == set(published)) == (not older)
 
 
 @pytest.mark.parametrize("tracks", [2, 8])

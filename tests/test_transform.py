@@ -332,6 +332,14 @@ def test_existing_destinations(make_dense: MakeDense, tmp_path: Path) -> None:
     (tmp_path / "out" / ADAPTER_FOLDER).mkdir()
     execute(plan, tmp_path / "out", overwrite=True)
     assert not old.exists() and not (tmp_path / "out" / ADAPTER_FOLDER).exists()
+    for name in ("recipe.yaml", "quant_log.csv", "adapter_config.json", "LICENSE", "merges.txt"):
+        (tmp_path / "out" / name).write_text("x")
+    execute(plan, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / ADAPTER_FOLDER).mkdir()
+    (tmp_path / "out" / ADAPTER_FOLDER / "mine.csv").write_text("x")
+    with pytest.raises(CheckpointError, match=rf"holds {ADAPTER_FOLDER}/mine\.csv beside a checkp"):
+        execute(plan, tmp_path / "out", overwrite=True)
+    shutil.rmtree(tmp_path / "out" / ADAPTER_FOLDER)
     (tmp_path / "out" / "thesis.md").write_text("x")
     with pytest.raises(
         CheckpointError, match=r"holds thesis\.md beside a checkpoint, which --over"

@@ -11,18 +11,22 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ptconvert.checkpoint.files import CHAT_TEMPLATES, INDEX, goes_along
+from ptconvert.checkpoint.files import ADAPTER, CHAT_TEMPLATES, INDEX, goes_along
 from ptconvert.checkpoint.section import ADAPTER_FOLDER, SPEC_FILE
 from ptconvert.errors import CheckpointError
 from ptconvert.shorten import few
 
-# What this package or transformers writes beside what goes along with weights.
+# What there is in checkpoints' directories beside what goes along with weights.
 _WRITTEN = (
-    *("*.safetensors", "*.bin", "*.index.json", "*.py", "README.md", ".gitattributes"),
-    *(SPEC_FILE, "params.json"),
+    *("*.safetensors", "*.bin", "*.index.json", "*.py", "params.json", SPEC_FILE, ADAPTER),
+    *("README.md", "USE_POLICY.md", "vocab.bpe", ".gitattributes"),
+    *("recipe.yaml", "quant_log.csv"),  # of quantisers
+    f"{ADAPTER_FOLDER}/README.md",  # of peft
 )
+_FOLDERS = CHAT_TEMPLATES, ADAPTER_FOLDER
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -56,7 +60,9 @@ def check_destination(destination: Path, overwrite: bool) -> None:
             f"{destination} holds more or other than a checkpoint (config.json and safetensors, no "
             "directories); --overwrite replaces only checkpoints"
         )
-    if others := [p.name for p in sorted(destination.iterdir()) if not _is_checkpoints(p)]:
+    inside = (f for folder in _FOLDERS for f in (destination / folder).glob("*"))
+    files = (p.relative_to(destination) for p in (*destination.iterdir(), *inside))
+    if others := sorted(p.as_posix() for p in files if not _is_checkpoints(p)):
         raise CheckpointError(
             f"{destination} holds {few(others, 3)} beside a checkpoint, which --overwrite would "
             "remove; move it away first"
@@ -66,13 +72,15 @@ def check_destination(destination: Path, overwrite: bool) -> None:
 def _is_checkpoint(path: Path) -> bool:
     """Whether a directory is what this package or transformers writes, and nothing more."""
     weights = any((path / name).is_file() for name in ("model.safetensors", INDEX))
-    directories = {p.name for p in path.iterdir() if p.is_dir()} - {CHAT_TEMPLATES, ADAPTER_FOLDER}
+    directories = {p.name for p in path.iterdir() if p.is_dir()} - set(_FOLDERS)
     return (path / "config.json").is_file() and weights and not directories
 
 
 def _is_checkpoints(path: Path) -> bool:
-    """Whether a file or directory of a checkpoint's directory is one that these have."""
-    return path.is_dir() or goes_along(path.name) or any(map(path.match, _WRITTEN))
+    """Whether a file or directory, by its path in a checkpoint's directory, is one of those that
+    checkpoints have."""
+    name = path.as_posix()
+    return name in _FOLDERS or goes_along(name) or any(fnmatchcase(name, p) for p in _WRITTEN)
 
 
 def _real(path: Path) -> Path:

@@ -94,6 +94,12 @@ def given(*names: str) -> str:
     )
 
 
+def check_writable(page: Path | None) -> None:
+    """Raises UsageError where a file can't be written, before anything is computed for it."""
+    if page is not None and not os.access(page.resolve().parent, os.W_OK):
+        raise click.UsageError(f"{page}: its directory isn't there or can't be written to")
+
+
 def print_figures(figures: dict[str, Any], as_json: bool, show: Callable[[Console], None]) -> None:
     if as_json:
         click.echo(to_json(figures))

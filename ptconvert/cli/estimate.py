@@ -16,7 +16,7 @@ from rich.console import Console
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.section import SECTION, Section
 from ptconvert.checkpoint.source import config_names
-from ptconvert.cli.common import model_config, print_figures
+from ptconvert.cli.common import check_writable, model_config, print_figures
 from ptconvert.cli.options import Number, shared
 from ptconvert.cli.progress import waiting
 from ptconvert.cli.show import converted
@@ -153,8 +153,7 @@ def _estimate(
     from ptconvert.estimate.server import Served, servers
     from ptconvert.estimate.terminal import print_estimates
 
-    if (page := options["html_file"]) and not os.access(page.resolve().parent, os.W_OK):
-        raise click.UsageError(f"{page}: its directory isn't there or can't be written to")
+    check_writable(options["html_file"])
     row = _measured_here(ranks) if hardware == MEASURED else read_hardware(hardware)
     if row is None:
         return

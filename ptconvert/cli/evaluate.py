@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,14 @@ import click
 from rich.console import Console
 
 from ptconvert.checkpoint.source import display_name, locate
-from ptconvert.cli.common import given, need_packages, quiet_libraries, to_json, torch_device
+from ptconvert.cli.common import (
+    check_writable,
+    given,
+    need_packages,
+    quiet_libraries,
+    to_json,
+    torch_device,
+)
 from ptconvert.cli.options import shared
 from ptconvert.cli.progress import step_progress
 
@@ -101,8 +107,7 @@ def evaluate(
         raise click.UsageError("--make-tasks needs a text to make them from: --text FILE")
     if checkpoint is None and make_tasks is None:
         raise click.UsageError("give the checkpoint to score: ptconvert eval CKPT --baseline SRC")
-    if html_file is not None and not os.access(html_file.resolve().parent, os.W_OK):
-        raise click.UsageError(f"{html_file}: its directory isn't there or can't be written to")
+    check_writable(html_file)
     if not texts and (unused := given("window", "windows", "blocks", "speculate", "draft")):
         raise click.UsageError(f"{unused}: for --text FILE only")
     if speculate is None and given("draft"):

@@ -103,7 +103,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     },
     "--overwrite": {
         "is_flag": True,
-        "help": "Replace DST if it is a checkpoint, and holds nothing else.",
+        "help": "Replace DST if it is a checkpoint, and has no files of other kinds.",
     },
     "--html": {
         "name": "html_file",

@@ -301,11 +301,15 @@ class ServedPass:
         the first stage that a later layer's sublayer is in."""
         streams, joining = Streams(base_TD), list(enumerate(seen))
 
-        def entered(index: int) -> None:
-            while joining and joining[0][0] < program[index].last_layer:
+        def join(layer: int) -> None:
+            while joining and joining[0][0] < layer:
                 streams.base = streams.settled() + joining.pop(0)[1]
 
+        def entered(index: int) -> None:
+            join(program[index].last_layer)
+
         run_program(program, streams, self, waiting_weight, entered, self._scalar)
+        join(len(self.layers))
         return self._read([norm], streams, None)[0]
 
     def _scalar(self, index: int) -> torch.Tensor | None:

@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from ptconvert.errors import HealError, first_line
+from ptconvert.errors import HealError, PTConvertError, first_line
 from ptconvert.heal.adapters import linears, lora_config, put_beside, taken, wrapped
 from ptconvert.heal.answers import Answers
 from ptconvert.heal.arguments import sharded, training_arguments
@@ -147,13 +147,13 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def __init__(self, judged_by: str, progress: Report, say: Callable[[str], None]) -> None:
         self.judged_by, self.progress, self.say = judged_by, progress, say
         self.loss, self.held_out = math.nan, math.nan
-        self.stepped = False
+        self.began = False
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        self.began = True
         self.progress("training", state.global_step, state.max_steps)
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        self.stepped = True
         known = {"loss": self.loss, f"held-out {self.judged_by}": self.held_out}
         note = ", ".join(f"{what} {n:.4f}" for what, n in known.items() if not math.isnan(n))
         self.progress("training", state.global_step, state.max_steps, note)
@@ -244,11 +244,11 @@ def distill(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
-    except torch.OutOfMemoryError:
+    except (PTConvertError, torch.OutOfMemoryError):
         raise
     except (TypeError, ValueError, ArithmeticError, ImportError, RuntimeError) as error:
-        # what transformers makes of them shows when the optimizer, the schedule and others are made
-        if not settings.options or watch.stepped:
+        # some show only when the optimizer, its schedule and the batches are made
+        if not settings.options or watch.began:
             raise
         raise HealError(f"--set: {first_line(error)}") from error
     if not trainer.state.best_global_step:

@@ -22,11 +22,9 @@ from ptconvert.runtime.load import open_dequantised, shape_of
 from ptconvert.shorten import few
 
 # What transformers raises about files that it can't make sense of.
-_WRONG = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError),
-    StrictDataclassError,
-)
-_TOKENIZERS = "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"
+_WRONG = (OSError, ValueError, KeyError, ImportError, RuntimeError, StrictDataclassError)
+# How files of tokenizers are called, of whatever kind.
+_TOKENIZERS = "*token*", "*.model", "vocab*", "merges*", "tekken*"
 
 
 def section_of(checkpoint: Checkpoint) -> Section:
@@ -96,10 +94,10 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
     """The tokenizer beside a model. Raises CheckpointError."""
     try:
         return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
-    except _WRONG as error:
+    except (*_WRONG, TypeError, AttributeError) as error:
         why = first_line(error)
-        if not any((checkpoint.path / name).is_file() for name in _TOKENIZERS):
-            why = f"there is none of {', '.join(_TOKENIZERS)}; put the source's there"
+        if not any(any(checkpoint.path.glob(name)) for name in _TOKENIZERS):
+            why = "there is no file of one (tokenizer.json and others); put the source's there"
         raise CheckpointError(
             f"{checkpoint.path}: no tokenizer can be opened, which scoring needs: {why}"
         ) from error

@@ -158,6 +158,13 @@ def by_todays_tower(name: str) -> str:
     return name.replace(".vision_model.", ".")
 
 
+def by_older_name(name: str, older: Mapping[str, str]) -> str:
+    """A tensor's name as an `older` layout has it, by the longest beginning that this renames."""
+    found = [old for old, today in older.items() if name.startswith(today)]
+    old = max(found, key=lambda old: len(older[old]), default=None)
+    return name if old is None else name.replace(older[old], old, 1)
+
+
 def is_around(name: str, model_type: object) -> bool:
     """Whether a tensor is of what lies around the language model."""
     return not name.startswith((decoder_prefix(model_type), "lm_head."))

@@ -111,7 +111,7 @@ WITHOUT_TOWERS = {
 }
 
 
-QUICK = {"llava"}
+QUICK = {"llava", "qwen3_vl"}
 
 
 def make(directory: Path, case: Case) -> Path:

@@ -25,7 +25,7 @@ def install() -> None:
     Models with sinks are refused for want of it, and no more."""
     for name in ("forward_extend", "forward_decode"):
         setattr(BACKEND, name, _with_sinks(getattr(BACKEND, name)))
-    refusals.SINKS.add(refusals.ON_CPUS)
+    refusals.SINKS |= {refusals.ON_CPUS}
 
 
 def _with_sinks(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

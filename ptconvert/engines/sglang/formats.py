@@ -54,9 +54,8 @@ def unserved_weights(
     if on_cpu:
         yield f"{QUANTIZATION}: SGLang's kernels for CPUs (sgl_kernel) were never tried with it"
     method, kind = quantization.get("quant_method"), quantization.get("quant_algo")
-    taken = SERVED[shape.model_type].methods
-    if method not in taken:
-        known = ", ".join(taken)
+    if method not in (served := SERVED[shape.model_type].methods):
+        known = ", ".join(served)
         yield f"quant_method {method}: of a {shape.model_type} SGLang serves only {known}"
     elif method == "modelopt" and kind != "NVFP4":
         yield f"quant_algo {kind} of ModelOpt: in SGLang only NVFP4 was tried"

@@ -18,7 +18,7 @@ from ptconvert.models.shape import ModelShape
 from ptconvert.models.wrappers import wrapper_of
 
 # Its attention backends that know sinks, of those on GPUs and of that on CPUs which was tried.
-SINKS = {"triton", "trtllm_mha", "fa3", "fa4", "aiter"}
+SINKS = frozenset(("triton", "trtllm_mha", "fa3", "fa4", "aiter"))
 ON_CPUS = "torch_native"
 CPU_BLOCK = 32  # SGLang's CPU engine fills each rank's neurons up to a multiple of it
 # What it calls the numbers of a config that it replaced so.

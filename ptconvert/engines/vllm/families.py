@@ -192,7 +192,7 @@ SERVED: Mapping[str, Served] = MappingProxyType(
         "hunyuan_v1_dense": Served(
             "LlamaForCausalLM", normed_after=("query_layernorm", "key_layernorm")
         ),
-        "qwen3_vl_text": Served("Qwen3ForCausalLM"),
+        "qwen3_vl_text": Served("Qwen3ForCausalLM", refused=_NO_CHUNKS),
         "qwen3_5_text": Served("Qwen3_5ForCausalLM", given=_gated_delta_net),
         "qwen3_5_moe_text": Served("Qwen3_5ForCausalLM", given=_gated_delta_net),
         "qwen3_next": Served("Qwen3NextForCausalLM", given=_gated_delta_net),

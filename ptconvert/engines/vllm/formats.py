@@ -40,6 +40,10 @@ def unserved_weights(
         why = "FP8 experts beside activations that aren't quantised: vLLM has no such"
         yield f"{QUANTIZATION}: {why}"
 
+    if formats.has_auto_round_experts(quantization, shape) and not quantization.get("sym", True):
+        why = "AutoRound's experts with zero points: vLLM would cut these once more in each track"
+        yield f"{QUANTIZATION}: {why}"
+
     def parts_experts(neurons: int) -> bool:
         if quantization.get("quant_method") == "mxfp4":
             return True  # gpt-oss', of which vLLM gives each rank whole blocks

@@ -11,7 +11,7 @@ import functools
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, cast
 
 import torch
@@ -26,14 +26,20 @@ from ptconvert.engines.vllm.model import PTConvertForCausalLM
 from ptconvert.engines.vllm.quantised import check_loaded
 from ptconvert.modeling.model import MODELS
 from ptconvert.models.families import FAMILIES
-from ptconvert.models.wrappers import WRAPPERS, decoder_prefix, is_around
+from ptconvert.models.wrappers import WRAPPERS, by_older_name, decoder_prefix, is_around
 
 # What vLLM's classes ask their language model for: of pipelines, and of experts that lie on some of
 # the ranks, both of which are refused.
-_ASKED_FOR = (
-    *("make_empty_intermediate_tensors", "moe_layers", "num_moe_layers", "num_logical_experts"),
-    *("num_physical_experts", "num_local_physical_experts", "num_routed_experts"),
-    *("num_expert_groups", "num_shared_experts", "num_redundant_experts", "set_eplb_state"),
+_COUNTS = (
+    *("num_moe_layers", "num_logical_experts", "num_physical_experts", "num_routed_experts"),
+    *("num_local_physical_experts", "num_expert_groups", "num_shared_experts"),
+    "num_redundant_experts",
+)
+_ASKED_FOR: Mapping[str, Any] = MappingProxyType(
+    {
+        **{"make_empty_intermediate_tensors": None, "set_eplb_state": None, "moe_layers": ()},
+        **dict.fromkeys(_COUNTS, 0),
+    }
 )
 
 
@@ -61,8 +67,8 @@ class SeeingModel:
         def make(*, prefix: str, **_: Any) -> Any:
             setattr(module, self.makes, makes)  # whose layers ours may have
             made: Any = self.language(vllm_config=vllm_config, prefix=prefix)
-            for name in _ASKED_FOR:
-                setattr(made, name, None)
+            for name, value in _ASKED_FOR.items():
+                setattr(made, name, value)
             return made
 
         theirs: Any = super()
@@ -107,22 +113,13 @@ class SeeingModel:
         """Tensors around the language model, as vLLM's class calls them where it doesn't know
         transformers' names of today; with the level in them that its tower may have."""
         if self.older:
-            return ((published(name, self.older), tensor) for name, tensor in around)
+            return ((by_older_name(name, self.older), tensor) for name, tensor in around)
         if not hasattr(getattr(self, "vision_tower", None), "vision_model"):
             return around
         level = re.compile(r"^(model\.vision_tower\.)(?!vision_model\.)")
         found: Iterable[tuple[str, torch.Tensor]]
         found = WeightsMapper(orig_to_new_regex={level: r"\1vision_model."}).apply(around)
         return found
-
-
-def published(name: str, older: Mapping[str, str]) -> str:
-    """A tensor's name of today by its `older` one, of the longest beginning that has one."""
-    found = [old for old, today in older.items() if name.startswith(today)]
-    if not found:
-        return name
-    old = max(found, key=lambda old: len(older[old]))
-    return name.replace(older[old], old, 1)
 
 
 @functools.cache
