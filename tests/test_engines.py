@@ -458,6 +458,13 @@ def unserved_of(
     )
 
 
+def test_auto_rounds_experts_are_served_without_zero_points() -> None:
+    given = {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": True}
+    assert unserved_of(given, 1, "mixtral") == unserved_of(given | {"sym": False}, 1) == []
+    (refused,) = unserved_of(given | {"sym": False}, 1, "mixtral")
+    assert refused.startswith("quantization_config: AutoRound's experts with zero points: vLLM")
+
+
 def test_fp8_experts_are_served_where_activations_are_fp8_too() -> None:
     assert unserved_of(_BLOCKS, 1, "mixtral") == []
     fp8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
