@@ -2,7 +2,9 @@
 
 Reads vLLM's source and installs nothing: a release for CUDA can't be imported without its GPUs.
 Each name that `ptconvert/engines/vllm` imports must be there, what is called by such a name must
-take the arguments that it is given, and what is read of an imported module must be in it.
+take the arguments that it is given, and what is read of an imported module must be in it. Of its
+models with pictures, which have a converted one inside: that they make their language model by the
+name that is said, and ask it for nothing that the converted one hasn't.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-ENGINE = Path(__file__).parents[1] / "ptconvert" / "engines" / "vllm"
+PACKAGE = Path(__file__).parents[1] / "ptconvert"
+ENGINE, WRAPPERS = PACKAGE / "engines" / "vllm", PACKAGE / "models" / "wrappers.py"
+MODELS = "vllm.model_executor.models"
+NOT_TAKEN = ("compute_logits_local",)  # sampling by shares of the vocabulary
 Found = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -168,6 +173,103 @@ def misfit(call: ast.Call, taken: ast.arguments) -> str | None:
     return f"wants {', '.join(missing)}" if missing else None
 
 
+def strangers(plugin: Path, wrappers: Path, source: Source) -> Iterator[str]:
+    """What of vLLM's models with pictures isn't as the plugin takes it, each in a line."""
+    makers, names = language_models(plugin / "families.py"), classes(wrappers)
+    registered = dict(tuples(source.file(f"{MODELS}.registry")))
+    converted = definition_in(plugin / "model.py", "PTConvertForCausalLM")
+    forward = method(definition_in(plugin / "model.py", "PTConvertModel"), "forward")
+    asked = texts(plugin / "wrappers.py", ("_COUNTS", "_ASKED_FOR"))
+    known = {*own_names(converted), *asked, *NOT_TAKEN}
+    taken = {a.arg for a in forward.args.args}
+    for model_type, maker in makers.items():
+        name = f"{names[model_type]}ForConditionalGeneration"
+        place, name = map(str, registered.get(name, (name, name))[:2])
+        module = f"{MODELS}.{place}"
+        found = source.definition(module, name)
+        if found is None:
+            yield f"{module} has no {name}"
+            continue
+        if not source.has(found[0], maker):
+            yield f"{found[0]} has no {maker}, by which {name} made its language model"
+        for node in ast.walk(found[1]):
+            if not (isinstance(node, ast.Attribute) and is_language_model(node.value)):
+                continue
+            if node.attr not in known:
+                yield f"{found[0]}:{node.lineno}: {name} asks its language model for {node.attr}"
+        for call in (n for n in ast.walk(found[1]) if isinstance(n, ast.Call)):
+            given = {k.arg for k in call.keywords if k.arg is not None}
+            called = call.func
+            if not isinstance(called, ast.Attribute) or called.attr != "model":
+                continue
+            if is_language_model(called.value) and (more := sorted(given - taken)):
+                yield f"{found[0]}:{call.lineno}: {name} gives its layers {', '.join(more)}"
+
+
+def is_language_model(node: ast.AST) -> bool:
+    """Whether it is `self.language_model`."""
+    if not isinstance(node, ast.Attribute) or node.attr != "language_model":
+        return False
+    return isinstance(node.value, ast.Name) and node.value.id == "self"
+
+
+def language_models(file: Path) -> dict[str, str]:
+    """LANGUAGE_MODELS, by what is written."""
+    top, found = bound(file), dict[str, str]()
+    (written,) = (n for n in ast.walk(top["LANGUAGE_MODELS"]) if isinstance(n, ast.Dict))
+    for key, value in zip(written.keys, written.values, strict=True):
+        named = top[value.id] if isinstance(value, ast.Name) else None
+        assert isinstance(key, ast.Constant)
+        found[str(key.value)] = ast.literal_eval(
+            named.value if isinstance(named, ast.Assign) else value
+        )
+    return found
+
+
+def classes(file: Path) -> dict[str, str]:
+    """How wrappers' classes begin, by model_type: the first two of what each Wrapper is given."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call))
+    made = (c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "Wrapper")
+    return {ast.literal_eval(c.args[0]): ast.literal_eval(c.args[1]) for c in made}
+
+
+def tuples(file: Path | None) -> Iterator[tuple[str, tuple[object, ...]]]:
+    """The entries of all mappings of a file that have tuples."""
+    tree = ast.parse("" if file is None else file.read_text(encoding="utf-8"))
+    for node in (n for n in ast.walk(tree) if isinstance(n, ast.Dict)):
+        for key, value in zip(node.keys, node.values, strict=True):
+            if isinstance(key, ast.Constant) and isinstance(value, ast.Tuple):
+                yield str(key.value), ast.literal_eval(value)
+
+
+def definition_in(file: Path, name: str) -> ast.ClassDef:
+    """A class of a file of ours."""
+    found = bound(file)[name]
+    assert isinstance(found, ast.ClassDef)
+    return found
+
+
+def method(node: ast.ClassDef, name: str) -> ast.FunctionDef:
+    """A method of a class of ours."""
+    return next(n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == name)
+
+
+def own_names(node: ast.ClassDef) -> Iterator[str]:
+    """A class's methods, and what its constructor gives it."""
+    yield from (item.name for item in node.body if isinstance(item, ast.FunctionDef))
+    for part in ast.walk(method(node, "__init__")):
+        if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store):
+            yield part.attr
+
+
+def texts(file: Path, names: Sequence[str]) -> Iterator[str]:
+    """All texts in what a file binds to some names."""
+    for node in (n for name in names for n in ast.walk(bound(file)[name])):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
 def newest(folder: Path) -> Path:
     """The newest wheel of vLLM on the package index."""
     command = ["-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "vllm"]
@@ -182,7 +284,8 @@ def main() -> None:
         wheel = Path(sys.argv[1]) if len(sys.argv) > 1 else newest(folder)
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder, [n for n in archive.namelist() if n.endswith(".py")])
-        found = list(departures(ENGINE, "vllm", Source(folder)))
+        source = Source(folder)
+        found = [*departures(ENGINE, "vllm", source), *strangers(ENGINE, WRAPPERS, source)]
     print(f"{wheel.name}: {'; '.join(found) or 'all that the plugin takes is there'}")
     sys.exit(bool(found))
 

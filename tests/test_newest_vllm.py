@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import newest_vllm
 import pytest
-from newest_vllm import ENGINE, Source, departures
+from newest_vllm import ENGINE, MODELS, WRAPPERS, Source, departures, language_models, strangers
+
+from ptconvert.engines.vllm.families import LANGUAGE_MODELS
 
 PLUGIN = """
 from vllm.distributed import reduced, state
@@ -83,3 +86,49 @@ def test_the_plugin_is_read_whole() -> None:
     """Against nothing at all: each of its imports is missed."""
     missed = list(departures(ENGINE, "vllm", Source(Path("/nowhere"))))
     assert len(missed) > 15 and any("support_torch_compile" in line for line in missed)
+
+
+SEES = """
+class Whole:
+    def __init__(self):
+        self.language_model = Made()
+        self.layers = self.language_model.moe_layers
+
+    def forward(self, ids, positions):
+        self.language_model.model(ids, positions, inputs_embeds=None)
+        return self.language_model.compute_logits(ids)
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("Made", "Made", None),
+        ("Made = 1", "Other = 1", "seen has no Made, by which Whole made its language model"),
+        ("self.language_model.moe_layers", "self.language_model.foo", "its language model for foo"),
+        ("inputs_embeds=None", "inputs_embeds=None, bar=1", "Whole gives its layers bar"),
+        ("class Whole", "class Half", "seen has no Whole"),
+    ],
+)
+def test_models_with_pictures(
+    old: str, new: str, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one asks of its language model is what the converted one has."""
+    models = tmp_path.joinpath(*MODELS.split("."))
+    models.mkdir(parents=True)
+    (models / "seen.py").write_text(("Made = 1" + SEES).replace(old, new))
+    registry = '_MODELS = {"LlavaForConditionalGeneration": ("seen", "Whole")}'
+    (models / "registry.py").write_text(registry)
+    monkeypatch.setattr(newest_vllm, "language_models", lambda _: {"llava": "Made"})
+    found = list(strangers(ENGINE, WRAPPERS, Source(tmp_path)))
+    if said is None:
+        assert found == []
+    else:
+        (one,) = found
+        assert said in one
+
+
+def test_all_models_with_pictures_are_read() -> None:
+    """Each of them is missed where there is nothing."""
+    missed = list(strangers(ENGINE, WRAPPERS, Source(Path("/nowhere"))))
+    assert len(missed) == len(language_models(ENGINE / "families.py")) == len(LANGUAGE_MODELS)
