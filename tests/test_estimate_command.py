@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -50,6 +51,7 @@ def run_command(*arguments: object, code: int = 0) -> tuple[str, str]:
 SPEC = ROOT / "specs" / "llama-3.1-8b-balanced.yaml"
 MODEL = ROOT / "specs" / "configs" / "llama-3.1-8b.json"
 GIVEN = (SPEC, "--model", MODEL, "--hardware", "l40s-pcie", "--ranks", 8)
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 
 
 def test_the_table_and_the_figures() -> None:
@@ -279,6 +281,37 @@ def test_guesses_of_a_spec_and_of_a_checkpoint_are_counted(tmp_path: Path) -> No
     times = [row["tpot_seconds"] - plain["tpot_seconds"] for row in guessing]
     assert times[0] == times[1] == pytest.approx(42 * times[2]) and times[2] > 0
     assert guessing[0]["bytes_per_rank"] - plain["bytes_per_rank"] == 42 * 2 * (3 * 64 + 1) * 4096
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"num_hidden_layers": 16}, "other: its layers are 32, and 16 those of the model that is"),
+        ({"intermediate_size": 8192}, "other: its neurons are 14336, and 8192 those of the model"),
+        ({"quantization_config": FP8}, "other: its weights are quantised otherwise than the model"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_a_line(
+    changed: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """Whose schedule would be estimated with this model's sizes."""
+    config, read = json.loads(MODEL.read_text()), read_spec(SPEC)
+    section = converted_config(config, read, read.schedule(), "source", Calibration(), {})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(section))
+    (tmp_path / "model.json").write_text(json.dumps(config | changed))
+    on = ("--hardware", "h100-pcie", "--ranks", 8)
+    _, err = run_command(tmp_path / "other", "--model", tmp_path / "model.json", *on, code=2)
+    assert err.startswith(f"error: {tmp_path}/{said}") and err.count("\n") == 1
+    run_command(tmp_path / "other", "--model", MODEL, *on)
+
+
+def test_a_page_over_a_spec_is_a_line(tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(SPEC.read_text())
+    _, err = run_command(spec, *GIVEN[1:], "--html", spec, code=2)
+    assert f"--html {spec}: it is read, too; name another file" in err
+    assert spec.read_text() == SPEC.read_text()
 
 
 def test_a_lora_beside_a_checkpoints_weights_is_said_not_to_be_counted(tmp_path: Path) -> None:

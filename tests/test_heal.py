@@ -729,6 +729,7 @@ def test_errors_are_one_line(
         ("weight_decay=much", "weight_decay"),
         ("learning_rate=1", "use --learning-rate"),
         ("save_strategy=no", "keeping the best state depends on it"),
+        ("push_to_hub=true", "push the result instead"),
         ("label_smoothing_factor=0.1", "loss and judging are heal's own"),
     ):
         refused(told, converted, source, *text, *QUICK, "--set", given)

@@ -364,11 +364,14 @@ def test_measurements_outlive_an_interruption(
     with pytest.raises(KeyboardInterrupt):
         search(make_meter(source, 4, file, (TEXT,), 24, 4), waited_for(True), rounds=2)
     assert len(file.read_text().split("\n")) == 1 + screened + 5
-    file.write_text(file.read_text() + '\n["a0! m0!", [[1, 0.1')  # a write that was cut short
+    with file.open("ab") as damaged:  # the last by a write that was cut short
+        damaged.write(
+            b'\n\xff\n["a0! m0!", [[1, "x", 0, 0], [1, NaN, 0, 0]]]\n["a0! m0!", [[1, 0.1'
+        )
     left[0] = 10_000
     resumed = search(make_meter(source, 4, file, (TEXT,), 24, 4), waited_for(True), rounds=2)
-    lines = [line for line in file.read_text().splitlines() if line]
-    assert 10_000 - left[0] == len(lines) - 1 - (screened + 5)
+    lines = [line for line in file.read_bytes().splitlines() if line]
+    assert 10_000 - left[0] == len(lines) - 3 - (screened + 5)
     left[0] = 0  # nothing is measured again, and no model opened
     monkeypatch.setattr(sensitivity, "open_model", None)
     again = search(make_meter(source, 4, file, (TEXT,), 24, 4), waited_for(True), rounds=2)
@@ -492,7 +495,12 @@ def test_latency_is_the_estimates(source: Path, tmp_path: Path) -> None:
         (("--tracks", 4), "--max-syncs"),
         (("--tracks", 4, "--max-syncs", 4, "--max-loss", 0.1), "--max-syncs"),
         (("--tracks", 4, "--max-syncs", 4, "--frontier", "f.png"), ".csv"),
-        (("--tracks", 4, "--max-syncs", 4, "-o", "none/spec.yaml"), "does not exist"),
+        (("--tracks", 4, "--max-syncs", 4, "-o", "none/spec.yaml"), "its directory isn't there"),
+        (("--tracks", 4, "--max-syncs", 4, "-o", TEXT), f"--output {TEXT}: it is read, too"),
+        (
+            ("--tracks", 4, "--max-syncs", 4, "-o", "a.csv", "--frontier", "a.csv"),
+            "--frontier a.csv: it is --output, too; name another file",
+        ),
         (("--tracks", 4, "--max-syncs", 4, "--device", "cuda:99"), "--device"),
         (("--tracks", 4, "--max-syncs", 4, "--window", 100_000), "positions"),
         (("--tracks", 4, "--max-syncs", 4, "--objective", "latency"), "--hardware"),

@@ -324,6 +324,7 @@ def test_what_a_config_says_of_a_module_it_says_of_its_tracks(
             "weights kept sparse",
         ),
         ({**FORMATS["W4A16"].config, "transform_config": {"config_groups": {"r": 1}}}, "mixes"),
+        ({**FORMATS["W4A16"].config, "config_groups": [1]}, "must be a mapping of mappings"),
     ],
 )
 def test_what_cant_be_cut_is_refused_with_the_way_out(

@@ -181,6 +181,10 @@ def test_what_was_fitted_is_kept(
     schedule, case = Schedule.parse(MIXED), case_of(source, WANTED)
     (cost,) = meter_of(case, tmp_path / "costs.jsonl").costs([schedule], "step")
     (tmp_path / "costs.jsonl").unlink()
+    (tmp_path / "costs.safetensors").write_bytes(b"damaged")  # as by a power failure: fitted again
+    (again,) = meter_of(case, tmp_path / "costs.jsonl").costs([schedule], "step")
+    assert again == cost
+    (tmp_path / "costs.jsonl").unlink()
     monkeypatch.setattr(stand_ins, "assignments", None)
     monkeypatch.setattr("ptconvert.calibrate.stand_ins.guess_alone", None)
     (again,) = meter_of(case, tmp_path / "costs.jsonl").costs([schedule], "step")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ptconvert.calibrate.affinity import assignments
@@ -54,7 +54,7 @@ class StandIns:
         wanted."""
         if "assignment" not in self.wanted:
             return {}
-        if kept.is_file():
+        if _is_kept(kept):
             return read_orders(kept)
         given = (tracks, self.ids[:, :-1], progress, kept.parent)
         found, _ = assignments(model, shape, assigned_for(shape), *given)
@@ -70,7 +70,7 @@ class StandIns:
     ) -> None:
         """Gives guesses to a model that holds all layers as tracks, assigned so, where they are
         wanted: fitted, or as they are kept; and keeps all there is."""
-        if kept.is_file():
+        if _is_kept(kept):
             put_guesses(decoder, read_guesses(kept))
             return
         if (rank := self.wanted.get("guess")) is not None:
@@ -148,6 +148,15 @@ def read_orders(file: Path) -> dict[int, Assignment]:
 def read_guesses(file: Path) -> dict[str, torch.Tensor]:
     """The guesses that are kept, as `guess.put_guesses` takes them."""
     return _read(file, guesses=True)
+
+
+def _is_kept(file: Path) -> bool:
+    """Whether it is there, and whole."""
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _read(file: Path, guesses: bool) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,18 @@ def given(*names: str) -> str:
     )
 
 
-def check_writable(page: Path | None) -> None:
-    """Raises UsageError where a file can't be written, before anything is computed for it."""
-    if page is not None and not os.access(page.resolve().parent, os.W_OK):
-        raise click.UsageError(f"{page}: its directory isn't there or can't be written to")
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path]) -> None:
+    """Raises UsageError where files can't be written, by their options, or where one would replace
+    an input or another, before anything is computed for them."""
+    known = {path.resolve(): "is read, too" for path in inputs}
+    for option, file in outputs.items():
+        if file is None:
+            continue
+        if not os.access(file.resolve().parent, os.W_OK):
+            raise click.UsageError(f"{file}: its directory isn't there or can't be written to")
+        if (why := known.get(file.resolve())) is not None:
+            raise click.UsageError(f"{option} {file}: it {why}; name another file")
+        known[file.resolve()] = f"is {option}, too"
 
 
 def print_figures(figures: dict[str, Any], as_json: bool, show: Callable[[Console], None]) -> None:

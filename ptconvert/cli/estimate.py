@@ -16,12 +16,12 @@ from rich.console import Console
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.section import SECTION, Section
 from ptconvert.checkpoint.source import config_names
-from ptconvert.cli.common import check_writable, model_config, print_figures
+from ptconvert.cli.common import check_outputs, model_config, print_figures
 from ptconvert.cli.options import Number, shared
 from ptconvert.cli.progress import waiting
 from ptconvert.cli.show import converted
 from ptconvert.engines import unserved
-from ptconvert.errors import PlanError
+from ptconvert.errors import ConfigError, PlanError
 from ptconvert.models.guesses import most_guesses
 from ptconvert.models.shape import DTYPES, ModelShape
 from ptconvert.plan.frontier import SUFFIX as FRONTIER
@@ -153,7 +153,7 @@ def _estimate(
     from ptconvert.estimate.server import Served, servers
     from ptconvert.estimate.terminal import print_estimates
 
-    check_writable(options["html_file"])
+    check_outputs({"--html": options["html_file"]}, specs)
     row = _measured_here(ranks) if hardware == MEASURED else read_hardware(hardware)
     if row is None:
         return
@@ -170,7 +170,9 @@ def _estimate(
             checkpoints[len(candidates)] = own_config, section
             of = (section.schedule, section.tracks, section.guesses)
             candidates.append(Candidate(spec.resolve().name, *of, lora=section.adapter))
-            config, shape = (config, shape) if shape else (own_config, own_shape)
+            if shape is None:
+                config, shape = own_config, own_shape
+            _check_same(spec, own_shape, shape)
         else:
             candidates.append(_candidate(spec, shape))
     assert shape is not None
@@ -276,6 +278,21 @@ def _candidate(spec: Path, shape: ModelShape | None) -> Candidate:
     return Candidate(spec.stem, schedule, read.tracks, guesses)
 
 
+def _check_same(checkpoint: Path, own: ModelShape, shape: ModelShape) -> None:
+    """Raises ConfigError for a checkpoint that is no conversion of the model that is estimated."""
+    for name in ("layers", "width", "heads", "kv_heads", "neurons", "experts", "vocabulary"):
+        if (its := getattr(own, name)) != (other := getattr(shape, name)):
+            raise ConfigError(
+                f"{checkpoint}: its {name.replace('_', ' ')} are {its}, and {other} those of the "
+                "model that is estimated (--model, or the first checkpoint); it is another model's"
+            )
+    if own.widths != shape.widths:
+        raise ConfigError(
+            f"{checkpoint}: its weights are quantised otherwise than the model's that is estimated "
+            "(--model, or the first checkpoint); estimate it by itself"
+        )
+
+
 def _frontier(file: Path, shape: ModelShape | None) -> list[Candidate]:
     """The schedules that a plan found, each with its KL, but for the model's own."""
     from ptconvert.estimate.compare import Candidate
@@ -289,6 +306,8 @@ def _frontier(file: Path, shape: ModelShape | None) -> list[Candidate]:
                 f"{file}: its schedules have {known.schedule.layers} layers, the model "
                 f"{shape.layers}; it is another model's"
             )
+        if reason := shape.indivisible(known.tracks):
+            raise PlanError(f"{file}: {reason}; it is another model's")
         if known.schedule != shape.dense:
             waited = known.schedule.counts.waited_for
             again = sum(c.schedule.counts.waited_for == waited for c in found)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ptconvert.checkpoint.source import display_name, locate
 from ptconvert.cli.common import (
-    check_writable,
+    check_outputs,
     given,
     need_packages,
     quiet_libraries,
@@ -107,7 +107,7 @@ def evaluate(
         raise click.UsageError("--make-tasks needs a text to make them from: --text FILE")
     if checkpoint is None and make_tasks is None:
         raise click.UsageError("give the checkpoint to score: ptconvert eval CKPT --baseline SRC")
-    check_writable(html_file)
+    check_outputs({"--html": html_file}, texts)
     if not texts and (unused := given("window", "windows", "blocks", "speculate", "draft")):
         raise click.UsageError(f"{unused}: for --text FILE only")
     if speculate is None and given("draft"):

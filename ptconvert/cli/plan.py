@@ -10,6 +10,7 @@ import click
 
 from ptconvert.checkpoint.source import display_name, locate
 from ptconvert.cli.common import (
+    check_outputs,
     free_room,
     given,
     need_packages,
@@ -141,9 +142,7 @@ def plan(
     if (options["max_syncs"] is None) == (options["max_loss"] is None):
         raise click.UsageError("give a budget, one of --max-syncs K and --max-loss X")
     _settle_objective(options)
-    for file in (output, frontier_file):
-        if file is not None and not file.resolve().parent.is_dir():
-            raise click.UsageError(f"{file}: its directory does not exist")
+    check_outputs({"--output": output, "--frontier": frontier_file}, options["texts"])
     if frontier_file is not None and frontier_file.suffix not in (SUFFIX, ".html"):
         raise click.UsageError(f"--frontier {frontier_file}: its name must end in .csv or .html")
     with step_progress() as progress:

@@ -78,6 +78,8 @@ def read_options(pairs: Sequence[str]) -> dict[str, object]:
             raise HealError(f"--set {key}: use {_BY_OPTION[key]}")
         if key in _FIXED or key == _BY_STATE:
             raise HealError(f"--set {key}: keeping the best state depends on it; leave it out")
+        if key.startswith(("push_to_hub", "hub_")):
+            raise HealError(f"--set {key}: push the result instead (hf upload), once it is there")
         if key in _OWN:
             raise HealError(f"--set {key}: loss and judging are heal's own; leave it out")
         keys.append(key)

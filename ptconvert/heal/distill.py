@@ -246,7 +246,7 @@ def distill(
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
     except (PTConvertError, torch.OutOfMemoryError):
         raise
-    except (TypeError, ValueError, ArithmeticError, ImportError, RuntimeError) as error:
+    except (TypeError, ValueError, ArithmeticError, ImportError, OSError, RuntimeError) as error:
         # some show only when the optimizer, its schedule and the batches are made
         if not settings.options or watch.began:
             raise

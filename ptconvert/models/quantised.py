@@ -116,6 +116,9 @@ def check_method(quantization: Any, where: str) -> None:
             f"{what}: what {clipped(repr(method), 60)} has quantised can't be cut; supported are "
             f"{', '.join(_READ)}; {_INSTEAD}"
         )
+    groups = given.get("config_groups") or {}
+    if not isinstance(groups, Mapping) or not all(isinstance(g, Mapping) for g in groups.values()):
+        raise ConfigError(f"{what}: config_groups must be a mapping of mappings; {_INSTEAD}")
     sparsity = given.get("sparsity_config")
     if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
         raise ConfigError(f"{what}: weights kept sparse can't be cut; {_INSTEAD}")

@@ -15,6 +15,7 @@ from ptconvert.schedule.schedule import Schedule
 
 SUFFIX = ".csv"
 _READ = ("tracks", "guess_rank", "kl", "schedule")
+_MOST = 4096  # tracks, and ranks of guesses, as of a spec
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,12 @@ def read_frontier(file: Path) -> list[Known]:
 def _point(where: str, row: Mapping[str, Any]) -> Known:
     try:
         tracks, guess, kl = int(row["tracks"]), int(row["guess_rank"]), float(row["kl"])
-        if tracks < 1 or guess < 0 or not 0 <= kl < math.inf:
+        if not (1 <= tracks <= _MOST and 0 <= guess <= _MOST and 0 <= kl < math.inf):
             raise ValueError
     except (TypeError, ValueError):
         raise PlanError(
             f"{where}: tracks is {row['tracks']}, guess_rank {row['guess_rank']}, kl {row['kl']}; "
-            "they must be numbers, 1, 0 and 0 at least"
+            f"they must be numbers, 1, 0 and 0 at least, tracks and ranks at most {_MOST}"
         ) from None
     try:
         return Known(Schedule.parse(row["schedule"] or ""), tracks, guess, kl)

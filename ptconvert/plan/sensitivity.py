@@ -75,17 +75,20 @@ OfWindow = tuple[float, float, float]  # a window's part of the fields of a cost
 class Store:
     """Costs by schedule and window, in a file of JSON lines, written as they come.
 
-    A line that was cut short, as by a kill, is measured again.
+    A line that was cut short, as by a kill, or is damaged otherwise, is measured again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._costs: dict[str, dict[int, OfWindow]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        lines = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        for line in lines.splitlines():
             try:
                 schedule, of_windows = json.loads(line)
-                for window, kl, loss, agreement in of_windows:
-                    self._costs.setdefault(schedule, {})[window] = kl, loss, agreement
+                for window, *cost in of_windows:
+                    kl, loss, agreement = map(float, cost)
+                    if isinstance(window, int) and all(map(math.isfinite, (kl, loss, agreement))):
+                        self._costs.setdefault(str(schedule), {})[window] = kl, loss, agreement
             except (ValueError, TypeError):
                 continue
 
