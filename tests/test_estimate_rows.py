@@ -79,7 +79,7 @@ def test_an_engine_file_says_for_which_endings_a_way_is_open(tmp_path: Path) -> 
     file = tmp_path / "mine.yaml"
     text = (ROOT / "ptconvert" / "estimate" / "rows" / "engines" / "vllm.yaml").read_text()
     file.write_text(text.replace("one_shot: blocking", 'one_shot: "yes"'))
-    with pytest.raises(HardwareError, match="one_shot is yes; it must be none or blocking or ov"):
+    with pytest.raises(HardwareError, match="one_shot is 'yes'; it must be none or blocking or ov"):
         read_engine(str(file))
 
 

@@ -141,7 +141,7 @@ def test_what_speculation_gives_is_printed(tmp_path: Path) -> None:
     [
         (("--speculate", 3), "--accepted is missing; it must say how many of 3 drafted tokens"),
         (("--speculate", 3, "--accepted", 3.5), "--accepted is 3.5; it must say how many of 3"),
-        (("--speculate", 3, "--accepted", "nan"), "--accepted is nan; it must say how many of 3"),
+        (("--speculate", 3, "--accepted", "nan"), "nan isn't a finite number"),
         (("--accepted", 1), "--accepted and --draft need --speculate K, the tokens drafted"),
         (("--draft", "layer"), "--accepted and --draft need --speculate K, the tokens drafted"),
         (("--speculate", 0, "--accepted", 0), "0 is not in the range 1<=x<=64"),
