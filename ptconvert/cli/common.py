@@ -101,7 +101,7 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path]) ->
     for option, file in outputs.items():
         if file is None:
             continue
-        if not os.access(file.resolve().parent, os.W_OK):
+        if not os.access(file if file.exists() else file.resolve().parent, os.W_OK):
             raise click.UsageError(f"{file}: its directory isn't there or can't be written to")
         if (why := known.get(file.resolve())) is not None:
             raise click.UsageError(f"{option} {file}: it {why}; name another file")
