@@ -180,6 +180,7 @@ def twice(path: Path) -> tuple[int, int]:
     ("drafted", "variant", "said"),
     [
         ("1", "llama", "it has no head for further tokens (MTP)"),
+        ("2", "llama", "it has no head for further tokens (MTP)"),
         ("2", "glm4_moe", "--speculate 2: a model's own head was trained for one token"),
     ],
 )

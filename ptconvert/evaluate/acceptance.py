@@ -234,13 +234,13 @@ def check_length(drafts: Drafts, window: int) -> None:
 def check_heads(drafts: Drafts, models: Iterable[Checkpoint]) -> None:
     """Raises PTConvertError where these models have no heads of their own to draft by, or more is
     asked of such than the token after the next."""
+    for model in models:
+        head_on_meta(model)
     if drafts.drafted > 1:
         raise EvaluationError(
             f"--speculate {drafts.drafted}: a model's own head was trained for one token, and is "
             "measured with it; give --speculate 1"
         )
-    for model in models:
-        head_on_meta(model)
 
 
 def check_draft(draft: Checkpoint, source: Checkpoint) -> None:
