@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ptconvert.checkpoint.files import ADAPTER, CHAT_TEMPLATES, INDEX, goes_along
+from ptconvert.checkpoint.files import ADAPTER, FOLDERS, INDEX, goes_along, listed
 from ptconvert.checkpoint.section import ADAPTER_FOLDER, SPEC_FILE
 from ptconvert.errors import CheckpointError
 from ptconvert.shorten import few
@@ -26,7 +26,6 @@ _WRITTEN = (
     *("recipe.yaml", "quant_log.csv"),  # of quantisers
     f"{ADAPTER_FOLDER}/README.md",  # of peft
 )
-_FOLDERS = CHAT_TEMPLATES, ADAPTER_FOLDER
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -60,9 +59,8 @@ def check_destination(destination: Path, overwrite: bool) -> None:
             f"{destination} holds more or other than a checkpoint (config.json and safetensors, no "
             "directories); --overwrite replaces only checkpoints"
         )
-    inside = (f for folder in _FOLDERS for f in (destination / folder).glob("*"))
-    files = (p.relative_to(destination) for p in (*destination.iterdir(), *inside))
-    if others := sorted(p.as_posix() for p in files if not _is_checkpoints(p)):
+    names = (p.relative_to(destination).as_posix() for p in listed(destination))
+    if others := sorted(name for name in names if not _belongs(name)):
         raise CheckpointError(
             f"{destination} holds {few(others, 3)} beside a checkpoint, which --overwrite would "
             "remove; move it away first"
@@ -72,15 +70,14 @@ def check_destination(destination: Path, overwrite: bool) -> None:
 def _is_checkpoint(path: Path) -> bool:
     """Whether a directory is what this package or transformers writes, and nothing more."""
     weights = any((path / name).is_file() for name in ("model.safetensors", INDEX))
-    directories = {p.name for p in path.iterdir() if p.is_dir()} - set(_FOLDERS)
+    directories = {p.name for p in path.iterdir() if p.is_dir()} - set(FOLDERS)
     return (path / "config.json").is_file() and weights and not directories
 
 
-def _is_checkpoints(path: Path) -> bool:
+def _belongs(name: str) -> bool:
     """Whether a file or directory, by its path in a checkpoint's directory, is one of those that
     checkpoints have."""
-    name = path.as_posix()
-    return name in _FOLDERS or goes_along(name) or any(fnmatchcase(name, p) for p in _WRITTEN)
+    return name in FOLDERS or goes_along(name) or any(fnmatchcase(name, p) for p in _WRITTEN)
 
 
 def _real(path: Path) -> Path:

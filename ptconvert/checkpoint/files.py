@@ -15,6 +15,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 CHAT_TEMPLATES = "additional_chat_templates"
+FOLDERS = CHAT_TEMPLATES, ADAPTER_FOLDER  # that a checkpoint's directory may have
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Tokenizer (of several versions, as Mistral's), generation config, chat template, licence.
 _SMALL = (
@@ -71,12 +72,16 @@ def goes_along(name: str) -> bool:
     return small and not any(fnmatchcase(name, p) for p in _OTHERS)
 
 
+def listed(path: Path) -> list[Path]:
+    """What lies in a checkpoint's directory, and in the folders that it may have."""
+    patterns = ("*", *(f"{folder}/*" for folder in FOLDERS))
+    return [file for pattern in patterns for file in path.glob(pattern)]
+
+
 def small_files(path: Path) -> tuple[Path, ...]:
     """The files of a directory that go along with its weights, the code among them. Raises
     CheckpointError."""
-    patterns = ("*", f"{CHAT_TEMPLATES}/*", f"{ADAPTER_FOLDER}/*")
-    files = [p for pattern in patterns for p in path.glob(pattern)]
-    found = {p for p in files if goes_along(p.relative_to(path).as_posix())}
+    found = {p for p in listed(path) if goes_along(p.relative_to(path).as_posix())}
     found |= {path / name for name in code_files(path)}
     for file in found:
         refuse_dangling(file)
