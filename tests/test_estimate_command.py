@@ -407,7 +407,7 @@ class Balanced(HTMLParser):
         ((*GIVEN, "--batch", "1" * 321), "is not in the range"),
         ((*GIVEN, "--new", 2**24 + 1), "is not in the range"),
         ((*GIVEN[:5], "--ranks", "1" * 5000), "is not"),
-        (("--measure", "/nowhere/row.yaml", "--ranks", 2), "does not exist"),
+        (("--measure", "/nowhere/row.yaml", "--ranks", 2), "in a directory that exists"),
         (("--measure", "row.yaml", "--batch", 4), "--measure has no use for --batch; leave it"),
         (("--measure", "row.yaml", "llama-3.1-8b"), "--measure has no use for a SPEC or model;"),
         (("--list", "--hardware", "nope"), "--list has no use for --hardware; leave it out"),

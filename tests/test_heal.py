@@ -727,6 +727,7 @@ def test_errors_are_one_line(
     for given, told in (
         ("speed", "must be KEY=VALUE"),
         ("weight_decay=much", "weight_decay"),
+        ("weight_decay=nan", "weight_decay: it must be a number"),
         ("learning_rate=1", "use --learning-rate"),
         ("save_strategy=no", "keeping the best state depends on it"),
         ("push_to_hub=true", "push the result instead"),

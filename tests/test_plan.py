@@ -495,7 +495,7 @@ def test_latency_is_the_estimates(source: Path, tmp_path: Path) -> None:
         (("--tracks", 4), "--max-syncs"),
         (("--tracks", 4, "--max-syncs", 4, "--max-loss", 0.1), "--max-syncs"),
         (("--tracks", 4, "--max-syncs", 4, "--frontier", "f.png"), ".csv"),
-        (("--tracks", 4, "--max-syncs", 4, "-o", "none/spec.yaml"), "its directory isn't there"),
+        (("--tracks", 4, "--max-syncs", 4, "-o", "none/spec.yaml"), "in a directory that exists"),
         (("--tracks", 4, "--max-syncs", 4, "-o", TEXT), f"--output {TEXT}: it is read, too"),
         (
             ("--tracks", 4, "--max-syncs", 4, "-o", "a.csv", "--frontier", "a.csv"),

@@ -427,6 +427,14 @@ def test_command_line(make_dense: MakeDense, convert: Convert, tmp_path: Path) -
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     result = CliRunner().invoke(main, ["verify", str(path)])
     assert result.exit_code == 2
+    for files, told in (
+        (("--trace", tmp_path), "must be a writable file"),
+        (("--report", tmp_path / "none" / "a.json"), "in a directory that exists"),
+        (("--trace", trace, "--report", trace), "it is --trace, too"),
+    ):
+        wrong = ["verify", path, "--ranks", 2, *files]
+        result = CliRunner().invoke(main, list(map(str, wrong)))
+        assert result.exit_code == 2 and told in result.stderr.replace("\n", " ")
 
 
 @pytest.mark.slow

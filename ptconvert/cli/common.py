@@ -101,8 +101,12 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path]) ->
     for option, file in outputs.items():
         if file is None:
             continue
-        if not os.access(file if file.exists() else file.resolve().parent, os.W_OK):
-            raise click.UsageError(f"{file}: its directory isn't there or can't be written to")
+        if file.is_dir() or not os.access(
+            file if file.exists() else file.resolve().parent, os.W_OK
+        ):
+            raise click.UsageError(
+                f"{option} {file}: it must be a writable file in a directory that exists"
+            )
         if (why := known.get(file.resolve())) is not None:
             raise click.UsageError(f"{option} {file}: it {why}; name another file")
         known[file.resolve()] = f"is {option}, too"

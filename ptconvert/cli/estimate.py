@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -328,10 +327,7 @@ def _measure(out: Path, ranks: int | None, as_json: bool) -> None:
     from ptconvert.estimate.terminal import print_measured
     from ptconvert.runtime.launch import under_torchrun
 
-    if not out.resolve().parent.is_dir():
-        raise click.UsageError(f"{out}: the directory {out.resolve().parent} does not exist")
-    if out.is_dir() or not os.access(out if out.exists() else out.resolve().parent, os.W_OK):
-        raise click.UsageError(f"{out}: it must be a file that can be written")
+    check_outputs({"--measure": out}, [])
     found = _timed(ranks, "measuring all-reduces, matrix products and memory")
     if found is None:
         return

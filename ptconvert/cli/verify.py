@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
-from ptconvert.cli.common import quiet_libraries, to_json
+from ptconvert.cli.common import check_outputs, quiet_libraries, to_json
 from ptconvert.cli.options import Number, Renamed, shared
 from ptconvert.cli.progress import waiting
 from ptconvert.engines import find_engine
@@ -120,9 +120,7 @@ def verify(
     from ptconvert.verify.run import Report, Settings, default_device, verify
     from ptconvert.verify.terminal import print_report
 
-    for file in (options["trace"], report_file):
-        if file is not None and not file.resolve().parent.is_dir():
-            raise click.UsageError(f"{file}: the directory {file.resolve().parent} does not exist")
+    check_outputs({"--trace": options["trace"], "--report": report_file}, [])
     _check_options(ctx, runtime)
     if new < 2:
         raise click.UsageError("--new: at least 2, so that there is a decode step")

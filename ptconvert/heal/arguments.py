@@ -84,7 +84,11 @@ def read_options(pairs: Sequence[str]) -> dict[str, object]:
             raise HealError(f"--set {key}: loss and judging are heal's own; leave it out")
         keys.append(key)
     parsed = _Parser(TrainingArguments).parse_args([f"--{pair}" for pair in pairs])
-    return {key: getattr(parsed, key) for key in keys}
+    values = {key: getattr(parsed, key) for key in keys}
+    for key, value in values.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise HealError(f"--set {key}: it must be a number")
+    return values
 
 
 def check(settings: Settings, windows: int) -> None:

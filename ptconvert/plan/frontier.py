@@ -12,10 +12,10 @@ from typing import Any
 
 from ptconvert.errors import PlanError, PTConvertError
 from ptconvert.schedule.schedule import Schedule
+from ptconvert.spec.terms import MAX_GUESS_RANK, MAX_TRACKS
 
 SUFFIX = ".csv"
 _READ = ("tracks", "guess_rank", "kl", "schedule")
-_MOST = 4096  # tracks, and ranks of guesses, as of a spec
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,13 @@ def read_frontier(file: Path) -> list[Known]:
 def _point(where: str, row: Mapping[str, Any]) -> Known:
     try:
         tracks, guess, kl = int(row["tracks"]), int(row["guess_rank"]), float(row["kl"])
-        if not (1 <= tracks <= _MOST and 0 <= guess <= _MOST and 0 <= kl < math.inf):
+        if not (1 <= tracks <= MAX_TRACKS and 0 <= guess <= MAX_GUESS_RANK and 0 <= kl < math.inf):
             raise ValueError
     except (TypeError, ValueError):
         raise PlanError(
             f"{where}: tracks is {row['tracks']}, guess_rank {row['guess_rank']}, kl {row['kl']}; "
-            f"they must be numbers, 1, 0 and 0 at least, tracks and ranks at most {_MOST}"
+            f"they must be numbers, 1, 0 and 0 at least, tracks at most {MAX_TRACKS} and ranks "
+            f"{MAX_GUESS_RANK}"
         ) from None
     try:
         return Known(Schedule.parse(row["schedule"] or ""), tracks, guess, kl)
