@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import quantising
 import seeing
 from commands import CACHE, LIMIT_SECONDS, serving, under_vllms_name, verify
 from conftest import spec_text
+from refused import in_table
 from served import MIXED, WORDS, check_chat, make_model, with_rope, with_words
 
 from ptconvert.checkpoint import section
@@ -37,6 +39,16 @@ from ptconvert.verify.run import Settings
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A conversion with 4 tracks and, so that text can go in and out, a tokenizer of words."""
     return with_words(make_model(tmp_path_factory.mktemp("model"), "llama-biases", 4, MIXED))
+
+
+@contextlib.contextmanager
+def refused(*words: str) -> Iterator[None]:
+    """What runs within is refused, in lines of docs/refusals.md, with these words among them."""
+    with pytest.raises(ValueError, match=re.escape(words[0])) as error:
+        yield
+    found = re.search(r"Value error, (.*?) \[type=", str(error.value), re.DOTALL)
+    said = found[1] if found else str(error.value)
+    assert all(word in said for word in words) and in_table("vllm", said), said
 
 
 @pytest.mark.parametrize(
@@ -60,9 +72,8 @@ def test_what_cannot_be_served_is_refused_by_name(
 ) -> None:
     from vllm import EngineArgs
 
-    with pytest.raises(ValueError, match=words[0]) as refused:
+    with refused(*words):
         EngineArgs(str(checkpoint), **arguments).create_engine_config()
-    assert all(word in str(refused.value) for word in words)
 
 
 def seeing_model(source: Path, path: Path) -> str:
@@ -78,7 +89,7 @@ def test_what_sees_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(checkpoints, "LANGUAGE_MODELS", {"llava": LANGUAGE_MODELS["llava"]})
     path = seeing_model(seeing.save("gemma4", tmp_path / "source"), tmp_path / "model")
-    with pytest.raises(ValueError, match="a converted gemma4 isn't served in vLLM"):
+    with refused("a converted gemma4 isn't served in vLLM"):
         EngineArgs(path).create_engine_config()
 
 
@@ -87,9 +98,7 @@ def test_what_sees_where_vllm_cannot_is_refused_but_for_texts(name: str, tmp_pat
     from vllm import EngineArgs
 
     path = seeing_model(seeing.save(name, tmp_path / "source"), tmp_path / "model")
-    with pytest.raises(
-        ValueError, match=f"{name} is served without pictures only, by language_model"
-    ):
+    with refused(f"{name} is served without pictures only, by language_model"):
         EngineArgs(path).create_engine_config()
     EngineArgs(path, language_model_only=True).create_engine_config()
 
@@ -122,7 +131,7 @@ def test_what_a_model_that_sees_is_not_is_refused(
         config["text_config"]["quantization_config"] = config.pop("quantization_config")
         (source / "config.json").write_text(json.dumps(config))
     path = seeing_model(source, tmp_path / "model")
-    with pytest.raises(ValueError, match=why):
+    with refused(why):
         EngineArgs(path, **arguments).create_engine_config()
 
 
@@ -139,7 +148,7 @@ def test_other_cuts_of_experts_are_refused(
     from vllm import EngineArgs
 
     path = make_model(tmp_path, "mixtral", 2, "use: ladder")
-    with pytest.raises(ValueError, match=why):
+    with refused(why):
         EngineArgs(str(path), tensor_parallel_size=2, **arguments).create_engine_config()
 
 
@@ -158,7 +167,7 @@ def test_other_cuts_of_experts_are_refused(
         (
             "deepseek_v3",
             {},
-            "tensor_parallel_size 1: vLLM plans attention to latents .MLA. for one",
+            "tensor_parallel_size 1: vLLM plans attention to latents (MLA) for one",
         ),
         ("cohere", {}, "attention_bias True: vLLM's layers for it have no biases"),
         ("cohere2", {"attention_bias": True}, "attention_bias True: vLLM's layers for it have no"),
@@ -170,7 +179,7 @@ def test_what_vllms_layers_are_not_is_refused_by_name(
     from vllm import EngineArgs
 
     path = make_model(tmp_path, variant, 2, "use: ladder", **sizes)
-    with pytest.raises(ValueError, match=why):
+    with refused(why):
         EngineArgs(str(path), dtype="float16").create_engine_config()
 
 
@@ -214,7 +223,7 @@ def test_what_linear_attention_does_not_is_refused(
     from vllm import EngineArgs
 
     path = make_model(tmp_path, "qwen3_next", 2, "use: ladder", **changed)
-    with pytest.raises(ValueError, match=why):
+    with refused(why):
         EngineArgs(str(path), **{"dtype": "bfloat16", **arguments}).create_engine_config()
 
 
@@ -262,7 +271,7 @@ def test_an_activation_that_experts_have_not_is_refused(tmp_path: Path) -> None:
     from vllm import EngineArgs
 
     path = make_model(tmp_path, "mixtral", 2, "use: ladder", hidden_act="gelu")
-    with pytest.raises(ValueError, match="hidden_act gelu: vLLM's experts would be activated by"):
+    with refused("hidden_act gelu: vLLM's experts would be activated by"):
         EngineArgs(str(path)).create_engine_config()
 
 
@@ -276,7 +285,7 @@ def test_experts_that_vllm_leaves_as_they_are_on_cpus_are_refused(tmp_path: Path
         "packing_format": "auto_round:auto_gptq",
     }
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="quantization_config: AutoRound's experts: vLLM has no"):
+    with refused("quantization_config: AutoRound's experts: vLLM has no"):
         EngineArgs(str(path)).create_engine_config()
 
 
@@ -344,7 +353,7 @@ def test_context_parallelism_is_refused(tmp_path: Path) -> None:
 
     arguments = {"tensor_parallel_size": 4, "decode_context_parallel_size": 2}
     path = make_model(tmp_path, "llama-mqa", 4, MIXED)
-    with pytest.raises(ValueError, match="decode_context_parallel_size 2: ranks would share keys"):
+    with refused("decode_context_parallel_size 2: ranks would share keys"):
         EngineArgs(str(path), **arguments).create_engine_config()
 
 
