@@ -257,6 +257,26 @@ def test_a_push_over_a_dense_model_leaves_none_of_its_weights(
     assert hub.repos[PUSHED]["main"] == files(tmp_path / "dst")
 
 
+def test_a_pushed_conversion_is_shown_estimated_and_verified(
+    hub: HubStandIn, run: Run, dense: Path
+) -> None:
+    """By its hub id: shown and estimated from its config.json alone."""
+    arguments = (str(dense), "dst", "--spec", "spec.yaml", "--push-to-hub", PUSHED)
+    check_done(run("transform", *arguments))
+    hub.requests.clear()
+    shown = run("show", PUSHED, "--json")
+    check_done(shown)
+    assert json.loads(shown.stdout) == json.loads(run("show", "dst", "--json").stdout)
+    estimated = run("estimate", PUSHED, "--hardware", "h100-sxm", "--ranks", "2", "--json")
+    check_done(estimated)
+    names = [row["name"] for row in json.loads(estimated.stdout)["rows"]]
+    assert names == ["tensor_parallel", PUSHED]
+    assert hub.files_asked_for() == {"config.json"}
+    verified = run("verify", PUSHED, "--ranks", "2", "--json")
+    assert verified.returncode == 0 and json.loads(verified.stdout)["ok"], verified.stderr
+    check_refused(run("show", "acme/nothing"), "acme/nothing")
+
+
 def check_card(card: str) -> None:
     """The card states the source, the schedule, the all-reduces before and after, and the spec."""
     _, front_matter, text = card.split("---\n", 2)

@@ -28,6 +28,7 @@ from ptconvert.errors import EvaluationError, PTConvertError
 from ptconvert.measure.needs import Needs, shares_memory
 from ptconvert.models.shape import ModelShape
 
+_FILES = ".yaml", ".yml", ".csv"  # of specs and frontiers, which hub ids don't end in
 _SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -81,6 +82,16 @@ def model_config(model: str, revision: str | None) -> tuple[Mapping[str, Any], M
     path = locate(model, revision, config_only=True)
     config = read_config(path)
     return config, ModelShape.from_config(config, str(path))
+
+
+def spec_or_checkpoint(argument: str, revision: str | None) -> Path:
+    """The spec file, frontier or converted checkpoint that an argument names; of a hub id the
+    directory of its config.json. Raises CheckpointError."""
+    from ptconvert.checkpoint.source import is_hub_id, locate
+
+    if not is_hub_id(argument) or Path(argument).suffix in _FILES:
+        return Path(argument)
+    return locate(argument, revision, config_only=True)
 
 
 def given(*names: str) -> str:

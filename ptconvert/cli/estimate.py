@@ -14,8 +14,13 @@ from rich.console import Console
 
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.section import SECTION, Section
-from ptconvert.checkpoint.source import config_names
-from ptconvert.cli.common import check_outputs, model_config, print_figures
+from ptconvert.checkpoint.source import config_names, display_name
+from ptconvert.cli.common import (
+    check_outputs,
+    model_config,
+    print_figures,
+    spec_or_checkpoint,
+)
 from ptconvert.cli.options import Number, shared
 from ptconvert.cli.progress import waiting
 from ptconvert.cli.show import converted
@@ -96,10 +101,10 @@ def estimate(
 
     Takes only --model and --hardware: the gentle, balanced and aggressive schedules are tried, with
     as many tracks as ranks, against tensor parallelism, pipeline stages and replicas. SPEC is a
-    spec file (with --model), a converted checkpoint, or a frontier that `plan --frontier` wrote
-    (.csv, with --model) to try instead. The estimate is a roofline for each stage and a cost for
-    each all-reduce, calibrated on published H100 runs. With --measure it times this machine's
-    ranks, or torchrun's, and with --hardware measured it goes on to estimate for them.
+    spec file (with --model), a converted checkpoint or its hub id, or a frontier that `plan
+    --frontier` wrote (.csv, with --model) to try instead. The estimate is a roofline for each stage
+    and a cost for each all-reduce, calibrated on published H100 runs. With --measure it times this
+    machine's ranks, or torchrun's, and with --hardware measured it goes on to estimate for them.
     """
     hardware, model = options["hardware"], options["model"]
     if listing:
@@ -108,14 +113,16 @@ def estimate(
     if measure is not None:
         _unused("--measure", {"measure", "ranks"})
         return _measure(measure, ranks, options["as_json"])
-    if model is None and len(specs) == 1 and _is_model(specs[0]):
-        model, specs = specs[0], ()
-    for name, given in (("--model SRC", specs or model), ("--hardware NAME", hardware)):
+    revision = None if model else options["revision"]
+    paths = {spec: spec_or_checkpoint(spec, revision) for spec in specs}
+    if model is None and len(specs) == 1 and _is_model(paths[specs[0]]):
+        model, paths = specs[0], {}
+    for name, given in (("--model SRC", paths or model), ("--hardware NAME", hardware)):
         if not given:
             raise click.UsageError(
                 f"{name} is missing; or --measure OUT.yaml to time the ranks here"
             )
-    return _estimate([Path(spec) for spec in specs], hardware, model, ranks, options)
+    return _estimate(paths, hardware, model, ranks, options)
 
 
 def _unused(option: str, used: set[str]) -> None:
@@ -129,16 +136,15 @@ def _unused(option: str, used: set[str]) -> None:
             raise click.UsageError(f"{option} has no use for {said}; leave it out")
 
 
-def _is_model(argument: str) -> bool:
+def _is_model(path: Path) -> bool:
     """Whether the only argument is no spec file, frontier or converted checkpoint."""
-    path = Path(argument)
     if path.is_dir():
         return SECTION not in read_config(path)
     return path.suffix not in (".yaml", ".yml", FRONTIER)
 
 
 def _estimate(
-    specs: list[Path],
+    specs: Mapping[str, Path],
     hardware: str,
     model: str | None,
     ranks: int | None,
@@ -152,7 +158,7 @@ def _estimate(
     from ptconvert.estimate.server import Served, servers
     from ptconvert.estimate.terminal import print_estimates
 
-    check_outputs({"--html": options["html_file"]}, specs)
+    check_outputs({"--html": options["html_file"]}, specs.values())
     row = _measured_here(ranks) if hardware == MEASURED else read_hardware(hardware)
     if row is None:
         return
@@ -161,19 +167,19 @@ def _estimate(
     config, shape = model_config(model, options["revision"]) if model else ({}, None)
     candidates: list[Candidate] = []
     checkpoints = dict[int, tuple[Mapping[str, Any], Section]]()  # of candidates, by their place
-    for spec in specs:
-        if spec.suffix == FRONTIER:
-            candidates += _frontier(spec, shape)
-        elif spec.is_dir():
-            own_config, own_shape, section = converted(spec)
+    for name, path in specs.items():
+        if path.is_dir():
+            own_config, own_shape, section = converted(path)
             checkpoints[len(candidates)] = own_config, section
             of = (section.schedule, section.tracks, section.guesses)
-            candidates.append(Candidate(spec.resolve().name, *of, lora=section.adapter))
+            candidates.append(Candidate(display_name(name), *of, lora=section.adapter))
             if shape is None:
                 config, shape = own_config, own_shape
-            _check_same(spec, own_shape, shape)
+            _check_same(name, own_shape, shape)
+        elif path.suffix == FRONTIER:
+            candidates += _frontier(path, shape)
         else:
-            candidates.append(_candidate(spec, shape))
+            candidates.append(_candidate(path, shape))
     assert shape is not None
     if options["dtype"] != "auto":
         shape = replace(shape, dtype=DTYPES[options["dtype"]])
@@ -277,7 +283,7 @@ def _candidate(spec: Path, shape: ModelShape | None) -> Candidate:
     return Candidate(spec.stem, schedule, read.tracks, guesses)
 
 
-def _check_same(checkpoint: Path, own: ModelShape, shape: ModelShape) -> None:
+def _check_same(checkpoint: str, own: ModelShape, shape: ModelShape) -> None:
     """Raises ConfigError for a checkpoint that is no conversion of the model that is estimated."""
     for name in ("layers", "width", "heads", "kv_heads", "neurons", "experts", "vocabulary"):
         if (its := getattr(own, name)) != (other := getattr(shape, name)):

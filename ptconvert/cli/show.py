@@ -12,7 +12,7 @@ from rich.console import Console
 from ptconvert.checkpoint import compensations
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.section import SECTION, Section, read_section, source_config
-from ptconvert.cli.common import model_config, print_figures
+from ptconvert.cli.common import model_config, print_figures, spec_or_checkpoint
 from ptconvert.cli.options import shared
 from ptconvert.engines import unserved
 from ptconvert.errors import CheckpointError
@@ -22,15 +22,16 @@ from ptconvert.spec.document import read_spec
 
 
 @click.command()
-@click.argument("spec", metavar="SPEC", type=click.Path(path_type=Path, exists=True))
+@click.argument("spec", metavar="SPEC")
 @shared("--model")
 @click.option("--layers", type=click.IntRange(1, 4096), help="Its number of layers, instead.")
 @shared("--revision")
 @shared("--json")
 def show(
-    spec: Path, model: str | None, layers: int | None, revision: str | None, as_json: bool
+    spec: str, model: str | None, layers: int | None, revision: str | None, as_json: bool
 ) -> None:
-    """Draw the schedule of SPEC (a spec file, or a converted checkpoint) with its counts.
+    """Draw the schedule of SPEC (a spec file, or a converted checkpoint, or its hub id) with its
+    counts.
 
     A spec is checked against --model, or against a number of --layers.
     """
@@ -41,16 +42,19 @@ def show(
         print_unserved,
     )
 
-    if sum(given is not None for given in (model, layers)) != (0 if spec.is_dir() else 1):
+    path = spec_or_checkpoint(spec, None if model else revision)
+    if not path.exists():
+        raise CheckpointError(f"{spec} is neither a spec file nor a converted checkpoint")
+    if sum(given is not None for given in (model, layers)) != (0 if path.is_dir() else 1):
         raise click.UsageError(
             "a spec needs --model SRC or --layers N to be checked against; a checkpoint, neither"
         )
     config, shape = model_config(model, revision) if model else ({}, None)
-    if spec.is_dir():
-        config, shape, section = converted(spec)
+    if path.is_dir():
+        config, shape, section = converted(path)
         schedule, tracks, values = section.schedule, section.tracks, section.compensations
     else:
-        read = read_spec(spec)
+        read = read_spec(path)
         if shape is not None:
             read.check(shape)
         elif layers is not None:
@@ -77,7 +81,7 @@ def show(
 
     def show(console: Console) -> None:
         print_schedule(console, schedule, dense, tracks, shape)
-        print_compensations(console, figures, decided=spec.is_dir())
+        print_compensations(console, figures, decided=path.is_dir())
         if figures["note"]:
             console.print(figures["note"], style="dim")
         print_unserved(console, figures["unserved"], tracks)

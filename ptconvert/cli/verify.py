@@ -44,7 +44,7 @@ class _Verify(Renamed, _JsonFile):
     cls=_Verify,
     renamed={"--engine": "--runtime", "--prompt-tokens": "--prompt", "--new-tokens": "--new"},
 )
-@click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
+@click.argument("checkpoint", metavar="CKPT")
 @shared("--ranks")
 @click.option(
     "--runtime",
@@ -95,7 +95,7 @@ class _Verify(Renamed, _JsonFile):
 def verify(
     ctx: click.Context,
     /,
-    checkpoint: Path,
+    checkpoint: str,
     ranks: int | None,
     runtime: str,
     enforce_eager: bool,
@@ -105,8 +105,8 @@ def verify(
     new: int,
     **options: Any,
 ) -> None:
-    """Run the converted checkpoint CKPT on real ranks, which must divide its tracks, and check what
-    it promises.
+    """Run the converted checkpoint CKPT (a directory or a hub id) on real ranks, which must divide
+    its tracks, and check what it promises.
 
     Counts every all-reduce by two independent means, compares logits and greedy tokens with the
     single-process model, measures how far overlapped all-reduces are hidden, and times it against
@@ -116,6 +116,7 @@ def verify(
     engine's workers, and compares greedy tokens and their log-probabilities.
     """
     quiet_libraries()
+    from ptconvert.checkpoint.source import locate
     from ptconvert.runtime.launch import under_torchrun
     from ptconvert.verify.run import Report, Settings, default_device, verify
     from ptconvert.verify.terminal import print_report
@@ -130,13 +131,14 @@ def verify(
         ranks = int(os.environ["WORLD_SIZE"])
     if ranks is None:
         raise click.UsageError("give the number of processes: --ranks R")
+    path = locate(checkpoint, None)
     with waiting(f"verifying on {ranks} ranks"):
         settings = Settings(ranks=ranks, prompt_tokens=prompt, new_tokens=new, **options)
         report: Report | None
         if runtime == _TORCH:
-            report = verify(checkpoint, settings)
+            report = verify(path, settings)
         else:
-            report = find_engine(runtime).verify(checkpoint, settings, enforce_eager)
+            report = find_engine(runtime).verify(path, settings, enforce_eager)
     if report is None:
         return
     text = to_json(report.to_json())
