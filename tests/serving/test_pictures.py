@@ -299,6 +299,8 @@ def test_all_reduces_are_the_language_models(name: str, found: Any, paths: dict[
         assert not all(check.ok for check in wrong)
     assert ranks[0][new]["tokens"] > ranks[0][0]["tokens"]
     assert {len(rank) for rank in ranks} == {2 * new}
+    before, beside = ([len(rank[n]["collectives"]) for rank in ranks] for n in (new - 2, new - 1))
+    assert (before == beside) == ("mm_encoder_tp_mode" not in CASES[name].arguments)
 
 
 @pytest.mark.parametrize("name", quick(WITHOUT_TOWERS, QUICK))
