@@ -23,9 +23,14 @@ def install() -> None:
     builder, attention = cpu_attn.CPUAttentionMetadataBuilder, cpu_attn.CPUAttentionBackendImpl
     build, forward = builder.build, attention.forward
 
-    def built(self: Any, prefix: int, common: Any, fast_build: bool = False) -> Any:
-        requests = build(self, prefix, common, fast_build)
-        requests.mm_prefix_range = common.mm_req_doc_ranges  # as in vLLM's for GPUs
+    def built(
+        self: Any,
+        common_prefix_len: int,
+        common_attn_metadata: Any,
+        fast_build: bool = False,
+    ) -> Any:
+        requests = build(self, common_prefix_len, common_attn_metadata, fast_build)
+        requests.mm_prefix_range = common_attn_metadata.mm_req_doc_ranges  # as in vLLM's for GPUs
         return requests
 
     def attended(self: Any, layer: Any, q_THC: torch.Tensor, *more: Any, **named: Any) -> Any:
