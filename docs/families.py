@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ptconvert.engines.sglang.families import SERVED as IN_SGLANG
-from ptconvert.engines.vllm.families import LANGUAGE_MODELS, TEXTS_ONLY
+from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SEE_EACH_OTHER
 from ptconvert.engines.vllm.families import SERVED as IN_VLLM
 from ptconvert.models.families import FAMILIES, UNSUPPORTED, Family
 from ptconvert.models.shape import DTYPES
@@ -99,8 +99,8 @@ def around(wrapper: Wrapper) -> str:
 
 def in_vllm(model_type: str) -> str:
     """Whether it is served with pictures."""
-    if model_type in TEXTS_ONLY:
-        return "texts only"
+    if model_type in SEE_EACH_OTHER:
+        return "yes, on CPUs [texts only](serving.md#pictures)"
     return "yes" if model_type in LANGUAGE_MODELS else "refused"
 
 

@@ -18,6 +18,8 @@ import transformers
 from conftest import SCALES, SIZES, VARIANTS, bytes_as_tokens, randomised
 from PIL import Image
 
+from ptconvert.models.wrappers import WRAPPERS
+
 PICTURE = 300  # the id of a picture's places
 _PATCH = 4
 _TEXT = {**SIZES, "vocab_size": 320, "pad_token_id": None}
@@ -28,6 +30,8 @@ _QWEN_VISION = {
     **{"patch_size": _PATCH, "out_hidden_size": 32, "num_position_embeddings": 16},
 }
 _QWEN_IDS = {"image_token_id": PICTURE, "video_token_id": 301, "vision_start_token_id": 302}
+_SOFT_TOKENS = 70  # the fewest that Gemma 4's processor lets a picture have at most
+_GEMMA4_IDS = {"image_token_id": PICTURE, "boi_token_id": 301, "eoi_token_id": 302}
 _MROPE = {
     **{"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True},
     "mrope_section": [2, 1, 1],
@@ -100,10 +104,11 @@ def _gemma3(**text: Any) -> Any:
 
 def _gemma4(**text: Any) -> Any:
     vision = {**_VISION, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+    vision |= {"patch_size": _PATCH, "position_embedding_size": 64}
     return transformers.Gemma4Config(
-        vision_config={**vision, "patch_size": _PATCH, "position_embedding_size": 64},
+        vision_config={**vision, "default_output_length": _SOFT_TOKENS},  # which vLLM reads
         text_config=text_config("gemma4_text", pad_token_id=0, **text),
-        image_token_id=PICTURE,
+        **_GEMMA4_IDS,
         tie_word_embeddings=False,
     )
 
@@ -111,9 +116,12 @@ def _gemma4(**text: Any) -> Any:
 def _gemma4_unified(**text: Any) -> Any:
     vision = {"patch_size": _PATCH, "pooling_kernel_size": 2, "mm_embed_dim": 24}
     return transformers.Gemma4UnifiedConfig(
-        vision_config={**vision, "mm_posemb_size": 8, "output_proj_dims": 24},
+        vision_config={
+            **{**vision, "mm_posemb_size": 8, "output_proj_dims": 24},
+            "num_soft_tokens": _SOFT_TOKENS,  # which vLLM reads
+        },
         text_config=text_config("gemma4_unified_text", pad_token_id=0, **text),
-        image_token_id=PICTURE,
+        **_GEMMA4_IDS,
         tie_word_embeddings=False,
     )
 
@@ -152,7 +160,7 @@ def _image_processor(name: str) -> Any:
     if name == "gemma4_unified":
         return transformers.Gemma4ImageProcessorPil(patch_size=_PATCH)  # whose patches it merges
     if name == "gemma4":
-        return transformers.Gemma4ImageProcessorPil(patch_size=_PATCH, max_soft_tokens=70)
+        return transformers.Gemma4ImageProcessorPil(patch_size=_PATCH, max_soft_tokens=_SOFT_TOKENS)
     if name == "mistral3":
         return transformers.PixtralImageProcessorPil(patch_size=_PATCH, size={"longest_edge": 16})
     if name == "internvl":
@@ -189,11 +197,14 @@ def with_processor(name: str, path: Path) -> Path:
 
 # What stands for a picture in a prompt.
 _QWENS = "qwen3_vl", "qwen3_5", "qwen3_5_moe"
+_GEMMAS_4 = "gemma4", "gemma4_unified"
 MARKS = {
     "llava": "<image>",
     "mistral3": "[IMG]",
     "internvl": "<IMG_CONTEXT>",
     **dict.fromkeys(_QWENS, "<|vision_start|><|image_pad|><|vision_end|>"),
+    "gemma3": "<start_of_image>",
+    **dict.fromkeys(_GEMMAS_4, "<|image|>"),
 }
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% for c in m['content'] %}"
@@ -203,6 +214,10 @@ CHAT_TEMPLATE = (
 _QWEN_TOKENS = {
     **{"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
     **{"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"},
+}
+_GEMMA4_TOKENS = {
+    **{"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"},
+    **{"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"},
 }
 # Special tokens by what processors call them, of which the first is PICTURE and the others follow.
 _TOKENS: dict[str, dict[str, str]] = {
@@ -215,6 +230,12 @@ _TOKENS: dict[str, dict[str, str]] = {
         **{"end_image_token": "</img>", "video_token": "<video>"},
     },
     **dict.fromkeys(_QWENS, _QWEN_TOKENS),
+    "gemma3": {
+        **{"image_token": "<image_soft_token>", "boi_token": "<start_of_image>"},
+        **{"eoi_token": "<end_of_image>"},
+        **{f"newlines_{n}": "\n" * n for n in range(1, 5)},  # which lie around a picture
+    },
+    **dict.fromkeys(_GEMMAS_4, _GEMMA4_TOKENS),
 }
 
 
@@ -248,9 +269,58 @@ def processor(name: str) -> Any:
         frames = _class("internvl.video_processing_internvl", "InternVLVideoProcessor")()
         made = _class("internvl.processing_internvl", "InternVLProcessor")
         return made(pixels, tokenizer, frames, image_seq_length=4)
+    if name == "gemma3":
+        made = _class("gemma3.processing_gemma3", "Gemma3Processor")
+        return made(pixels, tokenizer, image_seq_length=4)
+    if name in _GEMMAS_4:
+        prefix = WRAPPERS[name].prefix
+        parts = [
+            _class(f"{name}.{file}_{name}", f"{prefix}{ending}")()
+            for file, ending in (
+                ("feature_extraction", "AudioFeatureExtractor"),
+                ("video_processing", "VideoProcessor"),
+            )
+        ]
+        if name == "gemma4_unified":
+            pixels = _merging_patches()
+        made = _class(f"{name}.processing_{name}", f"{prefix}Processor")
+        return made(parts[0], pixels, tokenizer, parts[1])
     frames = _class("qwen3_vl.video_processing_qwen3_vl", "Qwen3VLVideoProcessor")
     made = _class("qwen3_vl.processing_qwen3_vl", "Qwen3VLProcessor")
     return made(pixels, tokenizer, frames(patch_size=_PATCH, merge_size=2))
+
+
+def _merging_patches() -> Any:
+    """Gemma 4 Unified's image processor by PIL, of which transformers has none."""
+    within = "gemma4_unified.image_processing_gemma4_unified"
+    merge, pad = _class(within, "patches_merge"), _class(within, "pad_along_first_dim")
+
+    class Gemma4UnifiedImageProcessorPil(transformers.Gemma4ImageProcessorPil):  # type: ignore[misc]
+        def _preprocess(self, images: Any, **given: Any) -> Any:
+            found = super()._preprocess(images, **given)
+            merged = []
+            for count, *each in zip(
+                found["num_soft_tokens_per_image"],
+                found["pixel_values"],
+                found["image_position_ids"],
+                strict=True,
+            ):
+                own = slice(int(count) * given["pooling_kernel_size"] ** 2)
+                patches = (torch.as_tensor(part[own]) for part in each)
+                merged.append(pad(*merge(*patches, int(count)), given["max_soft_tokens"]))
+            found["pixel_values"], found["image_position_ids"] = map(
+                torch.stack, zip(*merged, strict=True)
+            )
+            return found
+
+    transformers.AutoImageProcessor.register(
+        transformers.Gemma4UnifiedConfig,
+        image_processor_classes={"pil": Gemma4UnifiedImageProcessorPil},
+        exist_ok=True,
+    )
+    return Gemma4UnifiedImageProcessorPil(
+        patch_size=_PATCH, pooling_kernel_size=2, max_soft_tokens=_SOFT_TOKENS
+    )
 
 
 def _class(module: str, name: str) -> Any:

@@ -33,6 +33,7 @@ def run(case: dict[str, Any], rank: int, ranks: int, rendezvous: Path) -> dict[s
     from transformers.models.auto import image_processing_auto
 
     image_processing_auto._resolve_backend = lambda *_: "pil"  # torchvision may be an empty one
+    seeing.processor(case["model"])  # so that transformers knows what it is made of
     greedy = vllm.SamplingParams(
         temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0, detokenize=False
     )

@@ -21,6 +21,7 @@ from unittest import mock
 import delta_rule
 import expert_kernels
 import lockstep
+import picture_masks
 import pictured
 from starting import started
 
@@ -54,6 +55,7 @@ def _main(
         lockstep.bind(rank)
         delta_rule.install()
         expert_kernels.install()
+        picture_masks.install()
     engines_start_faster()
     found = {}
     for index, case in enumerate(cases):

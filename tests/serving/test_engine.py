@@ -28,7 +28,7 @@ from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
 from ptconvert.engines.verify import TOLERANCE
 from ptconvert.engines.vllm import checkpoints
-from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, TEXTS_ONLY
+from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED
 from ptconvert.models.shape import ModelShape
 from ptconvert.schedule.lower import lower
 from ptconvert.spec.document import parse_spec
@@ -93,12 +93,27 @@ def test_what_sees_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.Monkey
         EngineArgs(path).create_engine_config()
 
 
-@pytest.mark.parametrize("name", TEXTS_ONLY)
-def test_what_sees_where_vllm_cannot_is_refused_but_for_texts(name: str, tmp_path: Path) -> None:
+ON_CPUS = "a picture's tokens see each other there, which vLLM's attention on CPUs can't do"
+BOTH_WAYS = {"use_bidirectional_attention": "vision"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("gemma3", {}, ON_CPUS),
+        ("gemma3", {"sliding_window": 3}, "mm_tokens_per_image 4: of a picture that is longer than the window of 3"),
+        ("gemma4", BOTH_WAYS, ON_CPUS),
+        ("gemma4_unified", BOTH_WAYS, ON_CPUS),
+        ("gemma4", {"use_bidirectional_attention": None}, None),
+    ],
+)
+def test_pictures_whose_tokens_see_each_other_are_refused_on_cpus(
+    name: str, text: dict[str, Any], why: str | None, tmp_path: Path
+) -> None:
     from vllm import EngineArgs
 
-    path = seeing_model(seeing.save(name, tmp_path / "source"), tmp_path / "model")
-    with refused(f"{name} is served without pictures only, by language_model"):
+    path = seeing_model(seeing.save(name, tmp_path / "source", **text), tmp_path / "model")
+    with refused(why) if why else contextlib.nullcontext():
         EngineArgs(path).create_engine_config()
     EngineArgs(path, language_model_only=True).create_engine_config()
 

@@ -29,12 +29,14 @@ def register() -> None:
     import vllm
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
+    from vllm.transformers_utils.model_arch_config_convertor import (
+        MODEL_ARCH_CONFIG_CONVERTORS as CONVERTORS,
+    )
 
     import ptconvert
     from ptconvert.engines.vllm import drafts
-    from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED
-    from ptconvert.engines.vllm.refusals import LatentConfig, ServingConfig
+    from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SEE_EACH_OTHER, SERVED
+    from ptconvert.engines.vllm.refusals import LatentConfig, PictureConfig, ServingConfig
     from ptconvert.modeling.model import MODELS
     from ptconvert.models.families import FAMILIES, MODEL_TYPE_PREFIX
 
@@ -48,7 +50,9 @@ def register() -> None:
         MODELS_CONFIG_MAP[model.__name__] = ServingConfig
     for family, served in SERVED.items():
         if served.latent:
-            MODEL_ARCH_CONFIG_CONVERTORS[f"{MODEL_TYPE_PREFIX}{family}"] = LatentConfig
+            CONVERTORS[f"{MODEL_TYPE_PREFIX}{family}"] = LatentConfig
+    for wrapper in SEE_EACH_OTHER:
+        CONVERTORS[f"{MODEL_TYPE_PREFIX}{wrapper}"] = CONVERTORS.get(wrapper, PictureConfig)
     drafts.install()
 
 

@@ -215,8 +215,5 @@ LANGUAGE_MODELS: Mapping[str, str] = MappingProxyType(
     }
 )
 OLDER_NAMES = {"gemma4_unified"}  # whose tensors around it vLLM knows as they are published only
-_SEE_EACH_OTHER = "a picture's tokens see each other there, which vLLM's attention on CPUs can't do"
-# Why some of these are served without pictures only.
-TEXTS_ONLY: Mapping[str, str] = MappingProxyType(
-    dict.fromkeys(("gemma3", "gemma4", "gemma4_unified"), _SEE_EACH_OTHER)
-)
+# Where a picture's tokens may see each other, which vLLM knows by a model's type.
+SEE_EACH_OTHER = "gemma3", "gemma4", "gemma4_unified"

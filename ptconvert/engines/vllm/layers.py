@@ -289,9 +289,16 @@ def _load_own_heads(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Lets vLLM build layers as a single rank would, whatever group this process is in."""
-    group = parallel_state._TP
-    parallel_state._TP = SimpleNamespace(world_size=1, rank_in_group=0)
+    with among(SimpleNamespace(world_size=1, rank_in_group=0)):
+        yield
+
+
+@contextlib.contextmanager
+def among(group: Any) -> Iterator[None]:
+    """Lets vLLM build layers as a rank of a group would."""
+    before = parallel_state._TP
+    parallel_state._TP = group
     try:
         yield
     finally:
-        parallel_state._TP = group
+        parallel_state._TP = before

@@ -19,7 +19,7 @@ from ptconvert.checkpoint.section import SECTION, Section, source_config
 from ptconvert.engines.formats import has_auto_round_experts
 from ptconvert.engines.vllm.adapters import adapter_folder
 from ptconvert.engines.vllm.checkpoints import unserved
-from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, TEXTS_ONLY
+from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED
 from ptconvert.errors import ConfigError
 from ptconvert.modeling.model import section_of
 from ptconvert.models.families import MODEL_TYPE_PREFIX
@@ -43,6 +43,13 @@ class LatentConfig(ModelArchConfigConvertorBase):  # type: ignore[misc]
 
     def is_deepseek_mla(self) -> bool:
         return True
+
+
+class PictureConfig(ModelArchConfigConvertorBase):  # type: ignore[misc]
+    """The same where the tokens of every picture see each other."""
+
+    def is_mm_prefix_lm(self, supports_multimodal: bool = True) -> bool:
+        return supports_multimodal
 
 
 class ServingConfig(VerifyAndUpdateConfig):  # type: ignore[misc]
@@ -124,15 +131,33 @@ def _linear(vllm_config: Any) -> Iterator[str]:
         yield "speculative_config: not tried where layers have linear attention; leave it out"
 
 
-def _seeing(model_type: str, vllm_config: Any) -> Iterator[str]:
+def _seeing(vllm_config: Any) -> Iterator[str]:
     """What of a model with pictures isn't served."""
-    settings = vllm_config.model_config.multimodal_config
+    model = vllm_config.model_config
     if vllm_config.speculative_config is not None:
         yield "speculative_config: not tried with models with pictures; leave it out"
-    if settings.mm_encoder_only:
+    if model.multimodal_config.mm_encoder_only:
         yield "mm_encoder_only: the language model is what was converted; leave it out"
-    elif (why := TEXTS_ONLY.get(model_type)) and not settings.language_model_only:
-        yield f"{model_type} is served without pictures only, by language_model_only: {why}"
+    elif model.is_mm_prefix_lm:  # which it isn't for texts alone
+        yield from _seeing_each_other(model)
+
+
+def _seeing_each_other(model: Any) -> Iterator[str]:
+    """What of pictures whose tokens see each other isn't served."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # with all of its layers
+
+    if current_platform.is_cpu() and not CPUAttentionBackend.supports_mm_prefix():
+        yield (
+            "a picture's tokens see each other there, which vLLM's attention on CPUs can't do; "
+            "pass language_model_only for texts alone"
+        )
+    tokens = getattr(model.hf_config, "mm_tokens_per_image", 0)
+    window = model.hf_text_config.sliding_window
+    if window is not None and tokens > window:
+        yield (
+            f"mm_tokens_per_image {tokens}: of a picture that is longer than the window of "
+            f"{window}, vLLM would let no token see a later one"
+        )
 
 
 def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
@@ -142,7 +167,7 @@ def _refused(vllm_config: Any, section: Section) -> Iterator[str]:
     yield from unserved(config, shape, section, ranks)
     wrapper = wrapper_of(model.hf_config.model_type)
     if wrapper is not None and wrapper.model_type in LANGUAGE_MODELS:
-        yield from _seeing(wrapper.model_type, vllm_config)
+        yield from _seeing(vllm_config)
     served = SERVED.get(shape.family.model_type)
     if served is not None and not served.float16 and model.dtype == torch.float16:
         yield "float16: it overflows there, as vLLM says; use bfloat16 or float32"

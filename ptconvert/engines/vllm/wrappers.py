@@ -16,12 +16,13 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from vllm.distributed import get_tp_group
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.utils import WeightsMapper
 
 from ptconvert.engines.vllm.families import LANGUAGE_MODELS, OLDER_NAMES
 from ptconvert.engines.vllm.hybrid import LinearStates, PTConvertHybridForCausalLM
-from ptconvert.engines.vllm.layers import alone
+from ptconvert.engines.vllm.layers import alone, among
 from ptconvert.engines.vllm.model import PTConvertForCausalLM
 from ptconvert.engines.vllm.quantised import check_loaded
 from ptconvert.modeling.model import MODELS
@@ -52,13 +53,14 @@ class SeeingModel:
     language: type[PTConvertForCausalLM]
     language_model: PTConvertForCausalLM
     config: Any
+    _ranks: Any  # that the language model is cut for
 
-    @contextlib.contextmanager
-    def _mark_tower_model(self, *given: Any, **more: Any) -> Iterator[None]:
-        """vLLM makes towers and projectors within."""
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        """Whatever vLLM makes around the language model is whole."""
+        self._ranks = get_tp_group()
         theirs: Any = super()
-        with theirs._mark_tower_model(*given, **more), alone():
-            yield
+        with alone():
+            theirs.__init__(vllm_config=vllm_config, prefix=prefix)
 
     @contextlib.contextmanager
     def _mark_language_model(self, vllm_config: Any, **more: Any) -> Iterator[None]:
@@ -73,7 +75,7 @@ class SeeingModel:
 
         theirs: Any = super()
         module, makes = self.module, getattr(self.module, self.makes)
-        with theirs._mark_language_model(vllm_config, **more):
+        with theirs._mark_language_model(vllm_config, **more), among(self._ranks):
             setattr(module, self.makes, make)
             try:
                 yield
