@@ -35,6 +35,7 @@ from ptconvert.engines.base import ServedPass, is_for_others, own_weights
 from ptconvert.engines.in_flight import InFlight
 from ptconvert.engines.sglang import ENGINE as IN_SGLANG
 from ptconvert.engines.sglang import _as_known
+from ptconvert.engines.sglang import refusals as of_sglang
 from ptconvert.engines.sglang.families import SERVED
 from ptconvert.engines.sglang.formats import unserved_weights as unserved_by_sglang
 from ptconvert.engines.sglang.refusals import check as check_sglang
@@ -182,10 +183,15 @@ def test_what_comes_along_is_registered() -> None:
         ("mixtral", {}, {"groups": {"--ep-size": 2}}, "--ep-size: each track has a share of every"),
         ("mixtral", {}, {"groups": {"--moe-dp-size": 2}}, "--moe-dp-size: each track has a share"),
         ("glm4_moe", {}, {"dense_ranks": 1}, "--moe-dense-tp-size: each rank has its share of a"),
-        *(
-            (name, {}, {}, f"a converted {name} isn't served in SGLang, of converted models only")
-            for name, family in FAMILIES.items()
-            if name not in SERVED and family.causal_lm
+        ("qwen3_next", {}, {"on_cpu": True}, "linear attention: SGLang's operations for it"),
+        ("qwen3_5_text", {"attention_bias": True}, {}, "attention_bias True: SGLang's layers for"),
+        (
+            *("qwen3_5_moe_text", {}, {"drafts": "NGRAM"}),
+            "--speculative-algorithm NGRAM: not tried with linear attention; leave it out",
+        ),
+        (
+            *("qwen3_next", {"shared_expert_intermediate_size": 96}, {"on_cpu": True}),
+            "32 FFN neurons and 4 KV heads: SGLang's CPU engine fills up what isn't a multiple of",
         ),
     ],
 )
@@ -261,7 +267,7 @@ def test_where_a_lora_beside_weights_is_served(variant: str, in_vllm: list[str])
     for reason, said in itertools.zip_longest(found["vllm"], in_vllm, fillvalue="-"):
         assert reason == f"{lora}not tried {said}; transformers runs it"
     in_sglang = f"{lora}SGLang would leave it out; transformers runs it"
-    assert (in_sglang in found["sglang"]) == (variant in SERVED)
+    assert in_sglang in found["sglang"]
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
@@ -592,6 +598,7 @@ _MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
             "quant_method mxfp4: of a llama SGLang serves only fp8, compressed-tensors",
         ),
         ("gpt_oss", _BLOCKS, "quant_method fp8: of a gpt_oss SGLang serves only mxfp4"),
+        ("qwen3_next", _BLOCKS, "quant_method fp8: of a qwen3_next SGLang was tried with none"),
         ("mixtral", _GPTQ, "experts in GPTQ: SGLang has a rank's scales in the size of all ranks'"),
         ("mixtral", compressed("int-quantized", _TOKEN, **_INT8), "experts in integers beside"),
         ("mixtral", compressed("float-quantized", **_FP8), "weights in float 8, activations in"),
@@ -673,6 +680,16 @@ def test_a_config_keeps_its_architectures_where_sglang_refuses_it() -> None:
     assert config.architectures == ["Own"]
 
 
+def test_a_family_that_sglang_has_no_layers_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(of_sglang, "SERVED", {"llama": SERVED["llama"]})
+    (refused,) = unserved_by(small_config("qwen2").to_dict())["sglang"]
+    assert refused.startswith(
+        "a converted qwen2 isn't served in SGLang, of converted models only llama; transformers"
+    )
+
+
 def test_sglang_has_no_unequal_tracks() -> None:
     config = small_config("llama", intermediate_size=128).to_dict()
     shape = ModelShape.from_config(config)
@@ -706,11 +723,13 @@ def test_a_registered_engine_is_found_and_one_that_is_not_installed_is_named() -
 
 @pytest.mark.parametrize(("ranks", "code"), [("2", 0), ("3", 1)])
 def test_verify_runs_it_and_prints_its_report(
-    ranks: str, code: int, monkeypatch: pytest.MonkeyPatch
+    ranks: str, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     command = sys.modules["ptconvert.cli.verify"]  # the package has the command by that name
     monkeypatch.setattr(command, "find_engine", lambda name: {"vllm": HERE}[name])
-    given = ["verify", "some", "--runtime", "vllm", "--ranks", ranks, "--enforce-eager"]
+    path = tmp_path / "some"
+    path.mkdir()
+    given = ["verify", str(path), "--runtime", "vllm", "--ranks", ranks, "--enforce-eager"]
     done = CliRunner().invoke(main, given)
     assert done.exit_code == code and f"some on {ranks} ranks, eagerly" in done.output
 

@@ -101,7 +101,11 @@ BOTH_WAYS = {"use_bidirectional_attention": "vision"}
     ("name", "text", "why"),
     [
         ("gemma3", {}, ON_CPUS),
-        ("gemma3", {"sliding_window": 3}, "mm_tokens_per_image 4: of a picture that is longer than the window of 3"),
+        (
+            "gemma3",
+            {"sliding_window": 3},
+            "mm_tokens_per_image 4: of a picture that is longer than the window of 3",
+        ),
         ("gemma4", BOTH_WAYS, ON_CPUS),
         ("gemma4_unified", BOTH_WAYS, ON_CPUS),
         ("gemma4", {"use_bidirectional_attention": None}, None),

@@ -55,6 +55,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         "chunked_prefill_size": 64,  # less than the longest prompt, so that it comes in chunks
         "max_running_requests": 8,
         "max_total_tokens": 512,  # less than prompts and answers, so that places are taken again
+        "max_mamba_cache_size": 24,  # as few states as so many requests take
     }
     with engine(Path(case["path"]), 2, "cpu", dtype="float32", **limits) as running:
         found: dict[str, Any] = {"answers": generate(running, prompts, new)}
@@ -72,6 +73,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     main()
 else:  # in a worker, which imports this again
+    import gated_delta
     import sinks
 
     sinks.install()
+    gated_delta.install()

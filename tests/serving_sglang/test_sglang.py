@@ -76,6 +76,7 @@ AS_THEY_ARE = (
     *("hyperclovax", "exaone4", "hunyuan_v1_dense", "apertus", "arcee", "nemotron", "jais2"),
     *("mistral-window", "qwen2-window"),
 )
+SHARED = {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
 OTHERS: dict[str, Mapping[str, Any]] = {
     **{name: {} for name in AS_THEY_ARE},
     "smollm3": {"attention_bias": True, "mlp_bias": True},
@@ -108,6 +109,19 @@ OTHERS: dict[str, Mapping[str, Any]] = {
         **{"attention_bias": False, "num_key_value_heads": 4},
         **{"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "head_dim": 16},
     },
+    "qwen3_5_text": UNTIED,
+    # full attention in a layer held dense, too
+    "qwen3_5_moe_text": {
+        **SHARED,
+        "layer_types": ["full_attention", *["linear_attention"] * 2, "full_attention"],
+    },
+    "qwen3_next": {
+        **SHARED,
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            **{"factor": 4.0, "original_max_position_embeddings": 64},
+        },
+    },
 }
 CASES = {
     "mixed, biases, affinity, guesses": Case(
@@ -128,10 +142,20 @@ CASES = {
 FIRST = "mixed, biases, affinity, guesses"
 QUICK = {
     *(FIRST, "ladder, qwen3, biases", "gemma4_text", "cohere2", "qwen3_moe", "deepseek_v3"),
-    "gpt_oss",
+    *("gpt_oss", "qwen3_5_text"),
 }
-# Of gpt-oss tensors that are left out, or lie otherwise.
-FAULTS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+
+
+def _without_gates(w_QD: torch.Tensor) -> torch.Tensor:
+    """Queries with gates that are all the same."""
+    w_H2CD = w_QD.clone().view(-1, 2, SIZES["head_dim"], w_QD.shape[1])
+    w_H2CD[:, 1] = 0
+    return w_H2CD.flatten(0, 2)
+
+
+# Of some cases tensors that are left out, or lie otherwise.
+Fault = tuple[str, Callable[[torch.Tensor], torch.Tensor]]
+OF_GPT_OSS: dict[str, Fault] = {
     "no sinks": ("sinks", lambda sinks_H: sinks_H - 1e4),
     "another head's sinks": ("sinks", lambda sinks_H: sinks_H.flip(0)),
     "gate and up exchanged": (
@@ -142,6 +166,30 @@ FAULTS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
     "experts' output biases left out": ("down_proj_bias", torch.zeros_like),
     "the router's bias left out": ("router.bias", torch.zeros_like),
     "another expert": ("down_proj", lambda w_END: w_END.roll(1, 0)),
+}
+OF_LINEAR: dict[str, Fault] = {
+    "states dropped": ("linear_attn.A_log", lambda a_H: a_H + 10),
+    "earlier inputs of the convolution dropped": (
+        "conv1d.weight",
+        lambda w_C1K: w_C1K * torch.arange(w_C1K.shape[-1]).eq(w_C1K.shape[-1] - 1),
+    ),
+    "another head's decay": ("linear_attn.A_log", lambda a_H: a_H.flip(0)),
+    "another head's bias of it": ("linear_attn.dt_bias", lambda bias_H: bias_H + bias_H.roll(1)),
+    "no gates of full attention": ("self_attn.q_proj.weight", _without_gates),
+}
+FAULTS: dict[str, dict[str, Fault]] = {
+    "gpt_oss": OF_GPT_OSS,
+    "qwen3_5_text": {
+        **OF_LINEAR,
+        "another value head's gate": ("in_proj_z.weight", lambda w_VD: w_VD.roll(4, 0)),
+        "another head": ("in_proj_qkv.weight", lambda w_CD: w_CD.roll(4, 0)),
+    },
+    "qwen3_next": {
+        **OF_LINEAR,
+        "another head": ("in_proj_qkvz.weight", lambda w_CD: w_CD.roll(len(w_CD) // 4, 0)),
+        "gates of the rule exchanged": ("in_proj_ba.weight", lambda w_GD: w_GD.flip(0)),
+        "the shared expert's gate left out": ("shared_expert_gate.weight", torch.zeros_like),
+    },
 }
 
 
@@ -216,21 +264,22 @@ def test_answers_of_the_single_process_model(
     assert apart(found[name]["answers"], answers_of(paths[name].parent / "dense")) > TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["gpt_oss"])
-def test_other_sinks_windows_and_experts_would_be_seen(
+@pytest.mark.parametrize("name", quick(FAULTS, QUICK))
+def test_other_sinks_windows_experts_states_and_gates_would_be_seen(
     name: str, found: dict[str, Any], paths: dict[str, Path], tmp_path: Path
 ) -> None:
     answers = found[name]["answers"]
-    for fault, (ends, change) in FAULTS.items():
+    for fault, (ends, change) in FAULTS[name].items():
         path = shutil.copytree(paths[name], tmp_path / fault)
         for file in path.glob("*.safetensors"):
             tensors = load_file(file)
             changed = {n: change(t).contiguous() for n, t in tensors.items() if n.endswith(ends)}
             save_file(tensors | changed, file, {"format": "pt"})
         assert apart(answers, answers_of(path)) > TOLERANCE, fault
+    config: dict[str, Any] = read_config(paths[name])
+    if "sliding_attention" not in config["layer_types"]:
+        return
     path = shutil.copytree(paths[name], tmp_path / "no windows")
-    config: dict[str, Any] = read_config(path)
-    assert "sliding_attention" in config["layer_types"]
     config["sliding_window"] = 512
     (path / "config.json").write_text(json.dumps(config))
     assert apart(answers, answers_of(path)) > TOLERANCE
@@ -274,10 +323,11 @@ def test_verify_counts_inside_the_workers(paths: dict[str, Path]) -> None:
     assert len(report["seen_by_rank"]) == 2 and len(report["seen_by_rank"][0]) == 8
 
 
-def test_other_families_are_refused_before_it_starts(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_linear_attention_is_refused_on_cpus_before_it_starts(tmp_path: Path) -> None:
     refused(
         make_model(tmp_path, "qwen3_next", 2, "use: ladder"),
-        "a converted qwen3_next isn't served in SGLang, of converted models only llama, mistral",
+        "linear attention: SGLang's operations for it on CPUs (sgl_kernel) were never tried; serve",
     )
 
 

@@ -33,7 +33,7 @@ def register() -> None:
         where = f"sglang.srt.models.registry._ModelRegistry.{lookup}"
         HookRegistry.register(where, _register_model, HookType.BEFORE)
     opened = "sglang.srt.utils.hf_transformers.config.get_hf_text_config"
-    HookRegistry.register(opened, _with_sizes, HookType.BEFORE)
+    HookRegistry.register(opened, _as_read, HookType.BEFORE)
     for derives in ("_derive_model_shapes", "_derive_hybrid_model"):
         where = f"sglang.srt.configs.model_config.ModelConfig.{derives}"
         HookRegistry.register(where, _as_known, HookType.AROUND)
@@ -60,20 +60,27 @@ def _served(config: Any) -> Served | None:
     return SERVED.get(family) if converted else None
 
 
-def _with_sizes(config: Any) -> None:
-    """Before SGLang reads a config, at first: sizes of both kinds of layers as it has Gemma 4's."""
+def _as_read(config: Any) -> None:
+    """Before SGLang reads a config, at first: sizes of both kinds of layers as it has Gemma 4's,
+    and states as it has those of models with linear attention."""
     served = _served(config)
     if served is not None and served.by_kind and not hasattr(config, "swa_num_key_value_heads"):
         from sglang.srt.utils.hf_transformers.config import _apply_gemma4_attention_overrides
 
         _apply_gemma4_attention_overrides(SimpleNamespace(text_config=config))
+    if served is not None and served.linear is not None:
+        from ptconvert.engines.sglang.states import tell
+
+        tell(type(config))
 
 
 def _as_known(derive: Callable[[Any], None], model_config: Any) -> None:
     """Derives what a cache holds, which SGLang knows by names of its own models where that is not
-    as many heads in all layers."""
+    as many heads in all layers. States are of the dtype that the model is served in."""
     config = model_config.hf_config
     served, named = _served(config), config.architectures
+    if served is not None and served.linear is not None:
+        config.dtype = model_config.dtype
     if served is not None and served.known_as is not None:
         config.architectures = [served.known_as]
     try:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from ptconvert.models.families import MODEL_TYPE_PREFIX
+
 
 @dataclass(frozen=True)
 class Served:
@@ -17,14 +19,17 @@ class Served:
     of `sglang.srt.models`: its own where that computes the same as transformers', else another
     family's, `given` what its own config says in other words. `mlp` is another MLP where that
     layer's isn't the family's, and `experts` that of a layer that is a mixture; either is activated
-    by one of `activations`. Its norms are those that a checkpoint has, of SGLang's class `norm` or
+    by one of `activations`. Where some layers have linear attention, that is the module `linear`,
+    and full attention is what a method `attends` of the `layer`, which has the projections itself.
+    Its norms are those that a checkpoint has, of SGLang's class `norm` or
     torch's LayerNorm, whose epsilon the config calls `eps`; `qk_norms` are those of queries and
     keys where the attention has none, before their rotary positions or, `normed_after`, behind
     them. Attention scores are multiplied by `scale`, where that isn't one by the root of a head's
     size, and then have the soft cap that the config calls `score_cap`; with `sinks` each head has a
     score beside them that nothing is attended to by, which only some of SGLang's attention backends
     know. `tensors` are the names in a checkpoint that have others there, `joined` those of linears
-    that are parts of one there. With `shared_weights` shared experts' linears must keep a `weight`
+    that are parts of one there, of which some are `parted` before: those have keys, keys and values
+    of linear attention in one. With `shared_weights` shared experts' linears must keep a `weight`
     of that name. Quantised weights may be kept by one of `methods`, as quantization_configs call
     them.
 
@@ -41,6 +46,8 @@ class Served:
     layer: str = "llama.LlamaDecoderLayer"
     mlp: str | None = None
     experts: str | None = None
+    linear: str | None = None
+    attends: str | None = None
     activations: tuple[str, ...] = ("silu",)
     given: Callable[[Any], Mapping[str, Any]] = lambda config: {}  # noqa: ARG005
     norm: str = "RMSNorm"
@@ -52,6 +59,7 @@ class Served:
     sinks: bool = False
     tensors: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     joined: Mapping[str, tuple[str, int]] = field(default_factory=lambda: MappingProxyType({}))
+    parted: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     shared_weights: bool = False
     methods: tuple[str, ...] = ("fp8", "compressed-tensors", "awq", "gptq", "modelopt")
     known_as: str | None = None
@@ -125,6 +133,35 @@ def _of_full_attention(config: Any) -> Mapping[str, Any]:
     return {name: getattr(config, name) for name in own}
 
 
+def _gated_delta_net(config: Any) -> Mapping[str, Any]:
+    """What transformers' classes are, whatever a config says: their name decides on the MLP, and
+    what comes out of either attention is gated. Positions are a text's, which has no pictures."""
+    axes = "mrope_section", "mrope_interleaved"
+    rope = {key: value for key, value in config.rope_parameters.items() if key not in axes}
+    return {
+        "model_type": config.model_type.removeprefix(MODEL_TYPE_PREFIX),
+        "attn_output_gate": True,
+        "output_gate_type": None,
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],
+        "full_attention_interval": 1,  # by which only NPUs are told something
+    }
+
+
+def _hybrid(layers: str, linear: str, **more: Any) -> Served:
+    return Served(
+        layers,
+        mlp="qwen2_moe.Qwen2MoeMLP",
+        experts="qwen2_moe.Qwen2MoeSparseMoeBlock",
+        linear=linear,
+        attends="self_attention",
+        norm="GemmaRMSNorm",
+        methods=(),  # none was tried
+        refused=MappingProxyType({"attention_bias": "SGLang's layers for it have no biases"}),
+        **more,
+    )
+
+
 _PLAIN_YARN = "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"
 _YARN = (*_PLAIN_YARN, "mscale", "mscale_all_dim")
 _GEMMA4 = Served(
@@ -137,6 +174,18 @@ _GEMMA4 = Served(
     # those of SGLang's own Gemma 4 on GPUs, and what it has on CPUs
     backends=("triton", "trtllm_mha", "fa4", "aiter", "torch_native"),
     ropes=MappingProxyType({"default": (), "proportional": ("partial_rotary_factor",)}),
+)
+_QWEN3_5 = _hybrid(
+    "qwen3_5.Qwen3_5AttentionDecoderLayer",
+    "qwen3_5.Qwen3_5GatedDeltaNet",
+    given=lambda config: {**_gated_delta_net(config), "norm_topk_prob": True},
+    parted=MappingProxyType({".in_proj_qkv.": (".in_proj_q.", ".in_proj_k.", ".in_proj_v.")}),
+    joined=MappingProxyType(
+        {
+            **{f".in_proj_{part}.": (".in_proj_qkvz.", n) for n, part in enumerate("qkvz")},
+            **{f".in_proj_{part}.": (".in_proj_ba.", n) for n, part in enumerate("ba")},
+        }
+    ),
 )
 SERVED: Mapping[str, Served] = MappingProxyType(
     {
@@ -220,6 +269,13 @@ SERVED: Mapping[str, Served] = MappingProxyType(
             refused=MappingProxyType({"attention_bias": "SGLang's layers for it have no biases"}),
             fixed=MappingProxyType({"rms_norm_eps": 1e-6, "rope_interleave": True}),
             ropes=MappingProxyType({"yarn": _YARN}),
+        ),
+        "qwen3_5_text": _QWEN3_5,
+        "qwen3_5_moe_text": _QWEN3_5,
+        "qwen3_next": _hybrid(
+            "qwen3_next.Qwen3HybridAttentionDecoderLayer",
+            "qwen3_next.Qwen3GatedDeltaNet",
+            given=_gated_delta_net,
         ),
     }
 )

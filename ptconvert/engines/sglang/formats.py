@@ -55,8 +55,8 @@ def unserved_weights(
         yield f"{QUANTIZATION}: SGLang's kernels for CPUs (sgl_kernel) were never tried with it"
     method, kind = quantization.get("quant_method"), quantization.get("quant_algo")
     if method not in (served := SERVED[shape.model_type].methods):
-        known = ", ".join(served)
-        yield f"quant_method {method}: of a {shape.model_type} SGLang serves only {known}"
+        known = "serves only " + ", ".join(served) if served else "was tried with none"
+        yield f"quant_method {method}: of a {shape.model_type} SGLang {known}"
     elif method == "modelopt" and kind != "NVFP4":
         yield f"quant_algo {kind} of ModelOpt: in SGLang only NVFP4 was tried"
     for asks, what in _REFUSED:

@@ -40,6 +40,7 @@ from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.counters import BOUNDARY
 
 _BY_EXPERT = "awq", "modelopt"  # whose methods compare experts' names with a single expert's
+LINEAR_ATTENTION = "linear_attn"  # what a layer with such has, in place of self_attn
 Context = tuple[torch.Tensor, Any]  # positions, and what SGLang calls a ForwardBatch
 
 
@@ -100,7 +101,7 @@ class SGLangServing:
         if mlp is not None:
             whole.hidden_act = "silu"  # of the layer's own, which may know no other
         with layer_stack():  # whose boundaries between sublayers nobody calls
-            layer = self._made(self.served.layer, index, whole, named)
+            layer = self._layer(index, whole, named)
         if mlp is not None:
             layer.mlp = self._made(mlp, index, config, f"{named}.mlp")
         for name, module in list(layer.named_children()):
@@ -112,7 +113,8 @@ class SGLangServing:
                 setattr(layer, name, self._norm(self._shape.width, f"{name}.bias" in names))
         if (multiplier := self._shape.family.multiplier) is not None:
             setattr(layer, multiplier, getattr(config, multiplier))
-        self._set_attention(layer.self_attn, index, config, f"{named}.self_attn")
+        if not hasattr(layer, LINEAR_ATTENTION):
+            self._set_attention(layer.self_attn, index, config, f"{named}.self_attn")
         for module in layer.modules():
             if isinstance(module, XIELU):  # which has bfloat16 whatever the model has
                 module.to(torch.get_default_dtype())
@@ -124,6 +126,22 @@ class SGLangServing:
             _load_whole(layer, count)
         made: nn.Module = layer
         return made
+
+    def _layer(self, index: int, config: Any, named: str) -> Any:
+        """A decoder layer of SGLang's, or where some have linear attention, such attention, or such
+        a layer as full attention, in one without anything else."""
+        if self.served.attends is None:
+            return self._made(self.served.layer, index, config, named)
+        config.num_experts = get_parallel().tp_size  # of a mixture that isn't kept
+        linear = self._shape.is_linear(index)
+        name = LINEAR_ATTENTION if linear else "self_attn"
+        made = str(self.served.linear) if linear else self.served.layer
+        attention = self._made(made, index, config, f"{named}.{name}")
+        for other in ("mlp", "input_layernorm", "post_attention_layernorm"):
+            attention._modules.pop(other, None)
+        layer: Any = nn.Module()
+        setattr(layer, name, attention)
+        return layer
 
     def _config_of(self, index: int) -> Any:
         """The model's config as SGLang's layers read one: what transformers' classes add by
@@ -209,6 +227,8 @@ class SGLangServing:
             self._latents.absorb(self._config, parts)
 
     def window(self, part: Any) -> int | None:
+        if hasattr(part, LINEAR_ATTENTION):
+            return None
         attention = next(m for m in part.self_attn.modules() if isinstance(m, RadixAttention))
         earlier: int = attention.sliding_window_size
         return earlier + 1 if earlier >= 0 else None
@@ -219,8 +239,12 @@ class SGLangServing:
         if self._latents is not None:
             out_TD = self._latents.attend(part.self_attn, x_TD, positions, batch)
             return out_TD
+        if hasattr(part, LINEAR_ATTENTION):
+            out_TD = part.linear_attn(x_TD, batch)
+            return out_TD
+        attend = getattr(part.self_attn, self.served.attends or "__call__")
         with contextlib.nullcontext() if self.window(part) is None else own_places():
-            out_TD = part.self_attn(positions=positions, hidden_states=x_TD, forward_batch=batch)
+            out_TD = attend(positions=positions, hidden_states=x_TD, forward_batch=batch)
         return out_TD
 
     def mlp(self, part: Any, x_TD: torch.Tensor, context: Context) -> torch.Tensor:  # noqa: ARG002
@@ -285,6 +309,9 @@ def _load_whole(layer: nn.Module, count: int) -> None:
         for name in ("tp_group", "kv_tp_group"):
             if getattr(module, name, None) is not None:
                 setattr(module, name, first)
+    if hasattr(layer, LINEAR_ATTENTION):
+        for name in ("A_log", "dt_bias"):  # which would take a rank's of all heads
+            del getattr(layer.linear_attn, name).weight_loader
 
 
 def load_own_neurons(experts: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_loader.weight_utils import default_weight_loader
-from sglang.srt.runtime_context import attention_backends, get_parallel
+from sglang.srt.runtime_context import attention_backends, get_parallel, get_spec
 from sglang.srt.utils import is_cpu
 from torch import nn
 from torch.profiler import record_function
@@ -59,6 +59,7 @@ class PTConvertModel(nn.Module):
             },
             dense_ranks=parallel.moe_dense_tp_size,
             backends=attention_backends(),
+            drafts=get_spec().speculative_algorithm,
         )
         self.shape = shape
         self.program = section.schedule.program
@@ -142,6 +143,7 @@ class PTConvertForCausalLM(nn.Module):
         model = self.model
         own = own_weights(weights, model.local_tracks, model.shape, model.tracked)
         own = _with_values(own, model.serving.computed.keys_as_values(self.config))
+        own = _parted(own, model.shape, model.serving.served.parted)
         for given, tensor in itertools.chain(own, _of_others(model)):
             name = given
             for pattern, replacement in self.model.renamed.items():
@@ -181,6 +183,24 @@ def _with_values(
         yield name, tensor
         if ".k_proj." in name and name.startswith(begins):
             yield name.replace(".k_proj.", ".v_proj."), tensor
+
+
+def _parted(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    shape: ModelShape,
+    parted: Mapping[str, tuple[str, ...]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """With linear attention's queries, keys and values each by itself, of a track or of all."""
+    keys = shape.linear_key_heads * shape.linear_key_size
+    sizes = keys, keys, shape.linear_value_heads * shape.linear_value_size
+    for name, tensor in weights:
+        whole = next((whole for whole in parted if whole in name), None)
+        if whole is None:
+            yield name, tensor
+            continue
+        own = [len(tensor) * size // sum(sizes) for size in sizes]
+        for part, of_part in zip(parted[whole], torch.split(tensor, own), strict=True):
+            yield name.replace(whole, part), of_part
 
 
 def _of_others(model: PTConvertModel) -> Iterator[tuple[str, torch.Tensor]]:

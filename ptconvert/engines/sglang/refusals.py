@@ -20,11 +20,13 @@ from ptconvert.models.wrappers import wrapper_of
 # Its attention backends that know sinks, of those on GPUs and of that on CPUs which was tried.
 SINKS = frozenset(("triton", "trtllm_mha", "fa3", "fa4", "aiter"))
 ON_CPUS = "torch_native"
+LINEAR_ON_CPUS = False  # whether its operations for linear attention there were tried
 CPU_BLOCK = 32  # SGLang's CPU engine fills each rank's neurons up to a multiple of it
 # What it calls the numbers of a config that it replaced so.
 _PADDED = {
     "intermediate_size": "original_intermediate_size",
     "moe_intermediate_size": "original_moe_intermediate_size",
+    "shared_expert_intermediate_size": "original_shared_expert_intermediate_size",
     "num_attention_heads": "original_num_attention_heads",
     "num_key_value_heads": "original_total_num_kv_heads",
 }
@@ -69,11 +71,12 @@ def check(
     groups: Mapping[str, int] = MappingProxyType({}),
     dense_ranks: int | None = None,
     backends: tuple[str, ...] = (),
+    drafts: str | None = None,
 ) -> None:
     """Raises ConfigError for settings under which the model would not work: of so many
     tensor-parallel ranks, a quantisation method by SGLang's name, groups of ranks by SGLang's
-    options, how many ranks share a dense MLP of a mixture, attention by these backends. `config` is
-    as for `unserved`.
+    options, how many ranks share a dense MLP of a mixture, attention by these backends, drafts by
+    this algorithm. `config` is as for `unserved`.
     """
     refused = list(unserved(config, shape, section, ranks, on_cpu=on_cpu))
     method = str((quantization_of(config) or {}).get("quant_method"))
@@ -87,6 +90,10 @@ def check(
     ]
     if dense_ranks is not None:
         refused.append("--moe-dense-tp-size: each rank has its share of a dense MLP; leave it")
+    if drafts is not None and any(map(shape.is_linear, range(shape.layers))):
+        refused.append(
+            f"--speculative-algorithm {drafts}: not tried with linear attention; leave it out"
+        )
     if shape.model_type in SERVED:
         refused += _unread(SERVED[shape.model_type], backends)
     if refused:
@@ -148,7 +155,7 @@ def unserved(
             f"{key}: tracks have unequal shares, and SGLang gives each rank as much; convert to "
             "another number of tracks, or serve it in vLLM"
         )
-    neurons = math.gcd(shape.neurons, shape.expert_neurons)
+    neurons = math.gcd(shape.neurons, shape.expert_neurons, shape.shared_neurons)
     heads = sorted({shape.kv_heads, shape.global_kv_heads or shape.kv_heads})
     if ranks != section.tracks:
         yield (
@@ -177,6 +184,11 @@ def _unlike(served: Served, config: Mapping[str, Any], on_cpu: bool) -> Iterator
         yield f"{served.score_cap} {cap}: SGLang's attention on CPUs ({ON_CPUS}) leaves it out"
     if served.sinks and on_cpu and ON_CPUS not in SINKS:
         yield f"attention sinks: SGLang's attention on CPUs ({ON_CPUS}) has none; serve it on GPUs"
+    if served.linear and on_cpu and not LINEAR_ON_CPUS:
+        yield (
+            "linear attention: SGLang's operations for it on CPUs (sgl_kernel) were never tried; "
+            "serve it on GPUs, or in vLLM"
+        )
     ropes = config.get(_OLDER_ROPES) or config.get("rope_parameters") or _PLAIN_ROPES
     for rope in (ropes, *ropes.values()):
         kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None

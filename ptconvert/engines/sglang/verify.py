@@ -57,6 +57,7 @@ def verify_in_sglang(path: Path, settings: Settings, eager: bool = False) -> Rep
     limits = {
         "max_running_requests": settings.batch,
         "max_total_tokens": max(2048, 2 * tokens),
+        "max_mamba_cache_size": 2 * settings.batch,  # states of linear attention, if it has any
         "chunked_prefill_size": -1,
         "disable_radix_cache": True,  # each prefill computes all of its tokens
     }
