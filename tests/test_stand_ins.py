@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import time
@@ -17,7 +18,7 @@ from conftest import LAYERS, Convert, MakeDense, byte_level, load, with_bytes
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_calibrate import dense_streams, quiet, reading, shape_at
+from test_calibrate import quiet, reading, shape_at
 from test_cli import run
 from test_plan import SIZE, TEXT
 
@@ -40,7 +41,7 @@ from ptconvert.plan.case import Case, read_texts
 from ptconvert.plan.sensitivity import Meter, Store, store_file
 from ptconvert.schedule.presets import dense_schedule
 from ptconvert.schedule.schedule import Schedule
-from ptconvert.schedule.stages import Sublayer
+from ptconvert.schedule.stages import Kind, Sublayer
 from ptconvert.spec.document import parse_spec, written
 
 WANTED = {"assignment": "affinity", "guess": 8}
@@ -52,6 +53,25 @@ MIXED = "a0^1 m0! a1. m1. a2! m2! a3^1 m3^1 a4. m4! a5! m5!"
 def source(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random dense model with a tokenizer of bytes."""
     return byte_level(make_dense, tmp_path_factory.mktemp("plan") / "source")
+
+
+def dense_streams(source: Path, ids_BT: torch.Tensor) -> dict[Sublayer, torch.Tensor]:
+    """The dense model's residual stream after each sublayer."""
+    model, updates = load(source), {}
+    for i, layer in enumerate(model.model.layers):
+        for kind, block in ((Kind.ATTENTION, layer.self_attn), (Kind.MLP, layer.mlp)):
+
+            def keep(_: object, __: object, out: Any, *, at: Sublayer) -> None:
+                updates[at] = out[0] if isinstance(out, tuple) else out
+
+            block.register_forward_hook(functools.partial(keep, at=Sublayer(i, kind)))
+    with torch.no_grad():
+        model(input_ids=ids_BT)
+        stream_BTD, found = model.model.embed_tokens(ids_BT), {}
+        for sublayer, update_BTD in updates.items():
+            stream_BTD = stream_BTD + update_BTD
+            found[sublayer] = stream_BTD
+    return found
 
 
 def case_of(source: Path, wanted: dict[str, Any]) -> Case:

@@ -12,10 +12,10 @@ Memory, beside the model's, for n tracks:
   at D 4096;
 - each track's low-rank factors for each ridge, R (F + D) fp64: 0.2 GB for 8 tracks at rank 64;
 - one batch of at most BATCH_TOKENS tokens (or one window) in one sublayer of all tracks;
-- the streams of all windows: at most 2n + 2 (merged; partials and guesses that wait, of each track;
-  the dense model's), n + 1 for each sublayer of the stage at hand (its partials, and their sum),
-  and n + 1 for each all-reduce in flight. Beyond MEMORY_BYTES they lie on disk, in files that are
-  mapped and have no name: 29 GB for 65,536 tokens in fp32, n = 8, D 4096 and one sublayer a stage.
+- the streams of all windows: at most 2n + 1 (merged; partials and guesses that wait, of each
+  track), n + 1 for each sublayer of the stage at hand (its partials, and their sum), and n + 1 for
+  each all-reduce in flight. Beyond MEMORY_BYTES they lie on disk, in files that are mapped and have
+  no name: 28 GB for 65,536 tokens in fp32, n = 8, D 4096 and one sublayer a stage.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 
 from ptconvert.calibrate.reading import epsilon, readers_metric
 from ptconvert.calibrate.regression import Affine, Fit, Moments, best, fits
-from ptconvert.calibrate.streams import Batch, dense_reaches, fitted_by_stage
+from ptconvert.calibrate.streams import Batch, fitted_by_stage
 from ptconvert.measure.progress import Progress
 from ptconvert.modeling.executor import PerTrack, Streams, Update
 from ptconvert.modeling.layers import apply_norm, new_guess
@@ -72,18 +72,14 @@ def fit_guesses(
     """Fits the guesses of a converted model, which has none yet, on windows of token ids.
 
     A guess is fitted to the other tracks' partials and the output bias, all that its track doesn't
-    see until the merge; after a deferred stage also to what the stream lacks already against the
-    dense model's, errors of guesses before it included. (After overlapped ones that gained nothing:
-    what it would repair is merged while it is in flight.) `rank` is the largest; `scratch` is the
-    directory for streams that memory is not to hold. Raises EvaluationError.
+    see until the merge. `rank` is the largest; `scratch` is the directory for streams that memory
+    is not to hold. Raises EvaluationError.
     """
 
     def fit(step: Step, given: Sequence[Batch]) -> list[Fitted]:
-        behind = not step.launches and dense_reaches(decoder.layers, step.index, given)
-        last = len(step.sublayers) - 1
         return [
-            _fit_sublayer(decoder, shape, step, place, given, behind and place == last, rank)
-            for place in range(last + 1)
+            _fit_sublayer(decoder, shape, step, place, given, rank)
+            for place in range(len(step.sublayers))
         ]
 
     use = functools.partial(_add_guesses, decoder)
@@ -114,9 +110,7 @@ def guess_alone(
     def fit(step: Step, given: Sequence[Batch]) -> list[Fitted]:
         found = list[Fitted]()
         for place in range(len(step.sublayers)):
-            one = _fit_sublayer(
-                decoder, shape, step, place, given, behind=False, rank=rank, from_partial=False
-            )
+            one = _fit_sublayer(decoder, shape, step, place, given, rank, from_partial=False)
             _give(decoder, one)
             found.append(replace(one, guesses=()))
         return found
@@ -158,12 +152,11 @@ def _fit_sublayer(
     step: Step,
     place: int,
     given: Sequence[Batch],
-    behind: bool,
     rank: int,
     from_partial: bool = True,
 ) -> Fitted:
-    """Fits the guesses of one of a stage's sublayers, track by track; with `behind` also to what
-    the stream lacks after the stage. The batches keep the stage."""
+    """Fits the guesses of one of a stage's sublayers, track by track. The batches keep the
+    stage."""
     width, sublayer = decoder.config.hidden_size, step.sublayers[place]
     rank, before, added = min(rank, width), 0.0, epsilon(decoder.norm)
     features = 2 * width if from_partial else width
@@ -171,7 +164,7 @@ def _fit_sublayer(
     for t, track in enumerate(_tracks(decoder, sublayer)):
         train, test = (Moments(features, width, decoder.device) for _ in range(2))
         for batch in given:
-            pairs = _pairs(batch, t, track, step, place, behind, added, from_partial)
+            pairs = _pairs(batch, t, track, step, place, added, from_partial)
             (test if batch.held_out else train).add(*pairs)
         metric_DD = readers_metric(decoder, shape, step, t)
         candidates.append(fits(train, test, rank, metric_DD))
@@ -194,21 +187,16 @@ def _pairs(
     track: Track,
     step: Step,
     place: int,
-    behind: bool,
     added: float,
     from_partial: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a track guesses a kept stage's sublayer from, (P, F), what it should guess, (P, D), and
     what its errors weigh there, (P,): one over the stream's mean square and what norms have `added`
-    to it. `place` is the sublayer's in the stage. With `behind` it should also guess what its
-    stream would lack against the dense model's: what is in flight is merged while the guess is
-    seen."""
+    to it. `place` is the sublayer's in the stage."""
     streams = batch.of_track(t)
     weight_P = _weights(batch, streams, added)  # first: what it takes is gone before the rest
     own_BTD = batch.to_device(batch.updates[place].kept[t])
     y_BTD = batch.to_device(batch.wholes[place]) - own_BTD
-    if behind:
-        y_BTD += batch.lacking(step, streams)
     kept_BTD = own_BTD if from_partial else None
     features_PF = _features(track, step.sublayers[place], streams.view(step)[0], kept_BTD)
     return features_PF, y_BTD.flatten(0, 1), weight_P

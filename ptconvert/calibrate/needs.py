@@ -35,8 +35,7 @@ from ptconvert.schedule.schedule import Schedule
 from ptconvert.spec.document import Spec
 
 _TIMED_FEATURES = 512  # of the regression that is timed; its time goes with the cube
-_PASSES = 3  # of a layer while guesses are fitted: as it came, with guesses, and the dense model's
-_SCALE_PASSES = 2  # while scales are: as it came, and with them
+_PASSES = 2  # of a layer while scales or guesses are fitted: as it came, and with them
 _COPIES = 5  # of a pair's affinity while it is computed
 
 
@@ -111,7 +110,7 @@ def _scales(plan: Plan, _wanted: str, windows: int, length: int, dtype: str, dev
         one_layer(plan.source.config, plan.tracks, device, dtype), dtype, length
     )
     held = _stagewise(plan, windows, length, dtype)
-    return Phase("scales", held, _SCALE_PASSES * windows * plan.shape.layers * seconds)
+    return Phase("scales", held, _PASSES * windows * plan.shape.layers * seconds)
 
 
 def _stagewise(

@@ -39,25 +39,23 @@ T = TypeVar("T")
 
 @dataclass
 class Batch:
-    """Windows that run together: the converted model's streams, and the dense model's.
+    """Windows that run together, and their streams in the converted model.
 
     `keep` takes a tensor to where streams lie between two stages.
     """
 
     run: RunSublayer
-    student: Streams
-    dense: Streams
+    streams: Streams
     held_out: bool
     device: torch.device
     keep: Keep
     scalar: Scalar  # the model's
-    dense_done: int = 0  # stages that the dense model has run
     updates: list[Update] = field(default_factory=list)  # of the stage at hand, if it is kept
     wholes: list[torch.Tensor] = field(default_factory=list)  # their outputs, all tracks merged
 
     def stage(self, step: Step) -> tuple[PerTrack, list[Update]]:
         """What the tracks read, and what sublayers give for it without guesses."""
-        view = self._at_hand(self.student).view(step)
+        view = self._at_hand(self.streams).view(step)
         if self.updates:
             return view, [_moved_update(update, self.to_device) for update in self.updates]
         return view, [self.run(s, view, step.keeps_own) for s in step.sublayers]
@@ -69,19 +67,6 @@ class Batch:
             check_finite(sublayer.layer, *update.partials)
         self.wholes = [self.keep(_whole(update)) for update in updates]
         self.updates = [_moved_update(update, self.keep) for update in updates]
-
-    def lacking(self, step: Step, streams: Streams) -> torch.Tensor:
-        """What a track's streams lack against the dense model's, (B, T, D), after the stage that is
-        kept, if it saw all partials of this stage and all that is in flight; before what the stream
-        is multiplied by after a layer."""
-        dense_BTD = self.to_device(self.dense.settled())
-        for layer in step.completes:
-            if (factor := self.scalar(layer)) is not None:
-                dense_BTD = dense_BTD / factor
-        lacks_BTD = dense_BTD - streams.landed()[0]
-        for whole_BTD in self.wholes:
-            lacks_BTD -= self.to_device(whole_BTD)
-        return lacks_BTD
 
     def of_track(self, track: int) -> Streams:
         """The converted model's streams as one track reads them, at hand, and no more: the other
@@ -95,25 +80,16 @@ class Batch:
                 guesses = [guesses[track % len(guesses)]]
             return Update([update.kept[track % len(update.kept)]], update.common, guesses)
 
-        buckets = {i: replace(b, shown=own(b.shown)) for i, b in self.student.buckets.items()}
-        return self._at_hand(Streams(self.student.settled(), buckets=buckets))
+        buckets = {i: replace(b, shown=own(b.shown)) for i, b in self.streams.buckets.items()}
+        return self._at_hand(Streams(self.streams.settled(), buckets=buckets))
 
     def end(self, step: Step, own: Update, weight: float) -> None:
         """Moves the converted model's streams on past a stage."""
-        student = self._at_hand(self.student)
-        student.end(step, own, self._engine, weight)
-        student.complete(step, self.scalar)
-        self.student = _moved(student, self.keep)
+        streams = self._at_hand(self.streams)
+        streams.end(step, own, self._engine, weight)
+        streams.complete(step, self.scalar)
+        self.streams = _moved(streams, self.keep)
         self.updates, self.wholes = [], []
-
-    def run_dense(self, dense: Schedule, count: int) -> None:
-        """Moves the dense model's stream on until so many stages have run."""
-        stream = self._at_hand(self.dense)
-        for step in dense.program[self.dense_done : count]:
-            stream.end(step, self._engine.run(step, stream), self._engine)
-            stream.complete(step, self.scalar)
-            check_finite(step.sublayers[-1].layer, stream.settled())
-        self.dense, self.dense_done = _moved(stream, self.keep), count
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor that is kept, to compute with."""
@@ -175,16 +151,15 @@ def batches(
     run its schedule or another `program`. `scratch` is the directory for streams that memory is not
     to hold."""
     layers = decoder.layers
-    streams = most_streams(layers.schedule, layers.track_count, layers.norms_sums, program)
-    nbytes = streams * ids_NT.numel() * decoder.get_input_embeddings().weight[0].nbytes
+    count = most_streams(layers.schedule, layers.track_count, layers.norms_sums, program)
+    nbytes = count * ids_NT.numel() * decoder.get_input_embeddings().weight[0].nbytes
     keep: Keep = _here if nbytes <= MEMORY_BYTES else functools.partial(mapped, scratch)
     size = max(1, min(BATCH_TOKENS // ids_NT.shape[1], len(ids_NT) // HELD_OUT))
     for number, ids_BT in enumerate(torch.split(ids_NT, size), 1):
         stream_BTD, run = decoder.entry(input_ids=ids_BT.to(decoder.device))
         held_out = number % HELD_OUT == 0
-        kept = keep(stream_BTD)
-        given = (run, Streams(kept), Streams(kept), held_out, decoder.device, keep)
-        yield Batch(*given, layers.scalar)
+        streams = Streams(keep(stream_BTD))
+        yield Batch(run, streams, held_out, decoder.device, keep, layers.scalar)
 
 
 def most_streams(
@@ -200,7 +175,7 @@ def most_streams(
     pending: dict[int, int] = {}  # streams of each bucket
     for step in schedule.program if program is None else program:
         kept = (tracks + 1 + norms_sums) * len(step.sublayers) if step.keeps_own else 0
-        most = max(most, 2 + kept + sum(pending.values()))
+        most = max(most, 1 + kept + sum(pending.values()))
         # of those that wait partials and guesses, of those in flight the sum and what is seen
         sums = schedule.carried[step.bucket] if norms_sums else 0
         waiting, flying = 2 * tracks + sums, max(sums, 1) + tracks * step.keeps_own
@@ -208,19 +183,6 @@ def most_streams(
         for merged in step.merges:
             del pending[merged]
     return most
-
-
-def dense_reaches(layers: Any, index: int, given: Sequence[Batch]) -> bool:
-    """Runs the dense model up to the sublayers that stage `index` ends with; False where it never
-    has run just these."""
-    dense, ended = layers.dense, layers.schedule.stages[: index + 1]
-    furthest = max(s.position for stage in ended for s in stage.sublayers)
-    run = layers.schedule.ran[index + 1]
-    if furthest + 1 != run or run not in dense.ran:
-        return False
-    for batch in given:
-        batch.run_dense(dense, dense.ran.index(run))
-    return True
 
 
 def check_finite(layer: int, *tensors: torch.Tensor) -> None:
