@@ -72,7 +72,8 @@ def main() -> None:
             print("| | memory said | taken | seconds said | taken |")
             print("| --- | --- | --- | --- | --- |")
         else:
-            make_zeros(folder, read_config(given.only_said))
+            lengths = {"max_position_embeddings": given.window}  # which `specs/configs` don't say
+            make_zeros(folder, lengths | read_config(given.only_said))
             print("| | memory said | in | free disk needed |\n| --- | --- | --- | --- |")
         for command in commands(folder, given):
             print(row(command, given.only_said is None), flush=True)
@@ -171,13 +172,14 @@ def ptconvert(*arguments: Any) -> tuple[str, int, float]:
     """What a command prints, the largest resident set of its process in bytes, and its seconds."""
     command = [sys.executable, "-m", "ptconvert", *map(str, arguments)]
     started = time.monotonic()
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=output, stderr=errors)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.monotonic() - started
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            sys.exit(f"{' '.join(command)} ended with code {process.returncode}")
+            errors.seek(0)
+            sys.exit(f"{errors.read()}{' '.join(command)} ended with code {process.returncode}")
         output.seek(0)
         return output.read(), 1024 * usage.ru_maxrss, seconds
 

@@ -90,9 +90,10 @@ def check(
     ]
     if dense_ranks is not None:
         refused.append("--moe-dense-tp-size: each rank has its share of a dense MLP; leave it")
-    if drafts is not None and any(map(shape.is_linear, range(shape.layers))):
+    if drafts is not None:
         refused.append(
-            f"--speculative-algorithm {drafts}: not tried with linear attention; leave it out"
+            f"--speculative-algorithm {drafts}: not tried in SGLang; leave it out, or serve it in "
+            "vLLM"
         )
     if shape.model_type in SERVED:
         refused += _unread(SERVED[shape.model_type], backends)
