@@ -65,6 +65,9 @@ def _printable(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, cut to a line."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
+    """What an error of another library says, cut to a line: the first, and the second where that
+    ends with a colon."""
+    line, *more = str(error).splitlines() or [type(error).__name__]
+    if line.endswith(":") and more:
+        line = f"{line} {more[0].strip()}"
     return f"unknown {line}" if isinstance(error, KeyError) else line

@@ -585,6 +585,24 @@ def test_our_own_faults_are_not_called_a_tasks(
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("rms_norm_eps", "x", "config.json: Validation error for field 'rms_norm_eps': "),
+        ("hidden_act", "foo", "config.json asks for 'foo', which transformers doesn't have"),
+    ],
+)
+def test_a_wrong_config_is_not_the_tokenizers_fault(
+    key: str, value: str, said: str, source: Path, run: Answers, tmp_path: Path
+) -> None:
+    path = shutil.copytree(source, tmp_path / "bad")
+    config = json.loads((path / "config.json").read_text()) | {key: value}
+    (path / "config.json").write_text(json.dumps(config))
+    done = run(path, "--baseline", source, "--text", TEXTS[0])
+    assert done.exit_code == 2 and said in done.output and "tokenizer" not in done.output
+    assert not done.output.endswith(":\n")
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (
@@ -628,9 +646,12 @@ def test_our_own_faults_are_not_called_a_tasks(
         (["{bare}", "--baseline", "{bare}", "--text", "{text}"], "there is no file of one"),
         (
             ["{src}", "--tasks", "x", "--html", "{dir}/no/r.html"],
-            "isn't there or can't be written to",
+            "it must be a writable file in a directory that exists",
         ),
-        (["{other}", "--baseline", "{src}", "--text", "{text}"], "vocabulary has 260 tokens"),
+        (
+            ["{other}", "--baseline", "{src}", "--text", "{text}"],
+            "the source's vocab_size is 260, the converted model's 280; --baseline",
+        ),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line(

@@ -457,10 +457,33 @@ def test_max_loss_and_no_overlap(source: Path, tmp_path: Path) -> None:
     base = ("--tracks", 2, "--no-overlap", "--json")
     frontier = json.loads(plan(source, tmp_path, *base, "--max-syncs", 12)[0])["frontier"]
     bound = sorted(p["loss_increase"] for p in frontier)[len(frontier) // 2]
-    chosen = json.loads(plan(source, tmp_path, *base, "--max-loss", max(bound, 0))[0])["chosen"]
-    fitting = [p for p in frontier if p["loss_increase"] <= max(bound, 0)]
-    assert chosen == min(fitting, key=lambda p: p["waited_for"])
+    planned = json.loads(plan(source, tmp_path, *base, "--max-loss", max(bound, 0))[0])
+    chosen, *both = planned["chosen"], planned["frontier"], frontier
+    # it has tried more about what is asked for, and may need fewer
+    own, before = ([p for p in some if p["loss_increase"] <= max(bound, 0)] for some in both)
+    assert chosen == min(own, key=lambda p: p["waited_for"])
+    assert chosen["waited_for"] <= min(p["waited_for"] for p in before)
     assert chosen["all_reduces"] == chosen["waited_for"]
+
+
+@pytest.mark.parametrize("most", [2, 4, 6])
+def test_a_spec_says_what_is_as_in_the_dense_model(most: int, source: Path, tmp_path: Path) -> None:
+    """And of a range in the midst of a longer run that its cost is told where that begins."""
+    asked = ("--tracks", 4, "--no-overlap", "--max-syncs", most, "--json")
+    planned = json.loads(plan(source, tmp_path, *asked)[0])
+    stages = planned["chosen"]["schedule"].split()
+    ranges = re.findall(r"layers: (\d+)(?:-(\d+))? +# (.*)", planned["spec"])
+    assert ranges
+    for first, last, said in ranges:
+        start, stop = 2 * int(first), 2 * int(last or first) + 2
+        entered, own = stages[max(0, start - 1)], stages[start:stop]
+        dense = all(stage.endswith("!") for stage in own) and (entered.endswith("!") or not start)
+        assert dense == (said == "as the dense model"), (first, last, said, stages)
+        begins = (
+            stage.endswith(".") and (not place or stages[place - 1].endswith("!"))
+            for place, stage in enumerate(stages[start:stop], start)
+        )
+        assert any(begins) == (said not in ("as the dense model", "in a figure above"))
 
 
 def test_without_overlap_no_objective_overlaps(source: Path, tmp_path: Path) -> None:

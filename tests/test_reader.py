@@ -131,7 +131,7 @@ def test_every_kind_of_field_is_read() -> None:
             "5: this item is 3; it must be a mapping of size",
         ),
         ("choose:\n", "choose:\n  - 4\n", "7: this item is 4; it must be a mapping of size"),
-        ("parts:", "parts: []\nchose:", "4: parts is a list; it must be a list of mappings"),
+        ("parts:", "parts: []\nchose:", "4: parts is an empty list; it must be a list of mappings"),
         ("more: x", "more: x, y: 1", "8: unknown key 'y'; an other takes size, share, of, more"),
         ("{of: 5}", "5", "9: rank is 5; it must be a mapping of of"),
         ("{of: 5}", "{}", "9: of is missing; it must be a whole number, 1 to 9"),

@@ -45,7 +45,8 @@ def check_destination(destination: Path, overwrite: bool) -> None:
     """Raises CheckpointError where a checkpoint can't or must not be written."""
     real = _real(destination)
     if not real.parent.is_dir():
-        raise CheckpointError(f"{destination}: the directory {real.parent} does not exist")
+        missing = "is no directory" if real.parent.exists() else "does not exist"
+        raise CheckpointError(f"{destination}: the directory {real.parent} {missing}")
     if os.path.ismount(real):
         raise CheckpointError(f"{destination} is a mount point; name a directory inside it")
     if not os.path.lexists(destination):

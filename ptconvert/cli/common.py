@@ -184,8 +184,8 @@ def quiet_libraries() -> None:
     """Our own progress is shown, not that of every library below; called before their import."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # kernels that torchao, which transformers imports, has for other machines; its enums
-    for name in ("torchao", "torch.utils._pytree"):
+    # kernels that torchao and bitsandbytes, which are imported by others, lack here; their enums
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # what they will rename in their next versions
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")

@@ -25,6 +25,7 @@ from ptconvert.cli.progress import step_progress
 from ptconvert.errors import PlanError
 from ptconvert.plan.frontier import SUFFIX
 from ptconvert.spec.document import COMPUTED, unfit
+from ptconvert.spec.terms import MAX_TRACKS
 
 if TYPE_CHECKING:  # they import torch
     from ptconvert.measure.progress import Progress
@@ -52,7 +53,9 @@ def _for_the_spec(command: F) -> F:
 
 @click.command()
 @click.argument("source", metavar="SRC")
-@click.option("--tracks", type=click.IntRange(2, 4096), required=True, help="Tracks to cut into.")
+@click.option(
+    "--tracks", type=click.IntRange(2, MAX_TRACKS), required=True, help="Tracks to cut into."
+)
 @shared("--text", required=True)
 @click.option("--max-syncs", type=click.IntRange(1), metavar="K", help="All-reduces to wait for.")
 @click.option(

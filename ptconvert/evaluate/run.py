@@ -191,14 +191,22 @@ def evaluate(
     )
 
 
+# What of config.json a conversion leaves as it is.
+_SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "intermediate_size"),
+)
+
+
 def _check_alike(source: Checkpoint, found: Checkpoint) -> None:
-    """Raises EvaluationError where the models can't be compared token by token."""
-    ours, theirs = (c.language.get("vocab_size") for c in (found, source))
-    if ours != theirs:
-        raise EvaluationError(
-            f"the source's vocabulary has {theirs} tokens, the converted model's {ours}; "
-            "--baseline must be the model that was converted"
-        )
+    """Raises EvaluationError where one can't be the model that the other was converted from."""
+    for size in _SIZES:
+        theirs, ours = (c.language.get(size) for c in (source, found))
+        if theirs != ours:
+            raise EvaluationError(
+                f"the source's {size} is {theirs}, the converted model's {ours}; --baseline must "
+                "be the model that was converted"
+            )
 
 
 def _scored(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import ptconvert
 from ptconvert.checkpoint.reader import Checkpoint
@@ -67,7 +67,10 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
             f"{checkpoint.path}: {checkpoint.nbytes / 1e9:.1f} GB of weights don't fit on {device}"
         ) from error
     except _WRONG as error:
-        raise CheckpointError(f"{checkpoint.path}: {first_line(error)}") from error
+        _check_config(checkpoint)
+        asked = f"config.json asks for {error}, which transformers doesn't have"
+        why = asked if isinstance(error, KeyError) else first_line(error)
+        raise CheckpointError(f"{checkpoint.path}: {why}") from error
     # transformers fills what is missing with random numbers.
     for what in ("missing", "unexpected", "mismatched"):
         names = sorted(
@@ -95,12 +98,22 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         return AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
     except (*_WRONG, TypeError, AttributeError) as error:
+        _check_config(checkpoint)
         why = first_line(error)
         if not any(any(checkpoint.path.glob(name)) for name in _TOKENIZERS):
             why = "there is no file of one (tokenizer.json and others); put the source's there"
         raise CheckpointError(
             f"{checkpoint.path}: no tokenizer can be opened, which scoring needs: {why}"
         ) from error
+
+
+def _check_config(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where transformers can't read config.json, which tokenizers ask for
+    their class, too."""
+    try:
+        AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except (*_WRONG, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint.path}/config.json: {first_line(error)}") from error
 
 
 def vocabulary(checkpoint: Checkpoint) -> int:

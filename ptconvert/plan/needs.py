@@ -63,7 +63,7 @@ def plan_needs(
     heads_seconds = count * head_seconds(shape.vocabulary, shape.width, dtype, device, length)
     every_one = menu(shape.layers, objective.singles, objective.runs, 2, shape.family.parallel)
     # of several segments the same, and each from the kept layer before it to the end
-    begins = {alone(s, shape.layers): s.layer for s in every_one if is_basic(s)}.values()
+    begins = {alone(s, shape.layers): s.layers[0] for s in every_one if is_basic(s)}.values()
     share = {b: 1 - last_kept(kept, b) / shape.layers for b in range(shape.layers)}
     screened, searched = (len(of(count)) / count for of in (screening_windows, search_windows))
     parts = [begin for begin in share for _ in range(len(shape.dense.stages) // shape.layers)]

@@ -72,14 +72,17 @@ def to_spec(planned: Planned) -> str:
         f"Measured on {few(planned.texts)} ({planned.windows} windows of {planned.length} "
         "tokens), before any",
         f"training: KL {number(p.cost.kl)}, loss {signed(p.cost.loss)} nats per token.",
-        "The figure at each range is the sum of what its parts cost by themselves",
-        "in nats of KL.",
+        "The figure at each range is the sum of what the parts that begin there cost by",
+        "themselves, in nats of KL.",
     ]
-    alone = _by_layer(planned)
+    parts = [(segment.layers, kl) for segment, kl in p.parts if not segment.dense]
 
     def remark(layers: range) -> str:
-        total = sum(alone[i] for i in layers)
-        return f"{number(total)}" if total else "as the dense model"
+        begun = [kl for run, kl in parts if run[0] in layers]
+        if begun:
+            return number(sum(begun))
+        into = any(run[0] < layers[0] <= run[-1] for run, _ in parts)
+        return "in a figure above" if into else "as the dense model"
 
     parallel = planned.shape.family.parallel
     return spec_text(p.schedule, planned.tracks, head, remark, _computed(planned), parallel)
@@ -120,14 +123,6 @@ def _in_place(planned: Planned) -> dict[str, Any] | None:
     if (found := planned.in_place) is None:
         return None
     return {**found.wanted, "tokens": found.ids[:, 1:].numel(), "apart": found.apart}
-
-
-def _by_layer(planned: Planned) -> dict[int, float]:
-    """The predicted KL of the chosen point's segments, by the layer in which each begins."""
-    found = dict.fromkeys(range(planned.chosen.schedule.layers), 0.0)
-    for segment, kl in planned.chosen.parts:
-        found[segment.layer] += kl
-    return found
 
 
 def to_json(planned: Planned) -> dict[str, Any]:

@@ -46,9 +46,10 @@ class Segment(NamedTuple):
         return self.stop - self.start
 
     @property
-    def layer(self) -> int:
-        """The layer in which it begins."""
-        return self.start // per_layer(self.parallel)
+    def layers(self) -> range:
+        """The layers that it runs, the first and the last perhaps in part."""
+        each = per_layer(self.parallel)
+        return range(self.start // each, (self.stop - 1) // each + 1)
 
     @property
     def stages(self) -> tuple[Stage, ...]:

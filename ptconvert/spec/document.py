@@ -312,6 +312,8 @@ def read_spec(path: Path) -> Spec:
         text = path.read_bytes()[: 16 * 1024 * 1024].decode("utf-8")
     except FileNotFoundError:
         raise SpecError([f"{path}: there is no such file"]) from None
+    except IsADirectoryError:
+        raise SpecError([f"{path} is a directory; it must be a file"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError([f"{path}: can't be read as UTF-8 text: {error}"]) from None
     return parse_spec(text, str(path))

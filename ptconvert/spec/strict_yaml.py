@@ -54,7 +54,8 @@ class Value:
         if isinstance(self.data, str):
             shown = clipped(self.data, 60)
             return f"'{shown}'" if self.quoted else shown or "empty"
-        return "a mapping" if isinstance(self.data, dict) else "a list"
+        kind = "mapping" if isinstance(self.data, dict) else "list"
+        return f"a {kind}" if self.data else f"an empty {kind}"
 
 
 def load(text: str) -> tuple[Value, list[YAMLError]]:
