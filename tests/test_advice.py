@@ -420,7 +420,7 @@ def test_schedules_that_wait_as_often_have_names_of_their_own(frontier: Path) ->
         ("0,0.0123", "0,little", ":3: tracks is 8, guess_rank 0, kl little; they must be numbers"),
         ("0,0.0123", "0,nan", "kl nan; they must be numbers, 1, 0 and 0 at least"),
         ("8,0,0.0123", "0,0,0.0123", "tracks is 0"),
-        ("8,0,0.0123", f"{10**26},0,0.0123", "tracks and ranks at most 4096"),
+        ("8,0,0.0123", f"{10**26},0,0.0123", "tracks at most 1024 and ranks 4096"),
         ("8,0,0.0123", "64,0,0.0123", "64 tracks don't divide 32 heads"),
         (",0.0123,", ",", ":3: tracks is 8, guess_rank 0, kl "),
         ("a0! m0! a1! m1!", "x" * 200_000, "can't be read as CSV in UTF-8: field larger than"),
