@@ -21,5 +21,6 @@ def listed() -> dict[str, list[str]]:
 
 def in_table(engine: str, said: str) -> bool:
     """Whether what an engine's plugin says is a line of the page, or several."""
-    rows = "|".join(".+".join(map(re.escape, line.split(ANY))) for line in listed()[engine])
+    anything = "[^;\n]+"  # of one refusal
+    rows = "|".join(anything.join(map(re.escape, line.split(ANY))) for line in listed()[engine])
     return re.fullmatch(f"({rows})(; ({rows}))*", said) is not None

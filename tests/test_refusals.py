@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from refused import ANY, ENGINES, listed
+from refused import ANY, ENGINES, in_table, listed
 
 import ptconvert.engines
 from ptconvert.checkpoint.section import SECTION
@@ -39,6 +39,15 @@ def said(engine: str) -> set[str]:
 def test_each_refusal_has_its_row(engine: str) -> None:
     rows = "\n".join(listed()[engine])
     assert [text for text in said(engine) if " " in text and text not in rows] == []
+
+
+def test_a_row_is_of_one_refusal() -> None:
+    """However open it ends or begins."""
+    known = "float16: vLLM's linear attention on CPUs takes bfloat16 only"
+    assert in_table("vllm", known) and in_table("vllm", f"{known}; {known}")
+    assert not in_table("vllm", f"something else; {known}")
+    known = "attention_bias True: SGLang's layers for it have 2"
+    assert in_table("sglang", known) and not in_table("sglang", f"{known}; something else")
 
 
 @pytest.mark.parametrize("engine", ENGINES.values())

@@ -430,6 +430,7 @@ def test_command_line(make_dense: MakeDense, convert: Convert, tmp_path: Path) -
     for files, told in (
         (("--trace", tmp_path), "must be a writable file"),
         (("--report", tmp_path / "none" / "a.json"), "in a directory that exists"),
+        (("--report", Path(__file__) / "a.json"), "in a directory that exists"),
         (("--trace", trace, "--report", trace), "it is --trace, too"),
     ):
         wrong = ["verify", path, "--ranks", 2, *files]

@@ -112,9 +112,9 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path]) ->
     for option, file in outputs.items():
         if file is None:
             continue
-        if file.is_dir() or not os.access(
-            file if file.exists() else file.resolve().parent, os.W_OK
-        ):
+        folder = file.resolve().parent
+        there = folder.is_dir() and not file.is_dir()
+        if not there or not os.access(file if file.exists() else folder, os.W_OK):
             raise click.UsageError(
                 f"{option} {file}: it must be a writable file in a directory that exists"
             )

@@ -190,7 +190,8 @@ def _parted(
     shape: ModelShape,
     parted: Mapping[str, tuple[str, ...]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """With linear attention's queries, keys and values each by itself, of a track or of all."""
+    """With linear attention's queries, keys and values each by itself, of a track or of all: what
+    SGLang does with them in one tensor goes by sizes of all tracks together."""
     keys = shape.linear_key_heads * shape.linear_key_size
     sizes = keys, keys, shape.linear_value_heads * shape.linear_value_size
     for name, tensor in weights:

@@ -59,6 +59,6 @@ def _params(config: Any) -> Any:
         conv_kernel=config.linear_conv_kernel_dim,
         conv_shard_groups=[keys, keys, values],
     )
-    # of the convolution in what the model is served in, where SGLang has bfloat16 always
+    # of the convolution in what the model is served in, where SGLang has bfloat16 if not told
     dtype = replace(mamba2_state_dtype(config), conv=config.dtype)
     return Mamba2CacheParams(shape=shape, layers=_layers(config, LINEAR), dtype=dtype)
