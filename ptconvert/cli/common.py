@@ -27,8 +27,9 @@ from ptconvert.checkpoint.files import read_config
 from ptconvert.errors import EvaluationError, PTConvertError
 from ptconvert.measure.needs import Needs, shares_memory
 from ptconvert.models.shape import ModelShape
+from ptconvert.plan.frontier import SUFFIX as FRONTIER
 
-_FILES = ".yaml", ".yml", ".csv"  # of specs and frontiers, which hub ids don't end in
+SPECS = ".yaml", ".yml", FRONTIER  # how specs and frontiers end, and hub ids don't
 _SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -89,7 +90,7 @@ def spec_or_checkpoint(argument: str, revision: str | None) -> Path:
     directory of its config.json. Raises CheckpointError."""
     from ptconvert.checkpoint.source import is_hub_id, locate
 
-    if not is_hub_id(argument) or Path(argument).suffix in _FILES:
+    if not is_hub_id(argument) or Path(argument).suffix in SPECS:
         return Path(argument)
     return locate(argument, revision, config_only=True)
 

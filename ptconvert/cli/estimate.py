@@ -16,6 +16,7 @@ from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.section import SECTION, Section
 from ptconvert.checkpoint.source import config_names, display_name
 from ptconvert.cli.common import (
+    SPECS,
     check_outputs,
     model_config,
     print_figures,
@@ -140,7 +141,7 @@ def _is_model(path: Path) -> bool:
     """Whether the only argument is no spec file, frontier or converted checkpoint."""
     if path.is_dir():
         return SECTION not in read_config(path)
-    return path.suffix not in (".yaml", ".yml", FRONTIER)
+    return path.suffix not in SPECS
 
 
 def _estimate(

@@ -27,6 +27,7 @@ from ptconvert.schedule.lower import Step
 from ptconvert.schedule.stages import BLOCKS, Kind
 
 WHOLE = "whole"  # the only part of a layer held dense, where others have tracks
+LINEAR_ATTENTION = "linear_attn"  # what a layer calls such, in engines as in checkpoints
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")  # what one has by itself
 _TRACK = re.compile(r"\.tracks\.(\d+)\.")
 # From a checkpoint's names of a layer's tensors to those of `ServedLayer`.
@@ -410,6 +411,14 @@ class ServedPass:
         first_TD, streams.base = self.serving.add_norm(norms[0], streams.merged, streams.base)
         streams.merged = None
         return [first_TD, *(norm(streams.base) for norm in norms[1:])]
+
+
+def load_own_decays(layer: Any) -> None:
+    """Makes linear attention, if a track's layer has it, load decays that are its shard already:
+    an engine's loader would take a rank's share of them."""
+    if hasattr(layer, LINEAR_ATTENTION):
+        for name in ("A_log", "dt_bias"):
+            del getattr(layer.linear_attn, name).weight_loader
 
 
 def is_for_others(name: str, local_tracks: range, shape: ModelShape) -> bool:

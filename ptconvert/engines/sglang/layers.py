@@ -29,7 +29,14 @@ from torch import nn
 from torch.nn import functional
 from torch.profiler import record_function
 
-from ptconvert.engines.base import NoPositions, NormedPositions, layer_type, window_of
+from ptconvert.engines.base import (
+    LINEAR_ATTENTION,
+    NoPositions,
+    NormedPositions,
+    layer_type,
+    load_own_decays,
+    window_of,
+)
 from ptconvert.engines.families import computed
 from ptconvert.engines.in_flight import InFlight, started_by_torch
 from ptconvert.engines.quantised import by_names, fused_modules
@@ -40,7 +47,6 @@ from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.counters import BOUNDARY
 
 _BY_EXPERT = "awq", "modelopt"  # whose methods compare experts' names with a single expert's
-LINEAR_ATTENTION = "linear_attn"  # what a layer with such has, in place of self_attn
 Context = tuple[torch.Tensor, Any]  # positions, and what SGLang calls a ForwardBatch
 
 
@@ -128,8 +134,8 @@ class SGLangServing:
         return made
 
     def _layer(self, index: int, config: Any, named: str) -> Any:
-        """A decoder layer of SGLang's, or where some have linear attention, such attention, or such
-        a layer as full attention, in one without anything else."""
+        """A decoder layer of SGLang's; where some have linear attention, a module with the layer's
+        attention alone, which full attention's decoder layer is there itself."""
         if self.served.attends is None:
             return self._made(self.served.layer, index, config, named)
         config.num_experts = get_parallel().tp_size  # of a mixture that isn't kept
@@ -309,9 +315,7 @@ def _load_whole(layer: nn.Module, count: int) -> None:
         for name in ("tp_group", "kv_tp_group"):
             if getattr(module, name, None) is not None:
                 setattr(module, name, first)
-    if hasattr(layer, LINEAR_ATTENTION):
-        for name in ("A_log", "dt_bias"):  # which would take a rank's of all heads
-            del getattr(layer.linear_attn, name).weight_loader
+    load_own_decays(layer)
 
 
 def load_own_neurons(experts: Any) -> None:

@@ -38,7 +38,12 @@ from vllm.model_executor.models.nemotron import NemotronLayerNorm1P
 from vllm.model_executor.models.utils import WeightsMapper
 
 from ptconvert.checkpoint.section import Section
-from ptconvert.engines.base import NoPositions, NormedPositions
+from ptconvert.engines.base import (
+    LINEAR_ATTENTION,
+    NoPositions,
+    NormedPositions,
+    load_own_decays,
+)
 from ptconvert.engines.families import computed
 from ptconvert.engines.quantised import by_names, fused_modules
 from ptconvert.engines.vllm.collectives import all_reduce_boundary, finished
@@ -50,7 +55,6 @@ from ptconvert.models.families import HEAD, KV_HEAD, TensorRule
 from ptconvert.models.quantised import weight_of
 from ptconvert.models.shape import ModelShape
 
-_LINEAR = "linear_attn"  # what layers with linear attention call it, in vLLM as in checkpoints
 _EXPERTS = "layer.mlp.experts."  # which vLLM packs, and checks itself
 _CACHE = "layer.self_attn.attn."  # whose scales a checkpoint may have, or not
 _NORMS = (RMSNorm, GemmaRMSNorm, LayerNorm, NemotronLayerNorm1P)  # between sublayers
@@ -139,9 +143,7 @@ class VLLMServing:
         with alone():  # one number in the name, for vLLM to find
             prefix = f"model.track{track}.layers.{index}"
             layer = self._layer(config, index, prefix, f"{named}tracks.{track}.")
-        if hasattr(layer, _LINEAR):
-            for name in ("A_log", "dt_bias"):  # theirs would ask for a rank's shard, and only later
-                del getattr(layer.linear_attn, name).weight_loader
+        load_own_decays(layer)
         return layer
 
     def _layer(self, config: Any, index: int, prefix: str, named: str) -> Any:
@@ -164,7 +166,7 @@ class VLLMServing:
         }
         taken = inspect.signature(layer_class).parameters
         layer: Any = layer_class(**{k: v for k, v in given.items() if k in taken})
-        if not hasattr(layer, _LINEAR):
+        if not hasattr(layer, LINEAR_ATTENTION):
             layer.self_attn = layer._modules.pop(self.served.attention)
         layer.mlp = layer._modules.pop(self.served.mlp)
         if self.served.norm is not None:
@@ -207,7 +209,7 @@ class VLLMServing:
         return norm_as(type(norm), norm, width)
 
     def window(self, part: Any) -> int | None:
-        if hasattr(part, _LINEAR):
+        if hasattr(part, LINEAR_ATTENTION):
             return None
         attends = (Attention, MLAAttention)
         attention = next(m for m in part.self_attn.modules() if isinstance(m, attends))
@@ -215,7 +217,7 @@ class VLLMServing:
         return window
 
     def attention(self, part: Any, x_TD: torch.Tensor, context: Any) -> torch.Tensor:
-        if hasattr(part, _LINEAR):
+        if hasattr(part, LINEAR_ATTENTION):
             return finished(part.linear_attn(hidden_states=x_TD))
         more = self.served.passed
         return finished(part.self_attn(positions=context, hidden_states=x_TD, **more))
