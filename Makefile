@@ -84,8 +84,8 @@ test-slow: $(READY) $(VLLM_READY)  ## the rest of test, test-vllm and test-sglan
 newest-vllm:  ## whether the newest vLLM has what the plugin takes, by its source
 	$(PYTHON) tests/newest_vllm.py
 
-# vLLM's build for CUDA, and the torch for CUDA that it asks for. (Never run on a GPU; all that was
-# looked at is that the pins of constraints-vllm.txt are those that vLLM asks for.)
+# vLLM's build for CUDA, and the torch for CUDA that it asks for. (Never run on a GPU; that all of it
+# goes together pip says, which with --dry-run finds 225 packages for it.)
 $(GPU_READY): pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(GPU_VENV)
 	$(GPU_BIN)/pip install -q --upgrade pip

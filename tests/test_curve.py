@@ -32,7 +32,7 @@ def test_it_reads_what_the_benchmark_of_healing_kept(
     for tokens in TOKENS:
         work = tmp_path / str(tokens)
         work.mkdir()
-        cell = {"kl": 3.0 * tokens**-0.3, "loss": 2.0 * tokens**-0.5, "half": 0.01}
+        cell = {"kl": 3.0 * tokens**-0.3, "loss": 2.0 * tokens**-0.5, "loss_half": 0.01}
         told = {"tokens": tokens, "report": [["prose.txt"]]}
         kept = json.dumps({"of": told, "cells": [cell]})
         (work / "n3-w20-planned+guess+blockwise+KL.json").write_text(kept)

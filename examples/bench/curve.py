@@ -39,7 +39,7 @@ def main() -> None:
         print(f"\n{' '.join(files)}: {given.waits} waited for\n")
         print("| tokens | KL | loss |\n| --- | --- | --- |")
         for count, cell in zip(tokens, cells, strict=True):
-            half = f" ± {cell['half']:.4f}"
+            half = f" ± {cell['loss_half']:.4f}"
             print(f"| {count:,} | {cell['kl']:.4f} | {cell['loss']:+.4f}{half} |")
         ends = (followed(tokens, [c[key] for c in cells], given.at) for key in ("kl", "loss"))
         said = (f"{at:.3f} ({low:.3f} … {high:.3f})" for at, low, high in ends)

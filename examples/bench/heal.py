@@ -10,9 +10,9 @@ each --report is one, with a table of its own.
 The yardstick is the source itself, trained on the same tokens in the same way but on the text, not
 on itself: what ordinary training would gain.
 
-Prints tables in Markdown: rise of the loss over the source's with half its 95% interval, and in
-brackets KL(source || model), both in nats per token, and the share of tokens whose first choice is
-the source's. Finished cells and checkpoints are kept in --work; the same command goes on from
+Prints tables in Markdown: rise of the loss over the source's, and in brackets KL(source || model),
+both in nats per token, and the share of tokens whose first choice is the source's, each with half
+its 95% interval over windows. Finished cells and checkpoints are kept in --work; the same command goes on from
 there.
 
 --top-k also heals what the last step but KL has made with so many of the teacher's likeliest tokens
@@ -68,17 +68,21 @@ DECISIVE = (  # the options that a cell depends on
 
 @dataclass(frozen=True)
 class Cell:
-    """A model on one report text: the source's loss, its rise with half of the rise's 95% interval,
-    KL from the source, and the share of tokens for which both have the same first choice."""
+    """A model on one report text: the source's loss, its rise, KL from the source, and the share of
+    tokens for which both have the same first choice; `_half` is half of a 95% interval."""
 
     source: float
     loss: float
-    half: float
+    loss_half: float
     kl: float
+    kl_half: float
     same: float
+    same_half: float
 
     def __str__(self) -> str:
-        return f"{self.loss:+.4f} ± {self.half:.4f} ({self.kl:.4f}, {self.same:.1%})"
+        loss = f"{self.loss:+.4f} ± {self.loss_half:.4f}"
+        kl = f"{self.kl:.4f} ± {self.kl_half:.4f}"
+        return f"{loss} ({kl}, {100 * self.same:.1f} ± {100 * self.same_half:.1f}%)"
 
 
 Cells = list[Cell]  # one for each report text
@@ -365,9 +369,11 @@ class Bench:
 
 def _cell(tokens: Tokens) -> Cell:
     found = tokens.closeness(seed=0)
-    low, high = found.loss.interval or (math.nan, math.nan)
-    source, kl, same = (e.value for e in (found.source_loss, found.kl, found.agreement))
-    return Cell(source, found.loss.value, (high - low) / 2, kl, same)
+    told = [found.source_loss.value]
+    for estimate in (found.loss, found.kl, found.agreement):
+        low, high = estimate.interval or (math.nan, math.nan)
+        told += [estimate.value, (high - low) / 2]
+    return Cell(*told)
 
 
 def _quiet(*_: object) -> None:

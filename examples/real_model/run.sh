@@ -50,7 +50,9 @@ python examples/real_model/answers.py "$out/source" "$out/planned" "$out/healed"
     --html "$out/answers.html"
 
 if [ -x .venv-vllm/bin/ptconvert ]; then
-    say "Serve it in vLLM"
-    PATH="$PWD/.venv-vllm/bin:$PATH" ptconvert verify "$out/healed" --runtime vllm --ranks 1 \
+    say "Serve it in vLLM: the same tokens, then a chat over HTTP"
+    export PATH="$PWD/.venv-vllm/bin:$PATH"
+    ptconvert verify "$out/healed" --runtime vllm --ranks 1 \
         --enforce-eager  # compiling 30 layers of three tracks each takes many minutes
+    bash examples/real_model/serve.sh "$out/healed" "What is the capital of France?"
 fi
