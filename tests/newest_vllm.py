@@ -4,12 +4,14 @@ Reads vLLM's source and installs nothing: a release for CUDA can't be imported w
 Each name that `ptconvert/engines/vllm` imports must be there, what is called by such a name must
 take the arguments that it is given, and what is read of an imported module must be in it. Of its
 models with pictures, which have a converted one inside: that they make their language model by the
-name that is said, and ask it for nothing that the converted one hasn't.
+name that is said, and ask it for nothing that the converted one hasn't. Of its all-reduces: that
+those which `verify` counts by name are still called so, and that there are no others.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,8 +23,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "ptconvert"
 ENGINE, WRAPPERS = PACKAGE / "engines" / "vllm", PACKAGE / "models" / "wrappers.py"
+COUNTERS = PACKAGE / "runtime" / "counters.py"
 MODELS = "vllm.model_executor.models"
 NOT_TAKEN = ("compute_logits_local",)  # sampling by shares of the vocabulary
+# Operations with an all-reduce that are part of another, which is counted, and AMD's.
+NOT_COUNTED = re.compile("all_reduce_symmetric_with_copy|rocm_.*")
 Found = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -206,6 +211,23 @@ def strangers(plugin: Path, wrappers: Path, source: Source) -> Iterator[str]:
                 yield f"{found[0]}:{call.lineno}: {name} gives its layers {', '.join(more)}"
 
 
+def uncounted(counters: Path, source: Source) -> Iterator[str]:
+    """What of the operations that all-reduce isn't as the counters have them, each in a line."""
+    names = texts(counters, ["_VLLM_ALL_REDUCES"])
+    counted = {name.removeprefix("vllm::") for name in names if name.startswith("vllm::")}
+    files = sorted((source.root / "vllm").rglob("*.py"))
+    registered = {
+        name: file
+        for file in files
+        for name in re.findall(r'op_name="(\w*all_?reduce\w*)"', file.read_text(encoding="utf-8"))
+    }
+    for name in sorted(counted - registered.keys()):
+        yield f"counters.py: vLLM has no operation vllm::{name}"
+    for name in sorted(registered.keys() - counted):
+        if not NOT_COUNTED.fullmatch(name):
+            yield f"counters.py: vllm::{name} isn't counted ({registered[name].name})"
+
+
 def is_language_model(node: ast.AST) -> bool:
     """Whether it is `self.language_model`."""
     if not isinstance(node, ast.Attribute) or node.attr != "language_model":
@@ -286,6 +308,7 @@ def main() -> None:
             archive.extractall(folder, [n for n in archive.namelist() if n.endswith(".py")])
         source = Source(folder)
         found = [*departures(ENGINE, "vllm", source), *strangers(ENGINE, WRAPPERS, source)]
+        found += uncounted(COUNTERS, source)
     print(f"{wheel.name}: {'; '.join(found) or 'all that the plugin takes is there'}")
     sys.exit(bool(found))
 

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import newest_vllm
 import pytest
-from newest_vllm import ENGINE, MODELS, WRAPPERS, Source, departures, language_models, strangers
+from newest_vllm import (
+    COUNTERS,
+    ENGINE,
+    MODELS,
+    WRAPPERS,
+    Source,
+    departures,
+    language_models,
+    strangers,
+    uncounted,
+)
 
 from ptconvert.engines.vllm.families import LANGUAGE_MODELS
 
@@ -132,3 +142,23 @@ def test_all_models_with_pictures_are_read() -> None:
     """Each of them is missed where there is nothing."""
     missed = list(strangers(ENGINE, WRAPPERS, Source(Path("/nowhere"))))
     assert len(missed) == len(language_models(ENGINE / "families.py")) == len(LANGUAGE_MODELS)
+
+
+@pytest.mark.parametrize(
+    ("operations", "said"),
+    [
+        (["all_reduce", "flashinfer_trtllm_fused_allreduce_norm", "rocm_aiter_allreduce"], []),
+        (["all_reduce"], ["vLLM has no operation vllm::flashinfer_trtllm_fused_allreduce_norm"]),
+        (
+            ["all_reduce", "flashinfer_trtllm_fused_allreduce_norm", "allreduce_norm"],
+            ["vllm::allreduce_norm isn't counted (state.py)"],
+        ),
+    ],
+)
+def test_all_reduces_that_are_counted(
+    operations: list[str], said: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "vllm" / "distributed" / "state.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(f'register(op_name="{name}")\n' for name in operations))
+    assert list(uncounted(COUNTERS, Source(tmp_path))) == [f"counters.py: {line}" for line in said]

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -102,10 +102,6 @@ CASES = {
         within=3e-2,
     ),
     "qwen3_vl": Case("qwen3_vl", 2, EARLY, text={"rope_parameters": THREE_AXES}),
-    "compiled, qwen3_vl": Case(
-        "qwen3_vl", 2, COMPILED, eager=False, text=FOUR | {"rope_parameters": THREE_AXES}
-    ),
-    "compiled, llava": Case("llava", 2, COMPILED, eager=False, text=FOUR),
     "gemma3": Case("gemma3", 2, MIXED, text=GEMMA3, arguments=TOGETHER),
     "gemma4": Case("gemma4", 2, COMPILED, text=GEMMA4, arguments=MORE_TOGETHER),
     "gemma4, whose tokens don't": Case(
@@ -118,14 +114,21 @@ CASES = {
         text={**FOUR, **OTHERS["gemma4_unified_text"]},
         arguments=MORE_TOGETHER,
     ),
-    "compiled, gemma3": Case(
-        *("gemma3", 2, COMPILED),
+}
+
+# Each wrapper compiled, too; of Gemma 3's four layers else all have a window.
+COMPILED_TEXT = {"gemma3": {"layer_types": ALTERNATING}}
+COMPILED_WITHIN = {"gemma3": 4e-3}  # see test_parity.py
+CASES |= {
+    f"compiled, {name}": replace(
+        CASES[name],
+        tracks=2,
+        schedule=COMPILED,
         eager=False,
-        text={**FOUR, **GEMMA3, "layer_types": ALTERNATING},
-        arguments=TOGETHER,
-        within=4e-3,  # see test_parity.py
-    ),
-    "compiled, qwen3_5": Case("qwen3_5", 2, COMPILED, eager=False, text=HYBRID | FOUR),
+        text={**CASES[name].text, **FOUR, **COMPILED_TEXT.get(name, {})},
+        within=COMPILED_WITHIN.get(name, TOLERANCE),
+    )
+    for name in LANGUAGE_MODELS
 }
 
 WITHOUT_TOWERS = {
@@ -275,7 +278,9 @@ def test_what_joins_after_the_first_layers_counts(
                 check(rank["answers"][request], without[request], CASES[name].within)
 
 
-@pytest.mark.parametrize("name", quick([*SEE_EACH_OTHER, "compiled, gemma3"], QUICK))
+@pytest.mark.parametrize(
+    "name", quick([*SEE_EACH_OTHER, *(f"compiled, {n}" for n in SEE_EACH_OTHER)], QUICK)
+)
 def test_a_pictures_tokens_see_each_other(name: str, found: Any, paths: dict[str, Path]) -> None:
     one_way = answers_by_transformers(CASES[name].model, paths[name], TOKEN_TYPES)
     for rank in of_case(found, name):
