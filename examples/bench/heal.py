@@ -12,8 +12,8 @@ on itself: what ordinary training would gain.
 
 Prints tables in Markdown: rise of the loss over the source's, and in brackets KL(source || model),
 both in nats per token, and the share of tokens whose first choice is the source's, each with half
-its 95% interval over windows. Finished cells and checkpoints are kept in --work; the same command goes on from
-there.
+its 95% interval over windows. Finished cells and checkpoints are kept in --work; the same command
+goes on from there.
 
 --top-k also heals what the last step but KL has made with so many of the teacher's likeliest tokens
 kept in place of the teacher, twice: a second table has that, and the seconds of both as shares of
@@ -348,7 +348,7 @@ class Bench:
 
     def _compared(self, model: object) -> Cells:
         return [
-            _cell(divergence.measure(model, reference, windows, BatchSize(None, "cpu"), _quiet))
+            cell_of(divergence.measure(model, reference, windows, BatchSize(None, "cpu"), _quiet))
             for windows, reference in self._reported
         ]
 
@@ -367,7 +367,8 @@ class Bench:
         return self._compared(fresh)
 
 
-def _cell(tokens: Tokens) -> Cell:
+def cell_of(tokens: Tokens) -> Cell:
+    """What was measured of a model on a text, with its intervals."""
     found = tokens.closeness(seed=0)
     told = [found.source_loss.value]
     for estimate in (found.loss, found.kl, found.agreement):
