@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Convert, MakeDense, load
-from test_modeling import SCHEDULES, left_padded
+from test_modeling import SCHEDULES, TOLERANCE, left_padded
 
 from ptconvert.checkpoint.calibration import Calibration
 from ptconvert.checkpoint.config import converted_config
@@ -16,8 +18,13 @@ from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.layout import dense_tensors
 from ptconvert.checkpoint.reader import Checkpoint, TensorEntry, open_checkpoint
 from ptconvert.errors import CheckpointError
+from ptconvert.heal.blockwise import Pieces
+from ptconvert.measure.opening import open_model
+from ptconvert.modeling.executor import OneProcess
+from ptconvert.modeling.layers import Placement
 from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.by_layer import by_layer_bytes, opened_by_layer
+from ptconvert.runtime.load import load_rank, open_dequantised
 from ptconvert.spec.document import read_spec
 from ptconvert.verify.run import Settings, check_ranks, needed_bytes
 
@@ -66,11 +73,13 @@ def test_the_single_process_model_takes_a_layer_and_what_is_outside(llama_70b: C
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", ["llama-biases", "llama3-rope-tied", "gpt_oss"])
+@pytest.mark.parametrize("variant", ["llama-biases", "llama3-rope-tied", "gpt_oss", "gemma2"])
 def test_by_layer_is_the_model(
     variant: str, dtype: torch.dtype, make_dense: MakeDense, convert: Convert
 ) -> None:
-    path = convert(make_dense(variant), 4, SCHEDULES["mixed"])
+    """What is computed beside weights is in that dtype, too, whichever is stored: Gemma's factor
+    of embeddings is the root of 32 here, which bf16 rounds."""
+    path = convert(make_dense(variant, torch.bfloat16), 4, SCHEDULES["mixed"])
     ids_BS, _ = left_padded()
     model = opened_by_layer(path, dtype, "cpu")
     with torch.inference_mode():
@@ -79,6 +88,33 @@ def test_by_layer_is_the_model(
         attention = model.config._attn_implementation
         expected = load(path, dtype=dtype, attn_implementation=attention)(ids_BS).logits
         assert torch.equal(found, expected)
+
+
+OPENED: dict[str, Callable[[Path], Any]] = {
+    "to measure": lambda path: open_model(open_checkpoint(path), "float32", "cpu"),
+    "by layer": lambda path: opened_by_layer(path, torch.float32, "cpu"),
+    "dequantised": lambda path: open_dequantised(open_checkpoint(path), torch.float32),
+    "a rank": lambda path: load_rank(path, Placement(), OneProcess(), torch.float32),
+}
+
+
+@pytest.mark.parametrize("how", OPENED)
+def test_attention_caps_its_scores(how: str, make_dense: MakeDense, convert: Convert) -> None:
+    """As config.json says, whatever attention transformers would choose (5.19: one without)."""
+    path = convert(make_dense("gemma2", attn_logit_softcapping=2.0), 4, SCHEDULES["mixed"])
+    ids_BS, _ = left_padded()
+    with torch.inference_mode():
+        expected = load(path)(ids_BS).logits
+        without = load(path, attn_logit_softcapping=None)(ids_BS).logits
+        found = OPENED[how](path)(ids_BS).logits
+    assert (found - expected).abs().max() < TOLERANCE
+    assert (found - without).abs().max() > 20 * TOLERANCE
+
+
+def test_blocks_learn_with_it(make_dense: MakeDense, convert: Convert) -> None:
+    path = convert(make_dense("gemma2"), 4, SCHEDULES["mixed"])
+    pieces = Pieces(open_checkpoint(path), torch.float32, "cpu")
+    assert pieces.model.config._attn_implementation == "eager"
 
 
 def test_the_needed_bytes_are_of_what_is_read(make_dense: MakeDense, convert: Convert) -> None:

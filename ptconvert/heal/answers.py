@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig
 
 from ptconvert.checkpoint.reader import Checkpoint
 from ptconvert.errors import HealError, first_line
@@ -34,11 +33,11 @@ from ptconvert.measure.batch import BatchSize
 from ptconvert.measure.cache import named_by
 from ptconvert.measure.divergence import Reference, outputs, reference, tokens_at_once
 from ptconvert.measure.head import Head
-from ptconvert.measure.opening import auto_class, open_model
+from ptconvert.measure.opening import open_model
 from ptconvert.measure.progress import Progress
 from ptconvert.measure.windows import Windows
 from ptconvert.models.shape import HEAD, ModelShape
-from ptconvert.runtime.load import read_named
+from ptconvert.runtime.load import on_meta, read_named
 
 TOKENS_A_FILE = 1 << 16
 _SMALL_VOCABULARY = 1 << 16  # whose ids fit in 16 bits
@@ -145,9 +144,7 @@ class AnswerStore:
         name = shape.embedding if shape.tied else HEAD
         weight_VD = read_named(self.teacher, shape, name)
         weight_VD = weight_VD.to(self.device, getattr(torch, self.settings.dtype))
-        config = AutoConfig.from_pretrained(self.teacher.path, local_files_only=True)
-        with torch.device("meta"):
-            model = auto_class(self.teacher).from_config(config)
+        model = on_meta(self.teacher, weight_VD.dtype)
         model.get_output_embeddings().weight = nn.Parameter(weight_VD, requires_grad=False)
         return Head(model)
 

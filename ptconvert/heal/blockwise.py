@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 import ptconvert
 from ptconvert.checkpoint.reader import Checkpoint
@@ -34,7 +33,7 @@ from ptconvert.measure.opening import section_of
 from ptconvert.modeling.model import MODELS
 from ptconvert.models.families import MODEL_TYPE_PREFIX
 from ptconvert.models.wrappers import decoder_prefix
-from ptconvert.runtime.load import compute_buffers, read_for, shape_of
+from ptconvert.runtime.load import compute_buffers, opened_config, read_for, shape_of
 from ptconvert.schedule.presets import with_only
 from ptconvert.shorten import without_middle
 
@@ -102,7 +101,7 @@ class Pieces:
         ptconvert.register()
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.shape = shape_of(checkpoint)
-        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        config = opened_config(checkpoint)
         with torch.device("meta"):
             model = MODELS[config.model_type.removeprefix(MODEL_TYPE_PREFIX)](config)
         self.model = model.get_decoder().eval()

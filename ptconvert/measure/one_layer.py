@@ -22,7 +22,7 @@ from ptconvert.measure.needs import Held, Place
 from ptconvert.models.families import Layer
 from ptconvert.models.shape import ModelShape
 from ptconvert.models.wrappers import language_config
-from ptconvert.runtime.load import compute_buffers
+from ptconvert.runtime.load import attention_of, compute_buffers
 from ptconvert.runtime.memory import PROCESS_BYTES
 from ptconvert.spec.document import parse_spec
 
@@ -59,7 +59,9 @@ def one_layer(config: Mapping[str, object], tracks: int, device: str, dtype: str
     spec = parse_spec(f"format: 1\ntracks: {tracks}\nschedule:\n{items}", "one layer")
     converted = converted_config(cut, spec, spec.schedule(), "one layer", Calibration(), {})
     with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.for_model(**converted)).eval()
+        model = AutoModel.from_config(
+            AutoConfig.for_model(**converted), attn_implementation=attention_of(converted)
+        ).eval()
     compute_buffers(model, device)
     for index in first.values():
         layer = model.layers[index].to_empty(device=device)

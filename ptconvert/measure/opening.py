@@ -18,7 +18,7 @@ from ptconvert.modeling.model import CAUSAL_LMS
 from ptconvert.models.families import CARRIED_BUFFERS
 from ptconvert.models.quantised import quantization_of
 from ptconvert.models.wrappers import opened_by
-from ptconvert.runtime.load import open_dequantised, shape_of
+from ptconvert.runtime.load import attention_of, open_dequantised, shape_of
 from ptconvert.shorten import few
 
 # What transformers raises about files that it can't make sense of.
@@ -59,7 +59,11 @@ def open_model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
         return open_dequantised(checkpoint, None if dtype == "auto" else getattr(torch, dtype))
     try:
         model, loading = opened.from_pretrained(
-            checkpoint.path, dtype=dtype, local_files_only=True, output_loading_info=True
+            checkpoint.path,
+            dtype=dtype,
+            attn_implementation=attention_of(checkpoint.config),
+            local_files_only=True,
+            output_loading_info=True,
         )
         model = model.to(device).eval()
     except torch.OutOfMemoryError as error:

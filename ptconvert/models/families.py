@@ -17,6 +17,9 @@ from ptconvert.models.gemma4 import gemma4_config
 from ptconvert.schedule.stages import Kind
 
 MODEL_TYPE_PREFIX = "ptconvert_"  # of a converted model's type, before its family's
+SCORE_CAP = (
+    "attn_logit_softcapping"  # in config.json: the soft cap of attention's scores, Gemma 2's
+)
 
 
 class Cut(enum.Enum):

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate.hooks import attach_align_device_hook
 from torch import nn
 
 import ptconvert
 from ptconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from ptconvert.models.shape import ModelShape
-from ptconvert.models.wrappers import layer_of, opened_by
-from ptconvert.runtime.load import filled, kept_dtype, read_for, shape_of
+from ptconvert.models.wrappers import layer_of
+from ptconvert.runtime.load import filled, kept_dtype, on_meta, read_for, shape_of
 
 
 def opened_by_layer(path: Path, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -29,9 +28,8 @@ def opened_by_layer(path: Path, dtype: torch.dtype, device: torch.device | str) 
     ptconvert.register()
     checkpoint = open_checkpoint(path)
     shape = shape_of(checkpoint)
+    model = on_meta(checkpoint, dtype).eval()
     with torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(path)
-        model = getattr(transformers, opened_by(config.model_type)).from_config(config).eval()
         for parameter_name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(kept_dtype(model, parameter_name, dtype))
     names = {id(module): name for name, module in model.named_modules()}

@@ -21,7 +21,7 @@ from ptconvert.errors import CheckpointError
 from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement
 from ptconvert.modeling.model import MODELS
-from ptconvert.models.families import TensorRule
+from ptconvert.models.families import SCORE_CAP, TensorRule
 from ptconvert.models.quantised import beginning, in_place_of, quantization_of
 from ptconvert.models.shape import HEAD, TORCH_NAMES, ModelShape, rows
 from ptconvert.models.wrappers import by_todays_tower, is_around, opened_by
@@ -106,7 +106,7 @@ def load_rank(
     shape = shape_of(checkpoint)
     dtype = dtype or TORCH_DTYPES[weights_dtype(checkpoint, shape)]
     rules = _dense_rules(shape)
-    config = AutoConfig.from_pretrained(path)
+    config = opened_config(checkpoint)
     with torch.device("meta"):
         model = MODELS[shape.model_type](config, placement, communicator)
 
@@ -138,12 +138,30 @@ def open_dequantised(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
     """
     shape = shape_of(checkpoint)
     own = _own(checkpoint, shape)
-    config = AutoConfig.from_pretrained(checkpoint.path)
+    dtype = dtype or TORCH_DTYPES[weights_dtype(own, shape)]
+    return filled(on_meta(checkpoint, dtype), own, shape, dtype).eval()
+
+
+def on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """A checkpoint's model without memory, by the class that transformers opens it with. What it
+    computes beside its weights, such as the embeddings' factor, is in `dtype`, too."""
+    opened = getattr(transformers, opened_by(checkpoint.config["model_type"]))
     with torch.device("meta"):
-        model = getattr(transformers, opened_by(checkpoint.config["model_type"])).from_config(
-            config
-        )
-    return filled(model, own, shape, dtype or TORCH_DTYPES[weights_dtype(own, shape)]).eval()
+        return opened.from_config(opened_config(checkpoint), dtype=dtype)
+
+
+def opened_config(checkpoint: Checkpoint) -> Any:
+    """transformers' config of a checkpoint, with an attention that computes all of what it says."""
+    config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    if (attention := attention_of(checkpoint.config)) is not None:
+        config._attn_implementation = attention
+    return config
+
+
+def attention_of(config: Mapping[str, object]) -> str | None:
+    """Which of transformers' attentions computes what a config.json says; None where all do. Its
+    `sdpa` leaves out the cap on Gemma 2's scores, and is what it chooses by itself, up to 5.19."""
+    return "eager" if config.get(SCORE_CAP) is not None else None
 
 
 def filled(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from ptconvert.models.families import MODEL_TYPE_PREFIX
+from ptconvert.models.families import MODEL_TYPE_PREFIX, SCORE_CAP
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _gemma(**more: Any) -> Served:
 def _gemma_with_windows(**more: Any) -> Served:
     return _gemma(
         scale=lambda config: float(config.query_pre_attn_scalar**-0.5),
-        score_cap="attn_logit_softcapping",
+        score_cap=SCORE_CAP,
         **more,
     )
 
