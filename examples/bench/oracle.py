@@ -34,6 +34,10 @@ ALL = slice(None)
 TOKENS, CHANNELS = (1, 16), (8, 64)
 
 
+class Seen(list[torch.Tensor]):
+    """What each track sees, with more than its own in it already."""
+
+
 def main() -> None:
     """Measures the model as it is, and with each of the places seen."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -87,10 +91,12 @@ def seen_at(tokens: slice, channels: Any) -> Iterator[None]:
     by_itself: Any = Update.seen
 
     def seen(self: Update) -> PerTrack:
+        if isinstance(self.partials, Seen):  # of an all-reduce in flight, which it is read from
+            return self.partials
         whole_BSD = torch.stack(self.partials).sum(0)
         if self.common is not None:
             whole_BSD = whole_BSD + self.common
-        found = [seen_BSD.clone() for seen_BSD in by_itself.fget(self)]
+        found = Seen(seen_BSD.clone() for seen_BSD in by_itself.fget(self))
         for seen_BSD in found:
             seen_BSD[:, tokens, channels] = whole_BSD[:, tokens, channels]
         return found

@@ -94,6 +94,8 @@ def answer_checks(
     log-probabilities alone, as rounding chooses other tokens where two are near each other."""
     if any(width.product for width in shape.widths.values()):
         return []  # activations are quantised, which the single-process model leaves as they are
+    if shape.widths and dtype != "float32":
+        return []  # kernels for quantised weights round more than 16 bits do
     reference = _single_process(path, ids_BS, answers, getattr(torch, dtype))
     # where tokens part, too: near 0 there, it was a tie that rounding decided
     largest = _apart(answers, reference)

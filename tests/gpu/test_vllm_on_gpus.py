@@ -66,3 +66,18 @@ def test_answers_and_all_reduces(
             passes = [rank["passes"] for rank in of_case(found, case["name"])]
             checks = count_checks(passes, schedule_of(path), shape_of(path), new_tokens=3)
             assert all(check.ok for check in checks), checks
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), on(2, 2), on(4, 4)])
+def test_verify_in_16_bits(ranks: int, tmp_path: Path) -> None:
+    """Compiled, as people serve: on GPUs with NVLink an all-reduce is then one kernel with the norm
+    after it, which vLLM has for 16 bits only."""
+    import engines  # noqa: F401  # settings
+    from commands import verify
+    from served import MIXED, make_model
+
+    path = make_model(tmp_path, "llama-biases", TRACKS, MIXED)
+    options = ["--ranks", str(ranks), "--dtype", "bfloat16", "--batch", "3"]
+    code, report = verify(path, *options)
+    assert code == 0 and report["mode"] == "compiled", report["checks"]
+    assert [check["name"] for check in report["checks"]][-1] == "their log-probabilities"
