@@ -16,15 +16,18 @@ from ptconvert.schedule.schedule import Schedule
 
 
 @torch.no_grad()
-def laneformer_logits(model: object, lanes: int, delay: int) -> torch.Tensor:
+def laneformer_logits(
+    model: object, lanes: int, delay: int, early_comm: bool = True, theirs: bool = False
+) -> torch.Tensor:
     """The equations of LaneformerDecoderLayer (kogai/laneformer-2b-it) on a dense model's layers,
     each lane with its own heads and neurons. With p_t a sublayer's partial in lane t, of layer i:
 
-        i < delay:   x_t += sum of all p_u (PRESENT)
-        else:        x_t += p_t + the p_u of layer i - delay for all u other than t (PAST),
-                     of layers that weren't summed at once
+        i < delay:   x_t += sum of all p_u (PRESENT), or without early_comm sqrt(n) p_t (NO_REDUCE)
+        else:        x_t += p_t + the p_u of layer i - delay for all u other than t (PAST)
 
-    At the end the lanes are merged, where Laneformer goes on with each.
+    and at the end the mean over lanes of what the final norm gives each, which is as well the mean
+    of the head's. That is `theirs`. The preset leaves out what no schedule says: what was summed at
+    once doesn't arrive again, and at the end all that is under way does, so that lanes agree.
     """
     ids_BS, keep_BS = left_padded()
     positions = (keep_BS.cumsum(-1) - 1).clamp(min=0)
@@ -35,13 +38,16 @@ def laneformer_logits(model: object, lanes: int, delay: int) -> torch.Tensor:
     for i, context in enumerate(contexts):
         for kind in "am":
             p_TBSD, _ = sublayer_partials(model, f"{kind}{i}", x_TBSD, context)
-            if i < delay:
-                x_TBSD = x_TBSD + p_TBSD.sum(0)
-                continue
-            past[f"{kind}{i}"] = p_TBSD
-            x_TBSD = x_TBSD + p_TBSD
+            if theirs or i >= delay:
+                past[f"{kind}{i}"] = p_TBSD
+            if i >= delay:
+                x_TBSD = x_TBSD + p_TBSD
+            else:
+                x_TBSD = x_TBSD + (p_TBSD.sum(0) if early_comm else lanes**0.5 * p_TBSD)
             if (arrived_TBSD := past.pop(f"{kind}{i - delay}", None)) is not None:
                 x_TBSD = x_TBSD + arrived_TBSD.sum(0) - arrived_TBSD
+    if theirs:
+        return torch.stack([ended(model, x_BSD) for x_BSD in x_TBSD]).mean(0)
     for p_TBSD in past.values():
         x_TBSD = x_TBSD + p_TBSD.sum(0) - p_TBSD
     assert float((x_TBSD - x_TBSD[0]).abs().max()) < TOLERANCE
@@ -81,6 +87,18 @@ def test_one_lane_is_the_dense_model(make_dense: MakeDense, convert: Convert) ->
     one, dense = load(convert(source, 1, "use: laneformer, delay: 2")), load(source)
     a, b = (step_logits(model, ids_BS, keep_BS, 12) for model in (one, dense))
     assert difference(a, b, keep_BS) < TOLERANCE
+
+
+@pytest.mark.parametrize("early_comm", [True, False])
+def test_theirs_is_another_model(early_comm: bool, make_dense: MakeDense, convert: Convert) -> None:
+    """So their checkpoints are refused; with one lane it is the dense model."""
+    source, (ids_BS, keep_BS) = make_dense("llama"), left_padded()
+    dense = load(source)
+    one, two = (laneformer_logits(dense, n, 2, early_comm, theirs=True) for n in (1, 2))
+    found = step_logits(dense, ids_BS, keep_BS, 12)
+    assert difference(found, one, keep_BS) < TOLERANCE
+    found = step_logits(load(convert(source, 2, "use: laneformer, delay: 2")), ids_BS, keep_BS, 12)
+    assert difference(found, two, keep_BS) > 20 * TOLERANCE
 
 
 def test_more_delay_than_layers_is_tensor_parallel() -> None:
