@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import MakeDense, load, spec_text
+from conftest import Convert, MakeDense, load, spec_text
 from test_modeling import SCHEDULES, TOLERANCE, left_padded
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import AutoModelForSequenceClassification
 
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.convert.transform import execute, plan_conversion
+from ptconvert.modeling.layers import new_guess
+from ptconvert.models.families import guesses_of
 from ptconvert.schedule.stages import BLOCKS, Sublayer
 from ptconvert.spec.document import parse_spec
 
@@ -82,7 +86,8 @@ def check_wrapped(wrapper: str, path: Path) -> None:
     plain, model = load(path).train(), load(path).train()
     expected, gradients = trained(plain)
     assert all(float(gradient.abs().sum()) > 0 for gradient in gradients)
-    with process_group():
+    with process_group(), warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*returned a view tensor")
         for index, layer in enumerate(model.model.layers):
             model.model.layers[index] = WRAPPERS[wrapper](layer)
         found, theirs = trained(model)
@@ -90,6 +95,30 @@ def check_wrapped(wrapper: str, path: Path) -> None:
     if wrapper != "FSDP1":  # it flattens parameters
         for a, b in zip(gradients, theirs, strict=True):
             assert torch.allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["use: ladder", "use: parallel_track, depth: 2"])
+@pytest.mark.parametrize("variant", ["llama-biases", "gpt_oss", "qwen3_next"])
+def test_no_layer_returns_a_view(
+    variant: str, schedule: str, make_dense: MakeDense, convert: Convert
+) -> None:
+    """FSDP warns of these. Views are what linear layers with a bias give, mixtures, and guesses."""
+    model, calls = load(convert(make_dense(variant), 2, schedule)), 0
+    for layer in model.model.layers:
+        for track in getattr(layer, "tracks", nn.ModuleDict()).values():
+            for kind in BLOCKS:
+                like = next(track.parameters())
+                new_guess(track, guesses_of(kind), model.config.hidden_size, 2, like)
+
+    def look(_: nn.Module, __: Any, outputs: tuple[torch.Tensor | None, ...]) -> None:
+        nonlocal calls
+        calls += 1
+        assert all(out is None or out._base is None for out in outputs)
+
+    for layer in model.model.layers:
+        layer.register_forward_hook(look)
+    model(input_ids=left_padded()[0], use_cache=False)
+    assert calls == 2 * len(model.model.layers)
 
 
 def test_a_compiled_layer_knows_its_mlp_from_its_attention(converted: dict[str, Path]) -> None:

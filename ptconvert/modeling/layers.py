@@ -220,7 +220,7 @@ class Guess(nn.Module):
         guess_BSD: torch.Tensor = self.to_stream(
             self.from_input(x_BSD) + self.from_partial(partial_BSD)
         )
-        return guess_BSD
+        return no_view(guess_BSD)
 
 
 def guess_modules(width: int, ranks: Mapping[Kind, int]) -> nn.ModuleDict:
@@ -425,14 +425,26 @@ def run_normed(
     module = getattr(layer, block.name)
     if kind.is_part:
         assert family.shared is not None, "a mixture without shared experts reached it"
-        return mixture_part(module, family.shared, kind, x_BSD)
+        return no_view(mixture_part(module, family.shared, kind, x_BSD))
     if kind is Kind.MLP:
         found = module(x_BSD)
     else:
         given = {block.renamed.get(k, k): v for k, v in context.items() if k not in block.without}
         found = module(hidden_states=x_BSD, **given)
     out_BSD: torch.Tensor = found[0] if isinstance(found, tuple) else found
-    return out_BSD
+    return no_view(out_BSD)
+
+
+def no_view(out_BSD: torch.Tensor) -> torch.Tensor:
+    """The same numbers, not copied, in what autograd takes for no view of another tensor.
+
+    Linear layers with a bias and some experts give views, and FSDP warns of gradients that would be
+    wrong if a layer's output were changed in place. (A product without a bias is made so in torch.)
+    """
+    if not torch.is_grad_enabled():
+        return out_BSD
+    found_BSD: torch.Tensor = torch.ops.aten._unsafe_view(out_BSD, out_BSD.shape)
+    return found_BSD
 
 
 def mixture_part(module: Any, shared: Shared, kind: Kind, x_BSD: torch.Tensor) -> torch.Tensor:
