@@ -71,6 +71,8 @@ YARN = {
     "original_max_position_embeddings": 32,
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+BOTH_WAYS = "use_bidirectional_attention"
+WAYS = (("gemma", True), ("gemma2", True), ("gemma3_text", True), ("gemma4_text", "all"))
 HERE = ServingEngine("pytest", "pip install pytest", verified)
 AWAY = ServingEngine("no_such_package", "pip install no-such-package", verified)
 
@@ -166,7 +168,8 @@ def test_what_comes_along_is_registered() -> None:
             *("llama", {"rope_parameters": DYNAMIC}, {}),
             "rope_type dynamic: SGLang turns all positions as at the longest length",
         ),
-        ("cwm", {"is_causal": False}, {}, "is_causal False: SGLang would let tokens see earlier"),
+        ("cwm", {"is_causal": False}, {}, "is_causal False: tokens see later ones, too, and SGLang"),
+        *((family, {BOTH_WAYS: way}, {}, f"{BOTH_WAYS} {way}: tokens see") for family, way in WAYS),
         ("llama", {"intermediate_size": 96}, {"on_cpu": True}, "96 FFN neurons and 4 KV heads"),
         ("llama", {"num_key_value_heads": 1}, {"on_cpu": True}, "128 FFN neurons and 1 KV heads"),
         (
@@ -218,7 +221,9 @@ def test_what_sglang_cannot_serve_is_refused_by_name(
         ("deepseek_v3", {}, "attention_bias True: vLLM's layers for it have no biases"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act gelu: vLLM's experts would be activated"),
         ("qwen3_next", {"hidden_act": "gelu"}, "hidden_act gelu: vLLM's linear attention knows"),
-        ("cwm", {"is_causal": False}, "is_causal False: vLLM would let tokens see later ones"),
+        ("cwm", {"is_causal": False}, "is_causal False: tokens see later ones, too, and vLLM"),
+        *((family, {BOTH_WAYS: way}, f"{BOTH_WAYS} {way}: tokens see") for family, way in WAYS),
+        ("gemma4_text", {"attn_logit_softcapping": 5.0}, "attn_logit_softcapping 5.0: vLLM would"),
     ],
 )
 def test_what_vllms_layers_are_not_is_known_without_vllm(

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ptconvert.checkpoint.section import Section
-from ptconvert.engines.formats import mixtures_in_parts, unlike_keys
+from ptconvert.engines.formats import mixtures_in_parts, not_causal, unlike_keys
 from ptconvert.engines.sglang.families import SERVED, Served
 from ptconvert.engines.sglang.formats import METHODS, MXFP4, unserved_weights
 from ptconvert.errors import ConfigError
@@ -209,5 +209,4 @@ def _unlike(served: Served, config: Mapping[str, Any], on_cpu: bool) -> Iterator
                 )
             if len(_MSCALES & rope.keys()) == 1:
                 yield "mscale, mscale_all_dim: SGLang takes one without the other otherwise"
-    if config.get("is_causal", True) is False:
-        yield "is_causal False: SGLang would let tokens see earlier ones only"
+    yield from not_causal("SGLang", config)

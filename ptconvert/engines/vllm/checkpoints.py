@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ptconvert.checkpoint.section import Section
-from ptconvert.engines.formats import mixtures_in_parts, unlike_keys
+from ptconvert.engines.formats import mixtures_in_parts, not_causal, unlike_keys
 from ptconvert.engines.vllm.families import LANGUAGE_MODELS, SERVED, Served
 from ptconvert.engines.vllm.formats import unserved_weights
 from ptconvert.models.quantised import QUANTIZATION
@@ -73,8 +73,7 @@ def _unlike(served: Served, config: Mapping[str, Any], shape: ModelShape) -> Ite
     """Why vLLM's layers would compute something else than transformers', or nothing that is good
     for anything; what they lack in tensors is seen when they are built."""
     yield from unlike_keys("vLLM", served.refused, served.fixed, config)
-    if config.get("is_causal", True) is False:
-        yield "is_causal False: vLLM would let tokens see later ones"
+    yield from not_causal("vLLM", config)
     activation = config.get("hidden_act", "silu")
     if shape.experts and activation != "silu":
         yield f"hidden_act {activation}: vLLM's experts would be activated by silu"

@@ -49,7 +49,12 @@ def _without(key: str, why: str) -> Mapping[str, str]:
     return MappingProxyType({key: why})
 
 
-_GEMMA4 = Served("Gemma4ForCausalLM")
+_GEMMA4 = Served(
+    "Gemma4ForCausalLM",
+    refused=_without(
+        "attn_logit_softcapping", "vLLM would cap scores, which transformers doesn't"
+    ),
+)
 
 
 def _llama_4_scaling(config: Any) -> Mapping[str, Any]:
