@@ -168,7 +168,12 @@ def test_what_comes_along_is_registered() -> None:
             *("llama", {"rope_parameters": DYNAMIC}, {}),
             "rope_type dynamic: SGLang turns all positions as at the longest length",
         ),
-        ("cwm", {"is_causal": False}, {}, "is_causal False: tokens see later ones, too, and SGLang"),
+        (
+            "cwm",
+            {"is_causal": False},
+            {},
+            "is_causal False: tokens see later ones, too, and SGLang",
+        ),
         *((family, {BOTH_WAYS: way}, {}, f"{BOTH_WAYS} {way}: tokens see") for family, way in WAYS),
         ("llama", {"intermediate_size": 96}, {"on_cpu": True}, "96 FFN neurons and 4 KV heads"),
         ("llama", {"num_key_value_heads": 1}, {"on_cpu": True}, "128 FFN neurons and 1 KV heads"),

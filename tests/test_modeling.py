@@ -115,6 +115,23 @@ def test_tensor_parallel_is_the_source_model(
     assert torch.equal(model.generate(ids_BS, **settings), dense.generate(ids_BS, **settings))
 
 
+@pytest.mark.parametrize(("variant", "way"), [("gemma3_text", True), ("gemma4_text", "all")])
+def test_tokens_see_later_ones_where_the_source_says_so(
+    variant: str, way: object, make_dense: MakeDense, convert: Convert
+) -> None:
+    source = make_dense(variant, use_bidirectional_attention=way)
+    dense, converted = load(source), load(convert(source, 2, "use: tensor_parallel"))
+    ids_BS = torch.randint(1, 60, (2, 24))
+    mask_BS = torch.ones_like(ids_BS)
+    mask_BS[0, :7] = 0
+    seen = mask_BS.bool()
+    with torch.no_grad():
+        wanted, found = (m(ids_BS, attention_mask=mask_BS).logits for m in (dense, converted))
+        torch.testing.assert_close(found[seen], wanted[seen])
+        ids_BS[:, -1] = 61  # a control: the first of the tokens depend on the last
+        assert not torch.allclose(converted(ids_BS).logits[1, 0], found[1, 0])
+
+
 @pytest.mark.parametrize("deferred", ["sum", "mean"])
 def test_deferred_rule(deferred: str, make_dense: MakeDense, convert: Convert) -> None:
     source = make_dense("llama-biases")

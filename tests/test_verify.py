@@ -34,7 +34,7 @@ from ptconvert.runtime.load import load_rank, rank_bytes, shape_of
 from ptconvert.verify import session
 from ptconvert.verify.expected import Expected
 from ptconvert.verify.run import Report, Settings, _backend, _checks, verify
-from ptconvert.verify.session import Job, run_rank
+from ptconvert.verify.session import Job, first_choices, run_rank
 
 PROMPT, NEW, BATCH = 5, 2, 2
 SETTINGS = Settings(
@@ -385,6 +385,20 @@ def test_bf16_is_held_to_what_it_rounds_away(make_dense: MakeDense, convert: Con
     reference = report.figures["reference"]
     assert 0 < reference["difference"] <= 4 * reference["noise"]
     assert report.figures["comparison"]["schedule"]["bytes_per_token"] == 6 * 32 * 2
+
+
+def test_what_is_not_a_number_is_no_choice() -> None:
+    """argmax takes it for the largest, on ranks as in the model that they are compared with."""
+    logits_BNV = torch.tensor([[[1.0, 2.0, 0.0], [1.0, torch.nan, 0.0]]])
+    assert first_choices(logits_BNV).tolist() == [[1, -1]]
+
+
+def test_a_model_whose_tokens_see_later_ones_is_not_verified(
+    make_dense: MakeDense, convert: Convert
+) -> None:
+    source = make_dense("gemma3_text", use_bidirectional_attention=True)
+    with pytest.raises(CheckpointError, match="use_bidirectional_attention True: tokens see"):
+        verify(convert(source, 2, "use: tensor_parallel"), SETTINGS)
 
 
 def test_wrong_input(make_dense: MakeDense, convert: Convert) -> None:

@@ -7,14 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ptconvert.checkpoint.section import Section
-from ptconvert.models.families import TensorRule
+from ptconvert.models.families import TensorRule, sees_later
 from ptconvert.models.quantised import BLOCKS, scheme_of, unit_sizes
 from ptconvert.models.shape import ModelShape
 
 Question = Callable[[Mapping[str, Any]], bool]
-# By which keys a config.json says that tokens see later ones, and with which values they don't; the
-# first where there is no key.
-_CAUSAL = {"use_bidirectional_attention": (None, False, "vision"), "is_causal": (True,)}
 
 
 def unlike_keys(
@@ -33,12 +30,11 @@ def unlike_keys(
 def not_causal(engine: str, config: Mapping[str, Any]) -> Iterator[str]:
     """That tokens of a text attend to later ones: engines would let them see earlier ones only, or
     take the model for an encoder."""
-    for key, causal in _CAUSAL.items():
-        if (value := config.get(key, causal[0])) not in causal:
-            yield (
-                f"{key} {value}: tokens see later ones, too, and {engine} serves converted models "
-                "with causal attention only"
-            )
+    for said in sees_later(config):
+        yield (
+            f"{said}: tokens see later ones, too, and {engine} serves converted models with causal "
+            "attention only"
+        )
 
 
 def mixtures_in_parts(engine: str, section: Section) -> Iterator[str]:

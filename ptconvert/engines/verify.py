@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ptconvert.runtime.by_layer import opened_by_layer
 from ptconvert.runtime.counters import ALL_REDUCE
 from ptconvert.schedule.schedule import Schedule
 from ptconvert.verify.run import NOISE_FACTOR, Check, Settings
+from ptconvert.verify.session import first_choices, furthest
 
 TOLERANCE = 1e-3  # of a log-probability, in float32
 Answers = list[tuple[list[int], list[float]]]  # of each prompt: tokens, log-probabilities
@@ -33,7 +33,7 @@ def _single_process(
         logits_BNV = model(whole).logits[:, ids_BS.shape[1] - 1 :]
     log_BNV = logits_BNV.float().log_softmax(-1)
     chosen_BN = log_BNV.gather(2, answers_BN[:, :, None])[:, :, 0]
-    return list(zip(log_BNV.argmax(-1).tolist(), chosen_BN.tolist(), strict=True))
+    return list(zip(first_choices(log_BNV).tolist(), chosen_BN.tolist(), strict=True))
 
 
 def count_checks(
@@ -115,10 +115,8 @@ def answer_checks(
 
 
 def _apart(ours: Answers, theirs: Answers) -> float:
-    """The largest difference between log-probabilities; infinite where one isn't a number."""
-    pairs = zip(ours, theirs, strict=True)
-    differences = [a - b for (_, x), (_, y) in pairs for a, b in zip(x, y, strict=True)]
-    return max(abs(d) if math.isfinite(d) else math.inf for d in differences)
+    """The largest difference between log-probabilities."""
+    return furthest(*(torch.tensor([logs for _, logs in each]) for each in (ours, theirs)))
 
 
 def figures_of(

@@ -1116,12 +1116,22 @@ def named(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+def sees_later(config: Mapping[str, object]) -> list[str]:
+    """What a language model's config.json says, if anything, by which a text's tokens attend to
+    later ones, too, as `key value`."""
+    given = ((key, config.get(key, causal[0]), causal) for key, causal in _CAUSAL.items())
+    return [f"{key} {value}" for key, value, causal in given if value not in causal]
+
+
 def parallel_layers(config: Mapping[str, object]) -> bool:
     """Whether the layers of a language model, dense or converted, are parallel, by its config."""
     family = FAMILIES.get(str(config.get("model_type")).removeprefix(MODEL_TYPE_PREFIX))
     return family is not None and family.parallel
 
 
+# The values with which tokens see earlier ones only (but of a picture, each other), by key; the
+# first where there is no key.
+_CAUSAL = {"use_bidirectional_attention": (None, False, "vision"), "is_causal": (True,)}
 _MOE = "its mixture of experts is none that is known here"
 _LATENT = "its attention goes through latents (MLA) that differ from those of deepseek_v3"
 _HYBRID = "it has layers other than attention and MLP"

@@ -18,6 +18,7 @@ from ptconvert.checkpoint.section import SECTION, SPEC_FILE, Section, read_secti
 from ptconvert.errors import CheckpointError
 from ptconvert.modeling.executor import Communicator
 from ptconvert.modeling.layers import Placement
+from ptconvert.models.families import sees_later
 from ptconvert.models.shape import TORCH_NAMES, ModelShape
 from ptconvert.runtime.by_layer import by_layer_bytes
 from ptconvert.runtime.counters import ALL_REDUCE
@@ -151,6 +152,11 @@ def open_converted(path: Path) -> tuple[Checkpoint, Section, ModelShape]:
     if SECTION not in checkpoint.config:
         raise CheckpointError(f"{path} is not converted; `ptconvert transform` makes checkpoints")
     section = read_section(checkpoint.config, str(path / "config.json"))
+    for said in sees_later(checkpoint.language):
+        raise CheckpointError(
+            f"{path}: {said}: tokens see later ones, too, so there is no one answer that is "
+            "generated to verify; open it in transformers"
+        )
     return checkpoint, section, shape_of(checkpoint)
 
 

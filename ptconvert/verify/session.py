@@ -185,6 +185,12 @@ def _timed_passes(
     return times
 
 
+def first_choices(logits_BNV: torch.Tensor) -> torch.Tensor:
+    """The tokens with the largest logits, (B, N); -1, which is none's, where any isn't a number."""
+    tokens_BN = logits_BNV.argmax(-1)
+    return tokens_BN.masked_fill(logits_BNV.isnan().any(-1), -1)
+
+
 def furthest(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest difference."""
     return float((a - b).abs().max())
@@ -209,6 +215,6 @@ def _against_one_process(
         "difference": furthest(logits, expected),
         "noise": noise,
         "tokens_agree": bool(
-            torch.equal(expected[:, job.prompt_tokens - 1 :].argmax(-1), torch.tensor(tokens))
+            torch.equal(first_choices(expected[:, job.prompt_tokens - 1 :]), torch.tensor(tokens))
         ),
     }

@@ -51,9 +51,7 @@ def _without(key: str, why: str) -> Mapping[str, str]:
 
 _GEMMA4 = Served(
     "Gemma4ForCausalLM",
-    refused=_without(
-        "attn_logit_softcapping", "vLLM would cap scores, which transformers doesn't"
-    ),
+    refused=_without("attn_logit_softcapping", "vLLM would cap scores, which transformers doesn't"),
 )
 
 
