@@ -8,6 +8,7 @@ import math
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import MakeDense, spec_text
+from conftest import Convert, MakeDense, spec_text
 from safetensors.torch import load_file
 
 from ptconvert import __version__
@@ -113,6 +114,74 @@ def test_errors_are_lines_with_exit_code_2(
     run("transform", source, out, "--spec", tmp_path / "none.yaml", code=2)
     run("transform", source, out, "--spec", spec, "--revision", "main", code=2)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("rms_norm_eps", "small", "'rms_norm_eps'"),
+        ("hidden_act", "none-such", "'none-such'"),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "'factor'"),
+        ("rope_parameters", 3, "'rope_parameters'"),
+    ],
+)
+def test_a_config_that_transformers_cannot_open_is_refused_before_anything_is_written(
+    key: str,
+    value: object,
+    said: str,
+    make_dense: MakeDense,
+    spec: Path,
+    tmp_path: Path,
+) -> None:
+    source = shutil.copytree(make_dense("llama"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {key: value}))
+    for more in ((), ("--dry-run",)):
+        _, err = run("transform", source, tmp_path / "out", "--spec", spec, *more, code=2)
+        assert err.startswith(f"error: {source}/config.json: transformers can't make a model of it")
+        assert said in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (("show", ""), "SPEC"),
+        (("show", "spec.yaml", "--model", ""), "--model"),
+        (("plan", "", "--tracks", 2), "SRC"),
+        (("estimate", "--model", "llama-3.1-8b", ""), "[SPEC]..."),
+        (("transform", "", "out"), "SRC"),
+        (("transform", "source", ""), "DST"),
+        (("transform", "source", "out", "--spec", ""), "--spec"),
+        (("heal", "", "out"), "CKPT"),
+        (("heal", "source", ""), "DST"),
+        (("heal", "source", "out", "--teacher", ""), "--teacher"),
+        (("verify", ""), "CKPT"),
+        (("verify", "source", "--report", " "), "--report"),
+        (("eval", ""), "[CKPT]"),
+        (("eval", "source", "--baseline", ""), "--baseline"),
+        (("eval", "source", "--cache", ""), "--cache"),
+    ],
+)
+def test_an_empty_path_is_no_path(line: tuple[object, ...], named: str) -> None:
+    """And not the directory that one is in."""
+    result = CliRunner().invoke(main, list(map(str, line)))
+    assert result.exit_code == 2
+    assert f"Invalid value for '{named}': it is empty; name a path" in result.output
+
+
+def test_a_revision_is_of_a_hub_id(make_dense: MakeDense, convert: Convert, spec: Path) -> None:
+    converted = str(convert(make_dense("llama"), 2, "use: ladder"))
+    hardware = ("--hardware", "h100-pcie")
+    for named, line in (
+        (spec, ("show", spec, "--layers", 6)),
+        (converted, ("show", converted)),
+        (converted, ("estimate", converted, *hardware)),
+        ("llama-3.1-8b", ("estimate", "llama-3.1-8b", *hardware)),
+    ):
+        result = CliRunner().invoke(main, [*map(str, line), "--revision", "main"])
+        assert result.exit_code == 2
+        assert result.output == f"error: --revision main: {named} is not a hub id\n"
 
 
 def test_json_has_no_nan() -> None:

@@ -45,6 +45,11 @@ def locate(source: str, revision: str | None, config_only: bool = False) -> Path
         raise CheckpointError(
             f"{source} is neither a directory nor a hub id such as meta-llama/Llama-3.1-8B{named}"
         )
+    check_revision(revision, source)
+    return path
+
+
+def check_revision(revision: str | None, source: str) -> None:
+    """Raises CheckpointError for a revision of a source that is no hub id."""
     if revision is not None:
         raise CheckpointError(f"--revision {revision}: {source} is not a hub id")
-    return path

@@ -87,10 +87,11 @@ def model_config(model: str, revision: str | None) -> tuple[Mapping[str, Any], M
 
 def spec_or_checkpoint(argument: str, revision: str | None) -> Path:
     """The spec file, frontier or converted checkpoint that an argument names; of a hub id the
-    directory of its config.json. Raises CheckpointError."""
-    from ptconvert.checkpoint.source import is_hub_id, locate
+    directory of its config.json. Raises CheckpointError, as for a revision of what is here."""
+    from ptconvert.checkpoint.source import check_revision, is_hub_id, locate
 
     if not is_hub_id(argument) or Path(argument).suffix in SPECS:
+        check_revision(revision, argument)
         return Path(argument)
     return locate(argument, revision, config_only=True)
 

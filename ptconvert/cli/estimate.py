@@ -22,7 +22,7 @@ from ptconvert.cli.common import (
     print_figures,
     spec_or_checkpoint,
 )
-from ptconvert.cli.options import Number, shared
+from ptconvert.cli.options import File, Number, Source, shared
 from ptconvert.cli.progress import waiting
 from ptconvert.cli.show import converted
 from ptconvert.engines import unserved
@@ -45,7 +45,7 @@ CHUNK = 2048  # vLLM's max_num_batched_tokens, where a device's memory doesn't a
 
 
 @click.command()
-@click.argument("specs", metavar="[SPEC]...", nargs=-1)
+@click.argument("specs", metavar="[SPEC]...", nargs=-1, type=Source())
 @shared("--model")
 @shared("--revision")
 @shared("--hardware")
@@ -86,7 +86,7 @@ CHUNK = 2048  # vLLM's max_num_batched_tokens, where a device's memory doesn't a
 @shared("--html")
 @click.option(
     "--measure",
-    type=click.Path(path_type=Path),
+    type=File(),
     metavar="OUT.yaml",
     help="Measure the ranks at hand instead, and write a hardware file.",
 )

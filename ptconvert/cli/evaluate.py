@@ -21,7 +21,7 @@ from ptconvert.cli.common import (
     to_json,
     torch_device,
 )
-from ptconvert.cli.options import shared
+from ptconvert.cli.options import File, Source, shared
 from ptconvert.cli.progress import step_progress
 
 if TYPE_CHECKING:  # they import torch
@@ -29,14 +29,16 @@ if TYPE_CHECKING:  # they import torch
 
 
 @click.command("eval")
-@click.argument("checkpoint", metavar="[CKPT]", required=False)
-@click.option("--baseline", metavar="SRC", help="The source model: a directory or a hub id.")
+@click.argument("checkpoint", metavar="[CKPT]", required=False, type=Source())
+@click.option(
+    "--baseline", metavar="SRC", type=Source(), help="The source model: a directory or a hub id."
+)
 @click.option("--tasks", metavar="A,B,...", help="lm-eval tasks; without it, see below.")
 @click.option(
     "--include-path",
     "include_paths",
     multiple=True,
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=File(exists=True, file_okay=False),
     help="A directory with lm-eval tasks of your own (YAML); may be given again.",
 )
 @shared("--text")
@@ -50,7 +52,7 @@ if TYPE_CHECKING:  # they import torch
 @click.option(
     "--make-tasks",
     metavar="DIR",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=File(file_okay=False),
     help="Write two lm-eval tasks made from --text: perplexity, and cloze questions.",
 )
 @shared("--limit")

@@ -26,7 +26,7 @@ from ptconvert.cli.common import (
     timing,
     torch_device,
 )
-from ptconvert.cli.options import SEQUENCES, Number, shared
+from ptconvert.cli.options import SEQUENCES, File, Number, Source, shared
 from ptconvert.cli.progress import first_process, step_progress
 from ptconvert.engines import unserved
 from ptconvert.errors import HealError
@@ -39,9 +39,15 @@ if TYPE_CHECKING:  # they import torch
 
 
 @click.command()
-@click.argument("checkpoint", metavar="CKPT")
-@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
-@click.option("--teacher", required=True, metavar="SRC", help="CKPT's source: directory or hub id.")
+@click.argument("checkpoint", metavar="CKPT", type=Source())
+@click.argument("destination", metavar="DST", type=File())
+@click.option(
+    "--teacher",
+    required=True,
+    metavar="SRC",
+    type=Source(),
+    help="CKPT's source: directory or hub id.",
+)
 @shared("--text")
 @click.option(
     "--dataset",
@@ -55,7 +61,7 @@ if TYPE_CHECKING:  # they import torch
     "--held-out",
     multiple=True,
     metavar="FILE",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=File(exists=True, dir_okay=False),
     help="Judge by this text. [a part of the other, not trained on]",
 )
 @click.option(
@@ -175,7 +181,7 @@ if TYPE_CHECKING:  # they import torch
 )
 @click.option(
     "--work",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=File(file_okay=False),
     help="Where the state is kept until it is done. [DST.healing]",
 )
 @shared("--revision")

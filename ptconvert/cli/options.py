@@ -31,6 +31,32 @@ class Number(click.FloatRange):
         return number
 
 
+class File(click.Path):
+    """A file or directory, as a Path; an empty text is none, and not the directory one is in."""
+
+    def __init__(self, **wanted: Any) -> None:
+        super().__init__(path_type=Path, **wanted)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(named(value, param, ctx), param, ctx)
+
+
+class Source(click.ParamType):  # type: ignore[type-arg]
+    """What names a model or a spec: a path, a hub id or a known name."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(named(value, param, ctx))
+
+
+def named(value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    """A path, unless it is empty. Raises BadParameter."""
+    if not str(value).strip():
+        raise click.BadParameter("it is empty; name a path", ctx, param)
+    return value
+
+
 class BatchSize(click.ParamType):  # type: ignore[type-arg]
     """`auto` (None) or a number of sequences."""
 
@@ -49,6 +75,7 @@ class BatchSize(click.ParamType):  # type: ignore[type-arg]
 _SHARED: dict[str, dict[str, Any]] = {
     "--model": {
         "metavar": "SRC",
+        "type": Source(),
         "help": "The model: a directory, a config.json, a hub id or a name of `estimate --list`.",
     },
     "--revision": {"help": "Branch, tag or commit of the source model, where it is a hub id."},
@@ -56,7 +83,7 @@ _SHARED: dict[str, dict[str, Any]] = {
         "name": "texts",
         "multiple": True,
         "metavar": "FILE",
-        "type": click.Path(path_type=Path, exists=True, dir_okay=False),
+        "type": File(exists=True, dir_okay=False),
         "help": "Plain text such as the model is for; may be given again.",
     },
     "--window": {"type": click.IntRange(2), "help": "Tokens in a window of the text."},
@@ -94,7 +121,7 @@ _SHARED: dict[str, dict[str, Any]] = {
         "model.",
     },
     "--cache": {
-        "type": click.Path(path_type=Path, file_okay=False),
+        "type": File(file_okay=False),
         "help": "Where answers and measurements are kept.",
     },
     "--dry-run": {
@@ -108,7 +135,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--html": {
         "name": "html_file",
         "metavar": "FILE",
-        "type": click.Path(path_type=Path, dir_okay=False),
+        "type": File(dir_okay=False),
         "help": "Also write a report as one self-contained page.",
     },
     "--json": {"name": "as_json", "is_flag": True, "help": "Print all figures as JSON instead."},

@@ -20,7 +20,7 @@ from ptconvert.cli.common import (
     timing,
     torch_device,
 )
-from ptconvert.cli.options import F, Number, shared
+from ptconvert.cli.options import F, File, Number, Source, shared
 from ptconvert.cli.progress import step_progress
 from ptconvert.errors import PlanError
 from ptconvert.plan.frontier import SUFFIX
@@ -52,7 +52,7 @@ def _for_the_spec(command: F) -> F:
 
 
 @click.command()
-@click.argument("source", metavar="SRC")
+@click.argument("source", metavar="SRC", type=Source())
 @click.option(
     "--tracks", type=click.IntRange(2, MAX_TRACKS), required=True, help="Tracks to cut into."
 )
@@ -86,14 +86,14 @@ def _for_the_spec(command: F) -> F:
     "-o",
     "--output",
     metavar="SPEC",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=File(dir_okay=False),
     help="Write the spec here. [print it]",
 )
 @click.option(
     "--frontier",
     "frontier_file",
     metavar="FILE.csv|.html",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=File(dir_okay=False),
     help="Also write the frontier, as a table or as a page.",
 )
 @_for_the_spec

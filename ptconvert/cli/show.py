@@ -13,7 +13,7 @@ from ptconvert.checkpoint import compensations
 from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.section import SECTION, Section, read_section, source_config
 from ptconvert.cli.common import model_config, print_figures, spec_or_checkpoint
-from ptconvert.cli.options import shared
+from ptconvert.cli.options import Source, shared
 from ptconvert.engines import unserved
 from ptconvert.errors import CheckpointError
 from ptconvert.models.shape import ModelShape
@@ -22,7 +22,7 @@ from ptconvert.spec.document import read_spec
 
 
 @click.command()
-@click.argument("spec", metavar="SPEC")
+@click.argument("spec", metavar="SPEC", type=Source())
 @shared("--model")
 @click.option("--layers", type=click.IntRange(1, 4096), help="Its number of layers, instead.")
 @shared("--revision")

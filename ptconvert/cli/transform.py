@@ -20,7 +20,7 @@ from ptconvert.cli.common import (
     timing,
     torch_device,
 )
-from ptconvert.cli.options import shared
+from ptconvert.cli.options import File, Source, shared
 from ptconvert.cli.progress import byte_progress, step_progress, waiting
 from ptconvert.errors import SpecError
 from ptconvert.spec.document import Spec, read_spec
@@ -33,9 +33,9 @@ if TYPE_CHECKING:  # they import torch
 
 
 @click.command()
-@click.argument("source", metavar="SRC")
-@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
-@click.option("--spec", type=click.Path(path_type=Path), help="The YAML spec to convert by.")
+@click.argument("source", metavar="SRC", type=Source())
+@click.argument("destination", metavar="DST", type=File())
+@click.option("--spec", type=File(), help="The YAML spec to convert by.")
 @shared("--text")
 @shared("--windows", says="all, of 65,536 tokens at most")
 @click.option("--tokens", type=click.IntRange(2), hidden=True)
@@ -88,6 +88,7 @@ def transform(
     from ptconvert.checkpoint.section import read_section
     from ptconvert.checkpoint.source import display_name, locate
     from ptconvert.convert.transform import (
+        check_converts,
         check_unchanged,
         execute,
         free_bytes,
@@ -124,6 +125,8 @@ def transform(
             "ladder_layers_config": ladder_layers_config,
         }
         plan = plan_conversion(checkpoint, read, **options)  # finds faults before any work
+        quiet_libraries()
+        check_converts(plan)
         refused = unserved(plan.config, read_section(plan.config))
         print_unserved(Console(stderr=True, highlight=False, markup=False), refused, plan.tracks)
         if read is not None and not plan.complete and not dry_run:

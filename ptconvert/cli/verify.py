@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from ptconvert.cli.common import check_outputs, quiet_libraries, to_json
-from ptconvert.cli.options import Number, Renamed, shared
+from ptconvert.cli.options import File, Number, Renamed, Source, shared
 from ptconvert.cli.progress import waiting
 from ptconvert.engines import find_engine
 
@@ -44,7 +44,7 @@ class _Verify(Renamed, _JsonFile):
     cls=_Verify,
     renamed={"--engine": "--runtime", "--prompt-tokens": "--prompt", "--new-tokens": "--new"},
 )
-@click.argument("checkpoint", metavar="CKPT")
+@click.argument("checkpoint", metavar="CKPT", type=Source())
 @shared("--ranks")
 @click.option(
     "--runtime",
@@ -79,14 +79,14 @@ class _Verify(Renamed, _JsonFile):
 @shared("--seed", 0)
 @click.option(
     "--trace",
-    type=click.Path(path_type=Path),
+    type=File(),
     metavar="FILE",
     help="Write rank 0's Chrome/Perfetto trace, with stages named.",
 )
 @click.option(
     "--report",
     "report_file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=File(dir_okay=False),
     metavar="FILE",
     help="Also write all figures as JSON.",
 )

@@ -330,6 +330,14 @@ def _around(extras: list[TensorEntry], shape: ModelShape) -> list[str]:
     return sorted(entry.name for entry in extras if entry.name.startswith(shape.around))
 
 
+def check_converts(plan: Plan) -> None:
+    """Raises ConfigError for a conversion that transformers couldn't open, by its source's
+    config.json; for whoever plans one and computes much for it, and before anything is written."""
+    from ptconvert.modeling.opens import check_opens  # it takes seconds to import
+
+    check_opens(plan.source.config, str(plan.source.path / "config.json"))
+
+
 def execute(
     plan: Plan,
     destination: Path,
@@ -349,6 +357,8 @@ def execute(
     if free < plan.needed_bytes:
         raise CheckpointError(_disk_full(plan, destination, free))
     check_replicas(plan)
+    if not plan.to_dense:
+        check_converts(plan)
     sources, digests = plan.source.tensors, Digests(of_sources=plan.to_dense)
     try:
         with new_directory(destination, overwrite) as directory:

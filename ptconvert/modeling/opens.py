@@ -1,0 +1,36 @@
+"""Whether transformers can make a model of a config.json, known before there is a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from ptconvert.errors import ConfigError, first_line
+from ptconvert.models.wrappers import opened_by
+
+# What transformers raises about values that it can't make sense of.
+_WRONG = (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
+
+
+def check_opens(config: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for a config.json of a dense model that transformers makes none of, as of
+    an activation that it hasn't; the model is made without its weights."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        known = AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            getattr(transformers, opened_by(config["model_type"])).from_config(known)
+    except _WRONG as error:
+        raise ConfigError(
+            f"{where}: transformers can't make a model of it: {first_line(error)}"
+        ) from error
+    finally:
+        logger.setLevel(level)
