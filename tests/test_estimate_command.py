@@ -397,7 +397,11 @@ class Balanced(HTMLParser):
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        ((*GIVEN[:5], "--ranks", 3), "--ranks 3: 3 ranks don't divide"),
+        (
+            (*GIVEN[:5], "--ranks", 3),
+            "--ranks 3: 3 ranks don't divide 32 heads, 8 KV heads and 14336 FFN neurons; possible "
+            "are 1, 2, 4, 8 ",
+        ),
         ((*GIVEN[:5], "--ranks", 16), "--ranks 16: llama-3.1-8b-balanced has 8 tracks"),
         ((*GIVEN[:3], "--hardware", "abacus", "--ranks", 8), "neither a file nor one of"),
         ((*GIVEN[:3], "--hardware", "4-workstations-10gbe", "--ranks", 8), "at most 4 ranks"),

@@ -135,10 +135,11 @@ def compare(candidates: Sequence[Candidate], setting: Setting) -> list[Row]:
     HardwareError where the hardware doesn't join so many.
     """
     ranks, shape = setting.ranks, setting.shape
-    if reason := shape.indivisible(ranks):
+    most = max(ranks, setting.hardware.ranks)
+    if reason := shape.indivisible(ranks, most):
         raise ConfigError(f"--ranks {ranks}: {reason.replace('tracks', 'ranks')}")
     for candidate in candidates:
-        if reason := wrong_ranks(candidate.name, candidate.tracks, ranks):
+        if reason := wrong_ranks(candidate.name, candidate.tracks, ranks, most.__ge__):
             raise ConfigError(f"--ranks {ranks}: {reason}")
     return _rows(candidates, setting)
 

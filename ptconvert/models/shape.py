@@ -477,11 +477,13 @@ class ModelShape:
             return None
         return self.layer(layer) + next(rule.stored(1)).name.removesuffix(".weight")
 
-    def indivisible(self, tracks: int) -> str | None:
-        """Why `tracks` can't share this model evenly, and what would do; None if they can."""
+    def indivisible(self, tracks: int, most: int | None = None) -> str | None:
+        """Why `tracks` can't share this model evenly, and what would do, up to `most`; None if they
+        can."""
         fits = [n for n in range(1, self.heads + 1) if self._divides(n)]
         if tracks in fits:
             return None
+        fits = [n for n in fits if n <= (most or self.heads)]
         linear = ""
         if self.global_kv_heads:
             linear = f", {self.global_kv_heads} KV heads of full attention"
