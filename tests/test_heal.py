@@ -334,7 +334,7 @@ def test_killed_runs_end_in_the_same_bytes(source: Path, convert: Convert, tmp_p
 
 @pytest.mark.parametrize(
     "given",
-    ["deepspeed=no.json", "adam_beta1=2", "report_to=wandb", 'lr_scheduler_kwargs={"x": 1}'],
+    ["dataloader_num_workers=-1"],
 )
 def test_nothing_trained_is_nothing_to_go_on_from(
     given: str, source: Path, convert: Convert, tmp_path: Path
@@ -732,8 +732,14 @@ def test_errors_are_one_line(
         ("save_strategy=no", "keeping the best state depends on it"),
         ("push_to_hub=true", "push the result instead"),
         ("label_smoothing_factor=0.1", "loss and judging are heal's own"),
+        ("logging_steps=-1", "--set: evaluation strategy"),
+        ("deepspeed=no.json", "--set: "),
+        ("adam_beta1=2", "--set: Invalid beta parameter"),
+        ("report_to=wandb", "--set: WandbCallback requires wandb"),
+        ('lr_scheduler_kwargs={"x": 1}', "--set: "),
     ):
         refused(told, converted, source, *text, *QUICK, "--set", given)
+    assert not (tmp_path / "out.healing").exists()
     for option in ("--learning-rate", "--block-learning-rate", "--warmup"):
         refused("isn't a finite number", converted, source, *text, *QUICK, option, "nan")
     refused("4294967296 is not in the range", converted, source, *text, *QUICK, "--seed", 2**32)
@@ -744,6 +750,7 @@ def test_errors_are_one_line(
     refused("--split: for --dataset only", converted, source, *text, *QUICK, "--split", "x")
     no_kl = ("--blockwise", "--no-kl", "--lora", 4)
     refused("--lora: for the end-to-end stage", converted, source, *text, *QUICK, *no_kl)
+    refused("have at most rank 12; take a smaller", converted, source, *text, *QUICK, "--lora", 13)
     for work in (out, out / "state", tmp_path):
         refused("may not lie in DST", converted, source, *text, *QUICK, "--work", work)
     out.mkdir()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ptconvert.errors import HealError, first_line
 from ptconvert.heal.settings import Settings
@@ -55,6 +57,10 @@ _OWN = (
     *("label_smoothing_factor", "include_for_metrics", "prediction_loss_only"),
     *("batch_eval_metrics", "eval_do_concat_batches"),
 )
+
+
+# What transformers raises about values that it doesn't take, or has no library for.
+_REFUSES = (TypeError, ValueError, ImportError, AttributeError, RuntimeError)
 
 
 class _Parser(HfArgumentParser):  # type: ignore[misc]
@@ -101,12 +107,32 @@ def check(settings: Settings, windows: int) -> None:
             "--fsdp: there is one process; torchrun --nproc-per-node GPUS -m ptconvert heal ... "
             "starts several"
         )
+    if settings.options:
+        _check_taken(settings)
     together = settings.batch_size * settings.accumulation * processes
     if windows < together:
         raise HealError(
             f"{windows} windows to train on are less than the {together} of one step; a smaller "
             "--batch-size, or more --tokens"
         )
+
+
+def _check_taken(settings: Settings) -> None:
+    """Raises HealError for values that transformers would refuse once all is loaded: of its
+    arguments, of an optimizer and of its schedule."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(settings, 1, Path(folder), resumed=False)
+    if sharded(arguments):
+        return  # the optimizer is the launcher's, too
+    try:
+        make, named = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = make([nn.Parameter(torch.zeros(1, 1))], **named)
+        kind, more = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs
+        get_scheduler(kind, optimizer, 1, 2, scheduler_specific_kwargs=more)
+        for reporting in get_reporting_integration_callbacks(arguments.report_to):
+            reporting()
+    except _REFUSES as error:
+        raise HealError(f"--set: {first_line(error)}") from error
 
 
 def training_arguments(
@@ -130,7 +156,7 @@ def training_arguments(
     try:
         arguments = TrainingArguments(**options)
         arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs by a launcher, never DataParallel
-    except (TypeError, ValueError, ImportError) as error:
+    except _REFUSES as error:
         raise HealError(f"--set: {first_line(error)}") from error
     together = arguments.train_batch_size * arguments.gradient_accumulation_steps
     steps = max(1, windows // (together * arguments.world_size))

@@ -51,6 +51,7 @@ from ptconvert.measure.cache import cache_directory, content_digest
 from ptconvert.measure.divergence import Reference
 from ptconvert.measure.opening import open_model, section_of, vocabulary
 from ptconvert.models.quantised import quantization_of
+from ptconvert.models.wrappers import layer_of
 from ptconvert.runtime.mtp import head_on_meta, open_head
 
 _BLOCKS = "blocks.safetensors"  # what the blockwise stage made
@@ -115,6 +116,8 @@ def check_case(case: Case, destination: Path, overwrite: bool) -> None:
             f"--lora {case.settings.lora}: none of the layers that are trained has a quantised "
             "linear layer, which adapters could go beside; leave it out"
         )
+    if case.settings.lora is not None and not quantised:
+        _check_rank(case, case.settings.lora)
     if not (case.settings.blockwise or case.settings.kl or case.settings.mtp):
         raise HealError("nothing to do: neither block by block nor end to end")
     if case.settings.mtp:
@@ -129,6 +132,18 @@ def check_case(case: Case, destination: Path, overwrite: bool) -> None:
             "several"
         )
     check(case.settings, len(case.data.order(case.settings.tokens, case.settings.seed)))
+
+
+def _check_rank(case: Case, rank: int) -> None:
+    """Raises HealError where no matrix of the layers that are trained has so high a rank."""
+    stored = case.student.tensors
+    names = (n for n, entry in stored.items() if len(entry.shape) == 2 and layer_of(n) is not None)
+    sides = [min(stored[n].shape) for n in trainable(names, case.student, case.settings.train)]
+    if sides and rank > max(sides):
+        raise HealError(
+            f"--lora {rank}: the matrices that are trained have at most rank {max(sides)}; take a "
+            "smaller one, or leave it out, which trains all of them"
+        )
 
 
 def _check_head(case: Case, quantised: bool) -> None:
