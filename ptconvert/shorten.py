@@ -16,6 +16,11 @@ def without_middle(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[:half]} … {text[-half:]}"
 
 
+def counted(count: int, what: str, several: str | None = None) -> str:
+    """`1 rank`, `2 ranks`; of `several` where that isn't a letter more, `2 passes`."""
+    return f"{count:,} {what if count == 1 else several or f'{what}s'}"
+
+
 def few(names: Sequence[object], most: int = 3, joint: str = ", ") -> str:
     """The first names of a list, and how many there are more."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -53,7 +53,7 @@ def test_help_and_version() -> None:
 def test_other_libraries_say_nothing_of_themselves() -> None:
     """torchao, where it is, names at import the kernels that it has for other machines."""
     code = (
-        "from ptconvert.cli.common import quiet_libraries; quiet_libraries()\n"
+        "from ptconvert.runtime.quiet import quiet_libraries; quiet_libraries()\n"
         "import transformers.modeling_utils"
     )
     command = [sys.executable, "-c", code]

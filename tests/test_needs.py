@@ -200,7 +200,7 @@ def test_block_by_block_the_8b_model_is_healed_on_24_gb(
     norms = 2 * 4096 * (TRACKS - 1)
     assert blocks["layers 0-1, with AdamW's state"] == 20 * 2 * (layer + norms)
     assert "the teacher's" not in blocks  # whose streams are moved on before
-    assert blocks["activations, 1 windows"] == 2 * (STEP.kept + STEP.fixed)
+    assert blocks["activations, 1 window"] == 2 * (STEP.kept + STEP.fixed)
     for whose in ("its", "the teacher's"):
         assert blocks[f"{whose} streams, 256 windows"] == 256 * 1024 * 4096 * 2
     assert blocks["blocks, each and all, in fp32"] == 3 * 4 * 32 * (layer + norms)
@@ -232,7 +232,7 @@ def test_end_to_end_it_is_not(
     # each pair of layers: the first attention reads one stream, what follows one for each track
     views = 16 * (1 + 3 * TRACKS)
     kept = views * 1024 * 4096 * 2 + STEP.kept + STEP.fixed
-    assert adapters["activations, 1 windows"] == kept
+    assert adapters["activations, 1 window"] == kept
     assert not needs.lacking({"cuda": 80 * GB, "memory": 64 * GB})
     # but what was trained block by block before is not
     _, both = end_to_end(lora=64, blockwise=True)

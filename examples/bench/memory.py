@@ -32,9 +32,9 @@ from ptconvert.checkpoint.files import read_config
 from ptconvert.checkpoint.layout import place
 from ptconvert.checkpoint.reader import open_checkpoint
 from ptconvert.checkpoint.writer import Target, lay_out
-from ptconvert.cli.common import quiet_libraries
 from ptconvert.convert.transform import plan_conversion
 from ptconvert.models.shape import ModelShape
+from ptconvert.runtime.quiet import quiet_libraries
 from ptconvert.spec.document import parse_spec
 
 TRACKS, VOCABULARY = 4, 8192

@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ptconvert.cli.common import quiet_libraries
 from ptconvert.errors import PTConvertError
+from ptconvert.runtime.quiet import quiet_libraries
 
 quiet_libraries()  # before they are imported
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))

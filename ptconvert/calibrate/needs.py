@@ -32,6 +32,7 @@ from ptconvert.models.guesses import most_guesses
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES
 from ptconvert.schedule.lower import Step
 from ptconvert.schedule.schedule import Schedule
+from ptconvert.shorten import counted
 from ptconvert.spec.document import Spec
 
 _TIMED_FEATURES = 512  # of the regression that is timed; its time goes with the cube
@@ -129,8 +130,8 @@ def _stagewise(
     layer = at_once * in_a_layer(shape, tracks, length, number)
     return (
         Held("weights, as converted", _scaled(plan, plan.nbytes, dtype), Place.DEVICE),
-        Held(f"a layer's streams, {at_once} windows", layer, Place.DEVICE),
-        spilling(f"streams, {windows} windows", nbytes, MEMORY_BYTES),
+        Held(f"a layer's streams, {counted(at_once, 'window')}", layer, Place.DEVICE),
+        spilling(f"streams, {counted(windows, 'window')}", nbytes, MEMORY_BYTES),
         PROCESS,
         Held("a conversion, for a moment", plan.nbytes, Place.DISK),
     )

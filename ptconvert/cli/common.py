@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import logging
 import math
 import os
 import re
@@ -13,7 +12,6 @@ import shutil
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,17 +178,6 @@ def timing(device: str) -> Iterator[None]:
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def quiet_libraries() -> None:
-    """Our own progress is shown, not that of every library below; called before their import."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # kernels that torchao and bitsandbytes, which are imported by others, lack here; their enums
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # what they will rename in their next versions
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 
 def need_packages(extra: str, *packages: str) -> None:

@@ -17,12 +17,12 @@ from ptconvert.cli.common import (
     check_outputs,
     given,
     need_packages,
-    quiet_libraries,
     to_json,
     torch_device,
 )
 from ptconvert.cli.options import File, Source, shared
 from ptconvert.cli.progress import step_progress
+from ptconvert.runtime.quiet import quiet_libraries
 
 if TYPE_CHECKING:  # they import torch
     from ptconvert.evaluate.run import Report, Text

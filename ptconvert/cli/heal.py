@@ -22,7 +22,6 @@ from ptconvert.cli.common import (
     need_packages,
     print_figures,
     print_needs,
-    quiet_libraries,
     timing,
     torch_device,
 )
@@ -30,6 +29,7 @@ from ptconvert.cli.options import SEQUENCES, File, Number, Source, shared
 from ptconvert.cli.progress import first_process, step_progress
 from ptconvert.engines import unserved
 from ptconvert.errors import HealError
+from ptconvert.runtime.quiet import quiet_libraries
 
 if TYPE_CHECKING:  # they import torch
     from ptconvert.checkpoint.reader import Checkpoint

@@ -16,7 +16,6 @@ from ptconvert.cli.common import (
     need_packages,
     print_figures,
     print_needs,
-    quiet_libraries,
     timing,
     torch_device,
 )
@@ -24,6 +23,7 @@ from ptconvert.cli.options import F, File, Number, Source, shared
 from ptconvert.cli.progress import step_progress
 from ptconvert.errors import PlanError
 from ptconvert.plan.frontier import SUFFIX
+from ptconvert.runtime.quiet import quiet_libraries
 from ptconvert.spec.document import COMPUTED, unfit
 from ptconvert.spec.terms import MAX_TRACKS
 

@@ -16,13 +16,13 @@ from ptconvert.cli.common import (
     free_room,
     need_packages,
     print_figures,
-    quiet_libraries,
     timing,
     torch_device,
 )
 from ptconvert.cli.options import File, Source, shared
 from ptconvert.cli.progress import byte_progress, step_progress, waiting
 from ptconvert.errors import SpecError
+from ptconvert.runtime.quiet import quiet_libraries
 from ptconvert.spec.document import Spec, read_spec
 
 if TYPE_CHECKING:  # they import torch

@@ -10,10 +10,12 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
-from ptconvert.cli.common import check_outputs, quiet_libraries, to_json
+from ptconvert.cli.common import check_outputs, to_json
 from ptconvert.cli.options import File, Number, Renamed, Source, shared
 from ptconvert.cli.progress import waiting
 from ptconvert.engines import find_engine
+from ptconvert.runtime.quiet import quiet_libraries
+from ptconvert.shorten import counted
 
 _TORCH = "torch"  # ptconvert's own
 _TORCH_ONLY = ("device", "backend", "repeats", "timeout", "trace")
@@ -132,7 +134,7 @@ def verify(
     if ranks is None:
         raise click.UsageError("give the number of processes: --ranks R")
     path = locate(checkpoint, None)
-    with waiting(f"verifying on {ranks} ranks"):
+    with waiting(f"verifying on {counted(ranks, 'rank')}"):
         settings = Settings(ranks=ranks, prompt_tokens=prompt, new_tokens=new, **options)
         report: Report | None
         if runtime == _TORCH:

@@ -12,6 +12,7 @@ from ptconvert.models.shape import ModelShape
 from ptconvert.runtime.by_layer import opened_by_layer
 from ptconvert.runtime.counters import ALL_REDUCE
 from ptconvert.schedule.schedule import Schedule
+from ptconvert.shorten import counted
 from ptconvert.verify.run import NOISE_FACTOR, Check, Settings
 from ptconvert.verify.session import first_choices, furthest
 
@@ -64,7 +65,7 @@ def count_checks(
             wrong.append(f"{sorted(seen)} passes, not {wanted}")
         said = (
             f"{promised[False]} blocking and {promised[True]} asynchronous per forward pass, in "
-            f"{wanted} passes, on {ranks} ranks"
+            f"{counted(wanted, 'pass', 'passes')}, on {counted(ranks, 'rank')}"
         )
         checks.append(Check(f"all-reduces in {name}", not wrong, wrong[0] if wrong else said))
     return checks

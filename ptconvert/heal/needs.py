@@ -34,6 +34,7 @@ from ptconvert.models.quantised import quantization_of
 from ptconvert.models.shape import DTYPE_BYTES, DTYPES, ModelShape
 from ptconvert.runtime.load import opened, shape_of
 from ptconvert.runtime.mtp import head_on_meta
+from ptconvert.shorten import counted
 
 T = TypeVar("T")
 _TRAINED = 4 + 4 + 8  # bytes of a trained number: it and its gradient in fp32, AdamW's two moments
@@ -194,7 +195,7 @@ def _measuring(pair: _Pair) -> Phase:
         "measuring on held-out text",
         (
             Held("weights", sum(pair.numbers.values()) * pair.size, Place.DEVICE),
-            Held(f"a layer's streams, {batch} windows", batch * layer, Place.DEVICE),
+            Held(f"a layer's streams, {counted(batch, 'window')}", batch * layer, Place.DEVICE),
             *pair.judge,
             _logits(),
             PROCESS,
@@ -220,7 +221,9 @@ def _blockwise(pair: _Pair) -> Phase:
     held_out = len(pair.data.held_out.ids)
     used, layers = pair.used, range(shape.layers)
     streams = [
-        spilling(f"{whose} streams, {windows} windows", windows * pair.stream, STREAM_BYTES)
+        spilling(
+            f"{whose} streams, {counted(windows, 'window')}", windows * pair.stream, STREAM_BYTES
+        )
         for whose in ("its", "the teacher's")
         for windows in (used, held_out)
     ]
@@ -232,7 +235,7 @@ def _blockwise(pair: _Pair) -> Phase:
                 each * pair.in_layers(largest),
                 Place.DEVICE,
             ),
-            Held(f"activations, {batch} windows", kept(largest), Place.DEVICE),
+            Held(f"activations, {counted(batch, 'window')}", kept(largest), Place.DEVICE),
             *streams,
             *pair.judge,
             PROCESS,
@@ -254,10 +257,10 @@ def _answering(pair: _Pair) -> Phase:
         "the teacher's answers",
         (
             Held("the teacher's weights", pair.taught * pair.size, Place.DEVICE),
-            Held(f"a layer's streams, {batch} windows", batch * layer, Place.DEVICE),
+            Held(f"a layer's streams, {counted(batch, 'window')}", batch * layer, Place.DEVICE),
             _logits(),
             PROCESS,
-            Held(f"answers, {windows} windows", windows * answers, Place.DISK),
+            Held(f"answers, {counted(windows, 'window')}", windows * answers, Place.DISK),
         ),
         windows / ranks * (pair.teaches(range(shape.layers)) + pair.head),
     )
@@ -310,8 +313,8 @@ def _end_to_end(pair: _Pair) -> Phase:
     held = [
         Held("the teacher's weights", taught * pair.size, Place.DEVICE),
         Held("the student's frozen ones", frozen * pair.size // cut, Place.DEVICE),
-        Held(f"{trained / 1e6:,.0f} M trained, and AdamW's", each * trained // cut, Place.DEVICE),
-        Held(f"activations, {batch} windows", kept, Place.DEVICE),
+        Held(f"{_millions(trained)} trained, and AdamW's", each * trained // cut, Place.DEVICE),
+        Held(f"activations, {counted(batch, 'window')}", kept, Place.DEVICE),
         Held("logits and their gradients", pair.logits, Place.DEVICE),
         _logits(),
         *pair.judge,
@@ -342,8 +345,12 @@ def _headed(pair: _Pair) -> Phase:
         "its head for further tokens",
         (
             Held("weights", sum(pair.numbers.values()) * pair.size, Place.DEVICE),
-            Held(f"{head / 1e6:,.0f} M trained, and AdamW's", _TRAINED * head, Place.DEVICE),
-            Held(f"activations, {batch} windows", batch * step.kept + step.fixed, Place.DEVICE),
+            Held(f"{_millions(head)} trained, and AdamW's", _TRAINED * head, Place.DEVICE),
+            Held(
+                f"activations, {counted(batch, 'window')}",
+                batch * step.kept + step.fixed,
+                Place.DEVICE,
+            ),
             Held("logits and their gradients", pair.logits, Place.DEVICE),
             _logits(),
             PROCESS,
@@ -373,3 +380,9 @@ def _numbers(checkpoint: Checkpoint) -> dict[str, int]:
 
 def _logits() -> Held:
     return Held("logits, a piece", _LOGITS * 4 * LOGITS_AT_ONCE, Place.DEVICE)
+
+
+def _millions(count: float) -> str:
+    """Of weights, with three digits or all."""
+    millions = count / 1e6
+    return f"{millions:,.0f} M" if millions >= 100 else f"{millions:.3g} M"

@@ -32,6 +32,7 @@ from ptconvert.plan.planner import (
 from ptconvert.plan.segments import alone, menu
 from ptconvert.plan.sensitivity import all_as_tracks, kept_layers, last_kept
 from ptconvert.runtime.load import opened
+from ptconvert.shorten import counted
 
 _LOGITS = 5  # copies in fp32 of LOGITS_AT_ONCE numbers, while two predictions are compared
 
@@ -84,7 +85,9 @@ def plan_needs(
     sequence = length * shape.width * number
     # before these layers, and the last of all
     streams = Held(
-        f"streams, {count} windows, {len(kept)} layers", (len(kept) + 1) * stream, Place.MEMORY
+        f"streams, {counted(count, 'window')}, {counted(len(kept), 'layer')}",
+        (len(kept) + 1) * stream,
+        Place.MEMORY,
     )
     head = Held("the source's head", shape.vocabulary * shape.width * number, Place.DEVICE)
     fitting = tuple(replace(phase, held=(*phase.held, head, streams)) for phase in fitting)
@@ -93,7 +96,7 @@ def plan_needs(
         *[Held("guesses", guesses * number, Place.DEVICE)] * bool(guesses),
         head,
         Held(
-            f"a layer's streams, {at_once} windows",
+            f"a layer's streams, {counted(at_once, 'window')}",
             at_once * in_a_layer(shape, tracks, length, number),
             Place.DEVICE,
         ),
@@ -110,7 +113,7 @@ def plan_needs(
                 (
                     Held("weights", int(scale * weights), Place.DEVICE),
                     Held(
-                        f"streams, {at_once} windows, all layers",
+                        f"streams, {counted(at_once, 'window')}, all layers",
                         (shape.layers + 1) * at_once * sequence,
                         Place.DEVICE,
                     ),

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from ptconvert.runtime.communicator import Journal
 
-PRELOADED = ["ptconvert.runtime.load"]  # with torch and transformers, which take longest
+PRELOADED = ["ptconvert.runtime.preloaded"]  # with torch and transformers, which take longest
 _GRACE_SECONDS = 3.0
 _TRACE_LINES = 12
 # Torch's words for a peer that is gone or silent: such a rank is a victim, not the cause.

@@ -21,4 +21,5 @@ def wrong_ranks(
     fits = [n for n in range(1, tracks + 1) if tracks % n == 0 and also(n)]
     if ranks in fits:
         return None
-    return f"{what} has {tracks} tracks, so it runs on {', '.join(map(str, fits))} ranks"
+    word = "rank" if fits == [1] else "ranks"
+    return f"{what} has {tracks} tracks, so it runs on {', '.join(map(str, fits))} {word}"

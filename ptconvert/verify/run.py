@@ -25,6 +25,7 @@ from ptconvert.runtime.counters import ALL_REDUCE
 from ptconvert.runtime.launch import RankFailure, RanksFailed, join, launch, under_torchrun
 from ptconvert.runtime.load import opened, rank_bytes, shape_of
 from ptconvert.runtime.memory import PROCESS_BYTES, available_bytes
+from ptconvert.shorten import counted
 from ptconvert.spec.document import read_spec
 from ptconvert.spec.terms import wrong_ranks
 from ptconvert.verify.expected import (
@@ -284,8 +285,8 @@ def _count_checks(results: list[dict[str, Any]], expected: Expected) -> list[Che
     """Counts by both means against the schedule, rank by rank and step by step."""
     checks = []
     counts = expected.schedule.counts
-    promised = f"{counts.all_reduces} per forward pass, in {len(expected.steps())} steps, "
-    promised += f"on {len(results)} ranks"
+    steps, ranks = counted(len(expected.steps()), "step"), counted(len(results), "rank")
+    promised = f"{counts.all_reduces} per pass, in {steps}, on {ranks}"
     for name, means in (("flight recorder", "counted"), ("profiler", "profiled")):
         parts = [
             f"rank {result['rank']}, {departure}"
@@ -322,7 +323,7 @@ def _answer_checks(results: list[dict[str, Any]], expected: Expected) -> list[Ch
     reference = results[0]["reference"]
     fp32 = expected.dtype is torch.float32
     tolerance = expected.fp32_tolerance if fp32 else NOISE_FACTOR * reference["noise"]
-    said = f"largest difference {reference['difference']:.2g}, allowed {tolerance:.2g}"
+    said = f"difference {reference['difference']:.2g}, allowed {tolerance:.2g}"
     if not fp32:
         said += f" ({NOISE_FACTOR:g} times what it differs from itself in fp32)"
     alike = all(
@@ -332,8 +333,7 @@ def _answer_checks(results: list[dict[str, Any]], expected: Expected) -> list[Ch
     tokens_ok = alike and (reference["tokens_agree"] or not fp32)
     seen = "on all ranks" if alike else "ranks differ"
     if fp32:
-        one = "and the single-process model's"
-        seen += f" {one}" if reference["tokens_agree"] else f", but not {one}"
+        seen += " and in one process" if reference["tokens_agree"] else ", but not in one process"
     return [
         Check("logits of the single-process model", reference["difference"] <= tolerance, said),
         Check("greedy tokens", tokens_ok, seen),

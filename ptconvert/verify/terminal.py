@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ptconvert.report.terminal import figures_table
+from ptconvert.shorten import counted
 from ptconvert.verify.run import Report
 
 
@@ -43,7 +44,8 @@ def print_report(console: Console, report: Report) -> None:
 
 def _engine_line(figures: Mapping[str, Any]) -> str:
     return (
-        f"{figures['engine']}, {figures['mode']}, {figures['ranks']} ranks, {figures['dtype']}, "
+        f"{figures['engine']}, {figures['mode']}, {counted(figures['ranks'], 'rank')}, "
+        f"{figures['dtype']}, "
         f"batch {figures['batch']}, {figures['prompt_tokens']} + {figures['new_tokens']} tokens"
     )
 
@@ -52,11 +54,11 @@ def _comparison_table(figures: Mapping[str, Any]) -> RenderableType:
     compared = figures["comparison"]
     ours, base = compared["schedule"], compared["baseline"]
     title = (
-        f"{figures['ranks']} ranks, {figures['backend']}, {figures['dtype']}, batch "
+        f"{counted(figures['ranks'], 'rank')}, {figures['backend']}, {figures['dtype']}, batch "
         f"{figures['batch']}, {figures['prompt_tokens']} + {figures['new_tokens']} tokens"
     )
     table = figures_table(
-        *("", "tensor parallel", "this schedule", "times fewer / faster"),
+        *("", "tensor parallel", "this schedule", "fewer / faster"),
         title=title,
         title_justify="left",
     )
