@@ -139,7 +139,7 @@ def test_ranks_that_would_part_groups_are_refused(
     dense = make_dense(**{**SIZES, "intermediate_size": 3 * group_of("W4A16")})
     source = quantise(dense, tmp_path / "source", "W4A16")
     checkpoint = open_checkpoint(convert(source, 4, "use: ladder"))
-    with pytest.raises(CheckpointError, match="has 4 tracks, so it runs on 1 rank$"):
+    with pytest.raises(CheckpointError, match=r"has 4 tracks, so it runs on 1 rank$"):
         check_ranks(checkpoint, Settings(ranks=2), torch.float32)
     path = convert(source, 2, "use: ladder")
     check_ranks(open_checkpoint(path), Settings(ranks=2), torch.float32)
