@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -49,6 +51,7 @@ pytest.importorskip("peft", reason="peft is not installed")
 TEXT = Path(ptconvert.__file__).parent / "spec" / "strict_yaml.py"
 SIZE = ("--window", 32, "--tokens", 2560, "--batch-size", 4, "--evaluations", 4)
 QUICK = (*SIZE, "--learning-rate", 1e-3, "--block-learning-rate", 1e-3)
+FEW = ("--window", 32, "--tokens", 1280, "--evaluations", 2, "--learning-rate", 1e-3)
 SCHEDULE = "use: parallel_track, depth: 2"
 # Dense layers before and after, so that some parameters stay frozen.
 MIDDLE = (
@@ -495,6 +498,7 @@ def as_rank(
     of_all = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     told = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", **of_all}
     os.environ.update({name: str(value) for name, value in told.items()})
+    torch.set_num_threads(1)  # as torchrun has it, too
     work(arguments)
 
 
@@ -521,11 +525,23 @@ def in_two(
     return out, err
 
 
-def by_torchrun(_: object, arguments: Sequence[object], __: Path) -> tuple[str, str]:
-    """What is printed under torchrun itself."""
+def torchrun(work: Callable[[list[str]], None], arguments: Sequence[object]) -> list[str]:
+    """A command that does `work` in two processes, by torchrun itself."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    given = [sys.executable, *launcher, "-m", "ptconvert", "heal", *map(str, arguments)]
-    done = subprocess.run(given, capture_output=True, text=True, timeout=300)
+    ours = ["-m", "ptconvert", "heal"]
+    if work is not command:
+        begun = f"import sys; from test_heal import {work.__name__} as work; work(sys.argv[1:])"
+        ours = ["--no-python", sys.executable, "-c", begun]
+    return [sys.executable, *launcher, *ours, *map(str, arguments)]
+
+
+def by_torchrun(
+    work: Callable[[list[str]], None], arguments: Sequence[object], _: Path
+) -> tuple[str, str]:
+    """What is printed under torchrun itself."""
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    given = torchrun(work, arguments)
+    done = subprocess.run(given, capture_output=True, text=True, timeout=300, env=found)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 
@@ -576,27 +592,59 @@ def sharded(arguments: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("schedule", "top_k"), [(MIDDLE, None), (SCHEDULE, None), (MIDDLE, 16)])
+@pytest.mark.parametrize(
+    ("started", "schedule", "top_k"),
+    [(by_torchrun, MIDDLE, None), (in_two, SCHEDULE, None), (in_two, MIDDLE, 16)],
+)
 def test_fsdp(
-    source: Path, convert: Convert, tmp_path: Path, schedule: str, top_k: int | None
+    source: Path, convert: Convert, tmp_path: Path, started: Any, schedule: str, top_k: int | None
 ) -> None:
     """Each of two processes holds a half of student, teacher and optimizer; the result is that of
     one process. In the second schedule no layer is dense; at last there is no teacher."""
     converted, out = convert(source, 4, schedule), tmp_path / "out"
-    few = ("--text", TEXT, "--window", 32, "--tokens", 1280, "--evaluations", 2)
     kept = () if top_k is None else ("--top-k", top_k, "--cache", tmp_path / "cache")
-    options = (*few, "--learning-rate", 1e-3, *kept)
+    options = ("--text", TEXT, *FEW, *kept)
     one = heal(converted, tmp_path / "one", source, *options, "--batch-size", 4)
     arguments = (converted, out, "--teacher", source, "--json", "--fsdp", "--batch-size", 2)
-    printed, said = in_two(sharded, (*arguments, *options), tmp_path)
+    printed, said = started(sharded, (*arguments, *options), tmp_path)
     assert all(f"rank {rank} held a half" in said for rank in (0, 1))
     assert kls(json.loads(printed)) == pytest.approx(kls(one), abs=1e-5)
-    ours, theirs = (
-        open_model(open_checkpoint(p), "float32", "cpu") for p in (out, tmp_path / "one")
-    )
+    assert alike(out, tmp_path / "one") and differing(converted, out)
+
+
+def alike(a: Path, b: Path) -> bool:
+    """Whether two models' weights are nearly the same."""
+    ours, theirs = (open_model(open_checkpoint(p), "float32", "cpu") for p in (a, b))
     pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
-    assert differing(converted, out)
+    return all(torch.allclose(one, other, atol=1e-4) for one, other in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [(), ("--lora", 4)])
+def test_fsdp_goes_on_after_a_kill(
+    source: Path, convert: Convert, tmp_path: Path, adapters: tuple[object, ...]
+) -> None:
+    """Of both processes, after a state that was kept, under torchrun as its user calls it."""
+    converted, out, log = convert(source, 4, MIDDLE), tmp_path / "out", tmp_path / "log"
+    options = ("--teacher", source, "--text", TEXT, *FEW, "--evaluations", 4, *adapters)
+    run("heal", converted, tmp_path / "one", *options, "--batch-size", 4)
+    halves = (*options, "--batch-size", 2, "--fsdp")
+    in_two(command, (converted, tmp_path / "whole", *halves), tmp_path)
+    with log.open("w") as file:
+        given = torchrun(command, (converted, out, *halves))
+        launcher = psutil.Popen(given, stdout=file, stderr=file)
+    while launcher.poll() is None:
+        if "step 6 of 10" in log.read_text():
+            for rank in launcher.children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.kill()
+        time.sleep(0.005)
+    assert launcher.returncode and not out.exists(), log.read_text()[-2000:]
+    assert (tmp_path / "out.healing" / "kl" / "checkpoint-3" / "trainer_state.json").is_file()
+    _, said = by_torchrun(command, (converted, out, *halves), tmp_path)
+    assert "step 10 of 10" in said and "step 3 of 10" not in said
+    assert not differing(tmp_path / "whole", out)
+    assert alike(out, tmp_path / "one") and differing(converted, out)
 
 
 def test_fsdp_needs_several_processes(source: Path, convert: Convert, tmp_path: Path) -> None:
