@@ -35,14 +35,15 @@ from ptconvert.cli.heal import command_line
 from ptconvert.errors import HealError
 from ptconvert.heal import run as healing
 from ptconvert.heal.blockwise import Pieces, blocks_of
-from ptconvert.heal.data import Data, read_data
+from ptconvert.heal.data import Data, _windows, read_data
 from ptconvert.heal.distill import Distillation, distill
 from ptconvert.heal.loss import compare
 from ptconvert.heal.models import changed_layers, freeze_but, share, trainable
 from ptconvert.heal.settings import Settings
 from ptconvert.measure import divergence
 from ptconvert.measure.batch import BatchSize
-from ptconvert.measure.opening import open_model, section_of
+from ptconvert.measure.opening import open_model, open_tokenizer, section_of
+from ptconvert.measure.windows import token_ids
 from ptconvert.runtime.launch import _context, _end, _wait
 from ptconvert.schedule.schedule import Schedule
 
@@ -683,6 +684,22 @@ def test_windows_cover_the_text_once_and_none_is_in_both(source: Path) -> None:
     passes = order.view(3, -1)
     assert all(torch.equal(p.sort().values, torch.arange(len(data.train))) for p in passes)
     assert not torch.equal(passes[0], passes[1])
+
+
+def test_documents_are_joined_after_a_token_of_their_own(source: Path) -> None:
+    """The beginning of a sequence, or its end where the tokenizer has no beginning; nothing is
+    padded, and what fills no window is left out."""
+    tokenizer = open_tokenizer(open_checkpoint(source))
+    a, b, c = (tokenizer(text)["input_ids"] for text in ("one text", "another", "a third one"))
+    tokenizer.add_special_tokens({"bos_token": "b", "eos_token": "o"})
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert begin != end
+    for first, bos in ((begin, tokenizer.bos_token), (end, None)):
+        tokenizer.bos_token = bos
+        pieces = token_ids(("one text", "another", "a third one"), tokenizer, 260)
+        joined = [first, *a, first, *b, first, *c]
+        windows_NS = _windows(pieces, 7, None, quiet)
+        assert windows_NS.flatten().tolist() == joined[: len(joined) // 8 * 8]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="datasets isn't here")
