@@ -430,7 +430,7 @@ def test_wrong_input(make_dense: MakeDense, convert: Convert) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ptconvert.verify.run.available_bytes", lambda _: [10**9])
         with pytest.raises(
-            CheckpointError, match=r"needs about 2\.0 GB of memory on this machine, 1\.0 GB"
+            CheckpointError, match=r"needs about 2\.2 GB of memory on this machine, 1\.0 GB"
         ):
             verify(path, replace(SETTINGS, ranks=4))
 
