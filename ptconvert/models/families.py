@@ -17,9 +17,7 @@ from ptconvert.models.gemma4 import gemma4_config
 from ptconvert.schedule.stages import Kind
 
 MODEL_TYPE_PREFIX = "ptconvert_"  # of a converted model's type, before its family's
-SCORE_CAP = (
-    "attn_logit_softcapping"  # in config.json: the soft cap of attention's scores, Gemma 2's
-)
+SCORE_CAP = "attn_logit_softcapping"  # in config.json, the soft cap of Gemma 2's attention
 
 
 class Cut(enum.Enum):
