@@ -64,8 +64,8 @@ def count_checks(
         if seen != {wanted}:
             wrong.append(f"{sorted(seen)} passes, not {wanted}")
         said = (
-            f"{promised[False]} blocking and {promised[True]} asynchronous per forward pass, in "
-            f"{counted(wanted, 'pass', 'passes')}, on {counted(ranks, 'rank')}"
+            f"{promised[False]} blocking, {promised[True]} asynchronous; "
+            f"{counted(wanted, 'pass', 'passes')}, {counted(ranks, 'rank')}"
         )
         checks.append(Check(f"all-reduces in {name}", not wrong, wrong[0] if wrong else said))
     return checks
@@ -110,8 +110,7 @@ def answer_checks(
     else:
         exact = _single_process(path, ids_BS, answers, torch.float32)
         allowed = NOISE_FACTOR * _apart(reference, exact)
-        said += f"{allowed:.2g} ({NOISE_FACTOR:g} times what the single-process model differs "
-        said += "from itself in fp32)"
+        said += f"{allowed:.2g} ({NOISE_FACTOR:g} times what one process differs from fp32)"
     return [*checks, Check("their log-probabilities", largest <= allowed, said)]
 
 
