@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +23,14 @@ _WRONG = (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
 def check_opens(config: Mapping[str, Any], where: str) -> None:
     """Raises ConfigError for a config.json of a dense model that transformers makes none of, as of
     an activation that it hasn't; the model is made without its weights."""
+    if (why := _refused(json.dumps(config))) is not None:
+        raise ConfigError(f"{where}: transformers can't make a model of it: {why}")
+
+
+@cache  # asked before much is computed and before anything is written, of each of a plan's trials
+def _refused(written: str) -> str | None:
+    """Why transformers makes no model of a config.json's text; None where it does."""
+    config = json.loads(written)
     logger = logging.getLogger("transformers")
     level = logger.level
     try:
@@ -29,8 +39,7 @@ def check_opens(config: Mapping[str, Any], where: str) -> None:
         with torch.device("meta"):
             getattr(transformers, opened_by(config["model_type"])).from_config(known)
     except _WRONG as error:
-        raise ConfigError(
-            f"{where}: transformers can't make a model of it: {first_line(error)}"
-        ) from error
+        return first_line(error)
     finally:
         logger.setLevel(level)
+    return None

@@ -29,9 +29,8 @@ def opened_by_layer(path: Path, dtype: torch.dtype, device: torch.device | str) 
     checkpoint = open_checkpoint(path)
     shape = shape_of(checkpoint)
     model = on_meta(checkpoint, dtype).eval()
-    with torch.device("meta"):
-        for parameter_name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(kept_dtype(model, parameter_name, dtype))
+    for parameter_name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(kept_dtype(model, parameter_name, dtype))
     names = {id(module): name for name, module in model.named_modules()}
     layers = {names[id(layer)]: layer for layer in model.get_decoder().layers.children()}
     of_layers = {f"{name}.{n}" for name, m in layers.items() for n, _ in m.named_parameters()}
